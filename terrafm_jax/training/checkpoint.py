@@ -1,0 +1,116 @@
+"""Checkpoints: one atomic, asynchronous Orbax commit for everything that resuming needs.
+
+A checkpoint holds the train state and, as JSON, the step, the example index, the skipped records, the
+resolved config and the sensor statistics. Both are items of one Orbax composite, hence one commit: a
+killed process leaves either the whole checkpoint or a temporary folder that the next start removes.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; the message says which and what still is usable."""
+
+
+class Checkpointer:
+    """Saves and restores (state, meta) under ``WORKDIR/checkpoints/STEP``.
+
+    Args:
+      workdir: local or gs:// folder, seen by all processes.
+      keep_last: how many of the newest to keep.
+      keep_every: steps; checkpoints at its multiples stay forever (0: none).
+    """
+
+    def __init__(self, workdir: str, keep_last: int = 2, keep_every: int = 0):
+        self.folder = epath.Path(workdir).absolute() / "checkpoints"
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            item_names=("state", "meta"),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=max(1, keep_last),
+                keep_period=keep_every or None,
+                create=True,
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+            ),
+        )
+
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
+        """Starts an asynchronous save (waits for the previous one). Raises CheckpointError."""
+        self._guard(
+            lambda: self._manager.save(
+                step,
+                args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(meta))),
+                force=True,
+            )
+        )
+
+    def wait(self) -> None:
+        """Waits until the last save is committed. Raises CheckpointError."""
+        self._guard(self._manager.wait_until_finished)
+
+    def restore(self, abstract: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+        """Reads a checkpoint straight into the shardings of ``abstract``; the newest by default.
+
+        Raises CheckpointError naming the folder when it does not fit the state of this config.
+        """
+        step = self.latest() if step is None else step
+        try:
+            found = self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
+            )
+        except Exception as e:
+            raise CheckpointError(
+                f"{self.folder / str(step)}: does not restore into the state of this config: {e}. "
+                "Was the workdir written by another model or recipe? Give a new --workdir, or init_from=PATH "
+                "to take its weights alone"
+            ) from e
+        return found["state"], found["meta"]
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _guard(self, action: Any) -> None:
+        try:
+            action()
+        except Exception as e:
+            if not _disk_full(e):
+                raise
+            last = self.latest()
+            raise CheckpointError(
+                f"{self.folder}: the disk is full; the checkpoint was not written. "
+                + (f"The one of step {last} is complete: free some space and start again" if last is not None else "")
+            ) from e
+
+
+def _disk_full(error: BaseException | None) -> bool:
+    seen = 0
+    while error is not None and seen < 10:
+        text = str(error).lower()
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        if "no space left" in text or "resource_exhausted" in text or "file too large" in text:
+            return True
+        error, seen = error.__cause__ or error.__context__, seen + 1
+    return False
+
+
+def to_host(tree: Any) -> Any:
+    """Sharded arrays -> full NumPy arrays on every process (a collective on several processes)."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)

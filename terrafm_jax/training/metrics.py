@@ -1,0 +1,144 @@
+"""Where a run writes what it measures: ``metrics.jsonl`` always, TensorBoard and W&B if asked, a line or a bar."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+
+class MetricWriter:
+    """Writes scalars of the first process; the other processes hold a silent one.
+
+    Args:
+      workdir: ``metrics.jsonl`` is appended to here, one JSON object a line with ``step`` and ``time``.
+      enabled: False on every process but the first.
+      tensorboard: event files under ``WORKDIR/tensorboard``.
+      wandb_project: empty for none; a warning where wandb is not installed.
+    """
+
+    def __init__(self, workdir: str, enabled: bool, tensorboard: bool = True, wandb_project: str = ""):
+        self.enabled = enabled
+        self._path = epath.Path(workdir) / "metrics.jsonl"
+        self._remote = "://" in str(workdir)
+        self._lines: list[str] = []
+        self._board: Any = None
+        self._wandb: Any = None
+        if not enabled:
+            return
+        if self._remote and self._path.exists():
+            self._lines = self._path.read_text().splitlines()
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(epath.Path(workdir) / "tensorboard"))
+        if wandb_project:
+            try:
+                import wandb
+            except ImportError:
+                log.warning("config.log.wandb = %r, but wandb is not installed: not logging there", wandb_project)
+            else:
+                self._wandb = wandb.init(project=wandb_project, resume="allow", dir=str(workdir))
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Appends scalars (NaN and infinities as strings, JSON has none); text and lists go to the file alone."""
+        if not self.enabled:
+            return
+        plain = {name: _plain(value) for name, value in values.items()}
+        line = json.dumps({"step": step, "time": round(time.time(), 3), **plain})
+        if self._remote:  # object stores cannot append
+            self._lines.append(line)
+            self._path.write_text("\n".join(self._lines) + "\n")
+        else:
+            with open(self._path, "a", encoding="utf-8") as f:
+                f.write(line + "\n")
+        numbers = {k: v for k, v in plain.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        if self._board is not None:
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str | bool | dict) or value is None:
+        return value
+    array = np.asarray(value)
+    if array.ndim:
+        return [_plain(v) for v in array.tolist()]
+    number = array.item()
+    if isinstance(number, float) and not math.isfinite(number):
+        return str(number)
+    return number
+
+
+class Progress:
+    """A bar on a terminal, plain lines elsewhere; both with an ETA.
+
+    Use ``update`` each step and ``line`` for what must stay readable in a log.
+    """
+
+    def __init__(self, start: int, total: int, unit: str = "step", enabled: bool = True):
+        self.start, self.total, self.enabled = start, total, enabled
+        self._begun = time.monotonic()
+        self._done = start
+        interactive = enabled and sys.stderr.isatty()
+        self._bar = tqdm(total=total, initial=start, unit=unit, dynamic_ncols=True) if interactive else None
+
+    def update(self, done: int, note: str = "") -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(done - self._done)
+        self._done = done
+
+    def line(self, text: str) -> None:
+        if not self.enabled:
+            return
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            log.info("%s", text)
+
+    def eta(self) -> str:
+        """Time left at the pace since the start of this process, as h:mm:ss."""
+        done = self._done - self.start
+        if done <= 0:
+            return "?"
+        return clock((time.monotonic() - self._begun) / done * (self.total - self._done))
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def clock(seconds: float) -> str:
+    """1234.5 -> "0:20:34"."""
+    seconds = round(max(seconds, 0))
+    return f"{seconds // 3600}:{seconds % 3600 // 60:02d}:{seconds % 60:02d}"
+
+
+@contextlib.contextmanager
+def timed(into: dict[str, float], name: str) -> Any:
+    """Adds the seconds spent inside to ``into[name]``."""
+    begun = time.monotonic()
+    try:
+        yield
+    finally:
+        into[name] = into.get(name, 0.0) + time.monotonic() - begun
