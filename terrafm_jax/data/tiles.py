@@ -40,8 +40,9 @@ INDEX_DTYPE = np.dtype(
 def features() -> Any:
     """The tfds FeaturesDict of a record (imports tensorflow-datasets, not TensorFlow).
 
-    Tensors are ``encoding="bytes"``. A sensor that is absent holds 1x1 zero placeholders and
-    ``present`` = False, because TFDS has no optional features.
+    Tensors are ``encoding="bytes"``. A sensor that is absent holds 2x2 zero placeholders and
+    ``present`` = False, because TFDS has no optional features (2x2, since tfds 4.9.10 cannot decode
+    a tensor that has fewer bytes than axes: ``valid`` and ``landcover_map`` of 1x1 would not come back).
 
     Per sensor and resolution group (``10m``, ``20m``, ``60m``):
       dn: ``[H, W, bands of the group]`` as delivered (``Sensor.dtype``).
@@ -65,7 +66,7 @@ def features() -> Any:
         "lon": scalar("float64"),
         "landcover": scalar("int64"),
         "fractions": tensor((landcover.NUM_CATEGORIES,), "float32"),
-        # Land-cover map on the finest grid: category indices; 1x1 UNKNOWN when not kept.
+        # Land-cover map on the finest grid: category indices; 2x2 UNKNOWN when not kept.
         "landcover_map": tensor((None, None), "uint8"),
     }
     for key, s in SENSORS.items():
