@@ -1,0 +1,274 @@
+"""The training program, top to bottom: devices, data, state, compile, then the loop.
+
+Order inside the loop makes resuming exact: evaluate and save the state *before* step n, then take
+batch n, then step. Everything random is a function of the step and the seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from terrafm_jax import config as config_lib
+from terrafm_jax import landcover, weights
+from terrafm_jax.data import pipeline
+from terrafm_jax.data.sampling import Order, SamplingSpec
+from terrafm_jax.sensors import Statistics
+from terrafm_jax.training import pictures
+from terrafm_jax.training import workdir as workdir_lib
+from terrafm_jax.training.checkpoint import Checkpointer, to_host
+from terrafm_jax.training.meter import Compiled, Meter
+from terrafm_jax.training.metrics import MetricWriter, Progress, timed
+from terrafm_jax.training.preemption import StopRequest
+from terrafm_jax.training.sharding import make_mesh
+from terrafm_jax.training.state import TrainState
+from terrafm_jax.training.step import TrainSpec, abstract_state, init_state, make_batch, parameter_table
+
+log = logging.getLogger(__name__)
+
+# An evaluator gets (step, state) and yields (name, value).
+Evaluator = Callable[[int, TrainState], Iterator[tuple[str, float]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended. ``exit_code`` is 0 only when complete, stopped where asked or interrupted by a person."""
+
+    step: int
+    complete: bool
+    exit_code: int
+
+
+@dataclasses.dataclass
+class Run:
+    """What the parts of the program share: the resolved plan of one run."""
+
+    config: ConfigDict
+    workdir: str
+    spec: TrainSpec
+    steps: Mapping[str, int]
+    order: Order
+    mesh: jax.sharding.Mesh
+    first: bool  # this is the process that writes
+
+    @property
+    def total(self) -> int:
+        return self.steps["total_steps"]
+
+    @property
+    def stop(self) -> int:
+        return min(self.total, self.config.stop_at_step or self.total)
+
+
+def train(config: ConfigDict, workdir: str, evaluators: Callable[[Run], Sequence[Evaluator]] | None = None) -> Outcome:
+    """Pretrains, or resumes what ``workdir`` holds.
+
+    Raises:
+      ConfigError: the config or the workdir does not fit.
+      TrainingError: non-finite losses, too many unreadable records.
+      CheckpointError: a checkpoint cannot be written or read.
+    """
+    # --- plan: config, data order, statistics, mesh ---
+    config_lib.check(config)
+    run = plan(config, workdir)
+    workdir_lib.claim(workdir, config, write=run.first)
+    writer = MetricWriter(workdir, run.first, config.log.tensorboard, config.log.wandb)
+    say = Progress(0, run.total, enabled=run.first)
+    describe(run, say)
+
+    # --- state: (1) the newest checkpoint of the workdir, (2) weights of init_from, (3) random ---
+    checkpoints = Checkpointer(workdir, config.checkpoint.keep_last, run.steps["checkpoint.keep_every"])
+    skipped: dict[str, int] = {}
+    if checkpoints.latest() is not None:
+        state, meta = checkpoints.restore(abstract_state(run.spec, run.mesh))
+        skipped = meta.get("skipped", {})
+        say.line(f"resumed step {int(state.step)} of {checkpoints.folder}")
+    else:
+        state = init_state(run.spec, run.mesh)
+        if config.init_from:
+            state = _with_weights(state, config.init_from)
+            say.line(f"weights taken from {config.init_from}")
+    start = int(state.step)
+    writer.write(start, {"event": "start", "devices": jax.device_count(), "processes": jax.process_count()})
+
+    # --- input, evaluators, signals ---
+    loader = make_loader(run, start, skipped)
+    tools = Tools(run, checkpoints, writer, loader, Progress(start, run.total, enabled=run.first), StopRequest())
+    try:
+        with jax.set_mesh(run.mesh):
+            return _loop(tools, state, start, evaluators(run) if evaluators else ())
+    finally:
+        tools.close()
+
+
+def plan(config: ConfigDict, workdir: str) -> Run:
+    """Reads the data set's index and statistics, converts durations, builds specs and mesh."""
+    if not config.data.dir:
+        raise config_lib.ConfigError("config.data.dir: empty; give the folder of a prepared data set (docs/data.md)")
+    index = pipeline.load_index(config.data.dir, config.data.split)
+    d = config.data
+    sampling = SamplingSpec(mode=d.sampling, power=d.power, sea_keep=d.sea_keep, balance_latitude=d.balance_latitude)
+    order = Order(index, sampling, batch_size=config.batch_size, seed=config.seed)
+    shares = np.asarray(order.expected_histogram(), np.float64)
+    stats = Statistics.published() if d.statistics == "published" else pipeline.load_statistics(d.dir)
+    steps = config_lib.durations(config, order.examples_per_epoch)
+    m = config.mesh
+    return Run(
+        config=config,
+        workdir=str(workdir),
+        spec=config_lib.train_spec(config, steps, stats, shares),
+        steps=steps,
+        order=order,
+        mesh=make_mesh(data=m.data, fsdp=m.fsdp, tensor=m.tensor),
+        first=jax.process_index() == 0,
+    )
+
+
+def make_loader(run: Run, start: int, skipped: Mapping[str, int]) -> Any:
+    """The Grain pipeline of this process, positioned at step ``start``."""
+    d = run.config.data
+    return pipeline.make_loader(
+        d.dir, d.split, order=run.order, start_step=start, stop_step=run.total, sensors=run.spec.model.sensors,
+        workers=d.workers, cache=d.cache, canvases=d.canvases, max_skipped=d.max_skipped, skipped=skipped,
+        process_index=jax.process_index(), process_count=jax.process_count(),
+    )  # fmt: skip
+
+
+def describe(run: Run, say: Progress) -> None:
+    """Logs the plan and writes ``config_resolved.json``, ``statistics.json`` and ``parameters.txt``."""
+    shares = run.order.expected_histogram()
+    classes = ", ".join(f"{n} {s:.1%}" for n, s in zip(landcover.NAMES, shares, strict=True) if s > 0)
+    frequent = [n for n, f in zip(landcover.NAMES, run.spec.frequent, strict=True) if f]
+    say.line(f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(run.mesh.shape)}")
+    say.line(f"{run.total} steps of {run.config.batch_size}, {run.order.examples_per_epoch} records an epoch")
+    say.line(f"sampled land cover: {classes}; frequent: {', '.join(frequent) or 'none'}")
+    if run.first:
+        folder = epath.Path(run.workdir)
+        resolved = {"config": config_lib.flatten(run.config), "steps": dict(run.steps), "frequent": frequent}
+        (folder / "config_resolved.json").write_text(json.dumps(resolved, indent=2))
+        (folder / "statistics.json").write_text(run.spec.stats.to_json())
+        (folder / "parameters.txt").write_text(parameter_table(run.spec, run.mesh))
+
+
+@dataclasses.dataclass
+class Tools:
+    """What the loop uses besides the state."""
+
+    run: Run
+    checkpoints: Checkpointer
+    writer: MetricWriter
+    loader: Any
+    progress: Progress
+    stop: StopRequest
+
+    def save(self, state: TrainState, step: int) -> None:
+        meta = {
+            "step": step,
+            "example": step * self.run.config.batch_size,
+            "skipped": self.loader.skipped,
+            "config": config_lib.flatten(self.run.config),
+            "statistics": json.loads(self.run.spec.stats.to_json()),
+        }
+        self.checkpoints.save(step, state, meta)
+
+    def export_teacher(self, state: TrainState, step: int) -> None:
+        """Writes the teacher's weights alone, under ``WORKDIR/teacher/STEP``: what users load."""
+        params = to_host(state.teacher)
+        if self.run.first:
+            meta = {
+                "step": step,
+                "model": dataclasses.asdict(self.run.spec.model),
+                "statistics": json.loads(self.run.spec.stats.to_json()),
+                "config": config_lib.flatten(self.run.config),
+            }
+            weights.save_npz(epath.Path(self.run.workdir) / "teacher" / str(step), params, meta)
+
+    def close(self) -> None:
+        self.progress.close()
+        self.loader.close()
+        self.writer.close()
+        self.stop.close()
+        self.checkpoints.close()
+
+
+def _loop(tools: Tools, state: TrainState, start: int, evaluators: Sequence[Evaluator]) -> Outcome:
+    run, steps = tools.run, tools.run.steps
+    step_fn = Compiled(run, tools.progress)
+    meter = Meter(run, tools)
+    saved = start if start else None
+    for step in range(start, run.stop + 1):
+        # --- the state before step `step`: evaluate, save, stop ---
+        last = step == run.stop
+        if evaluators and _due(step, steps["knn.every"], last and step == run.total) and step != (start or None):
+            meter.flush()
+            with timed(meter.seconds, "evaluation"):
+                for evaluate in evaluators:
+                    tools.writer.write(step, dict(evaluate(step, state)))
+        preempted = tools.stop.reached(step)
+        if step != saved and step > 0 and (_due(step, steps["checkpoint.every"], last or preempted)):
+            meter.flush()  # a state that came of non-finite losses must not replace a good one
+            if not meter.nonfinite:
+                with timed(meter.seconds, "checkpoint"):
+                    tools.save(state, step)
+                saved = step
+        if step > 0 and _due(step, steps["checkpoint.teacher_every"], last) and not meter.nonfinite:
+            tools.export_teacher(state, step)
+        if last or preempted:
+            break
+        # --- batch, step; the metrics of the previous step are read while this one runs ---
+        with timed(meter.seconds, "data"):
+            batch = next(tools.loader)
+        if step == start == 0 and run.config.log.pictures and run.first and jax.process_count() == 1:
+            _draw_first_batch(run, batch)
+        profile(run.config.profile, step, run.workdir)
+        state, metrics = step_fn(state, make_batch(run.mesh, batch))
+        meter.push(step + 1, metrics)
+    meter.flush()
+    tools.checkpoints.wait()
+    return _finish(tools, step, preempted and step < run.stop)
+
+
+def _finish(tools: Tools, step: int, preempted: bool) -> Outcome:
+    run = tools.run
+    if preempted and not tools.stop.by_person:
+        tools.progress.line(f"stopped by a signal at step {step}, checkpoint written; start again to resume")
+        return Outcome(step, False, run.config.exit_code_preempted)
+    complete = step >= run.total
+    if complete and run.first:
+        workdir_lib.mark_done(run.workdir, step)
+    tools.progress.line(f"{'complete' if complete else 'stopped'} at step {step} of {run.total}: {run.workdir}")
+    return Outcome(step, complete, 0)
+
+
+def _due(step: int, every: int, always: bool) -> bool:
+    return always or (every > 0 and step % every == 0)
+
+
+def _draw_first_batch(run: Run, batch: Mapping[str, Any]) -> None:
+    views = pictures.first_views(run.spec, batch)
+    pictures.save_views(epath.Path(run.workdir) / "views.png", views, run.spec.views, run.spec.stats)
+
+
+def _with_weights(state: TrainState, path: str) -> TrainState:
+    """Student and teacher take the weights of ``path`` wherever names and shapes agree; the rest stays random."""
+    params, report = weights.graft(path, state.params)
+    log.info("init_from: %s", report)
+    teacher = jax.tree.map(lambda new, old: jax.device_put(np.asarray(new), old.sharding), params, state.teacher)
+    student = jax.tree.map(lambda new, old: jax.device_put(np.asarray(new), old.sharding), params, state.params)
+    return dataclasses.replace(state, params=student, teacher=teacher)
+
+
+def profile(fields: ConfigDict, step: int, workdir: str) -> None:
+    """Starts and stops a profiler trace at the configured steps, under ``WORKDIR/profile``."""
+    if fields.stop > fields.start and step == fields.start:
+        jax.profiler.start_trace(str(epath.Path(workdir) / "profile"))
+    elif fields.stop > fields.start and step == fields.stop:
+        jax.profiler.stop_trace()

@@ -1,0 +1,107 @@
+"""What the loop measures: the compiled step with its memory, and the metrics read one step late."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from terrafm_jax.training import flops
+from terrafm_jax.training.metrics import Progress
+from terrafm_jax.training.state import TrainState
+from terrafm_jax.training.step import make_step
+
+if TYPE_CHECKING:
+    from terrafm_jax.training.loop import Run, Tools
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and which checkpoint is good."""
+
+
+class Compiled:
+    """The train step, compiled once for each canvas; prints the memory it will need before it runs."""
+
+    def __init__(self, run: Run, progress: Progress):
+        self._step = make_step(run.spec, run.mesh)
+        self._progress = progress
+        self._by_shape: dict[tuple, Any] = {}
+
+    def __call__(self, state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, dict[str, jax.Array]]:
+        leaves = jax.tree.leaves(batch)
+        shape = tuple(x.shape for x in leaves)
+        if shape not in self._by_shape:
+            begun = time.monotonic()
+            compiled = self._step.lower(state, batch).compile()
+            self._by_shape[shape] = compiled
+            memory = compiled.memory_analysis()
+            needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else 0
+            self._progress.line(
+                f"compiled step for canvas {len(self._by_shape)} in {time.monotonic() - begun:.1f} s; "
+                f"arguments and temporaries {needed / 2**30:.2f} GiB a device"
+            )
+        return self._by_shape[shape](state, batch)
+
+
+class Meter:
+    """Reads the metrics of step n while n + 1 runs, logs at intervals, and counts non-finite steps."""
+
+    def __init__(self, run: Run, tools: Tools):
+        self.seconds: dict[str, float] = {}
+        self.nonfinite = 0
+        self._run, self._tools = run, tools
+        self._pending: tuple[int, Any] | None = None
+        self._flops = flops.step_flops(run.spec) * run.config.batch_size
+        self._peak = flops.peak_flops(jax.devices()[0].device_kind, run.spec.model.dtype) * jax.device_count()
+        self._mark, self._mark_step = time.monotonic(), None
+
+    def push(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        self.flush()
+        self._pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Waits for the pending metrics. Raises TrainingError after too many non-finite steps in a row."""
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        values = jax.device_get(metrics)
+        finite = all(math.isfinite(float(values[k])) for k in ("loss", "grad_norm"))
+        self.nonfinite = 0 if finite else self.nonfinite + 1
+        due = step == 1 or _due(step, self._run.steps["log.every"], step == self._run.stop)
+        if due or not finite:
+            self._log(step, values)
+        self._tools.progress.update(step, f"loss {float(values['loss']):.3f}")
+        if self.nonfinite >= self._run.config.max_nonfinite:
+            good = self._tools.checkpoints.latest()
+            raise TrainingError(
+                f"step {step}: loss {float(values['loss'])}, gradient norm {float(values['grad_norm'])}: not finite "
+                f"for {self.nonfinite} steps in a row (config.max_nonfinite). The last good checkpoint is "
+                + (f"{self._tools.checkpoints.folder / str(good)}" if good is not None else "none yet")
+                + "; a lower config.optim.base_lr, or a look at the data's statistics, is where to start"
+            )
+
+    def _log(self, step: int, values: Mapping[str, Any]) -> None:
+        now = time.monotonic()
+        row: dict[str, Any] = dict(values)
+        if self._mark_step is not None and step > self._mark_step:
+            elapsed, count = now - self._mark, step - self._mark_step
+            row["seconds_per_step"] = elapsed / count
+            row["images_per_second"] = count * self._run.config.batch_size / elapsed
+            row["tflops_per_second"] = count * self._flops / elapsed / 1e12
+            if self._peak:
+                row["mfu"] = count * self._flops / elapsed / self._peak
+            row |= {f"{name}_share": spent / elapsed for name, spent in self.seconds.items()}
+        row["skipped"] = sum(self._tools.loader.skipped.values())
+        self._tools.writer.write(step, row)
+        speed = row.get("images_per_second")
+        pace = f" {speed:.1f} img/s, data {row.get('data_share', 0):.0%}" if speed else ""
+        self._tools.progress.line(
+            f"step {step}/{self._run.total} loss {float(values['loss']):.4f} "
+            f"entropy {float(values['teacher_entropy']):.2f} grad {float(values['grad_norm']):.3f}{pace}"
+            f" left {self._tools.progress.eta()}"
+        )
+        self._mark, self._mark_step, self.seconds = now, step, {}

@@ -1,0 +1,68 @@
+"""The run's folder: whose it is, what it records, when it is done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from terrafm_jax.config import ConfigError, flatten
+
+# Fields that may differ between two starts of one run: they change how it runs, not what it computes.
+_FREE = (
+    "stop_at_step", "allow_config_change", "exit_code_preempted", "max_nonfinite", "init_from", "data.dir",
+    "data.workers", "data.cache", "data.max_skipped", "compute.scan", "compute.remat", "compute.attention", "mesh.",
+    "checkpoint.", "log.", "knn.", "profile.",
+)  # fmt: skip
+
+
+def claim(workdir: str, config: Mapping[str, Any], write: bool) -> None:
+    """Makes the folder this run's. Raises ConfigError where it already belongs to another recipe.
+
+    Args:
+      workdir: local or gs:// folder.
+      config: the checked config.
+      write: True on the first process only.
+    """
+    folder = epath.Path(workdir)
+    record = folder / "config.json"
+    mine = json.loads(json.dumps(flatten(config)))
+    if record.exists():
+        _same_recipe(folder, json.loads(record.read_text()), mine, bool(config["allow_config_change"]))
+    elif folder.exists():
+        foreign = sorted(p.name for p in folder.iterdir() if not (p.name.startswith(".") or p.suffix == ".log"))
+        if foreign:
+            raise ConfigError(
+                f"workdir {folder} is not empty ({', '.join(foreign[:5])}) and holds no config.json of a run: "
+                "give an empty folder, or the workdir of a run to resume"
+            )
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(mine, indent=2))
+
+
+def _same_recipe(folder: epath.Path, theirs: dict[str, Any], mine: dict[str, Any], allowed: bool) -> None:
+    keys = {
+        k for k in theirs.keys() | mine.keys() if not any(k == f or (f[-1] == "." and k.startswith(f)) for f in _FREE)
+    }
+    different = [
+        f"config.{k}: {theirs.get(k, 'absent')!r} there, {mine.get(k, 'absent')!r} here"
+        for k in sorted(keys)
+        if theirs.get(k, "absent") != mine.get(k, "absent")
+    ]
+    if different and not allowed:
+        raise ConfigError(
+            f"workdir {folder} belongs to a run with another config:\n  " + "\n  ".join(different)
+            + "\ngive another --workdir, or --config.allow_config_change=True to resume it with this one"
+        )  # fmt: skip
+
+
+def _is_free(key: str) -> bool:
+    return any(key == f or (f.endswith(".") and key.startswith(f)) for f in _FREE)
+
+
+def mark_done(workdir: str, step: int) -> None:
+    """Writes the DONE marker: the run is complete, a launcher need not start it again."""
+    (epath.Path(workdir) / "DONE").write_text(f"step {step}\n")
