@@ -25,7 +25,7 @@ from terrafm_jax.sensors import Statistics
 from terrafm_jax.training import pictures
 from terrafm_jax.training import workdir as workdir_lib
 from terrafm_jax.training.checkpoint import Checkpointer, to_host
-from terrafm_jax.training.meter import Compiled, Meter
+from terrafm_jax.training.meter import Compiled, Meter, due
 from terrafm_jax.training.metrics import MetricWriter, Progress, timed
 from terrafm_jax.training.preemption import StopRequest
 from terrafm_jax.training.sharding import make_mesh
@@ -207,19 +207,19 @@ def _loop(tools: Tools, state: TrainState, start: int, evaluators: Sequence[Eval
     for step in range(start, run.stop + 1):
         # --- the state before step `step`: evaluate, save, stop ---
         last = step == run.stop
-        if evaluators and _due(step, steps["knn.every"], last and step == run.total) and step != (start or None):
+        if evaluators and due(step, steps["knn.every"], last and step == run.total) and step != (start or None):
             meter.flush()
             with timed(meter.seconds, "evaluation"):
                 for evaluate in evaluators:
                     tools.writer.write(step, dict(evaluate(step, state)))
         preempted = tools.stop.reached(step)
-        if step != saved and step > 0 and (_due(step, steps["checkpoint.every"], last or preempted)):
+        if step != saved and step > 0 and (due(step, steps["checkpoint.every"], last or preempted)):
             meter.flush()  # a state that came of non-finite losses must not replace a good one
             if not meter.nonfinite:
                 with timed(meter.seconds, "checkpoint"):
                     tools.save(state, step)
                 saved = step
-        if step > 0 and _due(step, steps["checkpoint.teacher_every"], last) and not meter.nonfinite:
+        if step > 0 and due(step, steps["checkpoint.teacher_every"], last) and not meter.nonfinite:
             tools.export_teacher(state, step)
         if last or preempted:
             break
@@ -246,10 +246,6 @@ def _finish(tools: Tools, step: int, preempted: bool) -> Outcome:
         workdir_lib.mark_done(run.workdir, step)
     tools.progress.line(f"{'complete' if complete else 'stopped'} at step {step} of {run.total}: {run.workdir}")
     return Outcome(step, complete, 0)
-
-
-def _due(step: int, every: int, always: bool) -> bool:
-    return always or (every > 0 and step % every == 0)
 
 
 def _draw_first_batch(run: Run, batch: Mapping[str, Any]) -> None:

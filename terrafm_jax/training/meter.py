@@ -22,6 +22,11 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and which checkpoint is good."""
 
 
+def due(step: int, every: int, always: bool = False) -> bool:
+    """True at every multiple of ``every`` (0: never), or where ``always`` says so."""
+    return always or (every > 0 and step % every == 0)
+
+
 class Compiled:
     """The train step, compiled once for each canvas; prints the memory it will need before it runs."""
 
@@ -71,8 +76,7 @@ class Meter:
         values = jax.device_get(metrics)
         finite = all(math.isfinite(float(values[k])) for k in ("loss", "grad_norm"))
         self.nonfinite = 0 if finite else self.nonfinite + 1
-        due = step == 1 or _due(step, self._run.steps["log.every"], step == self._run.stop)
-        if due or not finite:
+        if not finite or due(step, self._run.steps["log.every"], step in (1, self._run.stop)):
             self._log(step, values)
         self._tools.progress.update(step, f"loss {float(values['loss']):.3f}")
         if self.nonfinite >= self._run.config.max_nonfinite:
