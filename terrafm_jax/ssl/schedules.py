@@ -1,0 +1,56 @@
+"""Schedules of pretraining as pure functions of the step.
+
+Nothing here keeps a state: a resumed run is at the right place because the step is. All of them take
+an int32 step (traced or not), count from 0 and return fp32.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def _fraction(step: jax.Array | int, start: int, end: int) -> jax.Array:
+    """Progress from ``start`` to ``end``, clipped to [0, 1]; 1 where the span is empty."""
+    if end <= start:
+        return jnp.ones((), jnp.float32)
+    return jnp.clip((jnp.asarray(step, jnp.float32) - start) / (end - start), 0.0, 1.0)
+
+
+def linear(step: jax.Array | int, begin: float, end: float, steps: int) -> jax.Array:
+    """From ``begin`` at step 0 to ``end`` at ``steps`` and beyond."""
+    return begin + (end - begin) * _fraction(step, 0, steps)
+
+
+def cosine(step: jax.Array | int, begin: float, end: float, total: int, start: int = 0) -> jax.Array:
+    """Half a cosine from ``begin`` at step ``start`` to ``end`` at step ``total`` and beyond (DINO)."""
+    return end + (begin - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * _fraction(step, start, total)))
+
+
+def warmup_cosine(step: jax.Array | int, peak: float, end: float, warmup: int, total: int) -> jax.Array:
+    """Linear warm-up that reaches ``peak`` in the last warm-up step, then half a cosine to ``end``.
+
+    The first step already moves (``peak / warmup``); DINO's own list begins with a step of zero.
+    """
+    ramp = peak * (jnp.asarray(step, jnp.float32) + 1.0) / max(warmup, 1)
+    return jnp.where(step < warmup, ramp, cosine(step, peak, end, total, start=warmup))
+
+
+def learning_rate(
+    step: jax.Array | int, *, base_lr: float, batch_size: int, warmup_steps: int, min_lr: float, total_steps: int
+) -> jax.Array:
+    """Learning rate with the linear scaling rule: ``base_lr`` is per 256 samples."""
+    return warmup_cosine(step, base_lr * batch_size / 256.0, min_lr, warmup_steps, total_steps)
+
+
+def ema_rate(step: jax.Array | int, *, start: float, end: float, total_steps: int) -> jax.Array:
+    """``1 - momentum`` of the teacher, momentum rising by a cosine from ``start`` to ``end``.
+
+    The complement is scheduled because near the end the momentum itself rounds to 1 in fp32.
+    """
+    return cosine(step, 1.0 - start, 1.0 - end, total_steps)
+
+
+def teacher_temperature(step: jax.Array | int, *, start: float, end: float, warmup_steps: int) -> jax.Array:
+    """Linear warm-up of the teacher's temperature, constant afterwards."""
+    return linear(step, start, end, warmup_steps)

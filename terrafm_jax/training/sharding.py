@@ -1,0 +1,185 @@
+"""Device mesh and sharding: which part of every array lives where.
+
+The mesh has three axes. ``data`` and ``fsdp`` split the batch; ``fsdp`` also splits parameters, teacher
+and optimizer state; ``tensor`` splits the MLPs and the prototypes. Axes are Auto: the program is written
+for global arrays and the compiler inserts the communication, so the same code runs on any mesh.
+
+Rules are ordered (regular expression, PartitionSpec); the first full match of a parameter's path decides,
+and a parameter without a rule is an error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from terrafm_jax.training.optim import Optimizer, match, paths
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+
+# Kernels are [in, out]. Vectors and small embeddings are replicated: splitting them costs a collective
+# each and saves less than a thousandth of the memory.
+RULES: tuple[tuple[str, P], ...] = (
+    (r".*/mlp/fc1/kernel", P("fsdp", "tensor")),
+    (r".*/mlp/fc2/kernel", P("tensor", "fsdp")),
+    (r"head/mlp/0/kernel", P("fsdp", "tensor")),
+    (r"head/mlp/1/kernel", P("tensor", "fsdp")),
+    (r"head/last_layer/kernel", P("fsdp", "tensor")),
+    (r".*/mlp/fc1/bias|head/mlp/0/bias", P("tensor")),
+    (r".*/kernel", P("fsdp", None)),
+    (r".*/(bias|scale|pool|queries|cls_token|pos_embed|[a-z0-9_]+_embed)", P()),
+)
+
+
+class ShardingError(ValueError):
+    """The mesh does not fit the devices, the parameters or the batch."""
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh ("data", "fsdp", "tensor") over all devices; one size may be -1 and takes what is left.
+
+    On several TPU slices the data axis is hybrid: its outer part runs over the slices (slow network), its
+    inner part and the other axes stay within a slice.
+
+    Raises:
+      ShardingError: the sizes do not multiply to the number of devices, or the slices do not divide ``data``.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = _fill([data, fsdp, tensor], len(devices))
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    auto = (AxisType.Auto,) * len(AXES)
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
+    if shape[0] % slices:
+        raise ShardingError(
+            f"mesh: data = {shape[0]} must be a multiple of the {slices} slices; fsdp and tensor "
+            f"({shape[1]}, {shape[2]}) stay within one"
+        )
+    from jax.experimental import mesh_utils
+
+    grid = mesh_utils.create_hybrid_device_mesh((shape[0] // slices, *shape[1:]), (slices, 1, 1), devices)
+    return Mesh(grid, AXES, axis_types=auto)
+
+
+def _fill(sizes: list[int], devices: int) -> tuple[int, int, int]:
+    """Replaces one -1 by what is left of ``devices`` and checks the product."""
+    named = dict(zip(AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
+        raise ShardingError(f"mesh: found {named}, expected sizes >= 1 and at most one -1")
+    known = math.prod(s for s in sizes if s != -1)
+    full = tuple(devices // known if s == -1 else s for s in sizes)
+    if math.prod(full) != devices:
+        product = " x ".join(f"{k}={v}" for k, v in named.items())
+        raise ShardingError(f"mesh: {product} does not fit {devices} devices")
+    return full
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of everything with a leading batch axis."""
+    return NamedSharding(mesh, BATCH)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the batch is split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_batch(mesh: Mesh, batch_size: int, microbatches: int = 1) -> None:
+    """Raises ShardingError unless the global batch divides over the mesh, the microbatches and the processes."""
+    shards = batch_shards(mesh)
+    if batch_size % (shards * microbatches):
+        raise ShardingError(
+            f"batch_size = {batch_size} is not a multiple of data x fsdp x microbatches = "
+            f"{mesh.shape['data']} x {mesh.shape['fsdp']} x {microbatches} = {shards * microbatches}"
+        )
+    processes = len({d.process_index for d in mesh.devices.flat})
+    if batch_size % processes:
+        raise ShardingError(f"batch_size = {batch_size} is not a multiple of the {processes} processes")
+
+
+def param_specs(params: Any, rules: Sequence[tuple[str, P]] = RULES) -> Any:
+    """Tree of PartitionSpecs. Raises RuleError naming every parameter that no rule covers."""
+    return match(rules, params, kind="sharding")
+
+
+def param_shardings(mesh: Mesh, params: Any, rules: Sequence[tuple[str, P]] = RULES) -> Any:
+    """Tree of NamedShardings for parameters (arrays or ShapeDtypeStructs).
+
+    Raises:
+      RuleError: a parameter without a rule.
+      ShardingError: dimensions that their axes do not divide, all named with the numbers.
+    """
+    specs = param_specs(params, rules)
+    faults = []
+    for path, leaf, spec in zip(paths(params), jax.tree.leaves(params), _specs(specs), strict=True):
+        faults += _indivisible(mesh, path, leaf.shape, spec)
+    if faults:
+        raise ShardingError("mesh does not divide the parameters: " + "; ".join(faults))
+    return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda x: isinstance(x, P))
+
+
+def _specs(tree: Any) -> list[P]:
+    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, P))
+
+
+def _indivisible(mesh: Mesh, path: str, shape: tuple[int, ...], spec: P) -> list[str]:
+    if len(spec) > len(shape):
+        return [f"{path} has shape {shape}, its rule {spec} has more axes"]
+    faults = []
+    for axis, (size, names) in enumerate(zip(shape, spec, strict=False)):
+        parts = math.prod(mesh.shape[n] for n in ((names,) if isinstance(names, str) else names or ()))
+        if size % parts:
+            faults.append(f"{path} axis {axis} is {size}, not a multiple of {names} = {parts}")
+    return faults
+
+
+def state_shardings(mesh: Mesh, state: Any) -> Any:
+    """Shardings for a TrainState (arrays or ShapeDtypeStructs): teacher and moments lie like the parameters."""
+    params = param_shardings(mesh, state.params)
+    everywhere = NamedSharding(mesh, P())
+    prototypes = NamedSharding(mesh, P("tensor"))
+    return state.replace(
+        step=everywhere,
+        params=params,
+        teacher=params,
+        opt_state=type(state.opt_state)(*(params for _ in state.opt_state)),
+        centers=jax.tree.map(lambda _: prototypes, state.centers),
+    )
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes that one device holds of a tree of arrays or ShapeDtypeStructs with shardings."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+
+
+def make_batch(mesh: Mesh, local: Mapping[str, Any]) -> Any:
+    """Global, sharded arrays from this process's part of a batch (NumPy leaves with a leading batch axis)."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), local)
+
+
+def describe(mesh: Mesh, params: Any, optimizer: Optimizer | None = None) -> str:
+    """Table of the parameters: path, shape, sharding, decay, learning-rate multiplier, and totals.
+
+    ``params`` may be arrays or ShapeDtypeStructs. The rules of ``optimizer`` fill the last columns.
+    """
+    rules = jax.tree.leaves(optimizer.rules) if optimizer else [None] * len(jax.tree.leaves(params))
+    rows = [("parameter", "shape", "sharding", "decay", "lr", "frozen steps")]
+    specs = _specs(param_specs(params))
+    for path, leaf, spec, rule in zip(paths(params), jax.tree.leaves(params), specs, rules, strict=True):
+        shape = " x ".join(map(str, leaf.shape))
+        sharding = ", ".join(str(s) if s else "-" for s in spec) or "replicated"
+        columns = ("yes" if rule.decay else "no", f"{rule.lr:g}", str(rule.frozen_steps)) if rule else ("", "", "")
+        rows.append((path, shape, sharding, *columns))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    split = " x ".join(f"{k}={v}" for k, v in mesh.shape.items())
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], f"{total:,} parameters, mesh {split}"])

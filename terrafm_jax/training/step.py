@@ -1,0 +1,307 @@
+"""One training step as one pure function: views -> student and teacher -> loss -> update -> EMA and centers.
+
+``train_step`` depends on nothing but (spec, state, batch): all random numbers come from one key, folded
+with the step, and every schedule is a function of the step. ``make_step`` compiles it for a mesh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from terrafm_jax import landcover
+from terrafm_jax.models.spec import ModelSpec
+from terrafm_jax.models.terrafm import encode, init_params, project
+from terrafm_jax.sensors import Statistics
+from terrafm_jax.ssl import schedules
+from terrafm_jax.ssl.objective import (
+    CenterSums,
+    ObjectiveSpec,
+    center_metrics,
+    center_sums,
+    dino_loss,
+    init_centers,
+    move_centers,
+)
+from terrafm_jax.ssl.views import ViewSet, ViewSpec, make_views
+from terrafm_jax.training.optim import OptimSpec, ema, make_optimizer
+from terrafm_jax.training.sharding import batch_sharding, check_batch, describe, make_batch, state_shardings
+from terrafm_jax.training.state import TrainState
+
+__all__ = [
+    "ObjectiveSpec",
+    "OptimSpec",
+    "TrainSpec",
+    "TrainState",
+    "abstract_state",
+    "init_state",
+    "make_batch",
+    "make_step",
+    "parameter_table",
+    "train_step",
+]
+
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSpec:
+    """Everything that the compiled step depends on besides shapes.
+
+    Attributes:
+      model, views, optim, objective: specs of the parts.
+      stats: normalisation statistics of the sensors.
+      frequent: per land-cover category, whether it feeds the second center.
+      seed: of initialisation and of everything drawn while training.
+      total_steps: length of the run; the schedule of the teacher's momentum ends there.
+      microbatches: the batch is worked off in so many parts whose gradients are averaged. Same result up to
+        rounding and other random draws, less memory.
+    """
+
+    model: ModelSpec
+    views: ViewSpec
+    optim: OptimSpec
+    objective: ObjectiveSpec
+    stats: Statistics
+    frequent: tuple[bool, ...]
+    seed: int = 0
+    total_steps: int = 100_000
+    microbatches: int = 1
+
+    def __post_init__(self) -> None:
+        faults = []
+        if tuple(self.views.sensors) != tuple(self.model.sensors):
+            faults.append(f"views.sensors {self.views.sensors} differ from model.sensors {self.model.sensors}")
+        if self.views.patch != self.model.patch:
+            faults.append(f"views.patch {self.views.patch} differs from model.patch {self.model.patch}")
+        if len(self.frequent) != landcover.NUM_CATEGORIES:
+            faults.append(f"frequent has {len(self.frequent)} entries, expected {landcover.NUM_CATEGORIES}")
+        if self.views.globals + self.views.locals < 2:
+            faults.append("views.globals + views.locals must be at least 2: the loss compares views with each other")
+        if self.total_steps < 1 or self.microbatches < 1:
+            faults.append(f"total_steps {self.total_steps} and microbatches {self.microbatches} must be at least 1")
+        if faults:
+            raise ValueError("training: " + "; ".join(faults))
+
+    def __hash__(self) -> int:  # Statistics holds mappings
+        fields = (self.model, self.views, self.optim, self.objective, self.frequent, self.seed, self.total_steps)
+        return hash((*fields, self.microbatches, self.stats.to_json()))
+
+
+# --- state ------------------------------------------------------------------------------------
+
+
+def _new_state(spec: TrainSpec, key: jax.Array) -> TrainState:
+    params = init_params(spec.model, key)
+    moments = make_optimizer(spec.optim, params).init(params)
+    teacher = jax.tree.map(jnp.copy, params)
+    return TrainState(jnp.zeros((), jnp.int32), params, teacher, moments, init_centers(spec.model.prototypes))
+
+
+def _key(spec: TrainSpec) -> jax.Array:
+    return jax.random.key(spec.seed, impl="threefry2x32")  # the same numbers on every mesh and platform
+
+
+def abstract_state(spec: TrainSpec, mesh: Mesh) -> TrainState:
+    """The state as ShapeDtypeStructs with shardings: what a checkpoint is restored into.
+
+    Raises:
+      RuleError: a parameter that no optimizer rule or no sharding rule covers.
+      ShardingError: a parameter that the mesh does not divide.
+    """
+    shapes = jax.eval_shape(lambda: _new_state(spec, _key(spec)))
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, state_shardings(mesh, shapes)
+    )
+
+
+def init_state(spec: TrainSpec, mesh: Mesh) -> TrainState:
+    """A fresh state for ``spec.seed``, sharded at birth: no device ever holds more than its part.
+
+    Raises: as :func:`abstract_state`.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(spec, mesh))
+    # The key is made inside, so that processes of one job need not agree on a concrete array first.
+    return jax.jit(lambda: _new_state(spec, jax.random.fold_in(_key(spec), 0x1217)), out_shardings=shardings)()
+
+
+def parameter_table(spec: TrainSpec, mesh: Mesh) -> str:
+    """Text table of every parameter: shape, sharding, decay, learning-rate multiplier, frozen steps."""
+    params = abstract_state(spec, mesh).params
+    return describe(mesh, params, make_optimizer(spec.optim, params))
+
+
+# --- networks ---------------------------------------------------------------------------------
+
+
+def _merge(x: jax.Array) -> jax.Array:
+    """[B, V, ...] -> [B V, ...]; sample-major, so the sharding of the batch survives."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _class_tokens(
+    spec: ModelSpec, backbone: Any, views: ViewSet, present: jax.Array, drop_key: jax.Array | None
+) -> jax.Array:
+    """Class tokens [B, V, d] of views of one size, all in one batch."""
+    batch, count = present.shape[:2]
+    patches = {name: _merge(x) for name, x in views.patches.items()}
+    mask = _merge(present) if len(spec.sensors) > 1 else None
+    features = encode(spec, backbone, patches, mask, drop_key=drop_key)
+    return features.cls.reshape(batch, count, -1)
+
+
+def _student(
+    spec: ModelSpec, params: Any, global_views: ViewSet, local_views: ViewSet, drop_key: jax.Array | None
+) -> jax.Array:
+    """Logits [B, V, K] of all views, global ones first; the head runs once."""
+    tokens = []
+    for i, views in enumerate((global_views, local_views)):
+        if views.student.shape[1]:
+            key = None if drop_key is None else jax.random.fold_in(drop_key, i)
+            tokens.append(_class_tokens(spec, params["backbone"], views, views.student, key))
+    return _project(spec, params["head"], jnp.concatenate(tokens, axis=1))
+
+
+def _project(spec: ModelSpec, head: Any, tokens: jax.Array) -> jax.Array:
+    return project(spec, head, _merge(tokens)).reshape(*tokens.shape[:2], -1)
+
+
+# --- one step ---------------------------------------------------------------------------------
+
+
+def _loss_and_gradients(
+    spec: TrainSpec, state: TrainState, batch: Mapping[str, Any], key: jax.Array, teacher_temp: jax.Array
+) -> tuple[Any, CenterSums, Metrics]:
+    """Gradients, center sums and metrics of a batch or microbatch."""
+    view_key, drop_key = jax.random.split(key)
+    stats = {name: spec.stats.arrays(name) for name in spec.model.sensors}
+    with jax.named_scope("views"):
+        global_views, local_views = make_views(spec.views, stats, batch, view_key)
+    with jax.named_scope("teacher"):
+        tokens = _class_tokens(spec.model, state.teacher["backbone"], global_views, global_views.teacher, None)
+        teacher = jax.lax.stop_gradient(_project(spec.model, state.teacher["head"], tokens))
+
+    def loss_fn(params: Any) -> tuple[jax.Array, Metrics]:
+        with jax.named_scope("student"):
+            student = _student(
+                spec.model, params, global_views, local_views, drop_key if spec.model.drop_path else None
+            )
+        with jax.named_scope("loss"):
+            return dino_loss(
+                student,
+                teacher,
+                state.centers,
+                student_temp=spec.objective.student_temp,
+                teacher_temp=teacher_temp,
+                alpha=spec.objective.alpha,
+            )
+
+    (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    classes = batch["landcover"]
+    sums = center_sums(teacher, jnp.asarray(spec.frequent)[classes])
+    metrics = {"loss": loss, "feature_std": _feature_std(tokens), **metrics}
+    metrics |= _class_sums(metrics.pop("sample_entropy"), classes)
+    for network in ("student", "teacher"):
+        drawn = getattr(global_views, network)
+        metrics[f"sensors_per_view_{network}"] = jnp.mean(jnp.sum(drawn, axis=-1).astype(jnp.float32))
+    return grads, sums, metrics
+
+
+def _feature_std(tokens: jax.Array) -> jax.Array:
+    """Spread over the batch of the L2-normalised class tokens, times sqrt(d): 1 for random directions, 0 collapsed."""
+    tokens = _merge(tokens).astype(jnp.float32)
+    unit = tokens / jnp.maximum(jnp.linalg.norm(tokens, axis=-1, keepdims=True), 1e-12)
+    return jnp.mean(jnp.std(unit, axis=0)) * jnp.sqrt(jnp.float32(tokens.shape[-1]))
+
+
+def _class_sums(entropy: jax.Array, classes: jax.Array) -> Metrics:
+    """Per land-cover category the share of the batch and the summed teacher entropy, [NUM_CATEGORIES] each."""
+    member = jax.nn.one_hot(classes, landcover.NUM_CATEGORIES, dtype=jnp.float32)
+    return {"class_share": jnp.mean(member, axis=0), "class_entropy": jnp.mean(member * entropy[:, None], axis=0)}
+
+
+def _accumulate(
+    spec: TrainSpec, state: TrainState, batch: Mapping[str, Any], key: jax.Array, teacher_temp: jax.Array
+) -> tuple[Any, CenterSums, Metrics]:
+    """As :func:`_loss_and_gradients`, in ``spec.microbatches`` parts, each spread evenly over the devices."""
+    parts = spec.microbatches
+    if parts == 1:
+        return _loss_and_gradients(spec, state, batch, key, teacher_temp)
+    # Part i takes rows i, i + parts, ...: splitting the axis this way moves nothing between devices.
+    split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
+
+    def body(total: Any, part: tuple[Any, jax.Array]) -> tuple[Any, None]:
+        found = _loss_and_gradients(spec, state, part[0], jax.random.fold_in(key, part[1]), teacher_temp)
+        return jax.tree.map(jnp.add, total, found), None
+
+    first = jax.tree.map(lambda x: x[0], split)
+    shapes = jax.eval_shape(lambda: _loss_and_gradients(spec, state, first, key, teacher_temp))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    (grads, sums, metrics), _ = jax.lax.scan(body, zeros, (split, jnp.arange(parts)))
+    return jax.tree.map(lambda x: x / parts, grads), sums, jax.tree.map(lambda x: x / parts, metrics)
+
+
+def train_step(spec: TrainSpec, state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
+    """One update. Pure; see ``data/tiles.py`` for the batch.
+
+    The order is DINO's: loss with the centers before this batch, AdamW, then the teacher's EMA of the new
+    student, then the centers.
+
+    Returns:
+      The new state and fp32 scalars, means over the global batch: loss, kl, teacher_entropy,
+      marginal_entropy, feature_std, center_norm, center_frequent_norm, center_distance, grad_norm (unclipped),
+      grad_norm_{backbone,head,max}, grad_clipped, lr, weight_decay, momentum, teacher_temp,
+      sensors_per_view_{student,teacher}, class_share/NAME and class_entropy/NAME (nan where absent).
+    """
+    step, goal = state.step, spec.objective
+    teacher_temp = schedules.teacher_temperature(
+        step, start=goal.teacher_temp_start, end=goal.teacher_temp, warmup_steps=goal.teacher_temp_warmup_steps
+    )
+    rate = schedules.ema_rate(step, start=goal.ema_start, end=goal.ema_end, total_steps=spec.total_steps)
+    grads, sums, metrics = _accumulate(spec, state, batch, jax.random.fold_in(_key(spec), step), teacher_temp)
+    with jax.named_scope("update"):
+        optimizer = make_optimizer(spec.optim, state.params)
+        params, moments, optim_metrics = optimizer.update(grads, state.opt_state, state.params, step)
+        teacher = ema(state.teacher, params, rate)
+        centers = move_centers(state.centers, sums, momentum=goal.center_momentum)
+    metrics |= optim_metrics | center_metrics(centers)
+    metrics |= {"teacher_temp": teacher_temp, "momentum": 1.0 - rate}
+    return TrainState(step + 1, params, teacher, moments, centers), _named(metrics)
+
+
+def _named(metrics: Metrics) -> Metrics:
+    """Expands the per-class arrays to scalars with the names of the categories."""
+    share, entropy = metrics.pop("class_share"), metrics.pop("class_entropy")
+    mean = jnp.where(share > 0, entropy / jnp.maximum(share, 1e-12), jnp.nan)
+    for i, name in enumerate(landcover.NAMES):
+        metrics[f"class_share/{name}"], metrics[f"class_entropy/{name}"] = share[i], mean[i]
+    return metrics
+
+
+def make_step(spec: TrainSpec, mesh: Mesh) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Metrics]]:
+    """The jitted step for a mesh: ``step(state, batch) -> (state, metrics)``; the old state is donated.
+
+    ``.lower(abstract_state(...), batch shapes)`` serves ahead-of-time compilation.
+
+    Raises:
+      ShardingError: the mesh does not divide the batch or the parameters.
+      RuleError: a parameter that no rule covers.
+    """
+    check_batch(mesh, spec.optim.batch_size, spec.microbatches)
+    state = jax.tree.map(lambda x: x.sharding, abstract_state(spec, mesh))
+
+    def step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
+        return train_step(spec, state, batch)
+
+    return jax.jit(
+        step,
+        in_shardings=(state, batch_sharding(mesh)),
+        out_shardings=(state, NamedSharding(mesh, P())),
+        donate_argnums=0,
+    )
