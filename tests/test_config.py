@@ -1,0 +1,86 @@
+"""The config is a schema: unknown, mistyped and impossible keys are named, durations convert, rows differ as stated."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+from terrafm_jax import config as config_lib
+from terrafm_jax.config import ABLATIONS, ConfigError, Duration, base, check, durations, flatten
+
+CONFIGS = ("vits", "vitb", "vitl", "demo")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("argument", ["", "runlocal", *ABLATIONS, "fusion,runlocal"])
+def test_every_config_and_argument_passes_the_check(name: str, argument: str) -> None:
+    config = importlib.import_module(f"configs.{name}").get_config(argument)
+    check(config)
+    steps = durations(config, 1_000_000)
+    assert steps["total_steps"] > 0
+    assert steps["optim.warmup"] <= steps["total_steps"]
+
+
+def test_unknown_mistyped_and_impossible_keys_are_all_named() -> None:
+    config = base()
+    config.objective.unlock()
+    config.objective.alfa = 0.5
+    config.views.locals = 4
+    del config.optim["clip"]
+    config.data.sampling = "random"
+    config.total_steps = "ten epochs"
+    config.model.sensors = ("s1", "landsat")
+    config.objective.frequent = ("trees",)
+    with pytest.raises(ConfigError) as caught:
+        check(config)
+    text = str(caught.value)
+    for part in ("alfa: unknown; did you mean config.objective.alpha", "optim.clip: missing", "'random'",
+                 "'ten epochs'", "'landsat'", "'trees'", "6 faults"):  # fmt: skip
+        assert part in text, text
+
+
+def test_wrong_type_names_the_expected_one() -> None:
+    config = base()
+    with config.ignore_type():
+        config.batch_size = "large"
+    with pytest.raises(ConfigError, match=r"config\.batch_size: found 'large' \(str\), expected int"):
+        check(config)
+
+
+def test_an_integer_serves_for_a_float() -> None:
+    config = base()
+    config.objective.alpha = 1
+    check(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [("300", 300), ("300 steps", 300), ("2 epochs", 20), ("0.5 epoch", 5), ("1e3 examples", 10), ("5%", 50), ("0", 0)],
+)
+def test_durations(text: str, steps: int) -> None:
+    assert Duration(batch_size=100, examples_per_epoch=1000, total_steps=1000).steps(text) == steps
+
+
+def test_total_steps_cannot_be_a_percentage() -> None:
+    config = base()
+    config.total_steps = "50%"
+    with pytest.raises(ConfigError, match="percentage"):
+        durations(config, 1000)
+
+
+def test_ablation_rows_add_one_thing_each() -> None:
+    rows = {name: flatten(config_lib.apply_argument(base(), name)) for name in ABLATIONS}
+
+    def changed(a: str, b: str) -> set[str]:
+        return {k for k in rows[a] if rows[a][k] != rows[b][k]}
+
+    assert changed("single", "modality") == {"model.sensors"}
+    assert changed("modality", "fusion") == {"model.fusion", "views.modality_rule"}
+    assert changed("fusion", "full") == {"objective.alpha"}
+    assert rows["full"] == flatten(base())
+
+
+def test_an_unknown_argument_names_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"runlokal.*runlocal.*single"):
+        config_lib.apply_argument(base(), "runlokal")

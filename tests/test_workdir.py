@@ -1,0 +1,47 @@
+"""A workdir belongs to one recipe: it is refused to others, and says which keys differ."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from terrafm_jax.config import ConfigError, base
+from terrafm_jax.training import workdir
+
+
+@pytest.fixture
+def config() -> ConfigDict:
+    return base()
+
+
+def test_a_new_folder_is_claimed_and_can_be_claimed_again(tmp_path: Path, config: ConfigDict) -> None:
+    run = tmp_path / "run"
+    workdir.claim(str(run), config, write=True)
+    assert json.loads((run / "config.json").read_text())["batch_size"] == 1024
+    workdir.claim(str(run), config, write=True)
+
+
+def test_what_may_change_between_starts(tmp_path: Path, config: ConfigDict) -> None:
+    workdir.claim(str(tmp_path), config, write=True)
+    config.stop_at_step, config.data.workers, config.log.every, config.mesh.fsdp = 5, 0, "1", 2
+    workdir.claim(str(tmp_path), config, write=True)
+
+
+def test_another_recipe_is_refused_with_every_difference(tmp_path: Path, config: ConfigDict) -> None:
+    workdir.claim(str(tmp_path), config, write=True)
+    config.objective.alpha, config.batch_size = 1.0, 512
+    with pytest.raises(ConfigError, match=r"(?s)batch_size: 1024 there, 512 here.*alpha: 0.8 there, 1.0 here"):
+        workdir.claim(str(tmp_path), config, write=True)
+    config.allow_config_change = True
+    workdir.claim(str(tmp_path), config, write=True)
+
+
+def test_a_folder_with_foreign_files_is_refused_but_logs_are_fine(tmp_path: Path, config: ConfigDict) -> None:
+    (tmp_path / "slurm.log").write_text("")
+    workdir.claim(str(tmp_path), config, write=False)
+    (tmp_path / "thesis.txt").write_text("")
+    with pytest.raises(ConfigError, match=r"thesis\.txt"):
+        workdir.claim(str(tmp_path), config, write=False)
