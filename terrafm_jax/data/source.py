@@ -1,0 +1,202 @@
+"""Random access to the records of a prepared data set, and the small files beside the shards."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import threading
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from terrafm_jax.data import tiles
+
+
+class DataError(ValueError):
+    """A prepared data set is missing, incomplete or inconsistent."""
+
+
+class RecordError(RuntimeError):
+    """One record cannot be read; ``file``, ``position`` in it, ``number`` in the split and ``reason``."""
+
+    def __init__(self, number: int, file: str, position: int, reason: str):
+        super().__init__(f"record {number} ({file}, position {position}): {reason}")
+        self.number, self.file, self.position, self.reason = number, file, position, reason
+
+    def __reduce__(self):  # crosses process borders
+        return type(self), (self.number, self.file, self.position, self.reason)
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One split of a prepared data set.
+
+    Attributes:
+      directory: the data set's folder, a path or a URL that etils understands.
+      name: ``train``, ``validation`` or ``holdout``.
+      files: shard names in order.
+      lengths: records in each shard.
+    """
+
+    directory: str
+    name: str
+    files: tuple[str, ...]
+    lengths: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return sum(self.lengths)
+
+    def index(self) -> np.ndarray:
+        """Rows of ``tiles.INDEX_DTYPE``, mapped from disk where that is possible; raises DataError."""
+        path = epath.Path(self.directory) / f"index_{self.name}.npy"
+        if not path.exists():
+            raise DataError(f"{path} is missing; prepare the data set again")
+        if "://" in str(path):
+            with path.open("rb") as file:
+                index = np.load(file, allow_pickle=False)
+        else:
+            index = np.load(path, mmap_mode="r", allow_pickle=False)
+        missing = set(tiles.INDEX_DTYPE.names or ()) - set(index.dtype.names or ())
+        if missing or len(index) != len(self):
+            raise DataError(
+                f"{path}: {len(index)} rows, columns missing: {sorted(missing)}; "
+                f"dataset_info.json promises {len(self)} records"
+            )
+        return index
+
+    def layouts(self) -> list[dict[str, tuple[int, int]]]:
+        """Rows and columns of every ``sensor/group`` that a layout holds; raises DataError."""
+        path = epath.Path(self.directory) / "layouts.json"
+        if not path.exists():
+            raise DataError(f"{path} is missing; prepare the data set again")
+        return [{k: (int(v[0]), int(v[1])) for k, v in layout.items()} for layout in json.loads(path.read_text())]
+
+
+def open_split(data_dir: Any, name: str) -> Split:
+    """Reads ``dataset_info.json`` and checks that every shard exists.
+
+    ``data_dir`` may be the folder that holds ``dataset_info.json`` or a parent of the only one below
+    it (TFDS nests ``name/version``). Folder listings go through etils, so ``gs://`` works where etils
+    can reach it; the shards themselves are opened by array_record, whose wheels on PyPI read local
+    (also mounted) files only.
+
+    Raises:
+      DataError: no such data set or split, another file format, or shards are missing (all are named).
+    """
+    root = _find_root(epath.Path(data_dir))
+    info = json.loads((root / "dataset_info.json").read_text())
+    if info.get("fileFormat") != "array_record":
+        raise DataError(f"{root}/dataset_info.json: fileFormat {info.get('fileFormat')!r}, expected 'array_record'")
+    splits = {s["name"]: s for s in info.get("splits", [])}
+    if name not in splits:
+        raise DataError(f"{root}: no split {name!r}, found {sorted(splits)}")
+    lengths = tuple(int(n) for n in splits[name].get("shardLengths", []))
+    template = splits[name].get("filepathTemplate") or "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    files = tuple(_shard_name(template, info["name"], name, i, len(lengths)) for i in range(len(lengths)))
+    present = {p.name for p in root.iterdir()}
+    missing = [f for f in files if f not in present]
+    if missing or not files:
+        raise DataError(f"{root}: split {name!r} lacks {len(missing)} of {len(files)} shards: {missing[:5]}")
+    return Split(str(root), name, files, lengths)
+
+
+def _find_root(path: epath.Path) -> epath.Path:
+    for depth in ("", "*", "*/*"):
+        found = [path] if not depth else [p.parent for p in path.glob(f"{depth}/dataset_info.json")]
+        found = [p for p in found if (p / "dataset_info.json").exists()]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise DataError(f"{path} holds several data sets: {sorted(map(str, found))}; name one of them")
+    raise DataError(f"{path}: no dataset_info.json here or two folders below; expected a prepared data set")
+
+
+def _shard_name(template: str, dataset: str, split: str, shard: int, count: int) -> str:
+    values = {
+        "DATASET": dataset,
+        "SPLIT": split,
+        "FILEFORMAT": "array_record",
+        "SHARD_X_OF_Y": f"{shard:05d}-of-{count:05d}",
+        "SHARD_INDEX": f"{shard:05d}",
+        "NUM_SHARDS": f"{count:05d}",
+    }
+    for key, value in values.items():
+        template = template.replace("{" + key + "}", value)
+    return template
+
+
+class Records:
+    """Reads records by number. Opens shards when they are needed and keeps the last ``keep_open``.
+
+    Safe to share between threads and to send to another process (readers stay behind).
+    """
+
+    def __init__(self, split: Split, keep_open: int = 64):
+        self.split, self._keep_open = split, keep_open
+        self._ends = np.cumsum(split.lengths)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_readers", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Shard and position in the shard of record ``number``."""
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        return shard, int(number) - (int(self._ends[shard - 1]) if shard else 0)
+
+    def error(self, number: int, reason: str) -> RecordError:
+        """A RecordError that says where record ``number`` lies."""
+        shard, position = self.place(number)
+        return RecordError(int(number), self.split.files[shard], position, reason)
+
+    def read(self, number: int) -> bytes:
+        """The bytes of one record. Raises RecordError if the shard or the record is damaged."""
+        shard, position = self.place(number)
+        try:
+            return self._reader(shard).read([position])[0]
+        except Exception as error:  # array_record raises bare RuntimeError, IndexError, ...: all mean damage
+            raise self.error(number, _one_line(error)) from error
+
+    def _reader(self, shard: int) -> Any:
+        with self._lock:
+            reader = self._readers.pop(shard, None)
+            if reader is None:
+                reader = self._open(shard)
+                while len(self._readers) >= self._keep_open:
+                    self._readers.popitem(last=False)  # a thread that still reads it keeps it alive
+            self._readers[shard] = reader
+        if isinstance(reader, Exception):
+            raise reader
+        return reader
+
+    def _open(self, shard: int) -> Any:
+        from array_record.python import array_record_module
+
+        path = f"{self.split.directory.rstrip('/')}/{self.split.files[shard]}"
+        try:
+            reader = array_record_module.ArrayRecordReader(
+                path, "readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=32768
+            )
+            found, expected = reader.num_records(), self.split.lengths[shard]
+            if found != expected:
+                return RuntimeError(f"shard holds {found} records, dataset_info.json promises {expected}")
+            return reader
+        except Exception as error:
+            return error  # remembered, so that a dead shard is not opened again for each of its records
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
