@@ -1,0 +1,114 @@
+"""Linear layers, norms, activations and their initialisation: the leaves of the network.
+
+Every matrix product with a weight goes through :func:`linear`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+from terrafm_jax.models.spec import ModelSpec
+
+
+def precision(dtype: jnp.dtype) -> lax.Precision | None:
+    """Full precision for float32 products (TPU and GPU default to bf16 and TF32), the default for bfloat16."""
+    return None if dtype == jnp.bfloat16 else lax.Precision.HIGHEST
+
+
+@jax.custom_vjp
+def _linear_2d(x: Array, kernel: Array) -> Array:
+    return lax.dot(x, kernel, precision=precision(x.dtype))
+
+
+def _linear_2d_fwd(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _linear_2d(x, kernel), (x, kernel)
+
+
+def _linear_2d_bwd(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    # JAX's own rule makes the weight gradient as [out, in] and transposes it; XLA:CPU then copies the
+    # cotangent into the other layout, once a layer. Contracting the rows of both gives [in, out] at once.
+    x, kernel = saved
+    dx = lax.dot_general(g, kernel, (((1,), (1,)), ((), ())), precision=precision(g.dtype))
+    dkernel = lax.dot_general(x, g, (((0,), (0,)), ((), ())), precision=precision(g.dtype))
+    return dx, dkernel
+
+
+_linear_2d.defvjp(_linear_2d_fwd, _linear_2d_bwd)
+
+
+def linear(x: Array, kernel: Array, bias: Array | None, spec: ModelSpec, out_dtype: jnp.dtype | None = None) -> Array:
+    """``x [..., in] @ kernel [in, out] + bias [out]`` in the compute dtype of ``spec``.
+
+    ``out_dtype`` (default: the compute dtype) asks for wider sums to be kept. On CPU the backward pass
+    is ours, which avoids XLA:CPU's transposing copies; elsewhere it is JAX's. Both are equal by test.
+    """
+    dtype = spec.compute_dtype
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
+    if spec.backend == "cpu" and x.ndim >= 2 and out_dtype in (None, dtype):
+        y = _linear_2d(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+    else:
+        dims = (((x.ndim - 1,), (0,)), ((), ()))
+        y = lax.dot_general(x, kernel, dims, precision=precision(dtype), preferred_element_type=out_dtype)
+    return y if bias is None else y + expand(bias.astype(y.dtype), y.ndim)
+
+
+def expand(x: Array, ndim: int) -> Array:
+    """Prepends axes of length one up to ``ndim`` (the tests forbid silent rank promotion)."""
+    return lax.expand_dims(x, range(ndim - x.ndim))
+
+
+def gelu(x: Array) -> Array:
+    """Exact (erf) GELU, as the released weights expect; approximations shift features by 1e-3."""
+    return (0.5 * x * (1.0 + lax.erf(x * math.sqrt(0.5)))).astype(x.dtype)
+
+
+def layer_norm(x: Array, scale: Array, bias: Array, eps: float, spec: ModelSpec) -> Array:
+    """LayerNorm over the last axis with moments in ``stat_dtype``; returns the compute dtype."""
+    x = x.astype(spec.stat_dtype)
+    mean = x.mean(-1, keepdims=True)
+    centered = x - mean
+    variance = jnp.square(centered).mean(-1, keepdims=True)
+    y = centered * lax.rsqrt(variance + eps) * expand(scale, x.ndim) + expand(bias, x.ndim)
+    return y.astype(spec.compute_dtype)
+
+
+def trunc_normal(key: Array, shape: tuple[int, ...], std: float = 0.02) -> Array:
+    """Normal values cut at +-2 absolute, which is DINO's ``trunc_normal_`` (the cut is 100 sigma away)."""
+    return jnp.clip(std * jax.random.normal(key, shape, jnp.float32), -2.0, 2.0)
+
+
+def uniform_fan_in(key: Array, shape: tuple[int, ...], fan_in: int) -> Array:
+    """PyTorch's default for convolutions and linear layers: uniform within 1 / sqrt(fan_in)."""
+    bound = 1.0 / math.sqrt(fan_in)
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+class Linear(nnx.Module):
+    """``[..., features_in] -> [..., features_out]``; kernel [in, out]."""
+
+    def __init__(self, spec: ModelSpec, features_in: int, features_out: int, *, bias: bool = True, rngs: nnx.Rngs):
+        self.spec = spec
+        self.kernel = nnx.Param(trunc_normal(rngs.params(), (features_in, features_out)))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((features_out,), jnp.float32))
+
+    def __call__(self, x: Array) -> Array:
+        bias = self.bias[...] if hasattr(self, "bias") else None
+        return linear(x, self.kernel[...], bias, self.spec)
+
+
+class LayerNorm(nnx.Module):
+    """Normalises the last axis; ``eps`` 1e-6 in the blocks and 1e-5 in the token projection."""
+
+    def __init__(self, spec: ModelSpec, features: int, eps: float = 1e-6):
+        self.spec, self.eps = spec, eps
+        self.scale = nnx.Param(jnp.ones((features,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((features,), jnp.float32))
+
+    def __call__(self, x: Array) -> Array:
+        return layer_norm(x, self.scale[...], self.bias[...], self.eps, self.spec)

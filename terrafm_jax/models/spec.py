@@ -1,0 +1,117 @@
+"""What the network is and how it computes, as one frozen, hashable value (static under ``jax.jit``)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from terrafm_jax.sensors import SENSOR_KEYS, SENSORS
+
+# (width, depth, heads). B and L are published (arXiv 2506.06281); S is the usual ViT-S, an inference of ours.
+SIZES: dict[str, tuple[int, int, int]] = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16)}
+STEM_FACTOR = 3  # stems are three times as wide as the backbone
+DTYPES = ("float32", "bfloat16", "float64")  # float64 serves the parity tests
+REMATS = ("none", "dots", "block")
+ATTENTIONS = ("auto", "xla", "cudnn", "head_major")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """Shape of the network and the way it is computed.
+
+    Attributes:
+      width, depth, heads, mlp_ratio: the ViT backbone; stems have width ``3 * width``.
+      patch: side of a patch in pixels.
+      grid: side of the grid that ``pos_embed`` was learned on (14: 224 px).
+      sensors: configured sensors, a subset of SENSOR_KEYS in that order.
+      fusion: has the cross-attention over sensors; False is the released network (one sensor a view).
+      queries, fusion_heads: learned queries and heads of the fusion. 5 is published; heads are inferred.
+      drop_path: stochastic depth of the last block, rising linearly from 0 (DINO).
+      prototypes, head_hidden, head_bottleneck: the DINO head.
+      dtype: of matrix products and activations. Parameters, softmax and norms stay in float32.
+      scan: runs the blocks as one ``lax.scan`` (compiles faster, takes more temporaries).
+      remat: "none", "dots" (keeps matrix products) or "block" (keeps block inputs only).
+      attention: "xla", "cudnn" (bfloat16 on NVIDIA), "head_major" (fastest on CPU) or "auto".
+      folded: multiplies stems into projection and fusion weights first: same function, fewer FLOPs.
+      platform: "cpu", "gpu" or "tpu" the code is compiled for; "" takes the default backend. Set it when
+        compiling ahead of time for another machine.
+    """
+
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    patch: int = 16
+    grid: int = 14
+    sensors: tuple[str, ...] = SENSOR_KEYS
+    fusion: bool = True
+    queries: int = 5
+    fusion_heads: int = 16
+    drop_path: float = 0.1
+    prototypes: int = 65536
+    head_hidden: int = 2048
+    head_bottleneck: int = 256
+    dtype: str = "float32"
+    scan: bool = False
+    remat: str = "none"
+    attention: str = "auto"
+    folded: bool = True
+    platform: str = ""
+
+    def __post_init__(self) -> None:
+        faults = self._faults()
+        if faults:
+            raise ValueError("model: " + "; ".join(faults))
+
+    @classmethod
+    def of_size(cls, size: str, **overrides: Any) -> ModelSpec:
+        """ "s", "b" or "l" (case-insensitive), with any field overridden. Raises ValueError on another size."""
+        if size.lower() not in SIZES:
+            raise ValueError(f"model: unknown size {size!r}; expected one of {sorted(SIZES)}")
+        width, depth, heads = SIZES[size.lower()]
+        return cls(**{"width": width, "depth": depth, "heads": heads, **overrides})
+
+    @property
+    def stem_width(self) -> int:
+        return STEM_FACTOR * self.width
+
+    @property
+    def hidden(self) -> int:
+        return int(self.width * self.mlp_ratio)
+
+    @property
+    def backend(self) -> str:
+        """Platform the code is traced for: "cpu", "gpu" or "tpu"."""
+        return self.platform or jax.default_backend()
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype)
+
+    @property
+    def stat_dtype(self) -> jnp.dtype:
+        """Type of norms, softmax and logits: at least float32."""
+        return jnp.promote_types(self.compute_dtype, jnp.float32)
+
+    def patch_features(self, sensor: str) -> int:
+        """Length of one flattened patch of ``sensor``: patch * patch * bands."""
+        return self.patch * self.patch * len(SENSORS[sensor].bands)
+
+    def _faults(self) -> list[str]:
+        faults = []
+        wanted = tuple(k for k in SENSOR_KEYS if k in self.sensors)
+        if not self.sensors or tuple(self.sensors) != wanted:
+            faults.append(f"sensors are {self.sensors}; expected a non-empty subset of {SENSOR_KEYS} in that order")
+        if self.width % self.heads:
+            faults.append(f"width {self.width} is not divisible by heads {self.heads}")
+        if self.fusion and self.stem_width % self.fusion_heads:
+            faults.append(f"stem width {self.stem_width} is not divisible by fusion_heads {self.fusion_heads}")
+        if not 0.0 <= self.drop_path < 1.0:
+            faults.append(f"drop_path is {self.drop_path}; expected 0 <= drop_path < 1")
+        for name, allowed in (("dtype", DTYPES), ("remat", REMATS), ("attention", ATTENTIONS)):
+            if getattr(self, name) not in allowed:
+                faults.append(f"{name} is {getattr(self, name)!r}; expected one of {allowed}")
+        return faults

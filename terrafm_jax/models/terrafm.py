@@ -1,0 +1,220 @@
+"""TerraFM (arXiv 2506.06281) as pure functions of plain parameter dicts.
+
+Flax NNX modules describe parameters and computation; they are built abstractly once per spec and merged
+with the caller's dict inside each function. Nothing here keeps state, so every JAX transformation applies.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from terrafm_jax.models import folding, position
+from terrafm_jax.models.heads import DinoHead
+from terrafm_jax.models.layers import LayerNorm, trunc_normal
+from terrafm_jax.models.patch_embed import PatchEmbed
+from terrafm_jax.models.spec import ModelSpec
+from terrafm_jax.models.vit import Block, drop_path_keep, run_blocks
+
+Params = Mapping[str, Any]
+
+
+class Features(NamedTuple):
+    """Outputs after the final norm.
+
+    cls: class tokens [B, d].
+    patches: patch tokens [B, h, w, d].
+    layers: for every requested layer its (cls, patches), the final norm applied to each.
+    """
+
+    cls: Array
+    patches: Array
+    layers: tuple[tuple[Array, Array], ...] = ()
+
+
+class Prepared(NamedTuple):
+    """Backbone parameters with the weight products of the folded embedding beside them."""
+
+    params: Params
+    folded: folding.Folded
+
+
+class Backbone(nnx.Module):
+    """Patch embedding, class token, positions, blocks, final norm."""
+
+    def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs):
+        self.patch_embed = PatchEmbed(spec, rngs=rngs)
+        self.cls_token = nnx.Param(trunc_normal(rngs.params(), (1, 1, spec.width)))
+        self.pos_embed = nnx.Param(trunc_normal(rngs.params(), (1, 1 + spec.grid**2, spec.width)))
+        self.blocks = nnx.List([Block(spec, rngs=rngs) for _ in range(spec.depth)])
+        self.norm = LayerNorm(spec, spec.width)
+
+
+@functools.lru_cache(maxsize=64)
+def _graphs(spec: ModelSpec) -> dict[str, Any]:
+    def graph(build: Any) -> Any:
+        return nnx.split(nnx.eval_shape(build))[0]
+
+    return {
+        "patch_embed": graph(lambda: PatchEmbed(spec, rngs=nnx.Rngs(0))),
+        "norm": graph(lambda: LayerNorm(spec, spec.width)),
+        "head": graph(lambda: DinoHead(spec, rngs=nnx.Rngs(0))),
+    }
+
+
+def init_params(spec: ModelSpec, key: Array) -> dict[str, Any]:
+    """Fresh float32 parameters ``{"backbone": {...}, "head": {...}}`` as plain nested dicts.
+
+    Weights are normal with deviation 0.02, stems and prototypes uniform as PyTorch leaves them, biases and
+    modality embeddings zero. Traceable: ``jax.eval_shape`` and ``jax.jit`` with output shardings work.
+    """
+    backbone_key, head_key = jax.random.split(key)
+    modules = {
+        "backbone": Backbone(spec, rngs=nnx.Rngs(params=backbone_key)),
+        "head": DinoHead(spec, rngs=nnx.Rngs(params=head_key)),
+    }
+    return {name: _named(nnx.to_pure_dict(nnx.state(module, nnx.Param))) for name, module in modules.items()}
+
+
+def _named(tree: Any) -> Any:
+    """The same nested dict with string keys, so that "/".join(path) names a parameter."""
+    if not isinstance(tree, Mapping):
+        return tree
+    return {str(name): _named(value) for name, value in tree.items()}
+
+
+def _numbered(tree: Params) -> dict[int, Any]:
+    return {int(name): value for name, value in tree.items()}
+
+
+def parameter_count(tree: Params) -> int:
+    """Number of values in a parameter tree, of arrays or of shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def patchify(images: Array, p: int) -> Array:
+    """[B, H, W, C] -> [B, H/p, W/p, p*p*C], last axis ordered (row, column, band). Raises ValueError."""
+    batch, height, width, bands = images.shape
+    if height % p or width % p:
+        raise ValueError(f"patchify: image is {height}x{width}; both sides must be divisible by {p}")
+    blocks = images.reshape(batch, height // p, p, width // p, p, bands).transpose(0, 1, 3, 2, 4, 5)
+    return blocks.reshape(batch, height // p, width // p, p * p * bands)
+
+
+def prepare(spec: ModelSpec, backbone: Params) -> Prepared | Params:
+    """Forms the weight products once for several calls of :func:`encode` in the same step.
+
+    Without it each call forms its own, and so does its backward pass. Gradients reach ``backbone``.
+    Returns ``backbone`` itself when ``spec.folded`` is False.
+    """
+    if not spec.folded:
+        return backbone
+    return Prepared(backbone, nnx.merge(_graphs(spec)["patch_embed"], backbone["patch_embed"]).fold())
+
+
+def encode(
+    spec: ModelSpec,
+    backbone: Params | Prepared,
+    patches: Mapping[str, Array],
+    present: Array | None = None,
+    *,
+    drop_key: Array | None = None,
+    layers: Sequence[int] = (),
+) -> Features:
+    """Encodes views.
+
+    Args:
+      spec: the network; fields that say how to compute may differ from those used at init.
+      backbone: ``params["backbone"]``, or what :func:`prepare` made of it.
+      patches: sensor -> normalised patches [B, h, w, p*p*C] (see :func:`patchify`). With one sensor this is
+        the released path; with several they are fused.
+      present: bool [B, S] over ``spec.sensors``: sensors each sample has. None: those in ``patches``.
+      drop_key: PRNG key of the drop path; None turns it off (teacher, inference).
+      layers: blocks (0-based, negative from the end) whose features are returned too.
+
+    Raises:
+      ValueError: unknown sensors, wrong shapes, several sensors without fusion weights, layer out of range.
+    """
+    taps = _check(spec, patches, present, layers)
+    patches = {sensor: patches[sensor] for sensor in spec.sensors if sensor in patches}
+    if present is not None:
+        present = jnp.stack([present[:, spec.sensors.index(sensor)] for sensor in patches], axis=1)
+    prepared = prepare(spec, backbone) if not isinstance(backbone, Prepared) else backbone
+    if isinstance(prepared, Prepared):
+        backbone = prepared.params
+        tokens = folding.embed(spec, prepared.folded, patches, present)
+    else:
+        tokens = nnx.merge(_graphs(spec)["patch_embed"], backbone["patch_embed"])(patches, present)
+    batch, rows, columns, _ = tokens.shape
+    x = _add_positions(spec, backbone, tokens)
+    keep = None if drop_key is None or not spec.drop_path else drop_path_keep(spec, batch, drop_key)
+    x, tapped = run_blocks(spec, backbone["blocks"], x, keep, taps)
+    norm = nnx.merge(_graphs(spec)["norm"], backbone["norm"])
+
+    def split(tokens: Array) -> tuple[Array, Array]:
+        tokens = norm(tokens)
+        return tokens[:, 0], tokens[:, 1:].reshape(batch, rows, columns, spec.width)
+
+    return Features(*split(x), layers=tuple(split(tapped[i]) for i in taps))
+
+
+def _add_positions(spec: ModelSpec, backbone: Params, tokens: Array) -> Array:
+    """[B, h, w, d] -> [B, 1 + h * w, d] with the class token in front and positions added."""
+    batch, rows, columns, width = tokens.shape
+    dtype = spec.compute_dtype
+    pos = backbone["pos_embed"]
+    grid = position.interpolate(pos[0, 1:], rows, columns, spec.grid)
+    tokens = tokens + grid[None].astype(dtype)
+    first = jnp.broadcast_to((backbone["cls_token"] + pos[:, :1]).astype(dtype), (batch, 1, width))
+    return jnp.concatenate([first, tokens.reshape(batch, rows * columns, width)], axis=1)
+
+
+def _check(
+    spec: ModelSpec, patches: Mapping[str, Array], present: Array | None, layers: Sequence[int]
+) -> tuple[int, ...]:
+    """Raises ValueError naming all faults of the arguments; returns the layers as positive numbers."""
+    faults = [f"unknown sensor {s!r}; configured are {spec.sensors}" for s in patches if s not in spec.sensors]
+    if not patches:
+        faults.append(f"no sensor given; configured are {spec.sensors}")
+    if len(patches) > 1 and not spec.fusion:
+        faults.append(f"sensors {tuple(patches)} together, but these weights have no fusion; give one sensor")
+    shapes = {s: x.shape for s, x in patches.items()}
+    if len({shape[:-1] for shape in shapes.values()}) > 1 or any(len(shape) != 4 for shape in shapes.values()):
+        faults.append(f"patches must be [B, h, w, p*p*C] with equal B, h, w; found {shapes}")
+    for s, shape in shapes.items():
+        if s in spec.sensors and shape[-1] != spec.patch_features(s):
+            faults.append(f"{s}: patches have {shape[-1]} values; expected {spec.patch_features(s)}")
+    batch = next(iter(shapes.values()), (0,))[0]
+    if present is not None and present.shape != (batch, len(spec.sensors)):
+        faults.append(f"present has shape {present.shape}; expected {(batch, len(spec.sensors))}")
+    wrong = [i for i in layers if not -spec.depth <= i < spec.depth]
+    if wrong:
+        faults.append(f"layers {wrong} do not exist; depth is {spec.depth}")
+    if faults:
+        raise ValueError("encode: " + "; ".join(faults))
+    return tuple(i % spec.depth for i in layers)
+
+
+def _head(spec: ModelSpec, head: Params) -> DinoHead:
+    return nnx.merge(_graphs(spec)["head"], {**head, "mlp": _numbered(head["mlp"])})
+
+
+def project(spec: ModelSpec, head: Params, cls: Array) -> Array:
+    """DINO head: class tokens [B, d] -> logits [B, K] in float32."""
+    return _head(spec, head)(cls)
+
+
+def bottleneck(spec: ModelSpec, head: Params, cls: Array) -> Array:
+    """The head up to its unit vectors: [B, d] -> [B, bottleneck], for losses that never form all logits."""
+    return _head(spec, head).bottleneck(cls)
+
+
+def prototypes(spec: ModelSpec, head: Params) -> Array:
+    """Unit prototype columns [bottleneck, K]; ``bottleneck(...) @ prototypes(...)`` are the logits."""
+    return _head(spec, head).prototypes()

@@ -1,0 +1,117 @@
+"""Pre-norm ViT blocks (timm's and DINO's form), run one by one or as one ``lax.scan``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array, lax
+
+from terrafm_jax.models.attention import attend
+from terrafm_jax.models.layers import LayerNorm, Linear, gelu
+from terrafm_jax.models.spec import ModelSpec
+
+Params = Mapping[str, Any]
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention; ``qkv`` is packed as [3, heads, head_dim]."""
+
+    def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs):
+        self.spec = spec
+        self.qkv = Linear(spec, spec.width, 3 * spec.width, rngs=rngs)
+        self.proj = Linear(spec, spec.width, spec.width, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.proj(attend(self.qkv(x), self.spec))
+
+
+class Mlp(nnx.Module):
+    """d -> mlp_ratio * d -> d with exact GELU."""
+
+    def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs):
+        self.fc1 = Linear(spec, spec.width, spec.hidden, rngs=rngs)
+        self.fc2 = Linear(spec, spec.hidden, spec.width, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.fc2(gelu(self.fc1(x)))
+
+
+class Block(nnx.Module):
+    """``x + keep * attn(norm1(x))``, then the same with the MLP."""
+
+    def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs):
+        self.norm1 = LayerNorm(spec, spec.width)
+        self.attn = Attention(spec, rngs=rngs)
+        self.norm2 = LayerNorm(spec, spec.width)
+        self.mlp = Mlp(spec, rngs=rngs)
+
+    def __call__(self, x: Array, keep: Array | None) -> Array:
+        """Tokens [B, N, d]; ``keep`` [2, B] scales the two residuals of each sample (0 drops), or None."""
+        x = x + _scaled(self.attn(self.norm1(x)), keep, 0)
+        return x + _scaled(self.mlp(self.norm2(x)), keep, 1)
+
+
+def _scaled(residual: Array, keep: Array | None, which: int) -> Array:
+    return residual if keep is None else residual * keep[which][:, None, None].astype(residual.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _block_graph(spec: ModelSpec) -> Any:
+    return nnx.split(nnx.eval_shape(lambda: Block(spec, rngs=nnx.Rngs(0))))[0]
+
+
+def apply_block(spec: ModelSpec, params: Params, x: Array, keep: Array | None = None) -> Array:
+    """One block with plain parameters: tokens [B, N, d] -> [B, N, d]."""
+    return nnx.merge(_block_graph(spec), params)(x, keep)
+
+
+def drop_path_keep(spec: ModelSpec, batch: int, key: Array) -> Array:
+    """float32 [depth, 2, B]: 0 where a sample skips a residual, else 1 / keep probability.
+
+    The rate rises linearly from 0 in the first block to ``spec.drop_path`` in the last (DINO).
+    """
+    kept = 1.0 - np.linspace(0.0, spec.drop_path, spec.depth, dtype=np.float32)[:, None, None]
+    draws = jax.random.uniform(key, (spec.depth, 2, batch), jnp.float32)
+    return jnp.where(draws < kept, 1.0 / kept, 0.0)
+
+
+def _rematerialized(spec: ModelSpec) -> Any:
+    step = functools.partial(apply_block, spec)
+    if spec.remat == "none":
+        return step
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if spec.remat == "dots" else None
+    return jax.checkpoint(step, policy=policy, prevent_cse=not spec.scan)
+
+
+def stack_blocks(blocks: Params, depth: int) -> Params:
+    """Per-layer dicts "0", "1", ... -> one dict with a leading layer axis (gradients unstack themselves)."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(blocks[str(i)] for i in range(depth)))
+
+
+def run_blocks(
+    spec: ModelSpec, blocks: Params, x: Array, keep: Array | None, taps: Sequence[int] = ()
+) -> tuple[Array, dict[int, Array]]:
+    """All blocks over tokens [B, N, d]. Returns the last tokens and those after each block in ``taps``."""
+    step = _rematerialized(spec)
+    tapped: dict[int, Array] = {}
+    if not spec.scan:
+        for i in range(spec.depth):
+            x = step(blocks[str(i)], x, None if keep is None else keep[i])
+            if i in taps:
+                tapped[i] = x
+        return x, tapped
+    stacked = stack_blocks(blocks, spec.depth)
+    start = 0
+    for stop in sorted({*(i + 1 for i in taps), spec.depth}):  # one scan between two taps
+        part = jax.tree.map(lambda leaf, a=start, b=stop: leaf[a:b], (stacked, keep))
+        x, _ = lax.scan(lambda carry, layer: (step(layer[0], carry, layer[1]), None), x, part)
+        start = stop
+        if stop - 1 in taps:
+            tapped[stop - 1] = x
+    return x, tapped
