@@ -1,0 +1,270 @@
+"""What a labelled data set is, and how its channels become the model's bands.
+
+A reader declares each input once (sensor, bands in delivered order, unit, baseline offset); everything else,
+from band order to refusing Landsat, follows from ``sensors.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from terrafm_jax.evals.features import ImageBatch
+from terrafm_jax.sensors import SENSORS, band_name, sensor
+
+TASKS = ("classification", "multilabel", "segmentation", "regression", "change")
+UNITS = {"S2": ("DN", "reflectance"), "S1": ("dB", "linear")}
+SPLITS = ("train", "val", "test")
+
+
+class DatasetError(ValueError):
+    """A data set cannot be read or does not fit the model; the message names file or field and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """One sensor as a data set delivers it.
+
+    Attributes:
+      sensor: key or alias in ``sensors.py``. Raises DatasetError for any other (Landsat has no stem).
+      bands: delivered channels in order, in any known spelling; "" marks one that the model has no use for.
+      unit: ``DN`` (reflectance x 10000), ``reflectance``, ``dB`` or ``linear`` (power).
+      offset: DN of the processing baseline still in all images (1000 from N0400 on, unless removed).
+      level: for people, e.g. ``L1C``, ``GRD sigma0, Lee-filtered``.
+    """
+
+    sensor: str
+    bands: tuple[str, ...]
+    unit: str = ""
+    offset: float = 0.0
+    level: str = ""
+
+    def __post_init__(self) -> None:
+        try:
+            found = sensor(self.sensor)
+        except ValueError as e:
+            raise DatasetError(
+                f"sensor {self.sensor!r} cannot be evaluated: the model has stems for {list(SENSORS)} only "
+                f"(Landsat, aerial and other sensors are refused, not squeezed into a Sentinel stem)"
+            ) from e
+        object.__setattr__(self, "sensor", found.key)
+        allowed = UNITS["S1" if found.key == "s1" else "S2"]
+        object.__setattr__(self, "unit", self.unit or allowed[0])
+        if self.unit not in allowed:
+            raise DatasetError(f"{found.key}: unit {self.unit!r}, expected one of {list(allowed)}")
+        names = [band_name(b, found) for b in self.bands]
+        unknown = [b for b, n in zip(self.bands, names, strict=True) if b and n is None]
+        known = [n for n in names if n]
+        twice = sorted({n for n in known if known.count(n) > 1})
+        if unknown or twice:
+            raise DatasetError(f"{found.key}: unknown bands {unknown}, repeated bands {twice} in {list(self.bands)}")
+        if not any(n in found.band_names for n in known):
+            raise DatasetError(f"{found.key}: none of {list(self.bands)} is a band of the sensor")
+
+    @property
+    def channels(self) -> tuple[tuple[int, int], ...]:
+        """(delivered channel, canonical position) of every band that the model sees."""
+        s = SENSORS[self.sensor]
+        names = [band_name(b, s) for b in self.bands]
+        return tuple((i, s.band_names.index(n)) for i, n in enumerate(names) if n in s.band_names)
+
+    @property
+    def mask(self) -> np.ndarray:
+        """bool [C]: canonical bands that the data set delivers."""
+        mask = np.zeros(len(SENSORS[self.sensor].bands), bool)
+        mask[[c for _, c in self.channels]] = True
+        return mask
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Bands the model knows and the data set lacks."""
+        return tuple(n for n, there in zip(SENSORS[self.sensor].band_names, self.mask, strict=True) if not there)
+
+
+def canonical(source: Input, image: np.ndarray, name: str = "image") -> np.ndarray:
+    """[H, W, delivered channels] -> float32 [H, W, C] in the sensor's unit; NaN: not measured; absent bands are 0.
+
+    Sentinel-2 is nodata where all delivered bands are 0; power at or below 0 and -inf dB are nodata.
+    Raises DatasetError on a wrong channel count or shape.
+    """
+    image = np.asarray(image)
+    if image.ndim != 3 or image.shape[2] != len(source.bands):
+        raise DatasetError(f"{name}: shape {image.shape}, expected [H, W, {len(source.bands)}] for {source.bands}")
+    taken = image[..., [i for i, _ in source.channels]].astype(np.float32)
+    if source.sensor == "s1":
+        if source.unit == "linear":
+            with np.errstate(divide="ignore", invalid="ignore"):
+                taken = np.where(taken > 0, 10.0 * np.log10(taken), np.nan)
+        taken[~np.isfinite(taken)] = np.nan
+    else:
+        if source.unit == "reflectance":
+            taken = taken * 10000.0
+        taken[(taken == 0).all(-1)] = np.nan
+    out = np.zeros((*image.shape[:2], len(SENSORS[source.sensor].bands)), np.float32)
+    out[..., [c for _, c in source.channels]] = taken
+    return out
+
+
+@dataclasses.dataclass
+class Sample:
+    """One labelled example.
+
+    Attributes:
+      id: unique within the data set.
+      images: per input key [H, W, delivered channels].
+      target: class int, bool [C], mask [H, W] int, or float.
+      offset: per input key, overrides ``Input.offset``.
+      after: second date of a change pair, like ``images``.
+      path: where it came from (error sheets, georeferenced predictions).
+    """
+
+    id: str
+    images: Mapping[str, np.ndarray]
+    target: Any
+    offset: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    after: Mapping[str, np.ndarray] | None = None
+    path: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+    """What stands in the tables.
+
+    Attributes:
+      name: unique, the same as in the published tables where there is one.
+      inputs: by key ("s2_l2a", "s1"); several are fused when the model can.
+      ignore: label that does not count in segmentation.
+      note: printed with the results: band order used, what was cut, traps.
+      unit: of a regression target.
+    """
+
+    name: str
+    task: str
+    classes: tuple[str, ...]
+    inputs: Mapping[str, Input]
+    ignore: int = -1
+    note: str = ""
+    unit: str = ""
+    licence: str = ""
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise DatasetError(f"{self.name}: task {self.task!r}, expected one of {list(TASKS)}")
+        if not self.inputs:
+            raise DatasetError(f"{self.name}: declares no input")
+
+    def select(self, keys: Sequence[str]) -> dict[str, Input]:
+        """The inputs of the given sensors. Raises DatasetError naming those the data set lacks."""
+        lacking = [k for k in keys if k not in self.inputs]
+        if lacking or not keys:
+            raise DatasetError(f"{self.name}: has inputs {list(self.inputs)}, asked for {list(keys)}")
+        return {k: self.inputs[k] for k in keys}
+
+
+class Split(Sequence[Sample]):
+    """A lazily read list of samples: ids are known beforehand, pixels are read by ``read(i)``.
+
+    Attributes:
+      labels: targets [N] without reading pixels where the format allows it, else None (stratified subsets need it).
+    """
+
+    def __init__(self, ids: Sequence[str], read: Callable[[int], Sample], labels: np.ndarray | None = None):
+        self.ids, self._read, self.labels = list(ids), read, labels
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(self.ids):
+            raise IndexError(i)
+        return self._read(int(i))
+
+    def subset(self, indices: Sequence[int]) -> Split:
+        indices = [int(i) for i in indices]
+        labels = None if self.labels is None else self.labels[indices]
+        return Split([self.ids[i] for i in indices], lambda i: self._read(indices[i]), labels)
+
+    def map(self, change: Callable[[Sample], Sample]) -> Split:
+        return Split(self.ids, lambda i: change(self._read(i)), self.labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Declaration and splits ("train", "val", "test"; a data set may lack some)."""
+
+    info: DatasetInfo
+    splits: Mapping[str, Split]
+
+    def split(self, name: str) -> Split:
+        if name not in self.splits:
+            raise DatasetError(f"{self.info.name}: no split {name!r}; it has {list(self.splits)}")
+        return self.splits[name]
+
+    def fingerprint(self, split: str, keys: Sequence[str]) -> str:
+        """Changes when the samples, their order or the declaration of the inputs change (feature cache)."""
+        declared = {k: dataclasses.asdict(self.info.inputs[k]) for k in keys}
+        text = json.dumps([self.info.name, self.splits[split].ids, declared], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def collate(info: DatasetInfo, samples: Sequence[Sample], keys: Sequence[str], after: bool = False) -> ImageBatch:
+    """Batch of equally sized samples for the encoder, through ``canonical``."""
+    inputs = info.select(keys)
+    images = {}
+    for key, source in inputs.items():
+        parts = [canonical(source, (s.after if after else s.images)[key], f"{info.name}/{s.id}/{key}") for s in samples]
+        shapes = {p.shape for p in parts}
+        if len(shapes) > 1:
+            raise DatasetError(f"{info.name}: {key} images of one batch differ in size: {sorted(shapes)}")
+        images[key] = np.stack(parts)
+    offset = {k: np.array([s.offset.get(k, inputs[k].offset) for s in samples], np.float32) for k in keys}
+    return ImageBatch(images, {k: i.mask for k, i in inputs.items()}, offset)
+
+
+def batches(split: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
+    """Consecutive samples of equal image shapes, at most ``size`` together."""
+    group: list[Sample] = []
+    shapes: Any = None
+    for i in range(len(split)):
+        sample = split[i]
+        found = {k: np.shape(v) for k, v in sample.images.items()}
+        if group and (found != shapes or len(group) == size):
+            yield group
+            group = []
+        shapes = found
+        group.append(sample)
+    if group:
+        yield group
+
+
+def label_fraction(labels: np.ndarray, fraction: float, seed: int, minimum: int = 1) -> np.ndarray:
+    """Sorted indices of a random subset that holds ``fraction`` of every class, at least ``minimum`` of each.
+
+    Multilabel targets bool [N, C] and targets that are not classes are drawn without stratification.
+    """
+    labels = np.asarray(labels)
+    rng = np.random.default_rng([seed, int(fraction * 1e6)])
+    if not 0 < fraction <= 1:
+        raise DatasetError(f"label fraction {fraction}, expected above 0 and at most 1")
+    if fraction == 1:
+        return np.arange(len(labels))
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        count = max(minimum, round(fraction * len(labels)))
+        return np.sort(rng.permutation(len(labels))[:count])
+    picked = []
+    for c in np.unique(labels):
+        members = rng.permutation(np.nonzero(labels == c)[0])
+        picked.append(members[: max(minimum, round(fraction * len(members)))])
+    return np.sort(np.concatenate(picked))
+
+
+def few_shot(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
+    """Sorted indices of ``shots`` samples per class (fewer where a class has fewer)."""
+    rng = np.random.default_rng([seed, shots])
+    picked = [rng.permutation(np.nonzero(labels == c)[0])[:shots] for c in np.unique(labels)]
+    return np.sort(np.concatenate(picked))

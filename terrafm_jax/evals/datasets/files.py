@@ -1,0 +1,94 @@
+"""Reading the file formats that labelled data sets come in; every fault is one line that names the file."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from terrafm_jax.evals.datasets.base import DatasetError
+
+
+def need(path: Path, what: str, hint: str = "") -> Path:
+    """The path, or a DatasetError that says what was expected there."""
+    if not path.exists():
+        raise DatasetError(f"{path}: not found; expected {what}{'; ' + hint if hint else ''}")
+    return path
+
+
+def read_tiff(path: Path | str, channels: Sequence[int] | None = None, at: tuple[int, int] | None = None) -> np.ndarray:
+    """Pixels [H, W, channels] of a raster. ``at`` (byte offset, length) reads a raster inside a larger file."""
+    import rasterio
+    from rasterio.io import MemoryFile
+
+    indexes = None if channels is None else [c + 1 for c in channels]
+    try:
+        if at is None:
+            with rasterio.open(path) as src:
+                return np.ascontiguousarray(src.read(indexes).transpose(1, 2, 0))
+        with open(path, "rb") as f:
+            f.seek(at[0])
+            blob = f.read(at[1])
+        with MemoryFile(blob) as memory, memory.open() as src:
+            return np.ascontiguousarray(src.read(indexes).transpose(1, 2, 0))
+    except (rasterio.errors.RasterioError, IndexError, OSError) as e:
+        raise DatasetError(f"{path}: cannot be read as a raster ({str(e).splitlines()[0]})") from e
+
+
+def tiff_size(path: Path, bands: Sequence[str]) -> dict[str, Any]:
+    """Shape, band descriptions and tags of a raster without its pixels."""
+    import rasterio
+
+    try:
+        with rasterio.open(path) as src:
+            return {"shape": src.shape, "count": src.count, "descriptions": src.descriptions, "tags": src.tags()}
+    except rasterio.errors.RasterioError as e:
+        raise DatasetError(f"{path}: cannot be read as a raster ({str(e).splitlines()[0]})") from e
+
+
+def read_band_files(folder: Path, bands: Sequence[str], pattern: str) -> np.ndarray:
+    """One raster per band (``pattern`` with {band}) -> [H, W, bands]; coarser bands are repeated to the finest grid.
+
+    Raises DatasetError listing every missing file, and sizes that are no whole multiples.
+    """
+    paths = [folder / pattern.format(band=b) for b in bands]
+    missing = [p.name for p in paths if not p.exists()]
+    if missing:
+        raise DatasetError(f"{folder}: missing {missing}")
+    planes = [read_tiff(p)[..., 0] for p in paths]
+    rows, cols = max(p.shape[0] for p in planes), max(p.shape[1] for p in planes)
+    out = np.empty((rows, cols, len(planes)), np.result_type(*planes))
+    for i, (plane, path) in enumerate(zip(planes, paths, strict=True)):
+        if rows % plane.shape[0] or cols % plane.shape[1]:
+            raise DatasetError(f"{path}: {plane.shape} px is no whole fraction of {(rows, cols)}")
+        repeated = np.repeat(plane, rows // plane.shape[0], axis=0)
+        out[..., i] = np.repeat(repeated, cols // plane.shape[1], axis=1)
+    return out
+
+
+def read_lines(path: Path) -> list[str]:
+    """Non-empty lines of a text file."""
+    return [line.strip() for line in need(path, "a list of names").read_text().splitlines() if line.strip()]
+
+
+def read_csv(path: Path, columns: Sequence[str] = ()) -> list[dict[str, str]]:
+    """Rows of a CSV file. Raises DatasetError when required columns are missing."""
+    with need(path, "a CSV file").open(newline="") as f:
+        reader = csv.DictReader(f)
+        lacking = [c for c in columns if c not in (reader.fieldnames or [])]
+        if lacking:
+            raise DatasetError(f"{path}: columns {reader.fieldnames}, lacks {lacking}")
+        return list(reader)
+
+
+def open_h5(path: Path) -> Any:
+    """An h5py file, read-only. Raises DatasetError for anything that is not HDF5."""
+    import h5py
+
+    try:
+        return h5py.File(need(path, "an HDF5 file"), "r")
+    except OSError as e:
+        raise DatasetError(f"{path}: cannot be read as HDF5 ({str(e).splitlines()[0]})") from e

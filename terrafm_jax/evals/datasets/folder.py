@@ -1,0 +1,240 @@
+"""Any labelled folder: ``class_name/*.tif``, image and mask pairs, or a CSV of labels, described by a short YAML.
+
+``dataset.yaml`` lies in the folder, or elsewhere with ``root: DIR``. Fields and examples: docs/evaluation.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from terrafm_jax.evals.datasets import files
+from terrafm_jax.evals.datasets.base import SPLITS, TASKS, Dataset, DatasetError, DatasetInfo, Input, Sample, Split
+from terrafm_jax.sensors import SENSORS, band_name
+
+_FIELDS = {"name", "root", "task", "classes", "inputs", "masks", "mask_suffix", "labels", "splits", "ignore", "licence",
+           "note", "unit"}  # fmt: skip
+_INPUT_FIELDS = {"bands", "unit", "offset", "level", "folder", "suffix", "after"}
+
+
+def open_folder(path: str | Path) -> list[Dataset]:
+    """Opens a folder with ``dataset.yaml`` in it, or a YAML file. Raises DatasetError naming every bad field."""
+    path = Path(path)
+    file = path if path.suffix in (".yaml", ".yml") else path / "dataset.yaml"
+    if not file.exists():
+        raise DatasetError(
+            f"{file}: not found. Say there what the images are, e.g.\n"
+            "  task: classification\n  inputs: {s2_l2a: {bands: [B02, B03, B04, B08], unit: DN}}"
+        )
+    import yaml
+
+    try:
+        spec = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as e:
+        raise DatasetError(f"{file}: not valid YAML ({str(e).splitlines()[0]})") from e
+    return [_Reader(file, spec).dataset()]
+
+
+class _Reader:
+    def __init__(self, file: Path, spec: Any):
+        if not isinstance(spec, dict) or "inputs" not in spec:
+            raise DatasetError(f"{file}: expected a mapping with at least 'inputs', found {type(spec).__name__}")
+        unknown = sorted(set(spec) - _FIELDS)
+        declared = spec["inputs"] if isinstance(spec["inputs"], dict) else {}
+        for key, entry in declared.items():
+            fields = set(entry) if isinstance(entry, dict) else {"(not a mapping)"}
+            unknown += sorted(f"inputs.{key}.{f}" for f in fields - _INPUT_FIELDS)
+        task = spec.get("task", "classification")
+        if unknown or task not in TASKS or not declared:
+            found = f"unknown fields {unknown}, task {task!r}, {len(declared)} inputs"
+            raise DatasetError(f"{file}: {found}; tasks are {list(TASKS)}, fields {sorted(_FIELDS)}")
+        self.file, self.spec, self.task = file, spec, task
+        self.root = (file.parent / spec.get("root", ".")).resolve()
+        files.need(self.root, f"the folder 'root' of {file}")
+        self.declared = declared
+        self.inputs = {
+            k: Input(k, tuple(v["bands"]), v.get("unit", ""), float(v.get("offset", 0)), v.get("level", ""))
+            for k, v in declared.items()
+        }
+
+    def dataset(self) -> Dataset:
+        first = next(iter(self.declared))
+        images = self._find(first)
+        if not images:
+            raise DatasetError(f"{self.root / self.declared[first].get('folder', '')}: no .tif below it")
+        self._check_bands(images[0])
+        kept, targets, classes = self._targets(images)
+        info = DatasetInfo(
+            name=self.spec.get("name", self.root.name),
+            task=self.task,
+            classes=tuple(classes),
+            inputs={i.sensor: i for i in self.inputs.values()},
+            ignore=int(self.spec.get("ignore", -1)),
+            note=self.spec.get("note", ""),
+            unit=self.spec.get("unit", ""),
+            licence=self.spec.get("licence", ""),
+        )
+
+        def read(i: int) -> Sample:
+            path = kept[i]
+            loaded = {self.inputs[k].sensor: self._image(k, path) for k in self.inputs}
+            after = None
+            if self.task == "change":
+                after = {self.inputs[k].sensor: self._image(k, path, self._after(k)) for k in self.inputs}
+            target = targets[i] if targets is not None else self._mask(path)
+            return Sample(self._relative(path), loaded, target, after=after, path=str(path))
+
+        labels = None if targets is None else np.asarray(targets)
+        whole = Split([self._relative(p) for p in kept], read, labels)
+        return Dataset(info, {k: whole.subset(rows) for k, rows in self._splits(kept, labels).items()})
+
+    # --- files ---
+
+    def _folder(self, key: str) -> Path:
+        return self.root / self.declared[key].get("folder", "")
+
+    def _after(self, key: str) -> Path:
+        if "after" not in self.declared[key]:
+            raise DatasetError(f"{self.file}: task change needs inputs.{key}.after (the folder of the second date)")
+        return self.root / self.declared[key]["after"]
+
+    def _find(self, key: str) -> list[Path]:
+        suffix = self.declared[key].get("suffix", "")
+        wanted = files.need(self._folder(key), f"images of {key}").rglob("*")
+        return sorted(p for p in wanted if p.suffix.lower() in (".tif", ".tiff") and p.name.endswith(suffix))
+
+    def _relative(self, path: Path) -> str:
+        """Name shared by all sensors and the mask: path below the sensor's folder without its suffix."""
+        first = next(iter(self.declared))
+        name = path.relative_to(self._folder(first)).as_posix()
+        return name.removesuffix(self.declared[first].get("suffix", "")) or name
+
+    def _image(self, key: str, path: Path, folder: Path | None = None) -> np.ndarray:
+        folder = folder or self._folder(key)
+        return files.read_tiff(files.need(folder / (self._relative(path) + self.declared[key].get("suffix", "")), key))
+
+    def _mask(self, path: Path) -> np.ndarray:
+        name = self._relative(path) + self.spec.get("mask_suffix", "")
+        mask = files.read_tiff(files.need(self.root / self.spec["masks"] / name, f"the mask of {path.name}"))[..., 0]
+        return mask.astype(np.float32 if self.task == "regression" else np.int64)
+
+    def _check_bands(self, path: Path) -> None:
+        """A raster that names its bands must agree with the declaration; junk names count as none."""
+        for key, declared in self.inputs.items():
+            suffix = self.declared[key].get("suffix", "")
+            file = files.need(self._folder(key) / (self._relative(path) + suffix), f"the {key} image of {path.name}")
+            found = files.tiff_size(file, declared.bands)
+            if found["count"] != len(declared.bands):
+                raise DatasetError(f"{file}: {found['count']} bands, {self.file} declares {len(declared.bands)}")
+            names = [band_name(d, SENSORS[declared.sensor]) if d else None for d in found["descriptions"]]
+            wanted = [band_name(b, SENSORS[declared.sensor]) for b in declared.bands]
+            if all(names) and any(w and n != w for n, w in zip(names, wanted, strict=True)):
+                raise DatasetError(f"{file}: names its bands {names}, {self.file} declares {wanted}")
+
+    # --- labels ---
+
+    def _targets(self, images: list[Path]) -> tuple[list[Path], list[Any] | None, list[str]]:
+        classes = list(self.spec.get("classes", ()))
+        if self.spec.get("masks"):
+            return images, None, classes
+        if self.task in ("segmentation", "change"):
+            raise DatasetError(f"{self.file}: task {self.task} needs 'masks' (a folder)")
+        if self.task == "classification" and "labels" not in self.spec:
+            return self._from_folders(images, classes)
+        return self._from_table(images, classes)
+
+    def _from_folders(self, images: list[Path], classes: list[str]):
+        names = [p.parent.name for p in images]
+        classes = classes or sorted(set(names))
+        kept = [(p, classes.index(n)) for p, n in zip(images, names, strict=True) if n in classes]
+        if len(classes) < 2 or not kept:
+            raise DatasetError(f"{self.root}: class folders {sorted(set(names))}, expected at least two of {classes}")
+        return [p for p, _ in kept], [c for _, c in kept], classes
+
+    def _from_table(self, images: list[Path], classes: list[str]):
+        """Labels from a CSV (columns file and label, or file and labels joined by ';') or from a raster tag."""
+        source = self.spec.get("labels")
+        if isinstance(source, dict) and "tag" in source:
+            rows = {p: self._tag(p, source["tag"]) for p in images}
+        else:
+            column = {"multilabel": "labels", "regression": "value"}.get(self.task, "label")
+            table = files.read_csv(self.root / str(source), ("file", column))
+            match = _matcher(images)
+            rows = {match(r["file"]): r[column] for r in table}
+        rows.pop(None, None)
+        if not rows:
+            raise DatasetError(f"{self.file}: labels name none of the {len(images)} images below {self.root}")
+        kept = sorted(rows)
+        if self.task == "regression":
+            return kept, [float(rows[p]) for p in kept], []
+        split = {p: v if isinstance(v, list) else _names(v) for p, v in rows.items()}
+        classes = classes or sorted({name for names in split.values() for name in names})
+        strange = sorted({name for names in split.values() for name in names} - set(classes))
+        if strange:
+            raise DatasetError(f"{self.file}: labels {strange} are none of the classes {classes}")
+        if self.task == "multilabel":
+            return kept, [np.array([c in split[p] for c in classes]) for p in kept], classes
+        return kept, [classes.index(split[p][0]) for p in kept], classes
+
+    def _tag(self, path: Path, tag: str) -> list[str]:
+        text = files.tiff_size(path, ())["tags"].get(tag)
+        if text is None:
+            raise DatasetError(f"{path}: no tag {tag!r}")
+        return json.loads(text)
+
+    # --- splits ---
+
+    def _splits(self, images: list[Path], labels: np.ndarray | None) -> dict[str, list[int]]:
+        """From a CSV with columns file and split, from shares, or 60/20/20; random shares are seeded and stratified."""
+        given = self.spec.get("splits", {"train": 0.6, "val": 0.2, "test": 0.2})
+        if isinstance(given, str):
+            rows = files.read_csv(self.root / given, ("file", "split"))
+            found: dict[str, list[int]] = {}
+            position, match = {p: i for i, p in enumerate(images)}, _matcher(images)
+            for row in rows:
+                name = {"valid": "val", "validation": "val"}.get(row["split"], row["split"])
+                if match(row["file"]) is not None:
+                    found.setdefault(name, []).append(position[match(row["file"])])
+            unknown = sorted(set(found) - set(SPLITS))
+            if unknown or not found:
+                raise DatasetError(f"{self.root / given}: splits {sorted(found)}, expected some of {list(SPLITS)}")
+            return found
+        shares = {k: float(given[k]) for k in SPLITS if k in given}
+        if not shares or abs(sum(shares.values()) - 1) > 1e-6:
+            expected = f"shares of {list(SPLITS)} that sum to 1, or a CSV file"
+            raise DatasetError(f"{self.file}: splits {given}, expected {expected}")
+        return _random_splits(len(images), labels, shares, int(given.get("seed", 0)))
+
+
+def _random_splits(count: int, labels: np.ndarray | None, shares: dict[str, float], seed: int) -> dict[str, list[int]]:
+    groups = [np.arange(count)]
+    if labels is not None and labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer):
+        groups = [np.nonzero(labels == c)[0] for c in np.unique(labels)]
+    rng, out = np.random.default_rng(seed), {k: [] for k in shares}
+    ends = np.cumsum(list(shares.values()))
+    for members in groups:
+        cuts = np.round(ends * len(members)).astype(int)
+        for name, part in zip(shares, np.split(rng.permutation(members), cuts[:-1]), strict=True):
+            out[name] += part.tolist()
+    return {k: sorted(v) for k, v in out.items()}
+
+
+def _names(text: str) -> list[str]:
+    return [t.strip() for t in text.split(";") if t.strip()]
+
+
+def _matcher(images: list[Path]) -> Callable[[str], Path | None]:
+    """Finds the image a table means: tables give paths below this folder, below one of its parents, or bare names."""
+    by_two = {"/".join(p.parts[-2:]): p for p in images}
+    by_name = {p.name: p for p in images}
+    unique = len(by_name) == len(images)
+
+    def match(name: str) -> Path | None:
+        parts = Path(name).parts
+        return by_two.get("/".join(parts[-2:])) or (by_name.get(parts[-1]) if unique else None)
+
+    return match
