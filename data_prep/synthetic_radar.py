@@ -1,0 +1,50 @@
+"""Sentinel-1 of a synthetic cell: gamma0 in linear power with speckle.
+
+Mean backscatter follows the confusable groups of the optical side; members differ in the texture that
+their structure imposes (bright scatterers, dark creeks, parcels, swell).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from data_prep.synthetic_geography import Acquisition, CellPlan
+from data_prep.synthetic_landscape import Landscape
+from terrafm_jax import landcover
+
+# Mean VV and VH in dB, spread of the mean between cells, spatial standard deviation in dB.
+BACKSCATTER: dict[str, tuple[float, float, float, float]] = {
+    "tree": (-8.8, -14.6, 1.3, 1.2), "shrub": (-9.6, -15.6, 1.4, 1.6), "mangrove": (-9.0, -15.2, 1.4, 1.7),
+    "grass": (-12.2, -19.0, 1.6, 1.3), "crop": (-11.8, -18.6, 1.6, 1.8), "wetland": (-12.0, -19.2, 1.6, 1.9),
+    "built": (-9.8, -18.0, 2.0, 2.6), "bare": (-11.6, -19.6, 2.2, 1.9), "moss": (-11.6, -19.6, 2.0, 1.7),
+    "snow": (-11.0, -18.5, 2.2, 1.2), "water": (-20.5, -27.0, 2.2, 1.3), "sea": (-18.5, -26.0, 2.4, 1.5),
+}  # fmt: skip
+LOOKS = 4.4  # equivalent number of looks of an IW GRDH product at 10 m
+
+
+def gamma0(plan: CellPlan, land: Landscape, acquired: Acquisition) -> np.ndarray:
+    """float32 [n, n, 2]: VV and VH in linear power, with speckle.
+
+    Gain, moisture and contrast are drawn per product; the mean level of a class per cell.
+    """
+    rng = plan.rng(30, acquired.stream)
+    gain, moisture, contrast = rng.normal(0, 0.7, 2), rng.normal(0, 0.8), math.exp(rng.normal(0, 0.2))
+    level = np.empty((*land.classes.shape, 2), np.float32)
+    for name in land.present:
+        inside = land.classes == landcover.category(name)
+        vv, vh, spread, swing = BACKSCATTER[name]
+        own = plan.rng(31, landcover.category(name))
+        common, apart = own.normal(0, spread), own.normal(0, 0.5 * spread)
+        shape, turn = land.structures[name], plan.rng(32, acquired.stream).uniform(-1, 1)
+        texture = contrast * swing * (shape.radar + 0.6 * turn * shape.parcel)[inside]
+        wet = moisture * (name not in ("tree", "mangrove", "built"))
+        level[inside, 0] = vv + common + wet + texture
+        level[inside, 1] = vh + common + apart + 0.6 * wet + 0.85 * texture
+    # Slopes towards the sensor; terrain correction leaves a part of it.
+    look = 1 if acquired.orbit == "ascending" else -1
+    flat = np.isin(land.classes, [landcover.WATER, landcover.SEA])
+    level += np.where(flat, 0, look * plan.rng(23).uniform(0.0, 0.7) * land.slope[1])[..., None]
+    power = np.power(np.float32(10), (level + gain.astype(np.float32)) / 10)
+    return power * rng.standard_gamma(LOOKS, level.shape, np.float32) / np.float32(LOOKS)
