@@ -133,7 +133,7 @@ def _sensor(data: bytes, found: dict[str, Any], key: str, sensor: Any) -> dict[s
         valid = _shaped(data, found, f"{path}/valid", "u1")
         if dn.ndim != 3 or dn.shape[2] != len(bands):
             raise DecodeError(f"{path}/dn has shape {dn.shape}, expected {len(bands)} bands")
-        if valid.shape != (dn.shape[0], -(-dn.shape[1] // 8)):
+        if entry["present"] and valid.shape != (dn.shape[0], -(-dn.shape[1] // 8)):
             raise DecodeError(f"{path}/valid has shape {valid.shape}, which does not fit dn {dn.shape}")
         entry[group] = {"dn": dn, "valid": valid, "transform": _array(data, found[f"{path}/transform"], "<f8", (6,))}
     return entry
