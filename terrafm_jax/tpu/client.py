@@ -1,0 +1,54 @@
+"""Devices of a TPU that is not there: libtpu compiles for them, nothing can run on them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from terrafm_jax.tpu.chips import Topology
+
+
+def available() -> bool:
+    """Whether the libtpu wheel is installed (``pip install terrafm_jax[tpu]``)."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def prepare_environment() -> None:
+    """Lets libtpu start on a machine without a TPU; call before the first compile-only client.
+
+    It otherwise asks a metadata server that is not there, and takes a lock that keeps a second
+    process from compiling at the same time.
+    """
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+
+
+def compile_only_devices(topology: Topology) -> list:
+    """All devices of ``topology``, slice by slice. Raises RuntimeError where libtpu is not installed."""
+    if not available():
+        raise RuntimeError(f"compiling for {topology.name} needs the libtpu wheel: pip install 'terrafm_jax[tpu]'")
+    prepare_environment()
+    from jax.experimental import topologies
+
+    grid = "x".join(map(str, topology.shape))
+    options: dict = {"chip_config_name": topology.chip.config}
+    if topology.slices > 1:
+        options["num_slices"] = topology.slices
+    if topology.chip.axes == 3 or max(topology.shape) >= topology.chip.wrap:
+        options["wrap"] = tuple(topology.wraps(i) for i in range(len(topology.shape)))[:3]
+    found = topologies.get_topology_desc(
+        platform="tpu", topology_name=f"{topology.chip.name}:{grid}", **_three_axes(options)
+    ).devices
+    if len(found) != topology.chips:
+        raise RuntimeError(f"{topology.name}: expected {topology.chips} devices, the compiler lists {len(found)}")
+    return list(found)
+
+
+def _three_axes(options: dict) -> dict:
+    if "wrap" in options:
+        options["wrap"] = (*options["wrap"], False)[:3]
+    return options
