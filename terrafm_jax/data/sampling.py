@@ -219,8 +219,9 @@ class Order:
                 f"complete = {spec.complete}, max_nodata = {spec.max_nodata}"
             )
         self.num_eligible = int(keep.sum())
-        table = np.arange(256) if buckets is None else np.asarray(buckets, np.int64)
-        strata = _strata(index, spec, table)
+        self.sensors = tuple(sensors)
+        self.table = np.arange(256) if buckets is None else np.asarray(buckets, np.int64)
+        strata = _strata(index, spec, self.table)
         self._group(strata, keep, index)
         self._mix(index)
 
@@ -266,6 +267,11 @@ class Order:
     def epoch_size(self) -> float:
         """Records drawn in one epoch."""
         return float(self.rates.sum())
+
+    @property
+    def examples_per_epoch(self) -> int:
+        """``epoch_size`` as a whole number, at least 1."""
+        return max(1, round(self.epoch_size))
 
     @property
     def steps_per_epoch(self) -> int:

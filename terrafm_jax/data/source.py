@@ -85,7 +85,7 @@ def open_split(data_dir: Any, name: str) -> Split:
     Raises:
       DataError: no such data set or split, another file format, or shards are missing (all are named).
     """
-    root = _find_root(epath.Path(data_dir))
+    root = find_root(data_dir)
     info = json.loads((root / "dataset_info.json").read_text())
     if info.get("fileFormat") != "array_record":
         raise DataError(f"{root}/dataset_info.json: fileFormat {info.get('fileFormat')!r}, expected 'array_record'")
@@ -102,7 +102,9 @@ def open_split(data_dir: Any, name: str) -> Split:
     return Split(str(root), name, files, lengths)
 
 
-def _find_root(path: epath.Path) -> epath.Path:
+def find_root(data_dir: Any) -> epath.Path:
+    """The folder that holds ``dataset_info.json``: ``data_dir`` or the only such one up to two below it."""
+    path = epath.Path(data_dir)
     for depth in ("", "*", "*/*"):
         found = [path] if not depth else [p.parent for p in path.glob(f"{depth}/dataset_info.json")]
         found = [p for p in found if (p / "dataset_info.json").exists()]

@@ -113,10 +113,12 @@ def plan(config: ConfigDict, workdir: str) -> Run:
     """Reads the data set's index and statistics, converts durations, builds specs and mesh."""
     if not config.data.dir:
         raise config_lib.ConfigError("config.data.dir: empty; give the folder of a prepared data set (docs/data.md)")
-    index = pipeline.load_index(config.data.dir, config.data.split)
     d = config.data
     sampling = SamplingSpec(mode=d.sampling, power=d.power, sea_keep=d.sea_keep, balance_latitude=d.balance_latitude)
-    order = Order(index, sampling, batch_size=config.batch_size, seed=config.seed)
+    order = pipeline.make_order(
+        d.dir, d.split, sampling, batch_size=config.batch_size, seed=config.seed,
+        sensors=tuple(config.model.sensors), canvases=d.canvases,
+    )  # fmt: skip
     shares = np.asarray(order.expected_histogram(), np.float64)
     stats = Statistics.published() if d.statistics == "published" else pipeline.load_statistics(d.dir)
     steps = config_lib.durations(config, order.examples_per_epoch)
@@ -136,7 +138,7 @@ def make_loader(run: Run, start: int, skipped: Mapping[str, int]) -> Any:
     """The Grain pipeline of this process, positioned at step ``start``."""
     d = run.config.data
     return pipeline.make_loader(
-        d.dir, d.split, order=run.order, start_step=start, stop_step=run.total, sensors=run.spec.model.sensors,
+        d.dir, d.split, run.order, start_step=start, stop_step=run.total, sensors=run.spec.model.sensors,
         workers=d.workers, cache=d.cache, canvases=d.canvases, max_skipped=d.max_skipped, skipped=skipped,
         process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
