@@ -32,6 +32,7 @@ def base() -> ConfigDict:
     c.seed = 0
     c.total_steps = "150 epochs"  # [paper] B 150, L 200
     c.batch_size = 1024  # global; [paper] B 1024, L 2048
+    c.microbatches = 1  # the batch in so many parts, gradients averaged: less memory, same size of step
     c.stop_at_step = 0  # > 0: checkpoint and exit there (schedules still aim at total_steps)
     c.init_from = ""  # weights only: a workdir, a checkpoint folder or a released .pth / .safetensors
     c.allow_config_change = False  # resume a workdir although its recipe differs
@@ -44,12 +45,15 @@ def base() -> ConfigDict:
     c.data.statistics = "dataset"  # "dataset": its statistics.json; "published": those of the released weights
     c.data.workers = 8  # reading processes per host; 0 reads inside the training process
     c.data.cache = "none"  # "ram": decode a small data set once and keep it
-    c.data.canvases = 3  # tiles of different sizes are padded to at most so many shapes, one compilation each
+    c.data.canvases = 4  # tiles of different sizes are padded to at most so many shapes, one compilation each
     c.data.max_skipped = 0.01  # share of unreadable records at which the run aborts
     c.data.sampling = "paper"  # "uniform", "paper" (open sea thinned) or "balanced" (over land cover)
-    c.data.sea_keep = 0.02  # [paper] 2 % of ocean tiles stay
+    c.data.sea_keep = 0.02  # [paper] 2 % of ocean tiles stay; 1 where preparation has thinned them already
     c.data.power = 0.5  # balanced only: 0 uniform over tiles, 1 uniform over classes
     c.data.balance_latitude = False  # [ours] the paper spreads over climate and regions, quotas unknown
+    c.data.balance_climate = False  # needs a climate column in the index of the data set
+    c.data.max_nodata = 1.0  # tiles whose worst sensor lacks more are left out
+    c.data.complete = False  # True: only tiles with all configured sensors [paper keeps cells with all three]
 
     c.model = ConfigDict()
     c.model.size = "b"  # "s", "b", "l", or "" with width, depth and heads given
@@ -286,6 +290,17 @@ def model_spec(config: ConfigDict) -> Any:
     return ModelSpec(width=m.width, depth=m.depth, heads=m.heads, **fields)
 
 
+def sampling_spec(config: ConfigDict) -> Any:
+    """The SamplingSpec of a config."""
+    from terrafm_jax.data.sampling import SamplingSpec
+
+    d = config.data
+    return SamplingSpec(
+        mode=d.sampling, power=d.power, sea_keep=d.sea_keep, balance_latitude=d.balance_latitude,
+        balance_climate=d.balance_climate, max_nodata=d.max_nodata, complete=d.complete,
+    )  # fmt: skip
+
+
 def train_spec(config: ConfigDict, steps: Mapping[str, int], stats: Statistics, shares: Sequence[float]) -> Any:
     """The TrainSpec of a config.
 
@@ -322,4 +337,5 @@ def train_spec(config: ConfigDict, steps: Mapping[str, int], stats: Statistics, 
         frequent=tuple(bool(f) for f in frequent),
         seed=config.seed,
         total_steps=steps["total_steps"],
+        microbatches=config.microbatches,
     )  # fmt: skip

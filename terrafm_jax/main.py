@@ -37,21 +37,34 @@ def start_jax() -> None:
         jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
 
 
+def _read_weights(path: str) -> dict:
+    from terrafm_jax.load import read_params
+
+    return read_params(path)
+
+
 def main(_argv: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     for noisy in ("absl", "orbax", "jax", "grain"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     start_jax()
 
-    from terrafm_jax.config import ConfigError
-    from terrafm_jax.data.pipeline import DataError
-    from terrafm_jax.training import evaluation, loop
+    from terrafm_jax.data.reader import TooManySkipped
+    from terrafm_jax.evals.during_training import during_training
+    from terrafm_jax.training import loop
     from terrafm_jax.training.checkpoint import CheckpointError
     from terrafm_jax.training.meter import TrainingError
 
     try:
-        outcome = loop.train(_CONFIG.value, _WORKDIR.value, evaluation.during_training)
-    except (ConfigError, DataError, CheckpointError, TrainingError) as e:
+        outcome = loop.train(_CONFIG.value, _WORKDIR.value, during_training, _read_weights)
+    except (
+        ValueError,
+        TooManySkipped,
+        CheckpointError,
+        TrainingError,
+    ) as e:  # faults of config and data are ValueErrors
+        if os.environ.get("TERRAFM_TRACEBACK"):
+            raise
         print(f"error: {e}", file=sys.stderr)
         raise SystemExit(1) from None
     raise SystemExit(outcome.exit_code)

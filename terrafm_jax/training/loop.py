@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from terrafm_jax import config as config_lib
 from terrafm_jax import landcover, weights
 from terrafm_jax.data import pipeline
-from terrafm_jax.data.sampling import Order, SamplingSpec
+from terrafm_jax.data.sampling import Order
 from terrafm_jax.sensors import Statistics
 from terrafm_jax.training import pictures
 from terrafm_jax.training import workdir as workdir_lib
@@ -29,7 +29,7 @@ from terrafm_jax.training.meter import Compiled, Meter, due
 from terrafm_jax.training.metrics import MetricWriter, Progress, timed
 from terrafm_jax.training.preemption import StopRequest
 from terrafm_jax.training.sharding import make_mesh
-from terrafm_jax.training.state import TrainState
+from terrafm_jax.training.state import TrainState, with_weights
 from terrafm_jax.training.step import TrainSpec, abstract_state, init_state, make_batch, parameter_table
 
 log = logging.getLogger(__name__)
@@ -68,8 +68,19 @@ class Run:
         return min(self.total, self.config.stop_at_step or self.total)
 
 
-def train(config: ConfigDict, workdir: str, evaluators: Callable[[Run], Sequence[Evaluator]] | None = None) -> Outcome:
+def train(
+    config: ConfigDict,
+    workdir: str,
+    evaluators: Callable[[Run], Sequence[Evaluator]] | None = None,
+    read_weights: Callable[[str], Mapping[str, Any]] | None = None,
+) -> Outcome:
     """Pretrains, or resumes what ``workdir`` holds.
+
+    Args:
+      config: checked here.
+      workdir: local or gs:// folder.
+      evaluators: called once with the plan; what it returns runs every ``config.knn.every``.
+      read_weights: opens ``config.init_from``: path -> {"backbone": ..., "head": ...} (head optional).
 
     Raises:
       ConfigError: the config or the workdir does not fit.
@@ -94,8 +105,8 @@ def train(config: ConfigDict, workdir: str, evaluators: Callable[[Run], Sequence
     else:
         state = init_state(run.spec, run.mesh)
         if config.init_from:
-            state = _with_weights(state, config.init_from)
-            say.line(f"weights taken from {config.init_from}")
+            state, taken = with_weights(state, read_weights(config.init_from))
+            say.line(f"weights taken from {config.init_from}: {taken}")
     start = int(state.step)
     writer.write(start, {"event": "start", "devices": jax.device_count(), "processes": jax.process_count()})
 
@@ -114,7 +125,7 @@ def plan(config: ConfigDict, workdir: str) -> Run:
     if not config.data.dir:
         raise config_lib.ConfigError("config.data.dir: empty; give the folder of a prepared data set (docs/data.md)")
     d = config.data
-    sampling = SamplingSpec(mode=d.sampling, power=d.power, sea_keep=d.sea_keep, balance_latitude=d.balance_latitude)
+    sampling = config_lib.sampling_spec(config)
     order = pipeline.make_order(
         d.dir, d.split, sampling, batch_size=config.batch_size, seed=config.seed,
         sensors=tuple(config.model.sensors), canvases=d.canvases,
@@ -253,15 +264,6 @@ def _finish(tools: Tools, step: int, preempted: bool) -> Outcome:
 def _draw_first_batch(run: Run, batch: Mapping[str, Any]) -> None:
     views = pictures.first_views(run.spec, batch)
     pictures.save_views(epath.Path(run.workdir) / "views.png", views, run.spec.views, run.spec.stats)
-
-
-def _with_weights(state: TrainState, path: str) -> TrainState:
-    """Student and teacher take the weights of ``path`` wherever names and shapes agree; the rest stays random."""
-    params, report = weights.graft(path, state.params)
-    log.info("init_from: %s", report)
-    teacher = jax.tree.map(lambda new, old: jax.device_put(np.asarray(new), old.sharding), params, state.teacher)
-    student = jax.tree.map(lambda new, old: jax.device_put(np.asarray(new), old.sharding), params, state.params)
-    return dataclasses.replace(state, params=student, teacher=teacher)
 
 
 def profile(fields: ConfigDict, step: int, workdir: str) -> None:

@@ -1,0 +1,98 @@
+"""kNN on prepared tiles: does the class token know the WorldCover majority class of a tile?
+
+The label never was an input or a target of pretraining. Gallery and queries come from different splits,
+which share no ground. Used during pretraining, by the demo and in docs/experiments.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from terrafm_jax import landcover
+from terrafm_jax.data import pipeline
+from terrafm_jax.evals.features import TileFeatures, tile_features
+from terrafm_jax.evals.knn import knn_classify
+from terrafm_jax.evals.raw import batch_statistics, standardize
+
+
+@dataclasses.dataclass(frozen=True)
+class TileSets:
+    """Which tiles serve as gallery and which as queries; the same for every encoder that is compared.
+
+    Attributes:
+      data_dir: prepared data set.
+      gallery, queries: (split, largest number of tiles); a fixed random choice where there are more.
+      sensors: sensors to read.
+      batch_size: tiles a batch of one process.
+      canvases: canvas buckets, as in training.
+    """
+
+    data_dir: str
+    gallery: tuple[str, int]
+    queries: tuple[str, int]
+    sensors: tuple[str, ...]
+    batch_size: int = 256
+    canvases: int = 4
+
+    def records(self, which: tuple[str, int]) -> np.ndarray:
+        """Record numbers, ascending; tiles whose land cover is unknown or that lack every sensor are left out."""
+        split, limit = which
+        labels = pipeline.load_index(self.data_dir, split)["landcover"]
+        known = np.flatnonzero(labels != landcover.UNKNOWN)
+        chosen = np.random.default_rng(0).permutation(known)[: limit or None]
+        return np.sort(chosen)
+
+    def batches(self, which: tuple[str, int]) -> Iterator[Mapping[str, Any]]:
+        loader = pipeline.iterate_split(
+            self.data_dir, which[0], self.batch_size, sensors=self.sensors, canvases=self.canvases,
+            records=self.records(which), process_index=jax.process_index(), process_count=jax.process_count(),
+        )  # fmt: skip
+        try:
+            yield from loader
+        finally:
+            loader.close()
+
+    def encode(self, encode: Callable[[Mapping[str, Any]], Any]) -> tuple[TileFeatures, TileFeatures]:
+        """Features of gallery and queries; every process reads its share and all get the whole."""
+        return tuple(_gather(tile_features(encode, self.batches(which))) for which in (self.gallery, self.queries))
+
+    def band_statistics(self) -> tuple[TileFeatures, TileFeatures]:
+        """Means and standard deviations per band, standardised over the gallery: the baseline."""
+        gallery, queries = self.encode(lambda batch: batch_statistics(batch, self.sensors))
+        scaled = standardize(gallery.cls, queries.cls)
+        return tuple(dataclasses.replace(f, cls=c) for f, c in zip((gallery, queries), scaled, strict=True))
+
+
+def _gather(found: TileFeatures) -> TileFeatures:
+    if jax.process_count() == 1:
+        return found
+    from jax.experimental import multihost_utils
+
+    counts = multihost_utils.process_allgather(np.asarray(len(found.index)))
+    longest = int(counts.max())
+
+    def together(rows: np.ndarray) -> np.ndarray:
+        padded = np.zeros((longest, *rows.shape[1:]), rows.dtype)
+        padded[: len(rows)] = rows
+        parts = multihost_utils.process_allgather(padded)
+        return np.concatenate([part[:n] for part, n in zip(parts, counts, strict=True)])
+
+    rows = TileFeatures(*(together(x) for x in (found.cls, found.landcover, found.index)))
+    order = np.argsort(rows.index, kind="stable")
+    return TileFeatures(rows.cls[order], rows.landcover[order], rows.index[order])
+
+
+def score(gallery: TileFeatures, queries: TileFeatures, protocol: str) -> Any:
+    """kNN result of the queries under a named protocol (``evals.knn.PROTOCOLS``)."""
+    return knn_classify(gallery.cls, gallery.landcover, queries.cls, queries.landcover, protocol)
+
+
+def rare_classes(gallery: TileFeatures, share: float = 0.05) -> Sequence[int]:
+    """Classes that make up less than ``share`` of the gallery."""
+    counts = np.bincount(gallery.landcover, minlength=landcover.NUM_CATEGORIES)
+    return [c for c in range(landcover.NUM_CATEGORIES) if 0 < counts[c] < share * counts.sum()]
