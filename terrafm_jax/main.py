@@ -62,7 +62,8 @@ def main(_argv: list[str]) -> None:
         TooManySkipped,
         CheckpointError,
         TrainingError,
-    ) as e:  # faults of config and data are ValueErrors
+    ) as e:
+        # Faults of config, data, sensors and mesh are ValueErrors whose message says what to do.
         if os.environ.get("TERRAFM_TRACEBACK"):
             raise
         print(f"error: {e}", file=sys.stderr)
