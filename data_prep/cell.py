@@ -1,0 +1,266 @@
+"""One cell in, its tiles out: a pure function of the decoded bands, the land-cover maps and the options."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from data_prep import quality, records, tiling
+from data_prep.harmonize import Offset, snap_origin
+from data_prep.optical import optical
+from data_prep.radar import power_from, to_hundredths, warp_power
+from data_prep.raster import BadInput, Grid, Raster
+from data_prep.records import Group, Layer
+from data_prep.splits import BlockSplit, unit_hash
+from data_prep.worldcover import WorldCover, fractions, is_ocean, lonlat_outline, majority, ocean
+from terrafm_jax import landcover
+from terrafm_jax.data.tiles import EXTENT_ORDER, INDEX_DTYPE
+from terrafm_jax.sensors import S1, SENSOR_KEYS
+
+MAX_DISTANCE = 0.2  # degrees of latitude between where a cell is said to lie and where its pixels lie
+
+
+@dataclasses.dataclass
+class SensorInput:
+    """The delivered bands of one sensor.
+
+    Attributes:
+      bands: ESA band name -> raster.
+      product, kind, time, orbit: as the record stores them.
+      unit: ``DN``, ``power`` or ``dB``.
+      cloud_mask, cloud_percent: see ``quality.cloud_share``.
+      offset: decided beforehand (a manifest, the survey of a product), or None: decide here.
+    """
+
+    bands: dict[str, Raster]
+    product: str = ""
+    kind: str = ""
+    time: str = ""
+    orbit: str = ""
+    unit: str = "DN"
+    cloud_mask: np.ndarray | None = None
+    cloud_percent: float | None = None
+    offset: Offset | None = None
+
+
+@dataclasses.dataclass
+class Cell:
+    """What a source delivers for one cell.
+
+    Attributes:
+      name: grid cell, ``199U_1099R``.
+      sensors: sensor key -> input; at least one.
+      number: 0 for the first product of the cell, 1 for the next; part of the tile ids.
+      split: fixed split, or None: by footprint.
+      center: (lat, lon) that the metadata claim, or None.
+      landcover: WorldCover codes of the cell itself, in place of the 3 degree maps.
+    """
+
+    name: str
+    sensors: dict[str, SensorInput]
+    number: int = 0
+    split: str | None = None
+    center: tuple[float, float] | None = None
+    landcover: Raster | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What decides about the content of a prepared data set.
+
+    Attributes:
+      tile_size, stride: pixels of the finest grid, multiples of 60 m.
+      require: sensors without which a cell is left out.
+      max_nodata: a sensor with a larger nodata share is absent from that tile.
+      sea_keep: share of the open-ocean tiles to keep.
+      blocks: how splits are drawn where the cell does not name one.
+      keep_map: store the land-cover map with each tile.
+      snap: ``on``, ``off`` or ``auto`` (only where the bands show the Major-TOM defect).
+    """
+
+    tile_size: int = 534
+    stride: int = 534
+    require: tuple[str, ...] = ()
+    max_nodata: float = 0.5
+    sea_keep: float = 0.02
+    blocks: BlockSplit = dataclasses.field(default_factory=BlockSplit)
+    keep_map: bool = True
+    snap: str = "auto"
+
+    def __post_init__(self) -> None:
+        tiling.check_multiple(self.tile_size, "--tile-size")
+        tiling.check_multiple(self.stride, "--stride")
+        unknown = [key for key in self.require if key not in SENSOR_KEYS]
+        if unknown:
+            raise ValueError(f"--require: unknown sensors {unknown}, expected some of {list(SENSOR_KEYS)}")
+        for name in ("max_nodata", "sea_keep"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected 0..1")
+
+
+@dataclasses.dataclass
+class Tile:
+    """One record, and what the files beside the shards need to know of it."""
+
+    record: dict[str, Any]
+    split: str
+    row: np.ndarray  # INDEX_DTYPE scalar; ``layout`` is filled in by the writer
+    layout: dict[str, list[int]]
+
+
+@dataclasses.dataclass
+class Prepared:
+    """Tiles of a cell, how many were left out and why, and offsets where product id and pixels disagree."""
+
+    tiles: list[Tile]
+    dropped: Counter[str]
+    notes: list[str]
+
+
+def prepare(cell: Cell, cover: WorldCover, options: Options) -> Prepared:
+    """Harmonizes, overlays, cuts. Raises BadInput where the cell cannot be used."""
+    lacking = [key for key in options.require if key not in cell.sensors]
+    if lacking or not cell.sensors:
+        raise BadInput(f"sensors missing: {', '.join(lacking) or 'all'}")
+    dropped: Counter[str] = Counter()
+    layers = _layers(cell, options, dropped)
+    finest = _finest(layers)
+    _check_position(cell, finest)
+    native = any(
+        group.grid.transform[0] > 1.5 * finest.transform[0] for x in layers.values() for group in x.groups.values()
+    )
+    tiling.check_cell(finest.height, finest.width, native)
+    categories = _categories(cell, cover, finest)
+    sea = ocean(categories)
+    tiles = []
+    for window in tiling.windows(finest.height, finest.width, options.tile_size, options.stride):
+        tile = _tile(cell, layers, finest, window, categories, sea, options)
+        if isinstance(tile, Tile):
+            tiles.append(tile)
+        else:
+            dropped[tile] += 1
+    notes = [f"{key}: {x.offset.source}" for key, x in layers.items() if x.offset.conflict]
+    return Prepared(tiles, dropped, notes)
+
+
+def _layers(cell: Cell, options: Options, dropped: Counter[str]) -> dict[str, Layer]:
+    """All sensors of the cell in their stored form, Sentinel-1 on the finest Sentinel-2 grid."""
+    layers = {
+        key: optical(key, cell.sensors[key], options.snap) for key in SENSOR_KEYS if key in cell.sensors and key != "s1"
+    }
+    systems = {key: layer.finest.crs for key, layer in layers.items()}
+    if len(set(systems.values())) > 1:
+        raise BadInput(f"sensors in different CRS cannot share a tile: {systems}")
+    if "s1" in cell.sensors:
+        target = _finest(layers) if layers else None
+        layers["s1"] = _radar(cell.sensors["s1"], target, options.snap)
+    for key in list(layers):
+        share = quality.nodata_share(layers[key].valid)
+        if quality.is_black(share):
+            if key in options.require or len(layers) == 1:
+                raise BadInput(f"{key}: black, {100 * share:.1f} % of the pixels are nodata")
+            del layers[key]
+            dropped[f"{key} black in a cell"] += 1
+    return layers
+
+
+def _radar(given: SensorInput, target: Grid | None, snap: str) -> Layer:
+    """Sentinel-1 in hundredths of dB, on ``target`` if given, else on its own grid."""
+    missing = [name for name in S1.band_names if name not in given.bands]
+    if missing:
+        raise BadInput(f"s1: missing band {', '.join(missing)}, found {sorted(given.bands)}")
+    stored = []
+    for name in S1.band_names:
+        raster = given.bands[name]
+        grid = snap_origin(raster.grid) if snap == "on" else raster.grid
+        target = target or grid
+        power = power_from(raster.pixels, given.unit, raster.nodata)
+        stored.append(to_hundredths(warp_power(power, grid, target)))
+    dn = np.stack(stored, axis=-1)
+    valid = (dn != S1.nodata).all(axis=-1)
+    dn[~valid] = S1.nodata
+    group = Group(dn, valid, target)
+    return Layer(given, {"10m": group}, Offset(0.0, ""))
+
+
+def _finest(layers: Mapping[str, Layer]) -> Grid:
+    """The grid that defines the ground extent; the same choice as ``tiles.extent_affine``."""
+    return next(layers[key].finest for key in EXTENT_ORDER if key in layers)
+
+
+def _check_position(cell: Cell, grid: Grid) -> None:
+    """Raises BadInput where the pixels lie elsewhere than the metadata say: a wrong CRS or transform."""
+    lon, lat = lonlat_outline(grid)
+    if not (lat.min() >= -90 and lat.max() <= 90 and np.ptp(lon) < 90):
+        raise BadInput(
+            f"footprint {lon.min():.2f}..{lon.max():.2f} E, {lat.min():.2f}..{lat.max():.2f} N is no place on Earth"
+        )
+    if cell.center is None:
+        return
+    off_lat = abs(float(lat.mean()) - cell.center[0])
+    off_lon = abs((float(lon.mean()) - cell.center[1] + 180) % 360 - 180) * np.cos(np.radians(cell.center[0]))
+    if max(off_lat, off_lon) > MAX_DISTANCE:
+        raise BadInput(
+            f"wrong CRS or transform: {grid.crs} puts the cell at {lat.mean():.3f} N {lon.mean():.3f} E, "
+            f"the metadata at {cell.center[0]:.3f} N {cell.center[1]:.3f} E"
+        )
+
+
+def _categories(cell: Cell, cover: WorldCover, grid: Grid) -> np.ndarray:
+    if cell.landcover is None:
+        return cover.overlay(grid)
+    if cell.landcover.grid.shape != grid.shape:
+        raise BadInput(f"land cover of the cell is {cell.landcover.grid.shape}, expected {grid.shape}")
+    return landcover.code_to_index()[cell.landcover.pixels]
+
+
+def _tile(
+    cell: Cell,
+    layers: Mapping[str, Layer],
+    finest: Grid,
+    window: tiling.Window,
+    categories: np.ndarray,
+    sea: np.ndarray,
+    options: Options,
+) -> Tile | str:
+    """The tile of one window, or the reason why there is none."""
+    grid = finest.window(window.row, window.col, window.height, window.width)
+    lon, lat = lonlat_outline(grid)
+    split = cell.split or options.blocks.split(lon, lat)
+    if split is None:
+        return "straddles splits"
+    name = cell.name if cell.number == 0 else f"{cell.name}/p{cell.number}"
+    tile_id = f"{name}/{window.name}"
+    is_sea = is_ocean(tiling.cut(sea, window, False))
+    if is_sea and unit_hash(f"sea {tile_id}") >= options.sea_keep:
+        return "open ocean"
+    parts = {key: layer.cut(finest, window) for key, layer in layers.items()}
+    shares = {key: quality.nodata_share(part.valid) for key, part in parts.items()}
+    parts = {key: part for key, part in parts.items() if shares[key] <= options.max_nodata}
+    if not parts or any(key not in parts for key in options.require):
+        return "black" if quality.is_black(max(shares.values())) else "nodata"
+    shown = tiling.cut(categories, window, landcover.UNKNOWN)
+    share = fractions(shown)
+    center_lon = (float(lon.mean()) + 180.0) % 360.0 - 180.0
+    record = records.record(
+        tile_id=tile_id,
+        cell=cell.name,
+        crs=finest.crs,
+        lat=float(lat.mean()),
+        lon=center_lon,
+        landcover=majority(share),
+        fractions=share,
+        landcover_map=shown if options.keep_map else None,
+        parts=parts,
+        nodata={key: shares[key] for key in parts},
+    )
+    present = sum(1 << i for i, key in enumerate(SENSOR_KEYS) if key in parts)
+    row = np.array(
+        (record["landcover"], 0, present, is_sea, lat.mean(), center_lon, max(shares[key] for key in parts)),
+        INDEX_DTYPE,
+    )
+    return Tile(record, split, row, records.layout(parts))

@@ -1,0 +1,229 @@
+"""A chunk of cells -> the shards and the tally of that chunk, all or nothing.
+
+Chunks are fixed by the plan, and what a chunk writes depends on its cells alone; so any number of
+workers, any interruption and any runner give the same bytes. ``DIR/.work/chunk-000012.npz`` appears
+last and says that chunk 12 is done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from array_record.python import array_record_module
+
+from data_prep.cell import Cell, Options, prepare
+from data_prep.raster import BadInput, first_line
+from data_prep.records import serialize
+from data_prep.stats import Tally
+from data_prep.worldcover import WorldCover
+from terrafm_jax.data.tiles import INDEX_DTYPE, SPLITS
+
+WORK = ".work"
+# Chosen by measurement on real cells, see docs/data.md.
+COMPRESSION = "zstd:1"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class DiskFull(RuntimeError):
+    """No space is left where the shards go."""
+
+
+class SourceUnavailable(RuntimeError):
+    """The source does not answer (network, permissions); nothing is wrong with the cell."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """One cell to prepare, as the plan knows it.
+
+    Attributes:
+      cell, number: see ``cell.Cell``.
+      where: what the source needs to read it (plain, picklable values).
+      products: product ids, for the report of a rejected cell.
+      split: the fixed split, or None.
+      outlook: split that its position lets expect, ``mixed`` or ``unknown``; chunks do not mix them.
+    """
+
+    cell: str
+    number: int
+    where: Any
+    products: tuple[str, ...] = ()
+    split: str | None = None
+    outlook: str = "unknown"
+
+    @property
+    def key(self) -> str:
+        return f"{self.cell}/p{self.number}"
+
+
+class Source(Protocol):
+    """Where cells come from. Picklable."""
+
+    def read(self, unit: Unit) -> Cell:
+        """Reads and decodes one cell. Raises BadInput, or SourceUnavailable."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Everything that a worker needs besides the units."""
+
+    source: Source
+    cover: WorldCover
+    options: Options
+    directory: str
+    compression: str = COMPRESSION
+
+    @property
+    def work(self) -> Path:
+        return Path(self.directory) / WORK
+
+
+def chunk_path(job: Job, chunk: int) -> Path:
+    """The file whose presence says that the chunk is done."""
+    return job.work / f"chunk-{chunk:06d}.npz"
+
+
+def shard_path(job: Job, chunk: int, split: str) -> Path:
+    """The shard of one chunk before the data set is complete."""
+    return job.work / f"chunk-{chunk:06d}.{split}.array_record"
+
+
+class _Shards:
+    """Writers of one chunk, opened when the first record of a split arrives."""
+
+    def __init__(self, job: Job, chunk: int):
+        self._job, self._chunk = job, chunk
+        self._writers: dict[str, tuple[Any, Path]] = {}
+        self.count: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+
+    def write(self, split: str, data: bytes) -> None:
+        if split not in self._writers:
+            path = shard_path(self._job, self._chunk, split).with_suffix(f".tmp-{os.getpid()}")
+            options = f"group_size:1,{self._job.compression}"
+            self._writers[split] = (array_record_module.ArrayRecordWriter(str(path), options), path)
+        self._writers[split][0].write(data)
+        self.count[split] += 1
+        self.bytes[split] += len(data)
+
+    def close(self) -> None:
+        """Closes, checks and publishes. A shard without its last bytes never gets its name."""
+        for split, (writer, path) in self._writers.items():
+            writer.close()
+            reader = array_record_module.ArrayRecordReader(str(path))
+            found = reader.num_records()
+            reader.close()
+            if found != self.count[split]:
+                raise OSError(errno.EIO, f"{found} of {self.count[split]} records are in the shard", str(path))
+            sync(path)
+            path.replace(shard_path(self._job, self._chunk, split))
+        self._writers.clear()
+
+    def discard(self) -> None:
+        """Removes what is not published."""
+        for writer, path in self._writers.values():
+            try:
+                writer.close()
+            except Exception as error:  # the writer failed before, this only frees it
+                del error
+            path.unlink(missing_ok=True)
+        self._writers.clear()
+
+
+def write_chunk(
+    job: Job, chunk: int, units: Sequence[Unit], poisoned: Sequence[str], report: Callable[[str], None]
+) -> int:
+    """Prepares the units of a chunk and writes its shards; returns the chunk number.
+
+    Args:
+      job: source, land cover, options and output.
+      chunk: number of the chunk.
+      units: its cells.
+      poisoned: keys of units that killed a worker before; they are rejected unread.
+      report: called with the key of each unit when it starts, and with "" when it is done.
+
+    Raises:
+      DiskFull: nothing of this chunk is left behind.
+      SourceUnavailable: the source does not answer.
+    """
+    shards, tally = _Shards(job, chunk), Tally()
+    rows: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    layouts: list[dict[str, list[int]]] = []
+    rejected: list[tuple[str, str, str]] = []
+    dropped: Counter[str] = Counter()
+    notes: list[tuple[str, str]] = []
+    try:
+        for unit in units:
+            report(unit.key)
+            try:
+                if unit.key in poisoned:
+                    raise BadInput("reading it ends the worker process (a crash in a decoder, or out of memory)")
+                prepared = prepare(job.source.read(unit), job.cover, job.options)
+            except BadInput as error:
+                rejected.append((unit.key, " ".join(unit.products), first_line(error)))
+            except (SourceUnavailable, MemoryError):
+                raise
+            except OSError as error:
+                _check_space(error, job)
+                rejected.append((unit.key, " ".join(unit.products), f"{type(error).__name__}: {first_line(error)}"))
+            except Exception as error:  # whatever a decoder throws on bad input must not end a long job
+                rejected.append((unit.key, " ".join(unit.products), f"{type(error).__name__}: {first_line(error)}"))
+            else:
+                dropped.update(prepared.dropped)
+                notes += [(unit.key, note) for note in prepared.notes]
+                for tile in prepared.tiles:
+                    if tile.layout not in layouts:
+                        layouts.append(tile.layout)
+                    tile.row["layout"] = layouts.index(tile.layout)
+                    shards.write(tile.split, serialize(tile.record))
+                    rows[tile.split].append(tile.row)
+                    if tile.split == SPLITS[0]:
+                        tally.add(tile.record)
+            report("")
+        shards.close()
+        meta = {
+            "count": dict(shards.count), "bytes": dict(shards.bytes), "layouts": layouts, "rejected": rejected,
+            "dropped": dict(dropped), "notes": notes, "units": len(units),
+        }  # fmt: skip
+        arrays = {f"index_{split}": np.array(found, INDEX_DTYPE) for split, found in rows.items()}
+        save(chunk_path(job, chunk), meta=np.array(json.dumps(meta)), **arrays, **tally.arrays())
+    except (OSError, RuntimeError) as error:
+        _check_space(error, job)
+        raise
+    finally:
+        shards.discard()
+    return chunk
+
+
+def _check_space(error: BaseException, job: Job) -> None:
+    """Raises DiskFull if that is what the error means; ArrayRecord only tells it in words."""
+    text = str(error).lower()
+    if getattr(error, "errno", None) in _FULL or "no space left" in text or "file too large" in text:
+        raise DiskFull(f"no space left under {job.directory}: {first_line(error)}") from error
+
+
+def save(path: Path, **arrays: np.ndarray) -> None:
+    """``numpy.savez`` that appears whole or not at all."""
+    temporary = path.with_suffix(f".tmp-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays)
+        sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Forces a file to disk, so that a full disk shows now and not after the rename."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,179 @@
+"""Flags, exit codes and the closing report that all sources share."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.cell import Options
+from data_prep.chunks import WORK, DiskFull, Job, Source, SourceUnavailable, Unit
+from data_prep.raster import BadInput
+from data_prep.run import PrepareError, prepare_all
+from data_prep.splits import BlockSplit, read_splits
+from data_prep.worldcover import WorldCover, maps_of
+from terrafm_jax.data.tiles import SPLITS
+from terrafm_jax.sensors import SensorError, sensor
+
+# Exit codes; 2 is argparse's.
+OK, FAILED, SOME_REJECTED, DISK_FULL, UNAVAILABLE, STOPPED = 0, 1, 3, 4, 5, 130
+EXIT_CODES = """exit codes: 0 all cells prepared; 3 prepared, but some cells rejected (rejected.csv; see --tolerate);
+1 nothing prepared or wrong arguments; 4 disk full; 5 source not available; 130 stopped.
+After 4, 5 and 130 the same command continues where it stopped."""
+RUNNERS = ("local", "DirectRunner", "FlinkRunner", "SparkRunner", "DataflowRunner")
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, require: str, snap: str, sea_keep: float = 0.02) -> None:
+    """Adds the flags that do not depend on the source."""
+    parser.add_argument("--out", required=True, type=Path, help="folder of the prepared data set")
+    parser.add_argument("--worldcover", required=True, help="folder of ESA WorldCover maps, or 'none'")
+    parser.add_argument("--worldcover-missing", choices=("error", "sea"), default="error")
+    parser.add_argument("--tile-size", type=int, default=534, help="pixels at 10 m, a multiple of 6 (default 534)")
+    parser.add_argument("--stride", type=int, default=None, help="pixels at 10 m, a multiple of 6 (default: tile size)")
+    parser.add_argument("--require", default=require, help=f"sensors a cell must have, by comma (default {require!r})")
+    parser.add_argument("--max-nodata", type=float, default=0.5, help="a sensor with more nodata is absent from a tile")
+    parser.add_argument("--sea-keep", type=float, default=sea_keep, help="share of open-ocean tiles to keep")
+    parser.add_argument("--splits", type=Path, default=None, help="CSV grid_cell,split; cells not listed are left out")
+    parser.add_argument("--split-shares", default="0.9,0.05,0.05", help="train,validation,holdout share of the blocks")
+    parser.add_argument("--block-degrees", type=float, default=1.0, help="height of the blocks that splits are made of")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw of blocks")
+    parser.add_argument("--snap-origin", choices=("on", "off", "auto"), default=snap)
+    parser.add_argument("--no-landcover-map", action="store_true", help="do not store the land-cover map of each tile")
+    parser.add_argument("--workers", type=int, default=1, help="processes (1: this one)")
+    parser.add_argument("--cells-per-shard", type=int, default=32)
+    parser.add_argument(
+        "--tolerate", type=float, default=0.0, help="share of cells that may be rejected with exit code 0"
+    )
+    parser.add_argument("--limit", type=int, default=None, help="only the first so many cells, by name")
+    parser.add_argument("--bbox", type=float, nargs=4, metavar=("W", "S", "E", "N"), default=None)
+    parser.add_argument("--runner", choices=RUNNERS, default="local", help="local processes or an Apache Beam runner")
+    parser.epilog = EXIT_CODES
+
+
+def options_of(args: argparse.Namespace) -> Options:
+    """The options that decide about the content. Raises ValueError naming the flag."""
+    try:
+        require = tuple(sensor(name).key for name in args.require.split(",") if name.strip())
+        shares = tuple(float(x) for x in args.split_shares.split(","))
+    except SensorError as error:
+        raise ValueError(f"--require: {error}") from error
+    return Options(
+        tile_size=args.tile_size,
+        stride=args.tile_size if args.stride is None else args.stride,
+        require=require,
+        max_nodata=args.max_nodata,
+        sea_keep=args.sea_keep,
+        blocks=BlockSplit(shares, args.block_degrees, args.seed),
+        keep_map=not args.no_landcover_map,
+        snap=args.snap_origin,
+    )
+
+
+def outlook(center: tuple[float, float] | None, blocks: BlockSplit, margin: float = 0.08) -> str:
+    """Split that a cell of about 10 km around (lat, lon) will have, ``mixed`` or ``unknown``."""
+    if center is None:
+        return "unknown"
+    lat, lon = center
+    wide = margin / max(0.05, float(np.cos(np.radians(lat))))
+    found = blocks.splits(np.array([lon - wide, lon + wide]), np.array([lat - margin, lat + margin]))
+    return found.pop() if len(found) == 1 else "mixed"
+
+
+def check_maps(cover: WorldCover, centers: Sequence[tuple[float, float]]) -> None:
+    """Raises ValueError naming all WorldCover maps that the centers (lat, lon) need and that are missing."""
+    needed = {name for lat, lon in centers for name in maps_of(np.array([lon]), np.array([lat]))}
+    missing = cover.missing(needed)
+    if missing:
+        raise ValueError(
+            f"--worldcover {cover.folder}: {len(missing)} maps are missing: {', '.join(missing[:40])}"
+            f"{' ...' if len(missing) > 40 else ''}; download them, list those that do not exist (open sea) in "
+            "absent.txt beside the maps, or pass --worldcover-missing=sea"
+        )
+
+
+Planner = Callable[[Options, WorldCover], tuple[Source, list[Unit], dict[str, Any]]]
+
+
+def main(args: argparse.Namespace, plan: Planner, beam_options: Sequence[str] = ()) -> int:
+    """Plans, prepares, reports; returns the exit code. Every expected failure is one clear message."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        options = options_of(args)
+        cover = WorldCover.open(args.worldcover, args.worldcover_missing)
+        source, units, seen = plan(options, cover)
+        if not units:
+            raise ValueError(f"no cell to prepare: {seen}")
+        job = Job(source, cover, options, str(args.out))
+        summary = prepare_all(
+            job, units, workers=args.workers, chunk_size=args.cells_per_shard, plan=seen, runner=args.runner,
+            beam_options=beam_options,
+        )  # fmt: skip
+    except (ValueError, FileNotFoundError, PrepareError, BadInput) as error:
+        print(f"data_prep: {error}", file=sys.stderr)
+        return FAILED
+    except DiskFull as error:
+        print(
+            f"data_prep: {error}\nFinished shards are kept; free space, start the same command again.", file=sys.stderr
+        )
+        return DISK_FULL
+    except SourceUnavailable as error:
+        print(f"data_prep: {error}\nFinished shards are kept; start the same command again.", file=sys.stderr)
+        return UNAVAILABLE
+    except KeyboardInterrupt:
+        print("data_prep: stopped; start the same command again to continue.", file=sys.stderr)
+        return STOPPED
+    print(report(summary, args.out))
+    return _exit_code(summary, len(units), args.tolerate)
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _exit_code(summary: dict[str, Any], units: int, tolerate: float) -> int:
+    if not summary["tiles"]:
+        return FAILED
+    return SOME_REJECTED if summary["rejected"] > tolerate * units else OK
+
+
+def report(summary: dict[str, Any], directory: Path) -> str:
+    """The closing summary for people."""
+    if not summary["tiles"]:
+        reasons = summary["rejected_reasons"] or summary["left_out"]
+        return f"nothing prepared in {directory / WORK}: {reasons}"
+    lines = [f"prepared data set: {directory} ({summary['bytes'] / 1e6:.1f} MB of records)"]
+    lines += [f"  {split}: {summary['tiles'][split]} tiles" for split in SPLITS if split in summary["tiles"]]
+    if summary["left_out"]:
+        lines.append("  left out: " + ", ".join(f"{n} {reason}" for reason, n in summary["left_out"].items()))
+    lines.append(f"  lost between splits: {100 * summary['lost_between_splits']:.2f} % of the tiles")
+    if summary["offset_conflicts"]:
+        lines.append(f"  {summary['offset_conflicts']} products whose id and pixels disagree on the offset")
+    if summary["rejected"]:
+        lines.append(f"  {summary['rejected']} cells REJECTED, see {directory / 'rejected.csv'}:")
+        lines += [f"    {n} x {reason}" for reason, n in summary["rejected_reasons"].items()]
+    lines.append(f"  look at it: python -m data_prep.inspect {directory}")
+    return "\n".join(lines)
+
+
+def chosen_cells(
+    names: Sequence[str], centers: Sequence[tuple[float, float] | None], args: argparse.Namespace
+) -> tuple[list[bool], dict[str, str]]:
+    """Which cells --splits, --bbox and --limit leave, and the fixed split of each cell of --splits."""
+    fixed = dict(read_splits(args.splits)) if args.splits else {}
+    keep = [not args.splits or name in fixed for name in names]
+    if args.bbox:
+        west, south, east, north = args.bbox
+        for i, center in enumerate(centers):
+            inside = (
+                center is not None and south <= center[0] <= north and (center[1] - west) % 360 <= (east - west) % 360
+            )
+            keep[i] &= inside
+    if args.limit is not None:
+        allowed = set(sorted({n for n, k in zip(names, keep, strict=True) if k})[: args.limit])
+        keep = [k and n in allowed for n, k in zip(names, keep, strict=True)]
+    return keep, fixed

@@ -1,0 +1,170 @@
+"""Sentinel-2 processing-baseline offset, snapped band origins, and which pixels were measured at all.
+
+The rules and their thresholds were measured on real tiles. The delivered DN stays untouched: the
+offset is recorded beside it and subtracted by ``sensors.normalize``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from data_prep.raster import Affine6, Grid
+
+BASELINE_OFFSET = 1000.0  # DN that baselines from 04.00 add (ADD_OFFSET -1000)
+L1C_CIRRUS_THRESHOLD = 500  # p1(B10): at most 49 without the offset, at least 1005 with it
+L2A_THRESHOLD = 750  # min over bands of p1: at most 586 without, 893..1123 with
+L2A_ABSTAIN = 1300  # ice or overcast: nothing dark enough to tell
+
+
+@dataclasses.dataclass(frozen=True)
+class Offset:
+    """DN still inside the stored values, where that is known from, and whether id and pixels contradict."""
+
+    value: float
+    source: str
+    conflict: bool = False
+
+
+def baseline(product: str) -> int | None:
+    """The xxxx of ``_Nxxxx_`` in a Sentinel-2 product id as a number, or None."""
+    found = re.search(r"(?:^|_)N(\d{4})(?:_|\.|$)", product)
+    return int(found.group(1)) if found else None
+
+
+def product_offset(product: str) -> float | None:
+    """What the product id proposes: 1000 from N0400 on, else 0; None without a baseline or for N9999 (undocumented)."""
+    number = baseline(product)
+    if number is None or number >= 9999:
+        return None
+    return BASELINE_OFFSET if number >= 400 else 0.0
+
+
+def select(pixels: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """The valid pixels; without a copy where all are."""
+    return pixels if valid.all() else pixels[valid]
+
+
+def first_percentile(values: np.ndarray) -> int | None:
+    """1st percentile (nearest rank) of non-negative integers of any shape, None if there are none."""
+    if values.size == 0:
+        return None
+    counts = np.bincount(values.ravel())
+    return int(np.searchsorted(np.cumsum(counts), max(1, values.size * 0.01)))
+
+
+def pixel_offset(key: str, bands: Mapping[str, np.ndarray], valid: Mapping[str, np.ndarray]) -> float | None:
+    """What the pixels say: 0, 1000, or None where they cannot tell.
+
+    Args:
+      key: ``s2_l1c`` or ``s2_l2a``.
+      bands: delivered DN per band, each [H, W] at its own sampling; L1C needs B10 to be decided.
+      valid: bool [H, W] per band.
+    """
+    if key == "s2_l1c":
+        cirrus = first_percentile(select(bands["B10"], valid["B10"])) if "B10" in bands else None
+        if cirrus is None:
+            return None
+        return BASELINE_OFFSET if cirrus > L1C_CIRRUS_THRESHOLD else 0.0
+    darkest = [first_percentile(select(bands[name], valid[name])) for name in bands]
+    lowest = min((value for value in darkest if value is not None), default=None)
+    if lowest is None or lowest > L2A_ABSTAIN:
+        return None
+    return BASELINE_OFFSET if lowest > L2A_THRESHOLD else 0.0
+
+
+def decide_offset(product: str, pixels: float | None) -> Offset:
+    """Joins the proposal of the product id with the verdict of the pixels.
+
+    Dark pixels rule the offset out whatever the id says (a provider has subtracted it), while the
+    lack of dark pixels does not overrule a documented baseline: a bright scene looks the same. The
+    prior for N9999 and for products without a baseline is 0.
+    """
+    proposed = product_offset(product)
+    if proposed is None:
+        if pixels is not None:
+            return Offset(pixels, "pixels")
+        return Offset(0.0, "prior: N9999" if baseline(product) is not None else "prior")
+    if pixels is None:
+        return Offset(proposed, "product id")
+    if pixels == proposed:
+        return Offset(proposed, "product id, pixels agree")
+    if pixels == 0.0:
+        return Offset(0.0, f"pixels against product id ({proposed:.0f})", conflict=True)
+    return Offset(proposed, f"product id against pixels ({pixels:.0f})", conflict=True)
+
+
+def snap_origin(grid: Grid) -> Grid:
+    """Moves a misplaced origin to the nearest multiple of the pixel size.
+
+    Major-TOM labels all bands of a cell with the bounds of the cell, while the pixels lie on the
+    Sentinel-2 grid, whose lines are multiples of 10, 20 and 60 m. Grids of other pixel sizes or in
+    degrees are returned as they are.
+    """
+    a, b, c, d, e, f = grid.transform
+    if a not in (10.0, 20.0, 60.0) or e != -a:
+        return grid
+    snapped: Affine6 = (a, b, _nearest(c, a), d, e, _nearest(f, a))
+    return dataclasses.replace(grid, transform=snapped)
+
+
+def _nearest(value: float, step: float) -> float:
+    return float(np.floor(value / step + 0.5) * step)
+
+
+def misplaced(grids: Mapping[str, Grid]) -> bool:
+    """The signature of the Major-TOM defect: several pixel sizes, one origin, and that off the coarsest grid."""
+    sizes = {grid.transform[0] for grid in grids.values()}
+    origins = {(grid.transform[2], grid.transform[5]) for grid in grids.values()}
+    if len(sizes) < 2 or len(origins) != 1 or not sizes <= {10.0, 20.0, 60.0}:
+        return False
+    return any(coordinate % max(sizes) for coordinate in origins.pop())
+
+
+def measured(empty: Mapping[str, np.ndarray], grids: Mapping[str, Grid]) -> dict[str, np.ndarray]:
+    """Which pixels hold a measurement, per resolution group.
+
+    A pixel is nodata only where *all* bands of the sensor are: zero in some bands is clipped dark
+    reflectance. A coarse pixel counts as empty on a finer grid at the fine pixel's center, and a fine
+    group as empty under a coarse pixel where all its pixels there are.
+
+    Args:
+      empty: bool [H, W] per group, True where all bands of that group are nodata.
+      grids: the (snapped) grid per group.
+
+    Returns:
+      bool [H, W] per group, True = measured.
+    """
+    result = {}
+    for group, own in empty.items():
+        nothing = own.copy()
+        for other, theirs in empty.items():
+            if other == group or not nothing.any():
+                continue
+            nothing &= theirs if grids[group] == grids[other] else _empty_on(theirs, grids[other], grids[group])
+        result[group] = ~nothing
+    return result
+
+
+def _empty_on(empty: np.ndarray, grid: Grid, target: Grid) -> np.ndarray:
+    """``empty`` looked up on the ``target`` grid, bool [H, W]; all sub-pixels must be empty."""
+    fine = max(1, round(target.transform[0] / grid.transform[0]))
+    centers = (np.arange(fine) + 0.5) / fine
+    result = np.ones(target.shape, bool)
+    for dy in centers:
+        rows = _index(target.transform[5], target.transform[4], grid.transform[5], grid.transform[4], dy, target.height)
+        for dx in centers:
+            cols = _index(
+                target.transform[2], target.transform[0], grid.transform[2], grid.transform[0], dx, target.width
+            )
+            result &= empty[np.ix_(np.clip(rows, 0, grid.height - 1), np.clip(cols, 0, grid.width - 1))]
+    return result
+
+
+def _index(origin: float, step: float, other_origin: float, other_step: float, shift: float, count: int) -> np.ndarray:
+    """Pixel numbers on another axis of the points ``shift`` into each of ``count`` pixels."""
+    points = origin + (np.arange(count) + shift) * step
+    return np.floor((points - other_origin) / other_step).astype(np.int64)

@@ -1,0 +1,103 @@
+"""Sentinel-2 of one cell: bands checked, stacked per resolution group, origins snapped, offset decided."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data_prep.harmonize import decide_offset, measured, misplaced, pixel_offset, snap_origin
+from data_prep.quality import constant_bands
+from data_prep.raster import BadInput, Grid, Raster
+from data_prep.records import Group, Layer
+from terrafm_jax.sensors import SENSORS, Sensor
+
+if TYPE_CHECKING:
+    from data_prep.cell import SensorInput
+
+
+def optical(key: str, given: SensorInput, snap: str) -> Layer:
+    """Delivered bands -> stored form of ``s2_l1c`` or ``s2_l2a``.
+
+    Args:
+      key: the sensor.
+      given: all bands of the model, and B10 of L1C if there is one (only for the offset and nodata).
+      snap: ``on``, ``off`` or ``auto``, see ``cell.Options``.
+
+    Raises:
+      BadInput: a band is missing, has another size, CRS or place than its group, or no valid DN.
+    """
+    sensor = SENSORS[key]
+    missing = [name for name in sensor.band_names if name not in given.bands]
+    if missing:
+        raise BadInput(f"{key}: missing band {', '.join(missing)}, found {sorted(given.bands)}")
+    rasters = {name: given.bands[name] for name in (*sensor.band_names, *_dropped(sensor, given))}
+    pixels = {name: _as_dn(key, name, raster) for name, raster in rasters.items()}
+    grids = _grids(key, sensor, rasters)
+    if snap == "on" or (snap == "auto" and misplaced(grids)):
+        grids = {name: snap_origin(grid) for name, grid in grids.items()}
+    stacks = {name: np.stack([pixels[b] for b in bands], axis=-1) for name, bands in sensor.groups.items()}
+    empty = {name: ~stack.any(axis=-1) for name, stack in stacks.items()}
+    for name in _dropped(sensor, given):  # B10 counts as a band of its own group
+        if pixels[name].shape == empty["60m"].shape:
+            empty["60m"] &= pixels[name] == 0
+    valid = measured(empty, grids)
+    by_band = {b: valid[g] for g, bands in sensor.groups.items() for b in bands}
+    by_band |= {name: pixels[name] > 0 for name in _dropped(sensor, given)}
+    flat = constant_bands({b: pixels[b] for b in sensor.groups["10m"]}, by_band)
+    if len(flat) == len(sensor.groups["10m"]):
+        raise BadInput(f"{key}: one value in all pixels of {', '.join(flat)}, not a measurement")
+    offset = given.offset or decide_offset(given.product, pixel_offset(key, pixels, by_band))
+    return Layer(given, {name: Group(stacks[name], valid[name], grids[name]) for name in stacks}, offset)
+
+
+def _dropped(sensor: Sensor, given: SensorInput) -> list[str]:
+    return [band.name for band in sensor.dropped if band.name in given.bands]
+
+
+def _as_dn(key: str, name: str, raster: Raster) -> np.ndarray:
+    """Delivered pixels as uint16, values unchanged, the file's nodata as 0. Raises BadInput."""
+    pixels, nodata = raster.pixels, raster.nodata
+    if nodata is not None and nodata != 0:
+        gone = np.isnan(pixels) if np.isnan(nodata) else pixels == nodata
+        pixels = np.where(gone, pixels.dtype.type(0), pixels)
+    if pixels.dtype == np.uint16:
+        return pixels
+    if pixels.dtype.kind == "f":
+        if not np.isfinite(pixels).all():
+            raise BadInput(f"{key} {name}: NaN or infinite values")
+        if (pixels != np.rint(pixels)).any():
+            raise BadInput(f"{key} {name}: fractional values, expected DN (reflectance x 10000)")
+    if pixels.size and (pixels.min() < 0 or pixels.max() > 65535):
+        raise BadInput(f"{key} {name}: values {pixels.min()}..{pixels.max()} are no DN (0..65535)")
+    return pixels.astype(np.uint16)
+
+
+def _grids(key: str, sensor: Sensor, rasters: dict[str, Raster]) -> dict[str, Grid]:
+    """The common grid of each resolution group. Raises BadInput where bands contradict each other."""
+    grids = {}
+    for name, bands in sensor.groups.items():
+        found = {b: rasters[b].grid for b in bands}
+        first = found[bands[0]]
+        odd = {b: (g.crs, g.shape, g.transform[:3]) for b, g in found.items() if not _equal(g, first)}
+        if odd:
+            raise BadInput(f"{key}: {bands[0]} is {first.crs} {first.shape} at {first.transform[:3]}, but {odd}")
+        grids[name] = first
+    finest = grids[next(iter(grids))]
+    for name, grid in grids.items():
+        if grid.crs != finest.crs:
+            raise BadInput(f"{key}: {name} bands are in {grid.crs}, the finest in {finest.crs}")
+        slack = 1.01 * grid.transform[0]
+        off = [abs(a - b) for a, b in zip(grid.bounds(), finest.bounds(), strict=True)]
+        if max(off) > slack:
+            raise BadInput(
+                f"{key}: wrong size, {name} bands {grid.shape} end {max(off):.6g} units of the CRS off {finest.shape}"
+            )
+    return grids
+
+
+def _equal(grid: Grid, other: Grid) -> bool:
+    step = abs(other.transform[0])
+    same_step = abs(grid.transform[0] - step) <= 1e-6 * step
+    close = all(abs(a - b) <= 1e-3 * step for a, b in zip(grid.bounds(), other.bounds(), strict=True))
+    return grid.crs == other.crs and grid.shape == other.shape and same_step and close

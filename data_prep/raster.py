@@ -1,0 +1,107 @@
+"""One decoded raster and where it lies, and the one exception that sends a cell to quarantine."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import numpy as np
+import rasterio
+from rasterio.errors import RasterioError
+from rasterio.io import MemoryFile
+
+Affine6 = tuple[float, float, float, float, float, float]
+
+
+class BadInput(ValueError):
+    """The input of one cell cannot be used; the message is the reason that ``rejected.csv`` shows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """A north-up pixel grid: ``crs`` text, affine (a, b, c, d, e, f), rows and columns."""
+
+    crs: str
+    transform: Affine6
+    height: int
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.height, self.width
+
+    @property
+    def affine(self) -> rasterio.Affine:
+        return rasterio.Affine(*self.transform)
+
+    def window(self, row: int, col: int, height: int, width: int) -> Grid:
+        """The grid of a rectangle of pixels; it may reach over the edge."""
+        a, b, c, d, e, f = self.transform
+        return Grid(self.crs, (a, b, c + col * a, d, e, f + row * e), height, width)
+
+    def bounds(self) -> tuple[float, float, float, float]:
+        """(left, bottom, right, top) in the units of ``crs``."""
+        a, _, c, _, e, f = self.transform
+        return c, f + self.height * e, c + self.width * a, f
+
+
+@dataclasses.dataclass(frozen=True)
+class Raster:
+    """Pixels [H, W] of one band on ``grid``; ``nodata`` as the file declares it."""
+
+    pixels: np.ndarray
+    grid: Grid
+    nodata: float | None = None
+
+
+def normalize_crs(text: str) -> str:
+    """``EPSG:EPSG:32648`` (in some Major-TOM rows), ``epsg:32648`` and ``32648`` -> ``EPSG:32648``; WKT as it is."""
+    found = re.fullmatch(r"(?i)\s*(?:EPSG:)*(\d{4,6})(?:\.0)?\s*", text)
+    return f"EPSG:{found.group(1)}" if found else text.strip()
+
+
+def decode(data: bytes, what: str, band: int = 1) -> Raster:
+    """Decodes the bytes of a complete GeoTIFF. Raises BadInput (not an image, truncated, no georeference)."""
+    if not data:
+        raise BadInput(f"{what}: empty")
+    try:
+        with MemoryFile(data) as memory, memory.open() as source:
+            return read(source, what, band)
+    except RasterioError as error:
+        raise BadInput(f"{what}: cannot be read as an image ({first_line(error)})") from error
+
+
+def open_raster(path: Any, what: str = "") -> rasterio.DatasetReader:
+    """``rasterio.open`` that raises BadInput."""
+    try:
+        return rasterio.open(path)
+    except RasterioError as error:
+        raise BadInput(f"{what or path}: cannot be read as an image ({first_line(error)})") from error
+
+
+def read(source: rasterio.DatasetReader, what: str, band: int = 1, window: Any = None) -> Raster:
+    """Reads one band (counted from 1) of an open file. Raises BadInput."""
+    grid = grid_of(source, what)
+    try:
+        pixels = source.read(band, window=window)
+    except (RasterioError, IndexError) as error:
+        raise BadInput(f"{what}: band {band} cannot be read, truncated? ({first_line(error)})") from error
+    if window is not None:
+        grid = grid.window(window.row_off, window.col_off, *pixels.shape)
+    return Raster(pixels, grid, source.nodata)
+
+
+def grid_of(source: rasterio.DatasetReader, what: str) -> Grid:
+    """Grid of an open file. Raises BadInput where it has no CRS or is not north-up."""
+    transform = source.transform
+    if source.crs is None or transform.is_identity:
+        raise BadInput(f"{what}: no georeference (CRS {source.crs}, transform {tuple(transform)[:6]})")
+    if transform.b or transform.d or transform.a <= 0 or transform.e >= 0:
+        raise BadInput(f"{what}: not a north-up grid, transform {tuple(transform)[:6]}")
+    return Grid(normalize_crs(source.crs.to_string()), tuple(transform)[:6], source.height, source.width)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for one cell of a CSV file."""
+    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,231 @@
+"""Many cells: chunks over worker processes, resumable, with progress; then the data set is completed."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from data_prep.chunks import WORK, Job, Unit, chunk_path, shard_path, write_chunk
+from data_prep.progress import Progress
+from data_prep.write import SUMMARY, finalize, write_text
+from terrafm_jax.data.tiles import SPLITS
+
+_POISON_AFTER = 2  # deaths of a worker at the same cell before the cell is rejected
+_ORDER = (*SPLITS, "mixed", "unknown")
+
+
+class PrepareError(RuntimeError):
+    """The job cannot start or go on; the message says what to do."""
+
+
+def make_chunks(units: Sequence[Unit], size: int) -> list[list[Unit]]:
+    """A fixed partition: sorted by expected split, then cell; chunks never mix expected splits."""
+    ordered = sorted(units, key=lambda u: (_ORDER.index(u.outlook), u.cell, u.number))
+    double = [key for key, n in Counter(u.key for u in ordered).items() if n > 1]
+    if double:
+        raise PrepareError(f"cells planned twice: {double[:10]}")
+    chunks: list[list[Unit]] = []
+    for unit in ordered:
+        if not chunks or len(chunks[-1]) >= size or chunks[-1][0].outlook != unit.outlook:
+            chunks.append([])
+        chunks[-1].append(unit)
+    return chunks
+
+
+def prepare_all(
+    job: Job, units: Sequence[Unit], *, workers: int, chunk_size: int, plan: dict[str, Any], runner: str = "local",
+    beam_options: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """Prepares all units into ``job.directory`` and returns the summary.
+
+    Started again with the same arguments it continues where it stopped, and the result has the same
+    bytes. ``runner`` is ``local`` or the name of an Apache Beam runner.
+
+    Raises:
+      PrepareError: the folder belongs to another job or another process works in it.
+      chunks.DiskFull, chunks.SourceUnavailable: stopped; what is finished stays.
+    """
+    directory = Path(job.directory)
+    digest = _digest(job, units, chunk_size)
+    finished = _finished(directory, digest)
+    if finished is not None:
+        return finished
+    job.work.mkdir(parents=True, exist_ok=True)
+    with _locked(job.work / "lock"):
+        _check_same_job(job.work / "plan.json", digest, directory)
+        chunks = make_chunks(units, chunk_size)
+        for leftover in job.work.glob("*.tmp-*"):
+            leftover.unlink(missing_ok=True)
+        todo = [i for i in range(len(chunks)) if not _done(job, i)]
+        if runner != "local":
+            from data_prep.beam_pipeline import run_chunks
+
+            run_chunks(job, {i: chunks[i] for i in todo}, runner, beam_options)
+        else:
+            with Progress(
+                sum(map(len, chunks)), sum(len(chunks[i]) for i in range(len(chunks)) if i not in set(todo))
+            ) as bar:
+                if workers <= 1:
+                    for i in todo:
+                        write_chunk(job, i, chunks[i], (), lambda key: bar.step(not key))
+                else:
+                    _Pool(job, chunks, workers, bar).run(todo)
+        summary = finalize(job, len(chunks), {**plan, "digest": digest["digest"]})
+    return summary
+
+
+def _done(job: Job, chunk: int) -> bool:
+    """Finished and all its shards are there, under the name of the work folder or their final one."""
+    return chunk_path(job, chunk).exists()
+
+
+def _digest(job: Job, units: Sequence[Unit], chunk_size: int) -> dict[str, str]:
+    """What must be equal for a folder to be continued."""
+    options = json.dumps(dataclasses.asdict(job.options), sort_keys=True)
+    names = hashlib.blake2b(digest_size=16)
+    for unit in sorted(units, key=lambda u: (u.cell, u.number)):
+        names.update(f"{unit.key}|{' '.join(unit.products)}|{unit.split}|{unit.outlook}\n".encode())
+    parts = {"options": options, "cells": names.hexdigest(), "chunk_size": str(chunk_size), "shards": job.compression}
+    return {**parts, "digest": hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()}
+
+
+def _finished(directory: Path, digest: dict[str, str]) -> dict[str, Any] | None:
+    """The summary of a complete data set of the same job, None if there is none. Raises PrepareError."""
+    if (directory / WORK).exists() or not (directory / "dataset_info.json").exists():
+        return None
+    path = directory / SUMMARY
+    summary = json.loads(path.read_text()) if path.exists() else {}
+    if summary.get("digest") != digest["digest"]:
+        raise PrepareError(f"{directory} holds a data set of other cells or options; choose another --out or delete it")
+    return summary
+
+
+def _check_same_job(path: Path, digest: dict[str, str], directory: Path) -> None:
+    if not path.exists():
+        write_text(path, json.dumps(digest))
+        return
+    found = json.loads(path.read_text())
+    different = [key for key in digest if key != "digest" and found.get(key) != digest[key]]
+    if different:
+        raise PrepareError(
+            f"{directory} holds an interrupted preparation with other {', '.join(different)}: found "
+            f"{ {k: found.get(k) for k in different} }, expected { {k: digest[k] for k in different} }; "
+            "choose another --out or delete it"
+        )
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One preparation at a time in a folder. Raises PrepareError."""
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise PrepareError(f"another process prepares data in {path.parent.parent}") from error
+        yield
+
+
+class _Pool:
+    """Chunks over worker processes; survives workers that die of their input."""
+
+    def __init__(self, job: Job, chunks: list[list[Unit]], workers: int, bar: Progress):
+        self.job, self.chunks, self.workers, self.bar = job, chunks, workers, bar
+        self.record = job.work / "deaths.json"  # survives an interruption, so that the result stays the same
+        self.deaths: Counter[str] = Counter(json.loads(self.record.read_text())) if self.record.exists() else Counter()
+
+    def run(self, todo: list[int]) -> None:
+        """Runs all chunks; after the death of a worker, the rest in a new pool."""
+        while todo:
+            todo = self._round(todo)
+
+    def _round(self, todo: list[int]) -> list[int]:
+        context = multiprocessing.get_context("spawn")
+        counter = context.Value("q", 0)
+        crumbs = self.job.work / "crumbs"
+        crumbs.mkdir(exist_ok=True)
+        for crumb in crumbs.iterdir():
+            crumb.unlink()
+        poisoned = sorted(key for key, n in self.deaths.items() if n >= _POISON_AFTER)
+        executor = ProcessPoolExecutor(self.workers, context, _start_worker, (counter, str(crumbs), os.getpid()))
+        try:
+            futures = {executor.submit(_work, self.job, i, self.chunks[i], poisoned): i for i in todo}
+            self._wait(futures, counter)
+        except BrokenProcessPool:
+            self._autopsy(crumbs)
+        except BaseException:
+            _kill(executor)
+            raise
+        finally:
+            executor.shutdown(wait=True, cancel_futures=True)
+        return [i for i in todo if not _done(self.job, i)]
+
+    def _wait(self, futures: dict[Future[int], int], counter: Any) -> None:
+        pending = set(futures)
+        base = self.bar.done
+        while pending:
+            done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+            self.bar.set(base + counter.value)
+            for future in done:
+                future.result()
+
+    def _autopsy(self, crumbs: Path) -> None:
+        """Counts a death for the cells that were being read."""
+        for crumb in crumbs.iterdir():
+            key = crumb.read_text()
+            if key:
+                self.deaths[key] += 1
+        write_text(self.record, json.dumps(self.deaths))
+        self.bar.say(f"a worker process died; cells being read: {sorted(self.deaths)}; going on without it")
+
+
+def _kill(executor: ProcessPoolExecutor) -> None:
+    """Ends the workers now; their unfinished chunks leave nothing behind that counts."""
+    for process in list((executor._processes or {}).values()):
+        process.terminate()
+
+
+_counter: Any = None
+_crumb: Path | None = None
+
+
+def _start_worker(counter: Any, crumbs: str, parent: int) -> None:
+    global _counter, _crumb
+    _counter, _crumb = counter, Path(crumbs) / str(os.getpid())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    """Ends the worker when its parent was killed."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+def _work(job: Job, chunk: int, units: list[Unit], poisoned: list[str]) -> int:
+    return write_chunk(job, chunk, units, poisoned, _report)
+
+
+def _report(key: str) -> None:
+    if _crumb is not None:
+        _crumb.write_text(key)
+    if not key and _counter is not None:
+        with _counter.get_lock():
+            _counter.value += 1
+
+
+__all__ = ["PrepareError", "make_chunks", "prepare_all", "shard_path"]

@@ -1,0 +1,89 @@
+"""Cutting tiles out of cells, at sizes that every native sampling divides."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from data_prep.raster import BadInput, Grid
+
+UNIT = 6  # ten-metre pixels a 60 m pixel
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """A rectangle in pixels of the finest grid of a cell."""
+
+    row: int
+    col: int
+    height: int
+    width: int
+
+    @property
+    def name(self) -> str:
+        return f"r{self.row}_c{self.col}"
+
+
+def check_multiple(pixels: int, what: str) -> None:
+    """Raises ValueError naming the nearest legal values unless ``pixels`` (10 m) are whole 60 m pixels."""
+    if pixels > 0 and pixels % UNIT == 0:
+        return
+    below, above = pixels // UNIT * UNIT, -(-max(pixels, 1) // UNIT) * UNIT
+    nearest = [str(v) for v in dict.fromkeys((below, above)) if v > 0]
+    raise ValueError(
+        f"{what} {pixels}: must be a multiple of {UNIT} pixels (60 m), or bands at 20 and 60 m cannot be cut; "
+        f"nearest legal: {' or '.join(nearest)}"
+    )
+
+
+def windows(height: int, width: int, size: int, stride: int) -> list[Window]:
+    """Full tiles of ``size`` every ``stride`` pixels, row by row; a smaller cell is one tile of its own size."""
+    return [
+        Window(row, col, h, w) for row, h in _origins(height, size, stride) for col, w in _origins(width, size, stride)
+    ]
+
+
+def _origins(length: int, size: int, stride: int) -> list[tuple[int, int]]:
+    if length <= size:
+        return [(0, length)]
+    return [(start, size) for start in range(0, length - size + 1, stride)]
+
+
+def check_cell(height: int, width: int, native: bool) -> None:
+    """Raises BadInput where a cell with bands at 20 and 60 m is not whole 60 m pixels in size."""
+    if native and (height % UNIT or width % UNIT):
+        raise BadInput(f"cell of {height} x {width} pixels: with bands at 20 and 60 m both must be multiples of {UNIT}")
+
+
+def on_grid(window: Window, finest: Grid, grid: Grid) -> Window:
+    """The pixels of ``grid`` that cover a window of the ``finest`` grid.
+
+    Origins that differ by less than half a pixel (the snapped 20 and 60 m grids) map index to index;
+    others map to the nearest pixel edge, and may reach over the edge of ``grid``.
+    """
+    fa, _, fc, _, fe, ff = finest.transform
+    a, _, c, _, e, f = grid.transform
+    top, left = ff + window.row * fe, fc + window.col * fa
+    row, col = _round((top - f) / e), _round((left - c) / a)
+    return Window(row, col, max(1, _round(window.height * fe / e)), max(1, _round(window.width * fa / a)))
+
+
+def _round(value: float) -> int:
+    return math.floor(value + 0.5)
+
+
+def cut(pixels: np.ndarray, window: Window, fill: float) -> np.ndarray:
+    """The window of an array [H, W, ...], padded with ``fill`` where it reaches over the edge."""
+    height, width = pixels.shape[:2]
+    top, left = max(0, window.row), max(0, window.col)
+    bottom, right = min(height, window.row + window.height), min(width, window.col + window.width)
+    if (bottom - top, right - left) == (window.height, window.width):
+        return pixels[top:bottom, left:right]
+    result = np.full((window.height, window.width, *pixels.shape[2:]), fill, pixels.dtype)
+    if bottom > top and right > left:
+        result[top - window.row : bottom - window.row, left - window.col : right - window.col] = pixels[
+            top:bottom, left:right
+        ]
+    return result

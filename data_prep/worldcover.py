@@ -1,0 +1,227 @@
+"""Land cover of a tile from the 3 degree maps of ESA WorldCover, and whether the tile is open ocean."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import rasterio
+from rasterio.crs import CRS
+from rasterio.enums import Resampling
+from rasterio.errors import RasterioError
+from rasterio.vrt import WarpedVRT
+from rasterio.warp import transform as transform_points
+from scipy import ndimage
+
+from data_prep.raster import BadInput, Grid, first_line
+from terrafm_jax import landcover
+
+STEP = 3  # degrees a map
+SOUTH, NORTH = -60, 84  # WorldCover has no maps beyond
+_OUTSIDE = 255  # no class code
+_NAME = re.compile(r"ESA_WorldCover_10m_(\d{4})_(v\d{3})_([NS]\d{2}[EW]\d{3})_Map\.tif")
+OCEAN_SHARE = 0.99
+
+
+class MissingMaps(BadInput):
+    """WorldCover maps that a footprint needs are not there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldCover:
+    """A folder (or URL) of WorldCover maps.
+
+    Attributes:
+      folder: where the maps are, in any GDAL path form; None: land cover is unknown everywhere.
+      maps: name of the 3 degree map (``N39W075``) -> path.
+      absent: maps known not to exist (open sea); listed in ``absent.txt`` beside the maps.
+      missing_is_sea: take every map that is not there for open sea.
+    """
+
+    folder: str | None
+    maps: dict[str, str]
+    absent: frozenset[str] = frozenset()
+    missing_is_sea: bool = False
+
+    @classmethod
+    def open(cls, folder: str | Path | None, missing: str = "error") -> WorldCover:
+        """Lists the maps of a folder. Raises ValueError where the folder has none."""
+        if folder is None or str(folder) in ("", "none"):
+            return cls(None, {})
+        maps: dict[str, tuple[str, str]] = {}
+        for path in sorted(Path(folder).rglob("*.tif")):
+            found = _NAME.fullmatch(path.name)
+            if found:  # the newest version of a map wins
+                year, version, name = found.groups()
+                maps[name] = max(maps.get(name, ("", "")), (year + version, str(path)))
+        if not maps:
+            raise ValueError(f"--worldcover {folder}: no file named like ESA_WorldCover_10m_2021_v200_N39W075_Map.tif")
+        listed = Path(folder) / "absent.txt"
+        absent = frozenset(listed.read_text().split()) if listed.exists() else frozenset()
+        return cls(str(folder), {n: p for n, (_, p) in maps.items()}, absent, missing == "sea")
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Those of ``names`` that are neither there nor declared absent."""
+        if self.folder is None or self.missing_is_sea:
+            return []
+        return sorted(n for n in set(names) if n not in self.maps and n not in self.absent)
+
+    def overlay(self, grid: Grid) -> np.ndarray:
+        """Category indices (``landcover.CATEGORIES``), uint8 [H, W], nearest neighbor on ``grid``.
+
+        Raises MissingMaps where a map between 60 S and 84 N is neither there nor listed as absent.
+        """
+        result = np.full(grid.shape, landcover.UNKNOWN, np.uint8)
+        if self.folder is None:
+            return result
+        lon, lat = lonlat_outline(grid)
+        needed = maps_of(lon, lat)
+        faults = self.missing(needed)
+        if faults:
+            raise MissingMaps(
+                f"WorldCover maps {', '.join(faults)} are not in {self.folder}; add them, list them in absent.txt, "
+                "or pass --worldcover-missing=sea"
+            )
+        todo = np.ones(grid.shape, bool)
+        for name in needed:
+            if name in self.maps:
+                codes = codes_on(self.maps[name], grid)
+                hit = todo & (codes != _OUTSIDE)
+                result[hit] = landcover.code_to_index()[codes[hit]]
+                todo &= ~hit
+        if todo.any() and any(name not in self.maps for name in needed):
+            result[todo & _inside(grid, [n for n in needed if n not in self.maps])] = landcover.SEA
+        return result
+
+
+def map_name(west: int, south: int) -> str:
+    """``N39W075`` for the map whose lower left corner lies at 39 N, 75 W."""
+    return f"{'N' if south >= 0 else 'S'}{abs(south):02d}{'E' if west >= 0 else 'W'}{abs(west):03d}"
+
+
+def maps_of(lon: np.ndarray, lat: np.ndarray) -> list[str]:
+    """Names of the maps under an area given by points on its outline; longitudes may exceed +-180."""
+    if float(lat.min()) >= NORTH or float(lat.max()) < SOUTH:
+        return []
+    rows = range(_floor(max(float(lat.min()), SOUTH)), _floor(min(float(lat.max()), NORTH - 1e-9)) + 1, STEP)
+    cols = range(_floor(float(lon.min())), _floor(float(lon.max())) + 1, STEP)
+    return sorted({map_name((west + 180) % 360 - 180, south) for south in rows for west in cols})
+
+
+def _floor(degrees: float) -> int:
+    return math.floor(degrees / STEP) * STEP
+
+
+def lonlat_outline(grid: Grid, steps: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """Longitudes and latitudes of points on the outline of a grid, without a jump at the antimeridian."""
+    left, bottom, right, top = grid.bounds()
+    along = np.linspace(0.0, 1.0, steps + 1)
+    x, y = left + along * (right - left), bottom + along * (top - bottom)
+    xs = np.concatenate([x, x, np.full_like(y, left), np.full_like(y, right)])
+    ys = np.concatenate([np.full_like(x, bottom), np.full_like(x, top), y, y])
+    lon, lat = lonlat(grid.crs, xs, ys)
+    lon = lon[0] + (lon - lon[0] + 180.0) % 360.0 - 180.0
+    return lon, lat
+
+
+def lonlat(crs: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates -> longitudes, latitudes in degrees, float64. Raises BadInput on a CRS nobody knows."""
+    if crs == "EPSG:4326":
+        return np.asarray(x, np.float64), np.asarray(y, np.float64)
+    try:
+        lon, lat = transform_points(_crs(crs), _crs("EPSG:4326"), list(x), list(y))
+    except RasterioError as error:
+        raise BadInput(f"CRS {crs!r} cannot be used ({first_line(error)})") from error
+    lon, lat = np.asarray(lon), np.asarray(lat)
+    if not (np.isfinite(lon).all() and np.isfinite(lat).all()):
+        raise BadInput(
+            f"coordinates lie outside of CRS {crs!r}: x {min(x):.0f}..{max(x):.0f}, y {min(y):.0f}..{max(y):.0f}"
+        )
+    return lon, lat
+
+
+@lru_cache(maxsize=256)
+def _crs(text: str) -> CRS:
+    return CRS.from_user_input(text)
+
+
+@lru_cache(maxsize=16)
+def _open(path: str) -> rasterio.DatasetReader:
+    return rasterio.open(path)
+
+
+def codes_on(path: str, grid: Grid) -> np.ndarray:
+    """Class codes of one map on ``grid``, uint8 [H, W], 255 where the map does not reach. Raises BadInput."""
+    try:
+        source = _open(path)
+        if grid.crs == "EPSG:4326":  # the map and the grid may name the same meridian 360 degrees apart
+            left, _, right, _ = grid.bounds()
+            turns = round(((left + right) / 2 - (source.bounds.left + source.bounds.right) / 2) / 360)
+            a, b, c, d, e, f = grid.transform
+            grid = Grid(grid.crs, (a, b, c - 360 * turns, d, e, f), grid.height, grid.width)
+        with WarpedVRT(
+            source,
+            crs=_crs(grid.crs),
+            transform=grid.affine,
+            height=grid.height,
+            width=grid.width,
+            resampling=Resampling.nearest,
+            src_nodata=None,  # 0 is open sea, not nodata
+            nodata=_OUTSIDE,
+            dtype="uint8",
+        ) as warped:
+            return warped.read(1)
+    except RasterioError as error:
+        raise BadInput(f"WorldCover map {path} cannot be read ({first_line(error)})") from error
+
+
+def _inside(grid: Grid, names: list[str]) -> np.ndarray:
+    """bool [H, W]: pixel centers that lie in one of the maps ``names``."""
+    a, _, c, _, e, f = grid.transform
+    x, y = np.meshgrid(c + (np.arange(grid.width) + 0.5) * a, f + (np.arange(grid.height) + 0.5) * e)
+    lon, lat = lonlat(grid.crs, x.ravel(), y.ravel())
+    west = (np.floor(lon / STEP).astype(int) * STEP + 180) % 360 - 180
+    south = np.floor(lat / STEP).astype(int) * STEP
+    hit = np.zeros(lon.shape, bool)
+    for w, s in {tuple(pair) for pair in np.unique(np.stack([west, south], 1), axis=0).tolist()}:
+        if SOUTH <= s < NORTH and map_name(w, s) in names:
+            hit |= (west == w) & (south == s)
+    return hit.reshape(grid.shape)
+
+
+def fractions(categories: np.ndarray) -> np.ndarray:
+    """Share of each category, float32 [NUM_CATEGORIES], of category indices of any shape."""
+    counts = np.bincount(categories.ravel(), minlength=landcover.NUM_CATEGORIES)
+    return (counts / max(1, categories.size)).astype(np.float32)
+
+
+def majority(shares: np.ndarray) -> int:
+    """Index of the largest category; ``unknown`` only where nothing else is known. Ties: the lower index."""
+    known = np.array(shares, np.float64)
+    known[landcover.UNKNOWN] = 0.0
+    return int(known.argmax()) if known.any() else landcover.UNKNOWN
+
+
+def ocean(categories: np.ndarray) -> np.ndarray:
+    """bool [H, W]: open sea, and water that is connected to it (8 neighbors) within the array.
+
+    WorldCover marks open sea as nodata and coastal sea as water; lakes and rivers inland are water
+    too, so only what touches the sea counts.
+    """
+    sea = categories == landcover.SEA
+    water = categories == landcover.WATER
+    if not sea.any() or not water.any():
+        return sea
+    labels, _ = ndimage.label(sea | water, structure=np.ones((3, 3), bool))
+    connected = np.unique(labels[sea])
+    return np.isin(labels, connected[connected > 0])
+
+
+def is_ocean(ocean_mask: np.ndarray) -> bool:
+    """At least 99 % ocean. A majority rule would delete mangrove coasts."""
+    return bool(ocean_mask.mean() >= OCEAN_SHARE)

@@ -1,0 +1,211 @@
+"""From finished chunks to a complete TFDS data set: names, metadata, index, statistics, reports."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.chunks import WORK, Job, chunk_path, save, shard_path, sync
+from data_prep.stats import Tally
+from terrafm_jax import landcover
+from terrafm_jax.data import tiles
+
+DATASET = "tiles"
+SUMMARY = "summary.json"
+ATTRIBUTION = (
+    "Contains modified Copernicus Sentinel data. Land cover: ESA WorldCover project / Contains modified Copernicus "
+    "Sentinel data processed by the ESA WorldCover consortium (CC-BY-4.0). Major-TOM Core: CC-BY-SA-4.0."
+)
+
+
+def finalize(job: Job, chunks: int, plan: dict[str, Any]) -> dict[str, Any]:
+    """Gives the shards of all chunks their names and writes everything beside them; returns the summary.
+
+    Can be interrupted anywhere and started again: a shard lies either under its old or under its new
+    name, ``dataset_info.json`` comes after everything it speaks of, and the work folder goes last.
+
+    Args:
+      job: output and options.
+      chunks: number of chunks; all must be done.
+      plan: what planning counted (cells seen, duplicates, ...), for the summary.
+    """
+    merged = _Merged(job)
+    for chunk in range(chunks):
+        merged.add(chunk)
+    if not sum(merged.count.values()):
+        return merged.summary(plan)  # nothing to publish; the work folder stays, with the reasons
+    directory = Path(job.directory)
+    counts = {split: len(found) for split, found in merged.shards.items() if found}
+    for split, total in counts.items():
+        for number, chunk in enumerate(merged.shards[split]):
+            source = shard_path(job, chunk, split)
+            if source.exists():
+                source.replace(directory / f"{DATASET}-{split}.array_record-{number:05d}-of-{total:05d}")
+    for split in counts:
+        save_array(directory / f"index_{split}.npy", merged.index(split))
+    write_text(directory / "layouts.json", json.dumps(merged.layouts))
+    write_text(directory / "statistics.json", merged.tally.to_json(merged.classes(), "computed over the train split"))
+    write_text(directory / "rejected.csv", merged.rejected_csv())
+    summary = merged.summary(plan)
+    write_text(directory / SUMMARY, json.dumps(summary, indent=1))
+    _write_metadata(directory, merged)
+    shutil.rmtree(job.work)
+    return summary
+
+
+class _Merged:
+    """The sum of all chunks."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        self.tally = Tally()
+        self.layouts: list[dict[str, list[int]]] = []
+        self.shards: dict[str, list[int]] = {split: [] for split in tiles.SPLITS}
+        self.lengths: dict[str, list[int]] = {split: [] for split in tiles.SPLITS}
+        self.count: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+        self.dropped: Counter[str] = Counter()
+        self.rejected: list[tuple[str, str, str]] = []
+        self.notes: list[tuple[str, str]] = []
+        self._rows: dict[str, list[np.ndarray]] = {split: [] for split in tiles.SPLITS}
+
+    def add(self, chunk: int) -> None:
+        """Adds a finished chunk."""
+        with np.load(chunk_path(self.job, chunk), allow_pickle=False) as arrays:
+            meta = json.loads(str(arrays["meta"]))
+            number = np.array([self._layout(layout) for layout in meta["layouts"]] or [0], np.uint8)
+            for split in tiles.SPLITS:
+                rows = arrays[f"index_{split}"]
+                if len(rows):
+                    rows["layout"] = number[rows["layout"]]
+                    self._rows[split].append(rows)
+                    self.shards[split].append(chunk)
+                    self.lengths[split].append(len(rows))
+            self.tally.merge(Tally.from_arrays(arrays))
+        self.count.update(meta["count"])
+        self.bytes.update(meta["bytes"])
+        self.dropped.update(meta["dropped"])
+        self.rejected += [tuple(row) for row in meta["rejected"]]
+        self.notes += [tuple(note) for note in meta["notes"]]
+
+    def _layout(self, layout: dict[str, list[int]]) -> int:
+        if layout not in self.layouts:
+            self.layouts.append(layout)
+        if len(self.layouts) > 256:
+            raise ValueError("more than 256 different shapes of tiles; cut them to a common --tile-size")
+        return self.layouts.index(layout)
+
+    def index(self, split: str) -> np.ndarray:
+        """INDEX_DTYPE [records] in the order of the data source."""
+        return np.concatenate(self._rows[split])
+
+    def classes(self) -> dict[str, dict[str, int]]:
+        """split -> category -> records."""
+        result = {}
+        for split, rows in self._rows.items():
+            if rows:
+                counts = np.bincount(self.index(split)["landcover"], minlength=landcover.NUM_CATEGORIES)
+                result[split] = dict(zip(landcover.NAMES, counts.tolist(), strict=True))
+        return result
+
+    def rejected_csv(self) -> str:
+        """The text of ``rejected.csv``."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerows([("unit", "products", "reason"), *self.rejected])
+        return text.getvalue()
+
+    def summary(self, plan: dict[str, Any]) -> dict[str, Any]:
+        """What was seen, kept, left out and why."""
+        tiles_seen = sum(self.count.values()) + sum(
+            n for reason, n in self.dropped.items() if " in a cell" not in reason
+        )
+        straddling = self.dropped.get("straddles splits", 0)
+        return {
+            **plan,
+            "tiles": dict(self.count),
+            "bytes": sum(self.bytes.values()),
+            "left_out": dict(sorted(self.dropped.items())),
+            "lost_between_splits": round(straddling / tiles_seen, 6) if tiles_seen else 0.0,
+            "rejected": len(self.rejected),
+            "rejected_reasons": dict(sorted(Counter(_kind(r[2]) for r in self.rejected).items())),
+            "offset_conflicts": len(self.notes),
+            "offset_conflict_examples": [f"{unit}: {note}" for unit, note in self.notes[:20]],
+            "classes": self.classes(),
+        }
+
+
+def _kind(reason: str) -> str:
+    """The part of a reason that is the same for many cells."""
+    return reason.split(":")[0] if len(reason) > 60 else reason
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file that appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
+    temporary.replace(path)
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """``numpy.save`` that appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        np.save(file, array)
+    sync(temporary)
+    temporary.replace(path)
+
+
+def _write_metadata(directory: Path, merged: _Merged) -> None:
+    """``features.json`` and ``dataset_info.json``, the latter last."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import naming
+
+    template = naming.ShardedFileTemplate(
+        data_dir=directory, dataset_name=DATASET, filetype_suffix="array_record",
+        template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+    )  # fmt: skip
+    splits = [
+        tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=lengths,
+            num_bytes=merged.bytes[split],
+            filename_template=template.replace(split=split),
+        )
+        for split, lengths in merged.lengths.items()
+        if lengths
+    ]
+    staging = directory / WORK / "metadata"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    for split, lengths in merged.lengths.items():  # TFDS reads the file names of the folder it writes to
+        if lengths:
+            (staging / f"{DATASET}-{split}.array_record-00000-of-{len(lengths):05d}").touch()
+    tfds.folder_dataset.write_metadata(
+        data_dir=staging,
+        features=tiles.features(),
+        split_infos=splits,
+        filename_template=template.replace(data_dir=staging),
+        description="Co-registered Sentinel-1 and Sentinel-2 tiles with land-cover shares, written by data_prep.",
+        citation=ATTRIBUTION,
+        check_data=False,
+    )
+    for name in ("features.json", "dataset_info.json"):
+        write_text(directory / name, (staging / name).read_text(encoding="utf-8"))
+
+
+def iter_files(directory: Path) -> Iterator[Path]:
+    """The files of a prepared data set, without the work folder."""
+    yield from (p for p in sorted(directory.iterdir()) if p.is_file())
+
+
+__all__ = ["ATTRIBUTION", "DATASET", "SUMMARY", "finalize", "iter_files", "save", "save_array", "write_text"]
