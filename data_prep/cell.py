@@ -18,7 +18,7 @@ from data_prep.records import Group, Layer
 from data_prep.splits import BlockSplit, unit_hash
 from data_prep.worldcover import WorldCover, fractions, is_ocean, lonlat_outline, majority, ocean
 from terrafm_jax import landcover
-from terrafm_jax.data.tiles import EXTENT_ORDER, INDEX_DTYPE
+from terrafm_jax.data.tiles import EXTENT_ORDER, INDEX_DTYPE, SPLITS
 from terrafm_jax.sensors import S1, SENSOR_KEYS
 
 MAX_DISTANCE = 0.2  # degrees of latitude between where a cell is said to lie and where its pixels lie
@@ -236,7 +236,8 @@ def _tile(
     name = cell.name if cell.number == 0 else f"{cell.name}/p{cell.number}"
     tile_id = f"{name}/{window.name}"
     is_sea = is_ocean(tiling.cut(sea, window, False))
-    if is_sea and unit_hash(f"sea {tile_id}") >= options.sea_keep:
+    thinned = cell.split is None or cell.split == SPLITS[0]  # a split file is taken at its word for evaluation
+    if is_sea and thinned and unit_hash(f"sea {tile_id}") >= options.sea_keep:
         return "open ocean"
     parts = {key: layer.cut(finest, window) for key, layer in layers.items()}
     shares = {key: quality.nodata_share(part.valid) for key, part in parts.items()}

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from array_record.python import array_record_module
 
-from data_prep.cell import Cell, Options, prepare
+from data_prep.cell import Cell, Options, Prepared, prepare
 from data_prep.raster import BadInput, first_line
 from data_prep.records import serialize
 from data_prep.stats import Tally
@@ -29,6 +29,7 @@ from terrafm_jax.data.tiles import INDEX_DTYPE, SPLITS
 WORK = ".work"
 # Chosen by measurement on real cells, see docs/data.md.
 COMPRESSION = "zstd:1"
+Report = Callable[[str], None]
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -139,69 +140,86 @@ class _Shards:
         self._writers.clear()
 
 
-def write_chunk(
-    job: Job, chunk: int, units: Sequence[Unit], poisoned: Sequence[str], report: Callable[[str], None]
-) -> int:
+class _Content:
+    """What a chunk has gathered besides the shards."""
+
+    def __init__(self) -> None:
+        self.tally = Tally()
+        self.rows: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+        self.layouts: list[dict[str, list[int]]] = []
+        self.rejected: list[tuple[str, str, str]] = []
+        self.dropped: Counter[str] = Counter()
+        self.notes: list[tuple[str, str]] = []
+
+    def reject(self, unit: Unit, reason: str) -> None:
+        self.rejected.append((unit.key, " ".join(unit.products), reason))
+
+    def add(self, unit: Unit, prepared: Prepared, shards: _Shards) -> None:
+        self.dropped.update(prepared.dropped)
+        self.notes += [(unit.key, note) for note in prepared.notes]
+        for tile in prepared.tiles:
+            if tile.layout not in self.layouts:
+                self.layouts.append(tile.layout)
+            tile.row["layout"] = self.layouts.index(tile.layout)
+            shards.write(tile.split, serialize(tile.record))
+            self.rows[tile.split].append(tile.row)
+            if tile.split == SPLITS[0]:
+                self.tally.add(tile.record)
+
+    def arrays(self, shards: _Shards) -> dict[str, np.ndarray]:
+        meta = {"count": dict(shards.count), "bytes": dict(shards.bytes), "layouts": self.layouts}
+        meta |= {"rejected": self.rejected, "dropped": dict(self.dropped), "notes": self.notes}
+        index = {f"index_{split}": np.array(found, INDEX_DTYPE) for split, found in self.rows.items()}
+        return {"meta": np.array(json.dumps(meta)), **index, **self.tally.arrays()}
+
+
+def write_chunk(job: Job, chunk: int, units: Sequence[Unit], deadly: Sequence[str], report: Report) -> int:
     """Prepares the units of a chunk and writes its shards; returns the chunk number.
 
     Args:
       job: source, land cover, options and output.
       chunk: number of the chunk.
       units: its cells.
-      poisoned: keys of units that killed a worker before; they are rejected unread.
+      deadly: keys of units that killed a worker before; they are rejected unread.
       report: called with the key of each unit when it starts, and with "" when it is done.
 
     Raises:
       DiskFull: nothing of this chunk is left behind.
       SourceUnavailable: the source does not answer.
     """
-    shards, tally = _Shards(job, chunk), Tally()
-    rows: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-    layouts: list[dict[str, list[int]]] = []
-    rejected: list[tuple[str, str, str]] = []
-    dropped: Counter[str] = Counter()
-    notes: list[tuple[str, str]] = []
+    shards, content = _Shards(job, chunk), _Content()
     try:
         for unit in units:
             report(unit.key)
-            try:
-                if unit.key in poisoned:
-                    raise BadInput("reading it ends the worker process (a crash in a decoder, or out of memory)")
-                prepared = prepare(job.source.read(unit), job.cover, job.options)
-            except BadInput as error:
-                rejected.append((unit.key, " ".join(unit.products), first_line(error)))
-            except (SourceUnavailable, MemoryError):
-                raise
-            except OSError as error:
-                _check_space(error, job)
-                rejected.append((unit.key, " ".join(unit.products), f"{type(error).__name__}: {first_line(error)}"))
-            except Exception as error:  # whatever a decoder throws on bad input must not end a long job
-                rejected.append((unit.key, " ".join(unit.products), f"{type(error).__name__}: {first_line(error)}"))
+            if unit.key in deadly:
+                content.reject(unit, "reading it ends the worker process (a crash in a decoder, or out of memory)")
             else:
-                dropped.update(prepared.dropped)
-                notes += [(unit.key, note) for note in prepared.notes]
-                for tile in prepared.tiles:
-                    if tile.layout not in layouts:
-                        layouts.append(tile.layout)
-                    tile.row["layout"] = layouts.index(tile.layout)
-                    shards.write(tile.split, serialize(tile.record))
-                    rows[tile.split].append(tile.row)
-                    if tile.split == SPLITS[0]:
-                        tally.add(tile.record)
+                _one(job, unit, shards, content)
             report("")
         shards.close()
-        meta = {
-            "count": dict(shards.count), "bytes": dict(shards.bytes), "layouts": layouts, "rejected": rejected,
-            "dropped": dict(dropped), "notes": notes, "units": len(units),
-        }  # fmt: skip
-        arrays = {f"index_{split}": np.array(found, INDEX_DTYPE) for split, found in rows.items()}
-        save(chunk_path(job, chunk), meta=np.array(json.dumps(meta)), **arrays, **tally.arrays())
+        save(chunk_path(job, chunk), **content.arrays(shards))
     except (OSError, RuntimeError) as error:
         _check_space(error, job)
         raise
     finally:
         shards.discard()
     return chunk
+
+
+def _one(job: Job, unit: Unit, shards: _Shards, content: _Content) -> None:
+    """Prepares one cell; whatever bad input makes a decoder throw must not end a long job."""
+    try:
+        prepared = prepare(job.source.read(unit), job.cover, job.options)
+    except BadInput as error:
+        content.reject(unit, first_line(error))
+        return
+    except (SourceUnavailable, MemoryError):
+        raise
+    except Exception as error:
+        _check_space(error, job)
+        content.reject(unit, f"{type(error).__name__}: {first_line(error)}")
+        return
+    content.add(unit, prepared, shards)
 
 
 def _check_space(error: BaseException, job: Job) -> None:

@@ -128,8 +128,9 @@ def measured(empty: Mapping[str, np.ndarray], grids: Mapping[str, Grid]) -> dict
     """Which pixels hold a measurement, per resolution group.
 
     A pixel is nodata only where *all* bands of the sensor are: zero in some bands is clipped dark
-    reflectance. A coarse pixel counts as empty on a finer grid at the fine pixel's center, and a fine
-    group as empty under a coarse pixel where all its pixels there are.
+    reflectance. Across samplings, a coarse pixel without values is nodata where part of its ground is
+    empty at the finer samplings too (the edge of a swath), and pixels more than twice as coarse do
+    not keep a fine pixel alive: they cannot resolve that edge.
 
     Args:
       empty: bool [H, W] per group, True where all bands of that group are nodata.
@@ -142,7 +143,8 @@ def measured(empty: Mapping[str, np.ndarray], grids: Mapping[str, Grid]) -> dict
     for group, own in empty.items():
         nothing = own.copy()
         for other, theirs in empty.items():
-            if other == group or not nothing.any():
+            coarser = grids[other].transform[0] / grids[group].transform[0]
+            if other == group or coarser > 2.5 or not nothing.any():
                 continue
             nothing &= theirs if grids[group] == grids[other] else _empty_on(theirs, grids[other], grids[group])
         result[group] = ~nothing
@@ -150,17 +152,16 @@ def measured(empty: Mapping[str, np.ndarray], grids: Mapping[str, Grid]) -> dict
 
 
 def _empty_on(empty: np.ndarray, grid: Grid, target: Grid) -> np.ndarray:
-    """``empty`` looked up on the ``target`` grid, bool [H, W]; all sub-pixels must be empty."""
+    """Pixels of ``target`` with any empty pixel of ``grid`` under them, bool [H, W]."""
     fine = max(1, round(target.transform[0] / grid.transform[0]))
     centers = (np.arange(fine) + 0.5) / fine
-    result = np.ones(target.shape, bool)
+    (a, _, c, _, e, f), (ga, _, gc, _, ge, gf) = target.transform, grid.transform
+    result = np.zeros(target.shape, bool)
     for dy in centers:
-        rows = _index(target.transform[5], target.transform[4], grid.transform[5], grid.transform[4], dy, target.height)
+        rows = np.clip(_index(f, e, gf, ge, dy, target.height), 0, grid.height - 1)
         for dx in centers:
-            cols = _index(
-                target.transform[2], target.transform[0], grid.transform[2], grid.transform[0], dx, target.width
-            )
-            result &= empty[np.ix_(np.clip(rows, 0, grid.height - 1), np.clip(cols, 0, grid.width - 1))]
+            cols = np.clip(_index(c, a, gc, ga, dx, target.width), 0, grid.width - 1)
+            result |= empty[np.ix_(rows, cols)]
     return result
 
 

@@ -13,18 +13,19 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from data_prep.chunks import WORK, Job, Unit, chunk_path, shard_path, write_chunk
+from data_prep.cell import prepare
+from data_prep.chunks import WORK, Job, Unit, chunk_path, write_chunk
 from data_prep.progress import Progress
 from data_prep.write import SUMMARY, finalize, write_text
 from terrafm_jax.data.tiles import SPLITS
 
-_POISON_AFTER = 2  # deaths of a worker at the same cell before the cell is rejected
+_TRIES = 3  # deaths of workers without a cell to blame before the job gives up
 _ORDER = (*SPLITS, "mixed", "unknown")
 
 
@@ -70,7 +71,7 @@ def prepare_all(
         chunks = make_chunks(units, chunk_size)
         for leftover in job.work.glob("*.tmp-*"):
             leftover.unlink(missing_ok=True)
-        todo = [i for i in range(len(chunks)) if not _done(job, i)]
+        todo = [i for i in range(len(chunks)) if not chunk_path(job, i).exists()]
         if runner != "local":
             from data_prep.beam_pipeline import run_chunks
 
@@ -86,11 +87,6 @@ def prepare_all(
                     _Pool(job, chunks, workers, bar).run(todo)
         summary = finalize(job, len(chunks), {**plan, "digest": digest["digest"]})
     return summary
-
-
-def _done(job: Job, chunk: int) -> bool:
-    """Finished and all its shards are there, under the name of the work folder or their final one."""
-    return chunk_path(job, chunk).exists()
 
 
 def _digest(job: Job, units: Sequence[Unit], chunk_size: int) -> dict[str, str]:
@@ -144,52 +140,71 @@ class _Pool:
 
     def __init__(self, job: Job, chunks: list[list[Unit]], workers: int, bar: Progress):
         self.job, self.chunks, self.workers, self.bar = job, chunks, workers, bar
-        self.record = job.work / "deaths.json"  # survives an interruption, so that the result stays the same
-        self.deaths: Counter[str] = Counter(json.loads(self.record.read_text())) if self.record.exists() else Counter()
+        self.crumbs = job.work / "crumbs"  # one file a worker: the cell it reads
+        self.record = job.work / "deadly.json"  # survives an interruption, so that the result stays the same
+        self.deadly: list[str] = json.loads(self.record.read_text()) if self.record.exists() else []
+        self._fruitless = 0
 
     def run(self, todo: list[int]) -> None:
-        """Runs all chunks; after the death of a worker, the rest in a new pool."""
+        """Runs all chunks; after the death of a worker, what is left in a new pool. Raises PrepareError."""
         while todo:
-            todo = self._round(todo)
+            if not self._round(todo):
+                self._autopsy()
+            todo = [i for i in todo if not chunk_path(self.job, i).exists()]
 
-    def _round(self, todo: list[int]) -> list[int]:
+    def _round(self, todo: list[int]) -> bool:
+        """False if a worker died."""
+        self.crumbs.mkdir(exist_ok=True)
+        for crumb in self.crumbs.iterdir():
+            crumb.unlink()
+        with self._executor(self.workers) as (executor, counter):
+            futures = {executor.submit(_work, self.job, i, self.chunks[i], self.deadly) for i in todo}
+            base = self.bar.done
+            while futures:
+                done, futures = wait(futures, timeout=0.5, return_when=FIRST_COMPLETED)
+                self.bar.set(base + counter.value)
+                try:
+                    for future in done:
+                        future.result()
+                except BrokenProcessPool:
+                    return False
+        return True
+
+    def _autopsy(self) -> None:
+        """Tries the cells that were being read when a worker died, each in a process of its own."""
+        suspects = sorted({crumb.read_text() for crumb in self.crumbs.iterdir()} - {""})
+        units = {unit.key: unit for chunk in self.chunks for unit in chunk}
+        found = [key for key in suspects if not self._survives(units[key])]
+        self._fruitless = 0 if found else self._fruitless + 1
+        if self._fruitless >= _TRIES:
+            raise PrepareError(
+                f"worker processes died {_TRIES} times while reading {suspects or 'nothing'}, none of which is deadly "
+                "alone: out of memory? Try fewer --workers"
+            )
+        self.deadly = sorted({*self.deadly, *found})
+        write_text(self.record, json.dumps(self.deadly))
+        self.bar.say(f"a worker process died; cells to blame: {found or 'none'}; going on")
+
+    def _survives(self, unit: Unit) -> bool:
+        with self._executor(1) as (executor, _):
+            try:
+                executor.submit(_probe, self.job, unit).result()
+            except BrokenProcessPool:
+                return False
+        return True
+
+    @contextmanager
+    def _executor(self, workers: int) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
         context = multiprocessing.get_context("spawn")
         counter = context.Value("q", 0)
-        crumbs = self.job.work / "crumbs"
-        crumbs.mkdir(exist_ok=True)
-        for crumb in crumbs.iterdir():
-            crumb.unlink()
-        poisoned = sorted(key for key, n in self.deaths.items() if n >= _POISON_AFTER)
-        executor = ProcessPoolExecutor(self.workers, context, _start_worker, (counter, str(crumbs), os.getpid()))
+        executor = ProcessPoolExecutor(workers, context, _start_worker, (counter, str(self.crumbs), os.getpid()))
         try:
-            futures = {executor.submit(_work, self.job, i, self.chunks[i], poisoned): i for i in todo}
-            self._wait(futures, counter)
-        except BrokenProcessPool:
-            self._autopsy(crumbs)
+            yield executor, counter
         except BaseException:
             _kill(executor)
             raise
         finally:
             executor.shutdown(wait=True, cancel_futures=True)
-        return [i for i in todo if not _done(self.job, i)]
-
-    def _wait(self, futures: dict[Future[int], int], counter: Any) -> None:
-        pending = set(futures)
-        base = self.bar.done
-        while pending:
-            done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-            self.bar.set(base + counter.value)
-            for future in done:
-                future.result()
-
-    def _autopsy(self, crumbs: Path) -> None:
-        """Counts a death for the cells that were being read."""
-        for crumb in crumbs.iterdir():
-            key = crumb.read_text()
-            if key:
-                self.deaths[key] += 1
-        write_text(self.record, json.dumps(self.deaths))
-        self.bar.say(f"a worker process died; cells being read: {sorted(self.deaths)}; going on without it")
 
 
 def _kill(executor: ProcessPoolExecutor) -> None:
@@ -220,12 +235,17 @@ def _work(job: Job, chunk: int, units: list[Unit], poisoned: list[str]) -> int:
     return write_chunk(job, chunk, units, poisoned, _report)
 
 
+def _probe(job: Job, unit: Unit) -> None:
+    """Reads and prepares one cell for the sake of surviving it."""
+    try:
+        prepare(job.source.read(unit), job.cover, job.options)
+    except Exception as error:
+        del error  # the real run reports it
+
+
 def _report(key: str) -> None:
     if _crumb is not None:
         _crumb.write_text(key)
     if not key and _counter is not None:
         with _counter.get_lock():
             _counter.value += 1
-
-
-__all__ = ["PrepareError", "make_chunks", "prepare_all", "shard_path"]
