@@ -114,10 +114,18 @@ def layout(parts: Mapping[str, Layer]) -> dict[str, list[int]]:
 
 
 @lru_cache(maxsize=1)
-def _features() -> Any:
-    return tiles.features()
+def _serializer() -> tuple[Any, Any]:
+    from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+    features = tiles.features()
+    return features, ExampleSerializer(features.get_serialized_info())
 
 
 def serialize(example: dict[str, Any]) -> bytes:
-    """The record as a serialized ``tf.train.Example``, the form that TFDS keeps in ArrayRecord."""
-    return _features().serialize_example(example)
+    """The record as a serialized ``tf.train.Example``, the form that TFDS keeps in ArrayRecord.
+
+    Deterministic, which ``features.serialize_example`` is not: it leaves the order of the fields to
+    the hash seed of the process.
+    """
+    features, serializer = _serializer()
+    return serializer.get_tf_example(features.encode_example(example)).SerializeToString(deterministic=True)
