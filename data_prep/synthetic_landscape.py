@@ -61,6 +61,7 @@ class Landscape:
     present: tuple[str, ...]
     structures: dict[str, Structure]
     slope: np.ndarray  # float32 [2, n, n], unit variance: down and right gradient of the terrain
+    variety: np.ndarray  # float32 [n, n], unit variance: which of the two soils, leaves, ... of the cell prevails
 
 
 # --- noise ------------------------------------------------------------------------------------
@@ -84,7 +85,7 @@ def standardize(values: np.ndarray) -> np.ndarray:
 
 
 def smooth(rng: np.random.Generator, size: int, sigma: float, aspect: float = 1.0, angle: float = 0.0) -> np.ndarray:
-    """Gaussian noise [size, size] with a Gaussian correlation of ``sigma`` px, ``aspect`` times longer along ``angle``."""
+    """Gaussian noise [size, size] smoothed over ``sigma`` px, ``aspect`` times longer along ``angle``."""
     full = fft.next_fast_len(size, real=True)
     rows, cols = _frequencies(full)
     along, across = cols * np.cos(angle) + rows * np.sin(angle), rows * np.cos(angle) - cols * np.sin(angle)
@@ -170,9 +171,9 @@ def _tree(rng: np.random.Generator, n: int, scale: float, angle: float) -> Struc
 def _shrub(rng: np.random.Generator, n: int, scale: float, angle: float) -> Structure:
     """Single clumps on open ground, spaced by competition for water."""
     warp = smooth(rng, n, 6.0), smooth(rng, n, 6.0)
-    rows, cols = _grid(n, 5.5 * scale, angle)
-    rows, cols = rows + 0.15 * warp[0], cols + 0.15 * warp[1]
-    size, border = voronoi(rng, rows, cols, square=False, jitter=0.5)
+    rows, cols = _grid(n, 5.0 * scale, angle)
+    rows, cols = rows + 0.3 * warp[0], cols + 0.3 * warp[1]
+    size, border = voronoi(rng, rows, cols, square=False, jitter=0.75)
     clumps = np.clip(border * (1 + 0.25 * size), 0, 1.2) ** 1.5
     return _plain(standardize(clumps) + 0.15 * smooth(rng, n, 1.0))
 
@@ -330,4 +331,4 @@ def landscape(rng: np.random.Generator, size: int, main: str, pure: bool = False
     structures = {name: structure(rng, name, size) for name in present}
     relief = fractal(rng, size, 4.0, 80.0)
     slope = np.stack([standardize(g) for g in np.gradient(relief)])
-    return Landscape(classes, present, structures, slope)
+    return Landscape(classes, present, structures, slope, smooth(rng, size, 9.0))

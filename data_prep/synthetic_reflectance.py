@@ -96,7 +96,7 @@ GROUPS: dict[str, Group] = {
 
 @dataclasses.dataclass(frozen=True)
 class Sky:
-    """Cloud opacity [n, n] in 0..1, transmission of the shadows [n, n], mask uint8 (0 clear, 1 thick, 2 thin, 3 shadow)."""
+    """Cloud opacity 0..1, transmission of the shadows, mask uint8 (0 clear, 1 thick, 2 thin, 3 shadow), each [n, n]."""
 
     opacity: np.ndarray
     shadow: np.ndarray
@@ -122,9 +122,9 @@ def _mix(rng: np.random.Generator, weights: dict[str, float], green: float) -> n
 
 
 def class_reflectance(
-    plan: CellPlan, name: str, shape: ground.Structure, acquired: Acquisition, contrast: float
+    plan: CellPlan, name: str, shape: ground.Structure, variety: np.ndarray, acquired: Acquisition, contrast: float
 ) -> np.ndarray:
-    """Surface reflectance [k, 12] of the k pixels of one class (fields of ``shape`` are [k]) on the date of a product.
+    """Surface reflectance [k, 12] of the k pixels of one class, on the date of a product; fields of ``shape`` are [k].
 
     Materials are drawn per cell and class (the same for every product), the season per product.
     """
@@ -134,12 +134,18 @@ def class_reflectance(
     evergreen = rng.uniform(*group.evergreen)
     season = greenness(plan.lat, acquired.time.timetuple().tm_yday)
     green = evergreen + (1 - evergreen) * season
-    first, second = _mix(rng, group.first, green), _mix(rng, group.second, 0.3 + 0.7 * green)
+    firsts = [_mix(rng, group.first, green) for _ in range(2)]
+    seconds = [_mix(rng, group.second, 0.3 + 0.7 * green) for _ in range(2)]
     # Parcels follow calendars of their own, so their order of brightness changes with the date.
     turn = float(np.sin(plan.rng(21, acquired.stream).uniform(0, 2 * np.pi)))
     cover = np.clip(mean + swing * (shape.cover + 0.5 * turn * shape.parcel), 0.0, 1.0)
-    surface = second + cover[..., None] * (first - second)
-    return surface + shape.third[..., None] * (MATERIALS[group.third] - surface)
+    # Two draws of each material alternate within the cell: were there one, crops of a tile would
+    # share its color, and color rather than structure would be what distillation learns.
+    other = 1 / (1 + np.exp(-2.0 * variety - 2.0 * np.sin(9 * shape.parcel)))
+    third = shape.third
+    shares = np.stack([cover * (1 - other), cover * other, (1 - cover) * (1 - other), (1 - cover) * other], -1)
+    surface = (shares * (1 - third[:, None])) @ np.stack([*firsts, *seconds]).astype(np.float32)
+    return surface + third[:, None] * MATERIALS[group.third]
 
 
 def surface(plan: CellPlan, land: ground.Landscape, acquired: Acquisition) -> np.ndarray:
@@ -149,7 +155,8 @@ def surface(plan: CellPlan, land: ground.Landscape, acquired: Acquisition) -> np
     out = np.empty((*land.classes.shape, len(BANDS)), np.float32)
     for name in land.present:
         inside = land.classes == landcover.category(name)
-        out[inside] = class_reflectance(plan, name, _only(land.structures[name], inside), acquired, contrast)
+        shape = _only(land.structures[name], inside)
+        out[inside] = class_reflectance(plan, name, shape, land.variety[inside], acquired, contrast)
     # Slopes facing the sun are brighter; the azimuth follows the hour and the hemisphere.
     azimuth = math.radians((145 if plan.lat > 0 else 40) + rng.normal(0, 15))
     elevation = math.radians(max(15.0, sun_elevation(plan.lat, acquired.time.timetuple().tm_yday)))

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import struct
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 import rasterio
 from affine import Affine
 from PIL import Image
+from rasterio.crs import CRS
 from rasterio.io import MemoryFile
 from rasterio.warp import transform as warp_points
 from scipy.ndimage import map_coordinates
@@ -27,6 +29,11 @@ FOLDERS = {"s1": "Core-S1RTC", "s2_l1c": "Core-S2L1C", "s2_l2a": "Core-S2L2A"}
 WC_PIXELS, WC_DEGREES, WC_BLOCK = 36000, 3, 1024  # of a WorldCover file
 
 
+@lru_cache(maxsize=256)
+def _crs(name: str) -> CRS:
+    return CRS.from_string(name)
+
+
 def geotiff(values: np.ndarray, affine: Affine, crs: str, nodata: float | None) -> bytes:
     """Bytes of a complete single-band GeoTIFF of [h, w], compressed without loss."""
     rows, cols = values.shape
@@ -35,7 +42,7 @@ def geotiff(values: np.ndarray, affine: Affine, crs: str, nodata: float | None) 
     options["predictor"] = 1 if values.dtype == np.float32 else 2
     with MemoryFile() as memory:
         with memory.open(
-            driver="GTiff", height=rows, width=cols, count=1, dtype=values.dtype, crs=crs, transform=affine,
+            driver="GTiff", height=rows, width=cols, count=1, dtype=values.dtype, crs=_crs(crs), transform=affine,
             nodata=nodata, **options,
         ) as out:  # fmt: skip
             out.write(values, 1)
