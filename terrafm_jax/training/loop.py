@@ -30,7 +30,7 @@ from terrafm_jax.training.metrics import MetricWriter, Progress, timed
 from terrafm_jax.training.preemption import StopRequest
 from terrafm_jax.training.sharding import make_mesh
 from terrafm_jax.training.state import TrainState, with_weights
-from terrafm_jax.training.step import TrainSpec, abstract_state, init_state, make_batch, parameter_table
+from terrafm_jax.training.step import TrainSpec, abstract_state, draw_views, init_state, make_batch, parameter_table
 
 log = logging.getLogger(__name__)
 
@@ -262,7 +262,7 @@ def _finish(tools: Tools, step: int, preempted: bool) -> Outcome:
 
 
 def _draw_first_batch(run: Run, batch: Mapping[str, Any]) -> None:
-    views = pictures.first_views(run.spec, batch)
+    views = jax.jit(lambda b: draw_views(run.spec, b, 0))(jax.tree.map(lambda x: x[:8], dict(batch)))
     pictures.save_views(epath.Path(run.workdir) / "views.png", views, run.spec.views, run.spec.stats)
 
 

@@ -97,7 +97,7 @@ class Progress:
 
     def __init__(self, start: int, total: int, unit: str = "step", enabled: bool = True):
         self.start, self.total, self.enabled = start, total, enabled
-        self._begun = time.monotonic()
+        self._begun, self._from = 0.0, start  # the pace counts from the first step on, after compiling
         self._done = start
         interactive = enabled and sys.stderr.isatty()
         self._bar = tqdm(total=total, initial=start, unit=unit, dynamic_ncols=True) if interactive else None
@@ -106,6 +106,8 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(done - self._done)
+        if not self._begun:
+            self._begun, self._from = time.monotonic(), done
         self._done = done
 
     def line(self, text: str) -> None:
@@ -117,8 +119,8 @@ class Progress:
             log.info("%s", text)
 
     def eta(self) -> str:
-        """Time left at the pace since the start of this process, as h:mm:ss."""
-        done = self._done - self.start
+        """Time left at the pace since the first step of this process, as h:mm:ss."""
+        done = self._done - self._from
         if done <= 0:
             return "?"
         return clock((time.monotonic() - self._begun) / done * (self.total - self._done))

@@ -40,6 +40,7 @@ __all__ = [
     "TrainSpec",
     "TrainState",
     "abstract_state",
+    "draw_views",
     "init_state",
     "make_batch",
     "make_step",
@@ -245,6 +246,13 @@ def _accumulate(
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     (grads, sums, metrics), _ = jax.lax.scan(body, zeros, (split, jnp.arange(parts)))
     return jax.tree.map(lambda x: x / parts, grads), sums, jax.tree.map(lambda x: x / parts, metrics)
+
+
+def draw_views(spec: TrainSpec, batch: Mapping[str, Any], step: int) -> tuple[ViewSet, ViewSet]:
+    """The (global, local) views that step number ``step`` trains on, for looking at (not with microbatches)."""
+    view_key, _ = jax.random.split(jax.random.fold_in(_key(spec), step))
+    stats = {name: spec.stats.arrays(name) for name in spec.model.sensors}
+    return make_views(spec.views, stats, batch, view_key)
 
 
 def train_step(spec: TrainSpec, state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
