@@ -24,7 +24,15 @@ CORE = [
     "tqdm>=4.66",
 ]
 DATA = ["fsspec>=2024.2", "huggingface_hub>=0.24", "matplotlib>=3.8", "pyarrow>=15", "rasterio>=1.4", "scipy>=1.11"]
-EVAL = ["h5py>=3.10", "matplotlib>=3.8", "pyyaml>=6", "rasterio>=1.4", "scikit-learn>=1.4", "scipy>=1.11"]
+EVAL = [
+    "h5py>=3.10",
+    "matplotlib>=3.8",
+    "pyarrow>=15",
+    "pyyaml>=6",
+    "rasterio>=1.4",
+    "scikit-learn>=1.4",
+    "scipy>=1.11",
+]
 EXPORT = [
     "huggingface_hub>=0.24",
     "onnx>=1.16",

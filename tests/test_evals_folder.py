@@ -1,0 +1,198 @@
+"""The folder reader (class folders, masks, tables, tags, several sensors, splits) and TFDS data sets."""
+
+from __future__ import annotations
+
+import json
+
+import labelled_fake as fake
+import numpy as np
+import pytest
+
+from terrafm_jax.evals import datasets
+from terrafm_jax.evals.datasets import labels
+from terrafm_jax.evals.datasets.base import DatasetError, collate
+
+pytest.importorskip("rasterio")
+RNG = np.random.default_rng(0)
+
+
+def open_one(path):
+    (dataset,) = datasets.open_suite("folder", path)
+    return dataset
+
+
+def test_class_folders_are_split_by_share(tmp_path):
+    dataset = open_one(fake.eurosat_like(tmp_path / "tiny", per_class=6))
+    assert dataset.info.classes == ("class_0", "class_1", "class_2")
+    assert {k: len(v) for k, v in dataset.splits.items()} == {"train": 9, "val": 3, "test": 6}
+    np.testing.assert_array_equal(np.bincount(dataset.split("test").labels), [2, 2, 2])
+    assert len(set().union(*(dataset.split(s).ids for s in dataset.splits))) == 18
+    assert dataset.split("train")[0].images["s2_l2a"].shape == (32, 32, 12)
+
+
+def test_two_sensors_masks_and_suffixes(tmp_path):
+    for i in range(4):
+        fake.tiff(tmp_path / "S1" / f"chip{i}_S1Hand.tif", RNG.normal(-12, 1, (8, 8, 2)).astype("f4"))
+        fake.tiff(tmp_path / "S2" / f"chip{i}_S2Hand.tif", fake.planes(RNG, 8, 13))
+        fake.tiff(tmp_path / "Label" / f"chip{i}_LabelHand.tif", np.full((8, 8), i % 2, np.int16))
+    (tmp_path / "dataset.yaml").write_text(
+        "name: floods\ntask: segmentation\nclasses: [dry, water]\nmasks: Label\nmask_suffix: _LabelHand.tif\n"
+        "inputs:\n  s1: {folder: S1, suffix: _S1Hand.tif, bands: [VV, VH], unit: dB}\n"
+        f"  s2_l1c: {{folder: S2, suffix: _S2Hand.tif, bands: [{', '.join(labels.S2_13)}]}}\n"
+        "splits: {train: 0.5, test: 0.5}\n"
+    )
+    dataset = open_one(tmp_path)
+    sample = dataset.split("train")[0]
+    assert set(sample.images) == {"s1", "s2_l1c"}
+    assert sample.target.shape == (8, 8)
+    assert sample.id in {f"chip{i}" for i in range(4)}
+    assert collate(dataset.info, [sample], ["s1", "s2_l1c"]).images["s2_l1c"].shape == (1, 8, 8, 12)
+
+
+def test_tables_tags_and_regression(tmp_path):
+    for i in range(4):
+        fake.tiff(tmp_path / f"p{i}.tif", fake.planes(RNG, 8, 2), tags={"LABELS": json.dumps(["a", "b"][: 1 + i % 2])})
+    base = "inputs:\n  s2_l2a: {bands: [B04, B08]}\nsplits: {train: 0.5, test: 0.5}\n"
+    yaml = tmp_path / "dataset.yaml"
+    yaml.write_text(base + "task: multilabel\nlabels: {tag: LABELS}\n")
+    found = open_one(tmp_path)
+    assert found.info.classes == ("a", "b")
+    assert sorted(s.target.sum() for k in found.splits for s in [found.split(k)[i] for i in range(2)]) == [1, 1, 2, 2]
+    (tmp_path / "t.csv").write_text("file,value\np0.tif,1.5\np1.tif,2.5\np3.tif,-1\nnone.tif,9\n")
+    yaml.write_text(base + "task: regression\nlabels: t.csv\nunit: t/ha\n")
+    found = open_one(yaml)
+    assert sorted(float(v) for k in found.splits for v in found.split(k).labels) == [-1, 1.5, 2.5]
+    (tmp_path / "t.csv").write_text("file,labels\np0.tif,a; b\np1.tif,c\n")
+    yaml.write_text(base + "task: multilabel\nlabels: t.csv\nclasses: [a, b]\n")
+    with pytest.raises(DatasetError, match=r"labels \['c'\] are none of the classes \['a', 'b'\]"):
+        open_one(tmp_path)
+
+
+def test_splits_from_a_table_with_foreign_prefixes(tmp_path):
+    fake.eurosat_like(tmp_path, classes=2, per_class=3, yaml="splits: split.csv\n")
+    rows = [
+        f"elsewhere/tiny/class_{c}/class_{c}_{i}.tif,{s}"
+        for c in (0, 1)
+        for i, s in enumerate(("train", "valid", "test"))
+    ]
+    (tmp_path / "split.csv").write_text("file,split\n" + "\n".join(rows) + "\n")
+    dataset = open_one(tmp_path)
+    assert dataset.split("val").ids == ["class_0/class_0_1.tif", "class_1/class_1_1.tif"]
+
+
+def test_change_pairs(tmp_path):
+    for name in ("before", "after"):
+        fake.tiff(tmp_path / name / "x.tif", fake.planes(RNG, 8, 2, 5 if name == "after" else 0))
+    fake.tiff(tmp_path / "cm" / "x.tif", np.eye(8, dtype=np.uint8))
+    (tmp_path / "dataset.yaml").write_text(
+        "task: change\nclasses: ['no', 'yes']\nmasks: cm\nsplits: {test: 1.0}\n"
+        "inputs: {s2_l2a: {folder: before, after: after, bands: [B04, B08]}}\n"
+    )
+    sample = open_one(tmp_path).split("test")[0]
+    assert sample.after["s2_l2a"].mean() > sample.images["s2_l2a"].mean()
+    assert sample.target.sum() == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("inputs: [", "not valid YAML"),
+        ("name: x", "expected a mapping with at least 'inputs'"),
+        ("inputs: {s2_l2a: {bands: [B04], colour: 1}}\ntaks: x", r"unknown fields \['taks', 'inputs.s2_l2a.colour'\]"),
+        ("inputs: {s2_l2a: {bands: [B04]}}\ntask: detection", "task 'detection'"),
+        ("inputs: {s2_l2a: {bands: [B04, B08]}}\ntask: segmentation", "needs 'masks'"),
+        ("inputs: {landsat: {bands: [B04]}}", "sensor 'landsat' cannot be evaluated"),
+        ("inputs: {s2_l2a: {bands: [B04]}}", "2 bands, .*dataset.yaml declares 1"),
+        ("inputs: {s2_l2a: {bands: [B08, B04]}}", r"names its bands \['B04', 'B08'\]"),
+        ("inputs: {s2_l2a: {bands: [B04, B08]}}\nsplits: {train: 0.9}", "sum to 1"),
+        ("inputs: {s2_l2a: {bands: [B04, B08]}}\nroot: nowhere", "nowhere: not found"),
+    ],
+)
+def test_bad_descriptions_are_one_clear_error(tmp_path, text, message):
+    for c in ("a", "b"):
+        fake.tiff(tmp_path / c / "x.tif", fake.planes(RNG, 8, 2), names=("B04", "B08"))
+    (tmp_path / "dataset.yaml").write_text(text)
+    with pytest.raises(DatasetError, match=message):
+        open_one(tmp_path)
+
+
+def test_missing_description_shows_an_example(tmp_path):
+    with pytest.raises(DatasetError, match=r"dataset.yaml: not found. Say there"):
+        open_one(tmp_path)
+
+
+def test_damaged_image_is_named(tmp_path):
+    fake.eurosat_like(tmp_path, classes=2, per_class=2, yaml="splits: {train: 1.0}\n")
+    (tmp_path / "class_1/class_1_1.tif").write_bytes(b"II*\0broken")
+    dataset = open_one(tmp_path)
+    with pytest.raises(DatasetError, match=r"class_1_1.tif: cannot be read as a raster"):
+        [dataset.split("train")[i] for i in range(4)]
+
+
+# --- TFDS ---
+
+
+def write_tfds(root, name, features, records):
+    """A prepared TFDS data set in ArrayRecord format, written without TensorFlow."""
+    import tensorflow_datasets as tfds
+    from array_record.python import array_record_module
+
+    folder = root / name / "1.0.0"
+    folder.mkdir(parents=True)
+    template = tfds.core.ShardedFileTemplate(
+        dataset_name=name.split("/")[0], data_dir=folder, split="train", filetype_suffix="array_record"
+    )
+    splits = []
+    for split, rows in records.items():
+        template = template.replace(split=split)
+        path = folder / f"{name.split('/')[0]}-{split}.array_record-00000-of-00001"
+        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+        for row in rows:
+            writer.write(features.serialize_example(features.encode_example(row)))
+        writer.close()
+        splits.append(
+            tfds.core.SplitInfo(name=split, shard_lengths=[len(rows)], num_bytes=1, filename_template=template)
+        )
+    tfds.folder_dataset.write_metadata(data_dir=str(folder), features=features, split_infos=splits, check_data=False)
+
+
+def test_tfds_data_sets(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    f = tfds.features
+    features = f.FeaturesDict(
+        {"sentinel2": f.Tensor(shape=(64, 64, 13), dtype=np.float32), "label": f.ClassLabel(names=list(labels.EUROSAT))}
+    )
+    rows = [{"sentinel2": fake.planes(RNG, 64, 13).astype("f4"), "label": i % 10} for i in range(10)]
+    write_tfds(tmp_path, "eurosat/all", features, {"train": rows})
+    features = f.FeaturesDict(
+        {
+            "sentinel1": f.Tensor(shape=(32, 32, 8), dtype=np.float32),
+            "sentinel2": f.Tensor(shape=(32, 32, 10), dtype=np.float32),
+            "label": f.ClassLabel(names=list(labels.LCZ)),
+        }
+    )
+    row = {"sentinel1": np.full((32, 32, 8), 0.01, "f4"), "sentinel2": np.full((32, 32, 10), 0.3, "f4"), "label": 4}
+    write_tfds(tmp_path, "so2sat/all", features, {"train": [row] * 5, "validation": [row] * 2})
+    bands = {
+        b.name: f.Tensor(shape=(120 * 10 // b.gsd,) * 2, dtype=np.float32)
+        for b in datasets.base.SENSORS["s2_l2a"].bands
+    }
+    features = f.FeaturesDict({**bands, "labels": f.Sequence(f.ClassLabel(num_classes=43))})
+    row = {k: np.full(v.shape, 7.0, np.float32) for k, v in bands.items()} | {"labels": [2, 42]}
+    write_tfds(tmp_path, "bigearthnet/all", features, {"train": [row] * 5})
+    found = {d.info.name: d for d in datasets.open_suite("tfds", tmp_path, seed=3)}
+    eurosat = found["tfds-eurosat/all"]
+    assert {k: len(v) for k, v in eurosat.splits.items()} == {"train": 6, "val": 2, "test": 2}
+    assert "seed 3" in eurosat.info.note
+    batch = collate(eurosat.info, [eurosat.split("train")[0]], ["s2_l1c"])
+    assert int(batch.images["s2_l1c"][0, 0, 0, 8] // 1000) == 13
+    so2sat = found["tfds-so2sat/all"]
+    assert {k: len(v) for k, v in so2sat.splits.items()} == {"train": 4, "val": 1, "test": 2}
+    batch = collate(so2sat.info, [so2sat.split("test")[0]], ["s1", "s2_l1c"])
+    np.testing.assert_allclose(batch.images["s1"][0, 0, 0], [-20, -20], atol=1e-4)
+    assert batch.images["s2_l1c"][0, 0, 0, 1] == pytest.approx(3000)
+    sample = found["tfds-bigearthnet/all"].split("train")[0]
+    assert sample.images["s2_l2a"].shape == (120, 120, 12)
+    np.testing.assert_array_equal(np.nonzero(sample.target)[0], [2, 42])
+    with pytest.raises(DatasetError, match=r"no <version>/dataset_info\.json"):
+        datasets.open_suite("tfds", tmp_path / "so2sat", ["eurosat/all"])
