@@ -93,9 +93,18 @@ def embed(spec: ModelSpec, folded: Folded, patches: Mapping[str, Array], present
     if len(patches) == 1:
         ((sensor, x),) = patches.items()
         core = _normalize(linear(x, *folded.value[sensor], spec), spec)
+    elif not spec.fusion:
+        values = {sensor: linear(x, *folded.value[sensor], spec) for sensor, x in patches.items()}
+        core = _normalize(select(values, present), spec)
     else:
         core = _fuse(spec, folded, patches, present)
     return linear(core, *folded.out, spec)
+
+
+def select(values: Mapping[str, Array], present: Array) -> Array:
+    """Of several sensors [B, h, w, D] the one that each sample sees; ``present`` bool [B, M] has one True a row."""
+    chosen = (present[:, i, None, None, None] for i in range(len(values)))
+    return sum(jnp.where(c, x, jnp.zeros((), x.dtype)) for c, x in zip(chosen, values.values(), strict=True))
 
 
 def _normalize(x: Array, spec: ModelSpec) -> Array:

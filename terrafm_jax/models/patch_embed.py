@@ -112,7 +112,8 @@ class PatchEmbed(nnx.Module):
 
         Args:
           patches: per sensor [B, h, w, p*p*C].
-          present: bool [B, M] over the keys of ``patches``, or None when all are there.
+          present: bool [B, M] over the keys of ``patches``, or None when all are there. Without fusion
+            weights it names one sensor a sample.
         """
         tokens = []
         for sensor, x in patches.items():
@@ -121,6 +122,9 @@ class PatchEmbed(nnx.Module):
         projection = self.projection
         if len(tokens) == 1:
             fused = projection.norm_input(projection.proj1(tokens[0]))
+        elif not self.spec.fusion:
+            chosen = folding.select(dict(zip(patches, tokens, strict=True)), present)
+            fused = projection.norm_input(projection.proj1(chosen))
         else:
             stacked = jnp.stack(tokens, axis=-2)
             fused = self.fusion.pooled(projection.norm_input(self.fusion(stacked, projection.proj1(stacked), present)))

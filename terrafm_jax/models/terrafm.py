@@ -134,7 +134,8 @@ def encode(
       backbone: ``params["backbone"]``, or what :func:`prepare` made of it.
       patches: sensor -> normalised patches [B, h, w, p*p*C] (see :func:`patchify`). With one sensor this is
         the released path; with several they are fused.
-      present: bool [B, S] over ``spec.sensors``: sensors each sample has. None: those in ``patches``.
+      present: bool [B, S] over ``spec.sensors``: sensors each sample has. None: those in ``patches``. Weights
+        without fusion take several sensors only with one of them present in each sample.
       drop_key: PRNG key of the drop path; None turns it off (teacher, inference).
       layers: blocks (0-based, negative from the end) whose features are returned too.
 
@@ -182,7 +183,7 @@ def _check(
     faults = [f"unknown sensor {s!r}; configured are {spec.sensors}" for s in patches if s not in spec.sensors]
     if not patches:
         faults.append(f"no sensor given; configured are {spec.sensors}")
-    if len(patches) > 1 and not spec.fusion:
+    if len(patches) > 1 and not spec.fusion and present is None:
         faults.append(f"sensors {tuple(patches)} together, but these weights have no fusion; give one sensor")
     shapes = {s: x.shape for s, x in patches.items()}
     if len({shape[:-1] for shape in shapes.values()}) > 1 or any(len(shape) != 4 for shape in shapes.values()):
