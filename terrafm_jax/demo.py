@@ -1,4 +1,4 @@
-"""``make demo``: cells, preparation, a short pretraining, what it learnt, export, pictures; about ten minutes on two cores.
+"""``make demo``: cells, preparation, a short pretraining, what it learnt, export, pictures.
 
     python -m terrafm_jax.demo --out demo_out [--seed 0] [--cells 300] [--steps 500]
 
@@ -142,7 +142,6 @@ class Comparison:
 
     def patch_features(self, tiles: int = 9) -> tuple[Any, dict[str, Any], list[str]]:
         """RGB images [N, H, W, 3], patch features [N, h, w, d] by encoder and titles, one tile a class."""
-        import jax
         import numpy as np
 
         from terrafm_jax import landcover
@@ -213,7 +212,8 @@ def _summary(out: Path, run: Path, weights: Path, seconds: float) -> None:
 next
   your own tiles           docs/data.md, then python -m terrafm_jax.main --config=configs/vits.py ...
   go on training this one  python -m terrafm_jax.main --config=configs/demo.py --workdir={run}
-                             --config.data.dir={out / "tiles"} --config.total_steps=2000 --config.allow_config_change=True
+                             --config.data.dir={out / "tiles"} --config.total_steps=2000
+                             --config.allow_config_change=True
   use it                   import terrafm_jax; model = terrafm_jax.load("{run}"); model.encode(s2_l2a=..., s1=...)""")
 
 
