@@ -133,11 +133,11 @@ def prepare(cell: Cell, cover: WorldCover, options: Options) -> Prepared:
     native = any(
         group.grid.transform[0] > 1.5 * finest.transform[0] for x in layers.values() for group in x.groups.values()
     )
-    tiling.check_cell(finest.height, finest.width, native)
+    height, width = tiling.whole(finest.height, native), tiling.whole(finest.width, native)
     categories = _categories(cell, cover, finest)
     sea = ocean(categories)
     tiles = []
-    for window in tiling.windows(finest.height, finest.width, options.tile_size, options.stride):
+    for window in tiling.windows(height, width, options.tile_size, options.stride):
         tile = _tile(cell, layers, finest, window, categories, sea, options)
         if isinstance(tile, Tile):
             tiles.append(tile)

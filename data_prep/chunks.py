@@ -12,7 +12,7 @@ import errno
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from data_prep.cell import Cell, Options, Prepared, prepare
+from data_prep.harmonize import Offset
 from data_prep.raster import BadInput, first_line
 from data_prep.records import serialize
 from data_prep.stats import Tally
@@ -48,7 +49,7 @@ class Unit:
     Attributes:
       cell, number: see ``cell.Cell``.
       where: what the source needs to read it (plain, picklable values).
-      products: product ids, for the report of a rejected cell.
+      products: (sensor, product id) pairs.
       split: the fixed split, or None.
       outlook: split that its position lets expect, ``mixed`` or ``unknown``; chunks do not mix them.
     """
@@ -56,7 +57,7 @@ class Unit:
     cell: str
     number: int
     where: Any
-    products: tuple[str, ...] = ()
+    products: tuple[tuple[str, str], ...] = ()
     split: str | None = None
     outlook: str = "unknown"
 
@@ -75,13 +76,14 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Everything that a worker needs besides the units."""
+    """Everything that a worker needs besides the units; ``offsets`` are those decided once per product."""
 
     source: Source
     cover: WorldCover
     options: Options
     directory: str
     compression: str = COMPRESSION
+    offsets: Mapping[tuple[str, str], Offset] = dataclasses.field(default_factory=dict)  # by (sensor, product)
 
     @property
     def work(self) -> Path:
@@ -152,7 +154,7 @@ class _Content:
         self.notes: list[tuple[str, str]] = []
 
     def reject(self, unit: Unit, reason: str) -> None:
-        self.rejected.append((unit.key, " ".join(unit.products), reason))
+        self.rejected.append((unit.key, " ".join(product for _, product in unit.products), reason))
 
     def add(self, unit: Unit, prepared: Prepared, shards: _Shards) -> None:
         self.dropped.update(prepared.dropped)
@@ -206,10 +208,18 @@ def write_chunk(job: Job, chunk: int, units: Sequence[Unit], deadly: Sequence[st
     return chunk
 
 
+def read(job: Job, unit: Unit) -> Cell:
+    """The cell of a unit, with the offsets that were decided once per product."""
+    cell = job.source.read(unit)
+    for key, given in cell.sensors.items():
+        given.offset = given.offset or job.offsets.get((key, given.product))
+    return cell
+
+
 def _one(job: Job, unit: Unit, shards: _Shards, content: _Content) -> None:
     """Prepares one cell; whatever bad input makes a decoder throw must not end a long job."""
     try:
-        prepared = prepare(job.source.read(unit), job.cover, job.options)
+        prepared = prepare(read(job, unit), job.cover, job.options)
     except BadInput as error:
         content.reject(unit, first_line(error))
         return

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, require: str, snap: str, s
     parser.add_argument("--worldcover-missing", choices=("error", "sea"), default="error")
     parser.add_argument("--tile-size", type=int, default=534, help="pixels at 10 m, a multiple of 6 (default 534)")
     parser.add_argument("--stride", type=int, default=None, help="pixels at 10 m, a multiple of 6 (default: tile size)")
-    parser.add_argument("--require", default=require, help=f"sensors a cell must have, by comma (default {require!r})")
+    parser.add_argument("--require", default=require, help="sensors a cell must have, by comma")
     parser.add_argument("--max-nodata", type=float, default=0.5, help="a sensor with more nodata is absent from a tile")
     parser.add_argument("--sea-keep", type=float, default=sea_keep, help="share of open-ocean tiles to keep")
     parser.add_argument("--splits", type=Path, default=None, help="CSV grid_cell,split; cells not listed are left out")
@@ -129,6 +129,18 @@ def main(args: argparse.Namespace, plan: Planner, beam_options: Sequence[str] = 
         return STOPPED
     print(report(summary, args.out))
     return _exit_code(summary, len(units), args.tolerate)
+
+
+class Formatter(argparse.RawTextHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the examples of the module docstring as they are."""
+
+
+def run(parser: argparse.ArgumentParser, plan: Callable[..., Any], argv: Sequence[str] | None) -> int:
+    """Parses and runs; flags that the parser does not know go to Beam, where a Beam runner is chosen."""
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.runner == "local":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return main(args, lambda options, cover: plan(args, options, cover), rest)
 
 
 def _terminate(number: int, frame: Any) -> None:

@@ -218,7 +218,7 @@ def plan(args: argparse.Namespace, options: Options, cover: WorldCover) -> tuple
         if kept:
             split = fixed.get(anchor.cell)
             expected = split or cli.outlook(center, options.blocks)
-            products = tuple(row.product for row in unit.values())
+            products = tuple((key, row.product) for key, row in unit.items())
             units.append(Unit(anchor.cell, number, unit, products, split, expected))
     cli.check_maps(cover, [c for c, k in zip(centers, keep, strict=True) if k and c])
     return source, units, {**seen, "units": len(units)}
@@ -226,9 +226,7 @@ def plan(args: argparse.Namespace, options: Options, cover: WorldCover) -> tuple
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(
-        "data_prep.majortom", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    result = argparse.ArgumentParser("data_prep.majortom", description=__doc__, formatter_class=cli.Formatter)
     result.add_argument("--source", required=True, help="folder or URL with Core-S2L2A, Core-S2L1C, Core-S1RTC")
     cli.add_arguments(result, require="s2_l2a", snap="on")
     return result
@@ -236,11 +234,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; unknown flags go to Beam when a Beam runner is chosen."""
-    arguments = parser()
-    args, rest = arguments.parse_known_args(argv)
-    if rest and args.runner == "local":
-        arguments.error(f"unrecognized arguments: {' '.join(rest)}")
-    return cli.main(args, lambda options, cover: plan(args, options, cover), rest)
+    return cli.run(parser(), plan, argv)
 
 
 if __name__ == "__main__":

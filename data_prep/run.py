@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.cell import prepare
-from data_prep.chunks import WORK, Job, Unit, chunk_path, write_chunk
+from data_prep.chunks import WORK, Job, Unit, chunk_path, read, write_chunk
 from data_prep.progress import Progress
 from data_prep.write import SUMMARY, finalize, write_text
 from terrafm_jax.data.tiles import SPLITS
@@ -94,7 +94,7 @@ def _digest(job: Job, units: Sequence[Unit], chunk_size: int) -> dict[str, str]:
     options = json.dumps(dataclasses.asdict(job.options), sort_keys=True)
     names = hashlib.blake2b(digest_size=16)
     for unit in sorted(units, key=lambda u: (u.cell, u.number)):
-        names.update(f"{unit.key}|{' '.join(unit.products)}|{unit.split}|{unit.outlook}\n".encode())
+        names.update(f"{unit.key}|{unit.products}|{unit.split}|{unit.outlook}\n".encode())
     parts = {"options": options, "cells": names.hexdigest(), "chunk_size": str(chunk_size), "shards": job.compression}
     return {**parts, "digest": hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()}
 
@@ -238,7 +238,7 @@ def _work(job: Job, chunk: int, units: list[Unit], poisoned: list[str]) -> int:
 def _probe(job: Job, unit: Unit) -> None:
     """Reads and prepares one cell for the sake of surviving it."""
     try:
-        prepare(job.source.read(unit), job.cover, job.options)
+        prepare(read(job, unit), job.cover, job.options)
     except Exception as error:
         del error  # the real run reports it
 

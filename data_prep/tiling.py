@@ -51,10 +51,12 @@ def _origins(length: int, size: int, stride: int) -> list[tuple[int, int]]:
     return [(start, size) for start in range(0, length - size + 1, stride)]
 
 
-def check_cell(height: int, width: int, native: bool) -> None:
-    """Raises BadInput where a cell with bands at 20 and 60 m is not whole 60 m pixels in size."""
-    if native and (height % UNIT or width % UNIT):
-        raise BadInput(f"cell of {height} x {width} pixels: with bands at 20 and 60 m both must be multiples of {UNIT}")
+def whole(length: int, native: bool) -> int:
+    """Pixels of a side that can be cut: with bands at 20 and 60 m only whole 60 m pixels. Raises BadInput."""
+    usable = length // UNIT * UNIT if native else length
+    if usable < 1:
+        raise BadInput(f"side of {length} pixels: with bands at 20 and 60 m at least {UNIT} are needed")
+    return usable
 
 
 def on_grid(window: Window, finest: Grid, grid: Grid) -> Window:

@@ -1,0 +1,283 @@
+"""Which GeoTIFF (or JPEG 2000) files belong together: a naming rule, or a CSV manifest that says everything.
+
+Naming rule. A folder or file name says the sensor (``S1RTC``, ``S2L1C``, ``s2_l2a`` ... or a product id
+``S2A_MSIL2A_...``, ``S1A_IW_...``). A file whose name is or ends in a band (``B02.tif``,
+``T31UDQ_20170829T105019_B01.jp2``, ``B02_10m``, ``..._VH.tif``) holds that band, and its cell is the nearest
+folder that names neither sensor nor product; any other file is a multi-band image, and its cell is its
+own name (or its folder's, where the name is a sensor)::
+
+    ROOT/S2L2A/282D_485L_3_3.tif            ROOT/282D_485L_3_3/S2L2A.tif
+    ROOT/S2L2A/199U/199U_1099R/S2B_MSIL2A_20200223T032739_N9999_.../B02.tif
+    ROOT/S2B_MSIL2A_..._T48QUE_....SAFE/GRANULE/.../IMG_DATA/R10m/T48QUE_20200223T032739_B02_10m.jp2
+
+Manifest columns: ``file``, ``location`` (or ``cell``), ``sensor``; optional ``bands`` (by comma), ``units``,
+``date`` (or ``time``), ``product``, ``orbit``, ``offset`` (DN), ``nodata``, ``split``. Other columns serve
+``--select``. Sensor ``worldcover`` (or units that speak of WorldCover codes) is a land-cover map.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePath
+
+from data_prep.times import iso_time
+from terrafm_jax.data.tiles import SPLITS
+from terrafm_jax.sensors import SENSORS, SensorError, band_name, sensor
+
+LANDCOVER = "landcover"
+CLOUD_MASK = "cloud_mask"  # Major-TOM's, beside the bands of Level 2A
+SUFFIXES = (".tif", ".tiff", ".jp2")
+_PRODUCT = re.compile(r"(S2[A-D]_MSI(L1C|L2A)_\w+|S1[A-D]_(?:IW|EW|SM|WV)_[A-Z]{3}\w*)")
+_IGNORED = {"thumbnail", "scl", "aot", "wvp", "tci", "pvi"}
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneFile:
+    """One file of a scene.
+
+    Attributes:
+      path: where it is.
+      sensor: sensor key or ``landcover``.
+      bands: ESA names in the file's order; () = to be read from descriptions or the count.
+      unit: ``DN``, ``dB``, ``power`` or "" (S1: to be read from the values).
+      offset, nodata: as a manifest states them.
+    """
+
+    path: str
+    sensor: str
+    bands: tuple[str, ...] = ()
+    unit: str = ""
+    kind: str = ""
+    product: str = ""
+    time: str = ""
+    orbit: str = ""
+    offset: float | None = None
+    nodata: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """Files of one acquisition over one cell, at most one set per sensor."""
+
+    cell: str
+    number: int
+    files: tuple[SceneFile, ...]
+    split: str | None = None
+
+
+def from_folder(root: Path) -> tuple[list[Scene], Counter[str]]:
+    """Scenes by the naming rule, and the files that it does not explain, by reason."""
+    found: dict[str, list[SceneFile]] = defaultdict(list)
+    skipped: Counter[str] = Counter()
+    for path in sorted(root.rglob("*")):
+        if path.suffix.lower() in SUFFIXES and path.is_file():
+            guess = by_name(path.relative_to(root))
+            if isinstance(guess, str):
+                skipped[guess] += 1
+            else:
+                cell, file = guess
+                found[cell].append(dataclasses.replace(file, path=str(path)))
+    return _scenes(found, {}), skipped
+
+
+def by_name(path: PurePath) -> tuple[str, SceneFile] | str:
+    """(cell, file) by the naming rule, or the reason why there is none."""
+    stem = re.sub(r"_(10|20|60)m$", "", path.stem)
+    stated = re.search(r"_(10|20|60)m$", path.stem)
+    if stem.split("_")[-1].lower() in _IGNORED or path.stem.lower() in _IGNORED:
+        return "no band of the model"
+    parts = [*path.parts[:-1], stem]
+    product = next((m.group(1) for part in reversed(parts) if (m := _PRODUCT.match(part))), "")
+    key, place = _sensor_of(parts, product)
+    if not key:
+        return "no sensor in the name"
+    band = band_name(stem, SENSORS[key]) or band_name(stem.split("_")[-1], SENSORS[key])
+    band = CLOUD_MASK if stem == CLOUD_MASK else band
+    if band and band != CLOUD_MASK and stated and int(stated.group(1)) != _gsd(key, band):
+        return "band resampled by ESA"
+    folders = [p for i, p in enumerate(parts[:-1]) if i != place and not _PRODUCT.match(p) and p not in _SAFE_FOLDERS]
+    if band:
+        cell = _safe_cell(product, parts) or (folders[-1] if folders else product or stem)
+    else:
+        cell = stem if place != len(parts) - 1 else (folders[-1] if folders else stem)
+    kind = kind_of(key, " ".join(path.parts))
+    file = SceneFile("", key, (band,) if band else (), "DN" if key != "s1" else "", kind, product, iso_time(product))
+    return cell, file
+
+
+_SAFE_FOLDERS = {"GRANULE", "IMG_DATA", "R10m", "R20m", "R60m"}
+
+
+def _safe_cell(product: str, parts: Sequence[str]) -> str:
+    """Tile and sensing time of a SAFE granule, the same for Level 1C and 2A; "" for others."""
+    found = re.search(r"_(T\d{2}[A-Z]{3})_", product)
+    if not found or not any(part.upper().endswith(".SAFE") for part in parts):
+        return ""
+    return f"{found.group(1)}_{product.split('_')[2]}"
+
+
+def _sensor_of(parts: Sequence[str], product: str) -> tuple[str, int | None]:
+    """Sensor key and the part that is nothing but its name; product ids come first."""
+    if product:
+        level = re.match(r"S2._MSI(L1C|L2A)", product)
+        return ("s2_" + level.group(1).lower() if level else "s1"), None
+    for i in reversed(range(len(parts))):
+        try:
+            return sensor(parts[i]).key, i
+        except SensorError:
+            continue
+    return "", None
+
+
+def _gsd(key: str, band: str) -> int:
+    return next(b.gsd for b in (*SENSORS[key].bands, *SENSORS[key].dropped) if b.name == band)
+
+
+def kind_of(key: str, text: str) -> str:
+    """Product kind of the record, from whatever text speaks of the product."""
+    if key != "s1":
+        return key[3:].upper()
+    if re.search(r"(?i)rtc|gamma", text):
+        return "RTC gamma0"
+    return "GRD sigma0" if re.search(r"(?i)grd|sigma", text) else ""
+
+
+# --- manifests --------------------------------------------------------------------------------
+
+
+def from_manifest(path: Path, root: Path, select: Mapping[str, set[str]]) -> tuple[list[Scene], Counter[str]]:
+    """Scenes of a CSV manifest and the rows left out, by reason.
+
+    Args:
+      path: the manifest.
+      root: folder that ``file`` is relative to.
+      select: column -> values; rows with another value are left out.
+
+    Raises:
+      ValueError: columns are missing, or rows are wrong (all are named).
+    """
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        columns = {name.strip().lower(): name for name in reader.fieldnames or ()}
+        place = columns.get("location") or columns.get("cell") or columns.get("grid_cell")
+        missing = [c for c in ("file", "sensor", *select) if c.lower() not in columns] + ([] if place else ["location"])
+        if missing:
+            raise ValueError(f"{path}: columns {missing} are missing, found {reader.fieldnames}")
+        rows = [{k.strip().lower(): (v or "").strip() for k, v in row.items() if k} for row in reader]
+    found: dict[str, list[SceneFile]] = defaultdict(list)
+    splits: dict[str, str] = {}
+    skipped: Counter[str] = Counter()
+    faults = []
+    for line, row in enumerate(rows, 2):
+        if any(row[column.lower()] not in values for column, values in select.items()):
+            skipped["not selected"] += 1
+            continue
+        key = _manifest_sensor(row)
+        if not key or Path(row["file"]).suffix.lower() not in SUFFIXES:
+            skipped[f"no sensor of the model: {row['sensor']}"] += 1
+            continue
+        cell = row[str(place).strip().lower()].replace("/", "_")
+        try:
+            found[cell].append(_manifest_file(key, row, root))
+        except ValueError as error:
+            faults.append(f"line {line}: {error}")
+        if row.get("split"):
+            splits[cell] = row["split"]
+            if row["split"] not in SPLITS:
+                faults.append(f"line {line}: split {row['split']!r}, expected one of {list(SPLITS)}")
+    if faults:
+        raise ValueError(f"{path}: " + "; ".join(faults))
+    return _scenes(found, splits), skipped
+
+
+def _manifest_sensor(row: Mapping[str, str]) -> str:
+    """Sensor key, ``landcover`` or ""; understands ``Sentinel-2 L1C``, ``S1GRD``, ``Sentinel-1 GRD (dB)`` ..."""
+    text = row["sensor"]
+    if "worldcover" in text.lower() or "worldcover" in row.get("units", "").lower():
+        return LANDCOVER
+    try:
+        return sensor(text).key
+    except SensorError:
+        pass
+    found = re.match(r"(?i)(?:sentinel-?\s?|s)([12])[\s_-]*(rtc|grd|l1c|l2a)", text)
+    if not found:
+        return ""
+    number, rest = found.group(1), found.group(2).lower()
+    if (number == "1") != (rest in ("rtc", "grd")):
+        return ""
+    return "s1" if number == "1" else f"s2_{rest}"
+
+
+def _manifest_file(key: str, row: Mapping[str, str], root: Path) -> SceneFile:
+    """One row. Raises ValueError on bands, offsets or nodata that make no sense."""
+    units = row.get("units", "")
+    bands: tuple[str, ...] = ()
+    if key != LANDCOVER and row.get("bands"):
+        bands = band_list(key, row["bands"], row["file"])
+    unit = "DN" if key != "s1" else "dB" if re.search(r"(?i)\bdb\b", units) else ""
+    if key == "s1" and not unit and re.search(r"(?i)power|linear", units):
+        unit = "power"
+    declared = re.search(r"nodata\s*(-?\d+(?:\.\d+)?)", units)
+    product = row.get("product") or next(
+        (m.group(1) for t in (row["file"], row.get("origin_path", "")) if (m := _PRODUCT.search(t))), ""
+    )
+    return SceneFile(
+        path=str(root / row["file"]),
+        sensor=key,
+        bands=bands,
+        unit=unit,
+        kind=kind_of(key, f"{row['sensor']} {units}") if key != LANDCOVER else "",
+        product=product,
+        time=iso_time(row.get("time") or row.get("date")),
+        orbit=row.get("orbit", ""),
+        offset=float(row["offset"]) if row.get("offset") else None,
+        nodata=float(row["nodata"]) if row.get("nodata") else float(declared.group(1)) if declared else None,
+    )
+
+
+def band_list(key: str, text: str, what: str) -> tuple[str, ...]:
+    """``B1..B8, B8A, cloud_mask`` -> ESA names; ``X..Y`` are the numbered bands from X to Y. Raises ValueError."""
+    names: list[str] = []
+    for part in (part.strip() for part in text.split(",")):
+        span = re.fullmatch(r"(?i)B(\d{1,2})\s*\.\.\s*B(\d{1,2})", part)
+        names += [f"B{n:02d}" for n in range(int(span.group(1)), int(span.group(2)) + 1)] if span else [part]
+    found = [CLOUD_MASK if name == CLOUD_MASK else band_name(name, SENSORS[key]) for name in names]
+    unknown = [name for name, band in zip(names, found, strict=True) if band is None]
+    if unknown:
+        raise ValueError(f"{what}: bands {unknown} are not known to {key}")
+    return tuple(str(name) for name in found)
+
+
+# --- joining ----------------------------------------------------------------------------------
+
+
+def _scenes(found: Mapping[str, Sequence[SceneFile]], splits: Mapping[str, str]) -> list[Scene]:
+    """One scene per acquisition of each cell; sensors are matched in order of time."""
+    result = []
+    for cell in sorted(found):
+        sets: dict[str, list[list[SceneFile]]] = {}
+        for key in (*SENSORS, LANDCOVER):
+            sets[key] = _acquisitions([f for f in found[cell] if f.sensor == key])
+        count = max((len(group) for key, group in sets.items() if key != LANDCOVER), default=0)
+        optical = max(len(sets["s2_l1c"]), len(sets["s2_l2a"]))
+        for number in range(optical or count):
+            files: list[SceneFile] = []
+            for key, group in sets.items():
+                if group and (number < len(group) or key in ("s1", LANDCOVER)):
+                    files += group[min(number, len(group) - 1)]
+            result.append(Scene(cell, number, tuple(files), splits.get(cell)))
+    return result
+
+
+def _acquisitions(files: Iterable[SceneFile]) -> list[list[SceneFile]]:
+    """Files of one sensor grouped by product, or else by folder and date; each multi-band file is its own."""
+    groups: dict[tuple[str, ...], list[SceneFile]] = defaultdict(list)
+    for file in files:
+        single = len(file.bands) == 1
+        own = (file.product or file.time, str(Path(file.path).parent)) if single else (file.time, file.path)
+        groups[(file.time, *own)].append(file)
+    return [sorted(groups[key], key=lambda f: f.path) for key in sorted(groups)]
