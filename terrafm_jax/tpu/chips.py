@@ -77,7 +77,9 @@ class Topology:
         chip, shape = CHIPS[found.group(2)], tuple(int(n) for n in found.group(3).split("x"))
         slices = int(found.group(1) or 1)
         if len(shape) != chip.axes or min(shape) < 1 or slices < 1:
-            raise ValueError(f"--topology={text}: {chip.name} slices have {chip.axes} axes, found {len(shape)}: {shape}")
+            raise ValueError(
+                f"--topology={text}: {chip.name} slices have {chip.axes} axes, found {len(shape)}: {shape}"
+            )
         return cls(chip, shape, slices)
 
     @property

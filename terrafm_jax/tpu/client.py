@@ -7,6 +7,10 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from jax.stages import Compiled, Lowered
+
     from terrafm_jax.tpu.chips import Topology
 
 
@@ -35,20 +39,28 @@ def compile_only_devices(topology: Topology) -> list:
     from jax.experimental import topologies
 
     grid = "x".join(map(str, topology.shape))
-    options: dict = {"chip_config_name": topology.chip.config}
+    rings = [topology.wraps(axis) for axis in range(len(topology.shape))]
+    options: dict = {"chip_config_name": topology.chip.config, "wrap": (*rings, False)[:3]}
     if topology.slices > 1:
         options["num_slices"] = topology.slices
-    if topology.chip.axes == 3 or max(topology.shape) >= topology.chip.wrap:
-        options["wrap"] = tuple(topology.wraps(i) for i in range(len(topology.shape)))[:3]
-    found = topologies.get_topology_desc(
-        platform="tpu", topology_name=f"{topology.chip.name}:{grid}", **_three_axes(options)
-    ).devices
+    name = f"{topology.chip.name}:{grid}"
+    found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     if len(found) != topology.chips:
         raise RuntimeError(f"{topology.name}: expected {topology.chips} devices, the compiler lists {len(found)}")
     return list(found)
 
 
-def _three_axes(options: dict) -> dict:
-    if "wrap" in options:
-        options["wrap"] = (*options["wrap"], False)[:3]
-    return options
+def compile_only(lowered: Lowered, options: Mapping[str, str | bool | int] | None = None) -> Compiled:
+    """Compiles for absent devices, with XLA ``options`` by name, past the persistent cache.
+
+    An executable of a compile-only client can be written to the cache but not read back.
+    """
+    import jax
+
+    key = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, key)
+    jax.config.update(key, float("inf"))
+    try:
+        return lowered.compile(compiler_options=dict(options or {}))
+    finally:
+        jax.config.update(key, before)

@@ -78,7 +78,7 @@ class Instruction:
         depth, start = 0, found.end()
         for at in range(start, len(self.attributes)):
             c = self.attributes[at]
-            depth += c in "{[(" and 1 or c in "}])" and -1
+            depth += (c in "{[(" and 1) or (c in "}])" and -1)
             if c == "," and depth == 0:
                 return self.attributes[start:at]
         return self.attributes[start:]

@@ -13,6 +13,7 @@ simple and stated, because the compiler gives no estimate for communication at a
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -114,7 +115,7 @@ class Network:
                 continue
             full = len(used) == size and self.topology.wraps(axis)
             # Members that are not neighbors pass through others, which send over the same links.
-            stride = min(b - a for a, b in zip(used, used[1:], strict=False))
+            stride = min(b - a for a, b in itertools.pairwise(used))
             total += (2 if full else 1) * chip.ici / stride
         return total
 

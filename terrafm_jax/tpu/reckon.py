@@ -23,9 +23,11 @@ COLLECTIVES = (
     "collective-permute", "collective-broadcast",
 )  # fmt: skip
 _FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id opt-barrier "
-    "add-dependency domain iota".split()
-)
+    (
+        "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
+        "opt-barrier", "add-dependency", "domain", "iota",
+    )
+)  # fmt: skip
 
 
 class ReckoningError(ValueError):
