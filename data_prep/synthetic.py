@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from data_prep import synthetic_writer as writer
 from data_prep.synthetic_cell import render
-from data_prep.synthetic_geography import CellPlan, plan_cells
+from data_prep.synthetic_geography import CellPlan
+from data_prep.synthetic_plan import plan_cells
 
 
 def encode(plan: CellPlan, cloudy: float, wedges: float) -> dict[str, Any]:

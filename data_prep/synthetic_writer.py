@@ -84,7 +84,7 @@ def image_row(cell: Cell, key: str) -> dict[str, Any]:
 def plant(row: dict[str, Any], cell: Cell, key: str) -> dict[str, Any]:
     """Applies the planned defect of a cell to the product it hits (the Level-2A, or the radar for NaN)."""
     defect = cell.plan.defect
-    if defect in ("", "duplicate") or key != ("s1" if defect == "nan" else "s2_l2a"):
+    if defect in ("", "duplicate", "offset conflict") or key != ("s1" if defect == "nan" else "s2_l2a"):
         return row
     name = "vv" if key == "s1" else "B03"
     product = cell.products[key]
