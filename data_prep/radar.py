@@ -1,7 +1,7 @@
 """Sentinel-1: to the Sentinel-2 grid in linear power, then to hundredths of a decibel.
 
 Averaging decibels biases real tiles by 0.12 to 0.44 dB, so every resampling happens in power, with
-kernels that leave nodata out and are renormalised over what remains.
+kernels that leave nodata out and are renormalized over what remains.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def power_from(values: np.ndarray, unit: str, nodata: float | None) -> np.ndarra
 def warp_power(power: np.ndarray, grid: Grid, target: Grid) -> np.ndarray:
     """Power [H, W] with NaN = nodata on ``grid`` -> float32 on ``target``.
 
-    Bilinear with masked, renormalised weights, widened when the target is coarser. An equal grid
-    returns the input untouched.
+    Bilinear with masked, renormalized weights, widened when the target is coarser; a target pixel
+    whose center lies on nodata is nodata. An equal grid returns the input untouched.
     """
     if same_place(grid, target):
         return power

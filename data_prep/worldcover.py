@@ -79,8 +79,9 @@ class WorldCover:
         result = np.full(grid.shape, landcover.UNKNOWN, np.uint8)
         if self.folder is None:
             return result
-        lon, lat = lonlat_outline(grid)
-        needed = maps_of(lon, lat)
+        a, b, c, d, e, f = grid.transform  # pixel centers decide, so a tile that only touches a map does not need it
+        inner = Grid(grid.crs, (a, b, c + a / 2, d, e, f + e / 2), grid.height - 1, grid.width - 1)
+        needed = maps_of(*lonlat_outline(inner))
         faults = self.missing(needed)
         if faults:
             raise MissingMaps(
