@@ -15,6 +15,8 @@ import jax
 import pytest
 from absl import flags
 
+import terrafm_jax  # noqa: F401  sets an XLA flag that CPU results depend on
+
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = Path(os.environ.get("TERRAFM_TEST_CACHE", Path(tempfile.gettempdir()) / "terrafm_jax_test_cache"))
 # Subprocesses (commands under test) share the cache.
