@@ -160,10 +160,8 @@ class Comparison:
         size = 4 * self.config.views.global_size  # a finer grid of patches than in training: prettier maps
         found = {}
         for name, backbone in self.backbones.items():
-            run = jax.jit(
-                lambda b, w=backbone: encode(self.spec, w, *tile_patches(b, self.spec.sensors, self.arrays, size=size))
-            )
-            found[name] = np.asarray(run(without_mask(batch)).patches)
+            patches, present = tile_patches(without_mask(batch), self.spec.sensors, self.arrays, size=size)
+            found[name] = np.asarray(encode(self.spec, backbone, patches, present).patches)
         return images, found, [landcover.CATEGORIES[k].title.split(" ")[0] for k in batch["landcover"]]
 
 
