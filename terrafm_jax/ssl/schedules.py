@@ -24,7 +24,9 @@ def linear(step: jax.Array | int, begin: float, end: float, steps: int) -> jax.A
 
 def cosine(step: jax.Array | int, begin: float, end: float, total: int, start: int = 0) -> jax.Array:
     """Half a cosine from ``begin`` at step ``start`` to ``end`` at step ``total`` and beyond (DINO)."""
-    return end + (begin - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * _fraction(step, start, total)))
+    left = 1.0 - _fraction(step, start, total)
+    # sin^2 is (1 + cos) / 2 without the cancellation that leaves few digits of the last values.
+    return end + (begin - end) * jnp.square(jnp.sin(0.5 * jnp.pi * left))
 
 
 def warmup_cosine(step: jax.Array | int, peak: float, end: float, warmup: int, total: int) -> jax.Array:

@@ -1,0 +1,112 @@
+"""Mesh, rules and their error messages."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from terrafm_jax.training.optim import RuleError
+from terrafm_jax.training.sharding import (
+    ShardingError,
+    batch_sharding,
+    check_batch,
+    make_batch,
+    make_mesh,
+    param_shardings,
+    param_specs,
+)
+
+
+def shapes(**leaves: tuple[int, ...]) -> dict:
+    return {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in leaves.items()}
+
+
+def test_mesh_takes_what_is_left_and_is_auto() -> None:
+    mesh = make_mesh(data=-1, fsdp=2, tensor=2)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert set(mesh.axis_types) == {AxisType.Auto}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"data": 3}, "data=3 x fsdp=1 x tensor=1 does not fit 8 devices"),
+        ({"data": -1, "fsdp": 3}, "fsdp=3 x tensor=1 does not fit 8 devices"),
+        ({"data": -1, "fsdp": -1}, "at most one -1"),
+        ({"data": 0}, "sizes >= 1"),
+    ],
+)
+def test_impossible_meshes_say_so(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(ShardingError, match=message):
+        make_mesh(**sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeTpu:
+    """What mesh_utils reads of a device of a TPU slice."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    process_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+
+
+def slices(count: int) -> list[FakeTpu]:
+    grid = [(x, y, 0) for y in range(2) for x in range(2)]
+    return [FakeTpu(4 * s + i, s, xyz) for s in range(count) for i, xyz in enumerate(grid)]
+
+
+def test_data_axis_is_hybrid_over_slices() -> None:
+    """fsdp stays within a slice; walking along data crosses the slices in the outer part only."""
+    mesh = make_mesh(data=-1, fsdp=2, devices=slices(2))
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    index = np.vectorize(lambda d: d.slice_index)(mesh.devices)[..., 0]
+    np.testing.assert_array_equal(index, [[0, 0], [0, 0], [1, 1], [1, 1]])
+
+
+def test_slices_must_divide_data() -> None:
+    with pytest.raises(ShardingError, match="data = 1 must be a multiple of the 2 slices"):
+        make_mesh(data=1, fsdp=8, devices=slices(2))
+
+
+def test_first_matching_rule_wins() -> None:
+    tree = {"backbone": {"blocks": {"0": {"mlp": {"fc1": shapes(kernel=(8, 16), bias=(16,))}}}}}
+    specs = param_specs(tree)["backbone"]["blocks"]["0"]["mlp"]["fc1"]
+    assert specs == {"kernel": P("fsdp", "tensor"), "bias": P("tensor")}
+
+
+def test_parameters_without_a_rule_are_all_named() -> None:
+    with pytest.raises(RuleError, match=r"no sharding rule for \['backbone/gamma', 'head/temperature'\]"):
+        param_specs({"backbone": shapes(gamma=(4,)), "head": shapes(temperature=())})
+
+
+def test_indivisible_parameters_are_all_named_with_numbers() -> None:
+    tree = {"backbone": {"a": shapes(kernel=(12, 4)), "b": shapes(kernel=(10, 4)), "c": shapes(kernel=(16, 4))}}
+    with pytest.raises(ShardingError) as error:
+        param_shardings(make_mesh(data=1, fsdp=8), tree)
+    assert "backbone/a/kernel axis 0 is 12, not a multiple of fsdp = 8" in str(error.value)
+    assert "backbone/b/kernel axis 0 is 10" in str(error.value)
+    assert "backbone/c" not in str(error.value)
+
+
+def test_batch_is_split_over_data_and_fsdp() -> None:
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    array = make_batch(mesh, {"x": np.arange(8, dtype=np.float32).reshape(8, 1)})["x"]
+    assert array.sharding == batch_sharding(mesh)
+    assert {s.data.shape for s in array.addressable_shards} == {(2, 1)}
+    np.testing.assert_array_equal(array, np.arange(8)[:, None])
+
+
+def test_batch_must_divide() -> None:
+    mesh = make_mesh(data=4, fsdp=2)
+    check_batch(mesh, 16, 2)
+    with pytest.raises(ShardingError, match=r"batch_size = 24 is not a multiple .* 4 x 2 x 2 = 16"):
+        check_batch(mesh, 24, 2)
