@@ -115,10 +115,17 @@ def _columns(spec: ViewSpec, table: Array, name: str) -> Array:
     raise ValueError(f"batch {name}: {table.shape[1]} columns, expected {len(spec.sensors)} for {spec.sensors}")
 
 
-def _draw(
+def draw_views(
     spec: ViewSpec, batch: Mapping[str, Any], key: Array, views: int, scale: tuple[float, float]
 ) -> tuple[Array, Array, Array, Array]:
-    """Boxes [B, V, 4], flips [B, V, 2], student and teacher subsets [B, V, S] of one kind of view."""
+    """Draws what is random in ``views`` views of one kind.
+
+    Args:
+      scale: smallest and largest share of the tile's area.
+
+    Returns:
+      boxes float32 [B, V, 4], flips bool [B, V, 2], student and teacher subsets bool [B, V, S].
+    """
     present = present_sensors(spec, batch)
     for_boxes, for_flips, for_student, for_teacher = jax.random.split(key, 4)
     boxes, shares = draw_boxes(
@@ -161,7 +168,7 @@ def make_views(
     kinds = [(for_global, spec.globals, spec.global_size, spec.global_scale)]
     if spec.locals:
         kinds.append((for_local, spec.locals, spec.local_size, spec.local_scale))
-    draws = [_draw(spec, batch, k, views, scale) for k, views, _, scale in kinds]
+    draws = [draw_views(spec, batch, k, views, scale) for k, views, _, scale in kinds]
     grids = [(boxes, flips, size) for (boxes, flips, _, _), (_, _, size, _) in zip(draws, kinds, strict=True)]
     offsets = _columns(spec, batch["offset"], "offset")
     patches: list[dict[str, Array]] = [{} for _ in kinds]

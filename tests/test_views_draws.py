@@ -1,0 +1,281 @@
+"""The random part of views: boxes, validity, modality draws, flips."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+from views_fake import fake_batch, views_of
+
+from terrafm_jax.sensors import SENSOR_KEYS
+from terrafm_jax.ssl.boxes import covered_range, draw_boxes, propose_boxes, valid_share
+from terrafm_jax.ssl.modalities import draw_modalities, subset_probabilities, subsets
+from terrafm_jax.ssl.views import ViewSpec, draw_views
+
+DRAWS = 30_000
+ALPHA = 1e-4  # seeds are fixed: a test either always passes or never
+
+
+def chi_square(observed: np.ndarray, expected: np.ndarray) -> float:
+    """p-value of counts against expected counts; impossible cells must be empty."""
+    assert np.all(observed[expected == 0] == 0)
+    observed, expected = observed[expected > 0], np.asarray(expected, np.float64)[expected > 0]
+    return scipy_stats.chisquare(observed, expected / expected.sum() * observed.sum()).pvalue
+
+
+def codes(masks: np.ndarray) -> np.ndarray:
+    """Subset number 1 .. 2**S - 1 of bool [..., S]."""
+    return (np.asarray(masks) << np.arange(masks.shape[-1])).sum(-1)
+
+
+def redrawn_bernoulli(threshold: float, available: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The rule as the paper's reading states it: independent coins, redrawn while empty."""
+    taken = (rng.random(available.shape) < threshold) & available
+    while (empty := ~taken.any(-1)).any():
+        taken[empty] = (rng.random((empty.sum(), available.shape[-1])) < threshold) & available[empty]
+    return taken
+
+
+@pytest.mark.parametrize("available", [(1, 1, 1), (1, 0, 1), (0, 1, 1), (0, 0, 1)])
+@pytest.mark.parametrize("threshold", [0.5, 0.3])
+def test_bernoulli_equals_coins_redrawn_when_empty(available: tuple[int, ...], threshold: float) -> None:
+    mask = np.tile(np.array(available, bool), (DRAWS, 1))
+    drawn = np.asarray(draw_modalities(jax.random.key(1), "bernoulli", threshold, jnp.asarray(mask)))
+    coins = redrawn_bernoulli(threshold, mask, np.random.default_rng(2))
+    one, two = (np.bincount(codes(x), minlength=8)[1:] for x in (drawn, coins))
+    both = (one + two) > 0
+    assert np.array_equal(one > 0, two > 0)
+    if both.sum() > 1:
+        assert scipy_stats.chi2_contingency(np.stack([one, two])[:, both]).pvalue > ALPHA
+        exact = np.asarray(subset_probabilities("bernoulli", threshold, jnp.asarray(mask[:1])))[0]
+        assert chi_square(one, exact * DRAWS) > ALPHA
+
+
+def test_bernoulli_half_gives_three_three_one_sevenths() -> None:
+    available = jnp.ones((DRAWS, 3), bool)
+    sizes = np.asarray(draw_modalities(jax.random.key(3), "bernoulli", 0.5, available)).sum(-1)
+    assert chi_square(np.bincount(sizes, minlength=4)[1:], DRAWS * np.array([3, 3, 1]) / 7) > ALPHA
+
+
+@pytest.mark.parametrize(
+    ("rule", "available", "want"),
+    [
+        ("fuse_or_one", (1, 1, 1), {7: 0.6, 1: 0.4 / 3, 2: 0.4 / 3, 4: 0.4 / 3}),
+        ("fuse_or_one", (1, 0, 1), {5: 0.6, 1: 0.2, 4: 0.2}),
+        ("fuse_or_one", (0, 1, 0), {2: 1.0}),
+        ("one", (1, 1, 0), {1: 0.5, 2: 0.5}),
+        ("all", (1, 1, 0), {3: 1.0}),
+        ("all", (1, 1, 1), {7: 1.0}),
+    ],
+)
+def test_other_rules(rule: str, available: tuple[int, ...], want: dict[int, float]) -> None:
+    mask = jnp.tile(jnp.asarray(available, bool), (DRAWS, 1))
+    drawn = np.bincount(codes(np.asarray(draw_modalities(jax.random.key(4), rule, 0.6, mask))), minlength=8)
+    expected = np.array([want.get(c, 0.0) for c in range(8)]) * DRAWS
+    if (expected > 0).sum() == 1:
+        assert np.array_equal(drawn, expected)
+    else:
+        assert chi_square(drawn, expected) > ALPHA
+
+
+def test_unknown_rule_is_named() -> None:
+    with pytest.raises(ValueError, match="modality_rule: found 'sometimes'"):
+        subset_probabilities("sometimes", 0.5, jnp.ones((1, 3), bool))
+
+
+def test_subsets_are_all_and_distinct() -> None:
+    table = subsets(3)
+    assert table.shape == (7, 3)
+    assert table.any(1).all()
+    assert len({tuple(r) for r in table}) == 7
+
+
+def test_marginals_pairs_and_networks_are_independent_in_the_views_made() -> None:
+    spec = ViewSpec(globals=2, locals=1, global_size=8, local_size=8, patch=8)
+    batch = jax.tree.map(jnp.asarray, fake_batch(2_000, 12))
+    draw = jax.jit(lambda k: draw_views(spec, batch, k, 2, (0.25, 1.0)))
+    rounds = [jax.device_get(draw(jax.random.key(s))) for s in range(5)]
+    _, flips, student, teacher = (np.concatenate([r[i] for r in rounds]) for i in range(4))
+    marginal = np.full(3, 4 / 7)
+    for drawn in (student, teacher):
+        counts = drawn.reshape(-1, 3).sum(0)
+        n = drawn.reshape(-1, 3).shape[0]
+        assert np.all(np.abs(counts / n - marginal) < 4.5 * np.sqrt(marginal * (1 - marginal) / n))
+        pairs = np.einsum("nia,nib->ab", drawn, drawn, dtype=np.int64)[np.triu_indices(3, 1)] / n
+        assert np.all(np.abs(pairs - 2 / 7) < 4.5 * np.sqrt(2 / 7 * 5 / 7 / n))
+    columns = {
+        "student view 0": codes(student[:, 0]),
+        "student view 1": codes(student[:, 1]),
+        "teacher view 0": codes(teacher[:, 0]),
+        "teacher view 1": codes(teacher[:, 1]),
+        "flips": flips[:, 0, 0] + 2 * flips[:, 0, 1],
+    }
+    names = list(columns)
+    for i, one in enumerate(names):
+        for two in names[:i]:
+            table = np.histogram2d(columns[one], columns[two], bins=(8, 8))[0]
+            table = table[table.sum(1) > 0][:, table.sum(0) > 0]
+            assert scipy_stats.chi2_contingency(table).pvalue > ALPHA, f"{one} depends on {two}"
+    assert abs(flips.mean() - 0.5) < 0.02
+
+
+def test_boxes_have_the_area_aspect_and_place_they_should() -> None:
+    covered = jnp.tile(jnp.asarray([[0.0, 0.0, 1.0, 1.0]]), (2_000, 1))
+    box = np.asarray(propose_boxes(jax.random.key(0), covered, jnp.ones(2_000), 5, (0.25, 1.0), (0.75, 4 / 3))).reshape(
+        -1, 4
+    )
+    height, width = box[:, 2] - box[:, 0], box[:, 3] - box[:, 1]
+    area = height * width
+    assert box.min() >= 0
+    assert box.max() <= 1 + 1e-6
+    assert scipy_stats.kstest((area - 0.25) / 0.75, "uniform").pvalue > ALPHA
+    assert (width / height).min() >= 0.75 - 1e-4
+    assert (width / height).max() <= 4 / 3 + 1e-3
+    small = area < 0.5  # here every aspect fits
+    log = (np.log(width / height)[small] - np.log(0.75)) / (np.log(4 / 3) - np.log(0.75))
+    assert scipy_stats.kstest(log, "uniform").pvalue > ALPHA
+    assert scipy_stats.kstest((box[:, 0] / (1 - height))[small], "uniform").pvalue > ALPHA
+    assert scipy_stats.kstest((box[:, 1] / (1 - width))[small], "uniform").pvalue > ALPHA
+
+
+def test_aspect_is_measured_on_the_ground_of_an_elongated_tile() -> None:
+    covered = jnp.tile(jnp.asarray([[0.0, 0.0, 1.0, 1.0]]), (500, 1))
+    box = np.asarray(
+        propose_boxes(jax.random.key(0), covered, jnp.full(500, 2.0), 4, (0.05, 0.25), (0.75, 4 / 3))
+    ).reshape(-1, 4)
+    ground = 2.0 * (box[:, 3] - box[:, 1]) / (box[:, 2] - box[:, 0])
+    assert ground.min() > 0.74
+    assert ground.max() < 1.34
+
+
+def test_boxes_stay_inside_a_window_that_keeps_the_tiles_geometry() -> None:
+    batch = fake_batch(64, 60)
+    for key in SENSOR_KEYS:
+        for group in batch[key].values():
+            side = group["extent"][0, 0]
+            group["geometry"] = np.tile(np.array([-side, 2 * side, -side / 2, 2 * side], np.float32), (64, 1))
+    batch = jax.tree.map(jnp.asarray, batch)
+    covered, ratio = covered_range(batch, SENSOR_KEYS, batch["present"])
+    np.testing.assert_allclose(covered[0], [0.5, 0.25, 1.0, 0.75], atol=1e-6)
+    np.testing.assert_allclose(ratio, 1.0)
+    box, share = draw_boxes(
+        jax.random.key(0), batch, SENSOR_KEYS, batch["present"],
+        views=4, tries=2, scale=(0.1, 0.9), aspect=(0.75, 4 / 3), min_valid=0.5,
+    )  # fmt: skip
+    assert np.all(box[..., :2] >= covered[:, None, :2] - 1e-6)
+    assert np.all(box[..., 2:] <= covered[:, None, 2:] + 1e-6)
+    area = np.prod(box[..., 2:] - box[..., :2], axis=-1)
+    assert area.max() <= 0.25 + 1e-5  # no more than the window holds
+    assert share.min() > 0.99
+
+
+def test_valid_share_is_what_counting_pixels_gives() -> None:
+    batch = fake_batch(4, 96, hole=0.4, canvas=120)
+    box = np.asarray(
+        propose_boxes(jax.random.key(0), jnp.tile(jnp.asarray([[0.0, 0.0, 1.0, 1.0]]), (4, 1)), jnp.ones(4), 20,
+                      (0.1, 1.0), (0.75, 4 / 3))
+    )  # fmt: skip
+    got = np.asarray(valid_share(jax.tree.map(jnp.asarray, batch), SENSOR_KEYS, jnp.asarray(box)))
+    for s, key in enumerate(SENSOR_KEYS):
+        group = batch[key]["10m"]
+        fine = np.linspace(0, 1, 400, endpoint=False) + 1 / 800
+        for i in range(4):
+            valid = np.unpackbits(group["valid"][i], axis=1)[:96, :96]
+            for n in range(20):
+                u0, v0, u1, v1 = box[i, n]
+                rows = ((u0 + (u1 - u0) * fine) * 96).astype(int).clip(0, 95)
+                cols = ((v0 + (v1 - v0) * fine) * 96).astype(int).clip(0, 95)
+                assert abs(got[i, n, s] - valid[np.ix_(rows, cols)].mean()) < 0.06
+
+
+def test_outside_the_array_counts_as_invalid() -> None:
+    batch = fake_batch(1, 60)
+    batch["s1"]["10m"]["geometry"] = np.array([[0, 120, 0, 60]], np.float32)  # S1 holds the upper half only
+    box = jnp.asarray([[[0.0, 0.0, 1.0, 1.0], [0.6, 0.0, 0.9, 1.0]]], jnp.float32)
+    share = valid_share(jax.tree.map(jnp.asarray, batch), SENSOR_KEYS, box)
+    np.testing.assert_allclose(share[0], [[0.5, 1, 1], [0, 1, 1]], atol=1e-5)
+
+
+def half_invalid(size: int) -> dict:
+    """Tiles whose left half is nodata in every sensor."""
+    batch = fake_batch(size, 96)
+    for key in SENSOR_KEYS:
+        for group in batch[key].values():
+            width = group["dn"].shape[2]
+            valid = np.ones((size, width, width), bool)
+            valid[:, :, : width // 2] = False
+            group["valid"] = np.packbits(valid, axis=2)
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def drawn_share(batch: dict, tries: int, scale: tuple[float, float]) -> np.ndarray:
+    _, share = draw_boxes(
+        jax.random.key(5), batch, SENSOR_KEYS, batch["present"],
+        views=4, tries=tries, scale=scale, aspect=(0.75, 4 / 3), min_valid=0.5,
+    )  # fmt: skip
+    return np.asarray(share).min(-1)
+
+
+def test_boxes_below_half_valid_are_redrawn() -> None:
+    batch = half_invalid(500)
+    once, often = drawn_share(batch, 1, (0.05, 0.2)), drawn_share(batch, 8, (0.05, 0.2))
+    assert (once < 0.5).mean() > 0.4
+    assert (often < 0.5).mean() < 0.02
+
+
+def test_the_first_valid_candidate_is_taken_else_the_best() -> None:
+    batch = half_invalid(200)
+    kwargs = {"scale": (0.05, 0.2), "aspect": (0.75, 4 / 3)}
+    taken, _ = draw_boxes(
+        jax.random.key(5), batch, SENSOR_KEYS, batch["present"], views=2, tries=3, min_valid=0.5, **kwargs
+    )
+    covered, ratio = covered_range(batch, SENSOR_KEYS, batch["present"])
+    candidates = propose_boxes(jax.random.key(5), covered, ratio, 6, **kwargs)
+    share = np.asarray(valid_share(batch, SENSOR_KEYS, candidates)).min(-1).reshape(200, 2, 3)
+    candidates = np.asarray(candidates).reshape(200, 2, 3, 4)
+    fallbacks = 0
+    for i in range(200):
+        for v in range(2):
+            good = np.flatnonzero(share[i, v] >= 0.5)
+            fallbacks += not len(good)
+            want = good[0] if len(good) else np.argmax(share[i, v])
+            np.testing.assert_allclose(taken[i, v], candidates[i, v, want], atol=1e-6)
+    assert 5 < fallbacks < 200
+
+
+def test_absent_sensors_neither_spoil_boxes_nor_are_drawn() -> None:
+    batch = fake_batch(16, 60)
+    for group in batch["s2_l1c"].values():
+        group["dn"][:], group["valid"][:], group["geometry"][:], group["extent"][:] = 0, 0, 0, 0
+    batch["present"][:, 1] = False
+    spec = ViewSpec(globals=2, locals=2, global_size=16, local_size=8, patch=8, box_tries=2)
+    for views in views_of(spec, batch):
+        assert not views.student[..., 1].any()
+        assert not views.teacher[..., 1].any()
+        assert views.student.any(-1).all()
+        assert all(np.isfinite(p).all() for p in views.patches.values())
+        np.testing.assert_array_equal(views.patches["s2_l1c"], 0.5)
+
+
+def test_a_sensor_that_is_nodata_in_the_box_is_not_drawn() -> None:
+    batch = fake_batch(32, 60)
+    batch["s1"]["10m"]["valid"][:] = 0  # present in the record, but not a single measurement
+    spec = ViewSpec(globals=2, locals=0, global_size=8, local_size=8, patch=8)
+    views, _ = views_of(spec, batch)
+    assert not views.student[..., 0].any()
+    assert views.student[..., 1:].any(-1).all()
+
+
+def test_a_record_without_anything_does_not_break_the_batch() -> None:
+    batch = fake_batch(2, 60)
+    batch["present"][0] = False
+    for key in SENSOR_KEYS:
+        for group in batch[key].values():
+            for name in ("dn", "valid", "geometry", "extent"):
+                group[name][0] = 0
+    spec = ViewSpec(globals=1, locals=1, global_size=8, local_size=8, patch=8)
+    for views in views_of(spec, batch):
+        assert views.student.any(-1).all()
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(views))
