@@ -193,6 +193,22 @@ def test_starting_at_a_step_equals_going_there(folder: Path) -> None:
     assert len(list(stopped)) == 2
 
 
+def test_echo_hands_out_the_same_tiles_several_times(folder: Path) -> None:
+    plain = take(loader(folder), 4)
+    echoed = loader(folder, echo=3, stop_step=11)
+    first, second = next(echoed), next(echoed)
+    assert first is second
+    found = [first, second, *echoed]
+    assert len(found) == 11
+    assert echoed.attempted == 32
+    for step, batch in enumerate(found):
+        assert_same(batch, plain[step // 3])
+    resumed = loader(folder, echo=3, start_step=5)
+    assert_same(next(resumed), plain[1])
+    assert_same(next(resumed), plain[2])
+    resumed.close()
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_share_the_global_batch(folder: Path, count: int) -> None:
     whole = take(loader(folder), 6)
@@ -458,6 +474,8 @@ def test_faults_of_the_call_are_named(folder: Path) -> None:
         loader(folder, process_count=3)
     with pytest.raises(DataError, match=r"unknown \['s3'\]"):
         loader(folder, sensors=("s3",))
+    with pytest.raises(DataError, match="echo = 0"):
+        loader(folder, echo=0)
     with pytest.raises(DataError, match="cache = 'disk'"):
         loader(folder, cache="disk")
     order = make_order(folder, "train", UNIFORM, batch_size=8, seed=0)

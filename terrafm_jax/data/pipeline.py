@@ -49,16 +49,19 @@ class Loader:
         *,
         workers: int = 0,
         prefetch: int = 2,
+        echo: int = 1,
         max_skipped: float = 0.01,
         skipped: Mapping[str, int] | None = None,
     ):
         self.order, self.canvases = getattr(batches, "order", None), batches.reader.canvases
         self.step, self.size, self.wait_seconds = start, batches.size, 0.0
-        self.attempted, self._max_skipped = start * batches.size, max_skipped
+        self.attempted, self._max_skipped = start // echo * batches.size, max_skipped
+        self._echo, self._held = echo, None
         self.skipped = dict(skipped or {})
         self._floor = min(_MIN_ATTEMPTS, len(batches.reader.records))
         self._sensors = batches.reader.sensors
-        data = grain.MapDataset.range(start, stop).map(batches)
+        data = grain.MapDataset.range(start // echo, -(-stop // echo)).map(batches)
+        self._stop = stop
         options = grain.ReadOptions(num_threads=1 if prefetch else 0, prefetch_buffer_size=prefetch)
         data = data.to_iter_dataset(options if not workers else grain.ReadOptions(0, 0))
         if workers:
@@ -71,12 +74,23 @@ class Loader:
         return self
 
     def __next__(self) -> dict[str, Any]:
+        if self.step >= self._stop:
+            raise StopIteration
+        if self._held is None or self.step % self._echo == 0:
+            self._held = None  # its memory is free for the next one
+            self._held = self._fetch()
+        batch = self._held
+        self.step += 1
+        if self._echo == 1:
+            self._held = None
+        return batch
+
+    def _fetch(self) -> dict[str, Any]:
         began = time.perf_counter()
         if self._iterator is None:
             self._iterator = iter(self._data)
         batch = next(self._iterator)
         self.wait_seconds += time.perf_counter() - began
-        self.step += 1
         self.attempted += self.size
         self._account(json.loads(batch.pop("report")))
         return batch
@@ -167,6 +181,7 @@ def make_loader(
     threads: int = 1,
     prefetch: int = 2,
     cache: str = "none",
+    echo: int = 1,
     max_skipped: float = 0.01,
     skipped: Mapping[str, int] | None = None,
 ) -> Loader:
@@ -183,6 +198,9 @@ def make_loader(
       workers: processes; 0 reads in a thread of this process.
       threads: records read at once inside a batch; more than 1 pays off on remote storage.
       prefetch: batches held ready, per worker; 0 reads when asked.
+      echo: every batch of tiles is handed out for this many steps in a row (the same object, so that it need
+        not travel to the device again); each step draws views of its own. Divides the bytes read and shipped
+        (data echoing, Choi et al. 2019).
       cache: ``ram`` keeps every decoded record (small data sets only; per worker).
       max_skipped: share of damaged records beyond which TooManySkipped is raised.
       skipped: damaged records per file before ``start_step`` (from the checkpoint).
@@ -196,6 +214,8 @@ def make_loader(
             f"and process_index = {process_index} below it"
         )
     opened = open_split(data_dir, split)
+    if echo < 1:
+        raise DataError(f"data.echo = {echo}, expected at least 1")
     index, shapes, table = _plan(opened, sensors, canvases)
     if order.sensors != tuple(sensors) or not np.array_equal(order.table, table):
         raise DataError(
@@ -210,6 +230,7 @@ def make_loader(
         _ENDLESS if stop_step is None else stop_step,
         workers=workers,
         prefetch=prefetch,
+        echo=echo,
         max_skipped=max_skipped,
         skipped=skipped,
     )
