@@ -45,6 +45,7 @@ def base() -> ConfigDict:
     c.data.statistics = "dataset"  # "dataset": its statistics.json; "published": those of the released weights
     c.data.workers = 8  # reading processes per host; 0 reads inside the training process
     c.data.cache = "none"  # "ram": decode a small data set once and keep it
+    c.data.echo = 1  # [ours] steps that share one batch of tiles, with other views; above 1 only when input-bound
     c.data.canvases = 4  # tiles of different sizes are padded to at most so many shapes, one compilation each
     c.data.max_skipped = 0.01  # share of unreadable records at which the run aborts
     c.data.sampling = "paper"  # "uniform", "paper" (open sea thinned) or "balanced" (over land cover)

@@ -150,7 +150,7 @@ def make_loader(run: Run, start: int, skipped: Mapping[str, int]) -> Any:
     d = run.config.data
     return pipeline.make_loader(
         d.dir, d.split, run.order, start_step=start, stop_step=run.total, sensors=run.spec.model.sensors,
-        workers=d.workers, cache=d.cache, canvases=d.canvases, max_skipped=d.max_skipped, skipped=skipped,
+        workers=d.workers, cache=d.cache, echo=d.echo, canvases=d.canvases, max_skipped=d.max_skipped, skipped=skipped,
         process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
 
@@ -217,6 +217,7 @@ def _loop(tools: Tools, state: TrainState, start: int, evaluators: Sequence[Eval
     step_fn = Compiled(run, tools.progress)
     meter = Meter(run, tools)
     saved = start if start else None
+    batch = arrays = None
     for step in range(start, run.stop + 1):
         # --- the state before step `step`: evaluate, save, stop ---
         last = step == run.stop
@@ -238,11 +239,13 @@ def _loop(tools: Tools, state: TrainState, start: int, evaluators: Sequence[Eval
             break
         # --- batch, step; the metrics of the previous step are read while this one runs ---
         with timed(meter.seconds, "data"):
-            batch = next(tools.loader)
+            tiles = next(tools.loader)
+            if tiles is not batch:  # an echoed batch (data.echo) is on the devices already
+                batch, arrays = tiles, make_batch(run.mesh, tiles)
         if step == start == 0 and run.config.log.pictures and run.first and jax.process_count() == 1:
             _draw_first_batch(run, batch)
         profile(run.config.profile, step, run.workdir)
-        state, metrics = step_fn(state, make_batch(run.mesh, batch))
+        state, metrics = step_fn(state, arrays)
         meter.push(step + 1, metrics)
     meter.flush()
     tools.checkpoints.wait()
