@@ -1,0 +1,288 @@
+"""Linear probes on frozen class tokens: all learning rates of a sweep train at once, as one vmapped program."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from terrafm_jax.evals import heads, metrics
+from terrafm_jax.evals.datasets.base import label_fraction
+from terrafm_jax.evals.knn import score_classification
+from terrafm_jax.evals.metrics import Result
+
+GALILEO_RATES = (1e-4, 3e-4, 5e-4, 8e-4, 1e-3, 3e-3, 5e-3, 8e-3, 1e-2, 3e-2, 5e-2, 8e-2, 1e-1, 3e-1, 5e-1, 8e-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeProtocol:
+    """One way to train a linear layer on frozen features.
+
+    Attributes:
+      rates: learning rates; the best on validation is taken. ``multilabel_rates`` replaces them for several labels.
+      schedule: ``warmup-cosine`` (10 % linear warm-up, cosine to 0) or ``onecycle`` (torch's defaults).
+      affine: of the batch norm before the layer.
+      runs: repetitions with other seeds; metrics are means over them.
+      batch, weight_decay: not in the published text where the comment in PROBES says so.
+    """
+
+    name: str
+    optimizer: str
+    rates: tuple[float, ...]
+    schedule: str
+    epochs: int = 50
+    batch: int = 64
+    weight_decay: float = 0.0
+    affine: bool = True
+    runs: int = 5
+    multilabel_rates: tuple[float, ...] = ()
+    version: int = 1
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}/{self.version}"
+
+
+PROBES: dict[str, ProbeProtocol] = {
+    p.name: p
+    for p in (
+        # Published: batch norm + linear, AdamW, 50 epochs, warm-up 10 %, 16 rates, 5 runs. Batch and decay: inferred.
+        ProbeProtocol("galileo-linear", "adamw", GALILEO_RATES, "warmup-cosine", batch=128, weight_decay=0.01),
+        # Published: batch norm without affine, SGD, OneCycle, batch 64, 50 epochs, rate 0.1 (1 for BigEarthNet).
+        ProbeProtocol("copernicus-linear", "sgd", (0.1,), "onecycle", affine=False, runs=1, multilabel_rates=(1.0,)),
+    )
+}
+
+
+def schedule(protocol: ProbeProtocol, steps: int) -> Callable[[Array], Array]:
+    """Learning rate over steps with peak 1 (the rates multiply it)."""
+    if protocol.schedule == "onecycle":
+        return optax.cosine_onecycle_schedule(steps, 1.0, pct_start=0.3, div_factor=25.0, final_div_factor=1e4)
+    warm = max(1, steps // 10)
+    return optax.warmup_cosine_decay_schedule(0.0, 1.0, warm, max(steps, warm + 1), 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Features [N, d] and targets: int [N], bool [N, C] or float [N]."""
+
+    features: np.ndarray
+    targets: np.ndarray
+
+
+def task_of(targets: np.ndarray) -> str:
+    targets = np.asarray(targets)
+    if targets.ndim == 2:
+        return "multilabel"
+    return "classification" if np.issubdtype(targets.dtype, np.integer) else "regression"
+
+
+def _loss(task: str, logits: Array, targets: Array) -> Array:
+    if task == "multilabel":
+        return heads.binary_cross_entropy(logits, targets)
+    if task == "regression":
+        return jnp.mean((logits[:, 0] - targets) ** 2)
+    return heads.cross_entropy(logits, targets)
+
+
+def fit(
+    protocol: ProbeProtocol, train: Split, outputs: int, rates: Sequence[float], seeds: Sequence[int]
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Trains len(seeds) x len(rates) probes at once; returns features [n, d] -> logits [seeds, rates, n, outputs]."""
+    task = task_of(train.targets)
+    head = heads.linear_head(train.features.shape[1], outputs, affine=protocol.affine)
+    count, batch = len(train.features), min(protocol.batch, len(train.features))
+    per_epoch = -(-count // batch)
+    curve = schedule(protocol, per_epoch * protocol.epochs)
+    adam = optax.scale_by_adam() if protocol.optimizer == "adamw" else optax.trace(0.9)
+    x, y = (
+        jnp.asarray(train.features),
+        jnp.asarray(train.targets.astype(np.float32 if task != "classification" else int)),
+    )
+
+    def one(rate: Array, seed: Array) -> tuple[Any, Any]:
+        key = jax.random.key(seed)
+        params, state = head.init(jax.random.fold_in(key, 0))
+
+        def epoch(carry, index):
+            order = jax.random.permutation(jax.random.fold_in(key, index + 1), count)
+            order = jnp.resize(order, (per_epoch, batch))  # the last batch is filled from the front of the epoch
+
+            def step(carry, rows):
+                params, state, opt, n = carry
+
+                def loss(p):
+                    (logits, *_), new = head.apply(p, state, heads.Features(x[rows]), True)
+                    return _loss(task, logits, y[rows]), new
+
+                grads, state = jax.grad(loss, has_aux=True)(params)
+                direction, opt = adam.update(grads, opt, params)
+                scale = rate * curve(n)
+                decay = protocol.weight_decay
+                params = jax.tree.map(lambda p, u: p - scale * (u + decay * p), params, direction)
+                return (params, state, opt, n + 1), None
+
+            return jax.lax.scan(step, carry, order)
+
+        start = (params, state, adam.init(params), jnp.zeros((), jnp.int32))
+        (params, state, _, _), _ = jax.lax.scan(epoch, start, jnp.arange(protocol.epochs))
+        return params, state
+
+    over_rates = jax.vmap(one, in_axes=(0, None))
+    fitted = jax.jit(jax.vmap(over_rates, in_axes=(None, 0)))(jnp.asarray(rates, jnp.float32), jnp.asarray(seeds))
+
+    @jax.jit
+    def logits(fitted, rows):
+        def single(params, state):
+            return head.apply(params, state, heads.Features(rows))[0][0]
+
+        return jax.vmap(jax.vmap(single))(*fitted)
+
+    return lambda rows: np.concatenate(
+        [np.asarray(logits(fitted, jnp.asarray(rows[i : i + 4096]))) for i in range(0, len(rows), 4096)], axis=2
+    )
+
+
+def _scores(task: str, logits: np.ndarray) -> np.ndarray:
+    if task == "multilabel":
+        return 1.0 / (1.0 + np.exp(-np.clip(logits, -60, 60)))
+    if task == "classification":
+        shifted = np.exp(logits - logits.max(-1, keepdims=True))
+        return shifted / shifted.sum(-1, keepdims=True)
+    return logits
+
+
+def headline(task: str, scores: np.ndarray, targets: np.ndarray) -> float:
+    """What selection on validation maximises: accuracy, micro mAP, or minus RMSE."""
+    if task == "multilabel":
+        return metrics.mean_average_precision(targets, scores)["map_micro"]
+    if task == "classification":
+        return float((scores.argmax(-1) == targets).mean())
+    return -float(np.sqrt(np.mean((scores[:, 0] - targets) ** 2)))
+
+
+def hold_out(train: Split, share: float = 0.2, seed: int = 0) -> tuple[Split, Split]:
+    """(rest, held out): a stratified share of the train split, where a data set has no validation split."""
+    held = label_fraction(train.targets, share, seed) if len(train.targets) > 1 else np.array([0])
+    rest = np.setdiff1d(np.arange(len(train.targets)), held)
+    if not rest.size:
+        rest = held
+    return Split(train.features[rest], train.targets[rest]), Split(train.features[held], train.targets[held])
+
+
+def linear_probe(
+    protocol: ProbeProtocol, train: Split, val: Split | None, test: Split, *, classes: int = 0, runs: int = 0,
+    seed: int = 0, resamples: int = 1000,
+) -> Result:  # fmt: skip
+    """Trains on ``train``, chooses the rate of each run on ``val``, reports means over runs on ``test``.
+
+    Without ``val`` a fifth of ``train`` is held out. Regression targets are standardized for training.
+    """
+    task = task_of(train.targets)
+    chosen_from = "val"
+    if val is None or not len(val.targets):
+        (train, val), chosen_from = hold_out(train, seed=seed), "a fifth of train"
+    center, scale = 0.0, 1.0
+    if task == "regression":
+        center, scale = float(np.mean(train.targets)), float(np.std(train.targets)) or 1.0
+    outputs = {"multilabel": lambda: train.targets.shape[1], "regression": lambda: 1}.get(
+        task, lambda: classes or int(max(s.targets.max() for s in (train, val, test))) + 1
+    )()
+    rates = protocol.multilabel_rates if task == "multilabel" and protocol.multilabel_rates else protocol.rates
+    seeds = [seed + i for i in range(runs or protocol.runs)]
+    scaled = Split(train.features, (train.targets - center) / scale) if task == "regression" else train
+    predict = fit(protocol, scaled, outputs, rates, seeds)
+    on_val, on_test = (_scores(task, predict(s.features)) * scale + center for s in (val, test))
+    best = [int(np.argmax([headline(task, s, val.targets) for s in run])) for run in on_val]
+    picked = [on_test[i, b] for i, b in enumerate(best)]
+    settings = {
+        "rates": [float(rates[b]) for b in best], "runs": len(seeds), "train": len(train.targets),
+        "test": len(test.targets), "rate chosen on": chosen_from,
+    }  # fmt: skip
+    return mean_of_runs(protocol.label, task, picked, test.targets, settings, resamples)
+
+
+def mean_of_runs(
+    label: str, task: str, runs: Sequence[np.ndarray], targets: np.ndarray, settings: dict, resamples: int = 1000
+) -> Result:
+    """Result whose metrics are means over runs (scores [n, C] each), with intervals over the test samples."""
+    targets = np.asarray(targets)
+    if task == "regression":
+        parts = [metrics.regression_metric(targets, s[:, 0]) for s in runs]
+        found = metrics.bootstrap(_mean_metric(parts), len(targets), resamples=resamples)
+        mean = np.mean([s[:, 0] for s in runs], axis=0)
+        return Result(label, task, found, np.array([]), mean, None, None, settings)
+    first = score_classification(label, runs[0], targets, settings, resamples=0)
+    if task == "multilabel":
+        parts = [metrics.multilabel_metric(targets, s > 0.5, s) for s in runs]
+    else:
+        parts = [metrics.classification_metric(targets, s.argmax(1), s.shape[1]) for s in runs]
+    draws = resamples // 5 if task == "multilabel" else resamples
+    found = metrics.bootstrap(_mean_metric(parts), len(targets), resamples=draws)
+    spread = [p(np.ones(len(targets))) for p in parts]
+    settings = settings | {"sd over runs": {k: metrics.summarize_seeds([s[k] for s in spread])[1] for k in spread[0]}}
+    return dataclasses.replace(first, metrics=found, settings=settings)
+
+
+def _mean_metric(parts: Sequence[metrics.Metric]) -> metrics.Metric:
+    def metric(weights: np.ndarray) -> dict[str, float]:
+        found = [p(weights) for p in parts]
+        return {k: float(np.mean([f[k] for f in found])) for k in found[0]}
+
+    return metric
+
+
+LOGREG_C = tuple(10.0**e for e in range(-6, 5))
+
+
+def logistic_regression(
+    train: Split, val: Split | None, test: Split, *, classes: int = 0, cs: Sequence[float] = LOGREG_C, seed: int = 0,
+    resamples: int = 1000,
+) -> Result:  # fmt: skip
+    """``logreg/1``: scikit-learn's L-BFGS, C from 1e-6 to 1e4 chosen on val, refitted on train and val together.
+
+    The protocol of torchgeo-bench. Features are standardized over what is fitted (not in the published text; without
+    it L-BFGS does not converge at large C). Several labels: one-versus-rest.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.multiclass import OneVsRestClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    task = task_of(train.targets)
+    if task == "regression":
+        raise ValueError("logreg: targets are numbers, not classes; use a linear probe")
+    whole = train
+    if val is None or not len(val.targets):
+        train, val = hold_out(train, seed=seed)
+    else:
+        whole = Split(*(np.concatenate([getattr(train, f), getattr(val, f)]) for f in ("features", "targets")))
+    outputs = train.targets.shape[1] if task == "multilabel" else classes or int(
+        max(s.targets.max() for s in (whole, test))
+    ) + 1  # fmt: skip
+
+    def fitted(c: float, on: Split):
+        model = LogisticRegression(C=c, max_iter=1000)
+        return make_pipeline(StandardScaler(), OneVsRestClassifier(model) if task == "multilabel" else model).fit(
+            on.features, on.targets
+        )
+
+    def scores(model, rows: np.ndarray) -> np.ndarray:
+        found = model.predict_proba(rows)
+        if task == "multilabel":
+            return found
+        full = np.zeros((len(rows), outputs))
+        full[:, model.classes_.astype(int)] = found
+        return full
+
+    quality = [headline(task, scores(fitted(c, train), val.features), val.targets) for c in cs]
+    best = cs[int(np.argmax(quality))]
+    settings = {"C": best, "train": len(whole.targets), "test": len(test.targets)}
+    return score_classification("logreg/1", scores(fitted(best, whole), test.features), test.targets, settings,
+                                resamples=resamples)  # fmt: skip
