@@ -38,7 +38,7 @@ def start_jax() -> None:
 
 
 def _read_weights(path: str) -> dict:
-    from terrafm_jax.load import read_params
+    from terrafm_jax.loader import read_params
 
     return read_params(path)
 
