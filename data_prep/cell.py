@@ -129,7 +129,6 @@ def prepare(cell: Cell, cover: WorldCover, options: Options) -> Prepared:
     dropped: Counter[str] = Counter()
     layers = _layers(cell, options, dropped)
     finest = _finest(layers)
-    _check_position(cell, finest)
     native = any(
         group.grid.transform[0] > 1.5 * finest.transform[0] for x in layers.values() for group in x.groups.values()
     )
@@ -143,7 +142,7 @@ def prepare(cell: Cell, cover: WorldCover, options: Options) -> Prepared:
             tiles.append(tile)
         else:
             dropped[tile] += 1
-    notes = [f"{key}: {x.offset.source}" for key, x in layers.items() if x.offset.conflict]
+    notes = [f"{key} {x.given.product}: {x.offset.source}" for key, x in layers.items() if x.offset.conflict]
     return Prepared(tiles, dropped, notes)
 
 
@@ -152,12 +151,15 @@ def _layers(cell: Cell, options: Options, dropped: Counter[str]) -> dict[str, La
     layers = {
         key: optical(key, cell.sensors[key], options.snap) for key in SENSOR_KEYS if key in cell.sensors and key != "s1"
     }
+    for layer in layers.values():
+        _check_position(cell, layer.finest)
     systems = {key: layer.finest.crs for key, layer in layers.items()}
     if len(set(systems.values())) > 1:
         raise BadInput(f"sensors in different CRS cannot share a tile: {systems}")
     if "s1" in cell.sensors:
         target = _finest(layers) if layers else None
         layers["s1"] = _radar(cell.sensors["s1"], target, options.snap)
+        _check_position(cell, layers["s1"].finest)
     for key in list(layers):
         share = quality.nodata_share(layers[key].valid)
         if quality.is_black(share):

@@ -43,12 +43,15 @@ def optical(key: str, given: SensorInput, snap: str) -> Layer:
             empty["60m"] &= pixels[name] == 0
     valid = measured(empty, grids)
     by_band = {b: valid[g] for g, bands in sensor.groups.items() for b in bands}
-    by_band |= {name: pixels[name] > 0 for name in _dropped(sensor, given)}
+    for name in _dropped(sensor, given):
+        same = pixels[name].shape == valid["60m"].shape
+        by_band[name] = valid["60m"] if same else pixels[name] > 0
     flat = constant_bands({b: pixels[b] for b in sensor.groups["10m"]}, by_band)
     if len(flat) == len(sensor.groups["10m"]):
         raise BadInput(f"{key}: one value in all pixels of {', '.join(flat)}, not a measurement")
-    offset = given.offset or decide_offset(given.product, pixel_offset(key, pixels, by_band))
-    return Layer(given, {name: Group(stacks[name], valid[name], grids[name]) for name in stacks}, offset)
+    verdict = pixel_offset(key, pixels, by_band) if given.offset is None else None
+    offset = given.offset or decide_offset(given.product, verdict)
+    return Layer(given, {name: Group(stacks[name], valid[name], grids[name]) for name in stacks}, offset, verdict)
 
 
 def _dropped(sensor: Sensor, given: SensorInput) -> list[str]:

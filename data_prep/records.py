@@ -33,11 +33,12 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One sensor of a cell or tile in its stored form."""
+    """One sensor of a cell or tile in its stored form; ``verdict``: the offset that its pixels alone suggest."""
 
     given: SensorInput
     groups: dict[str, Group]
     offset: Offset
+    verdict: float | None = None
 
     @property
     def finest(self) -> Grid:

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -16,12 +17,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data_prep.cell import prepare
 from data_prep.chunks import WORK, Job, Unit, chunk_path, read, write_chunk
 from data_prep.progress import Progress
+from data_prep.survey import Verdicts, look, survey
 from data_prep.write import SUMMARY, finalize, write_text
 from terrafm_jax.data.tiles import SPLITS
 
@@ -71,6 +74,8 @@ def prepare_all(
         chunks = make_chunks(units, chunk_size)
         for leftover in job.work.glob("*.tmp-*"):
             leftover.unlink(missing_ok=True)
+        offsets = survey(units, lambda those: _look_all(job, those, workers), job.work / "offsets.json")
+        job = dataclasses.replace(job, offsets=offsets)
         todo = [i for i in range(len(chunks)) if not chunk_path(job, i).exists()]
         if runner != "local":
             from data_prep.beam_pipeline import run_chunks
@@ -133,6 +138,27 @@ def _locked(path: Path) -> Iterator[None]:
         except OSError as error:
             raise PrepareError(f"another process prepares data in {path.parent.parent}") from error
         yield
+
+
+def _look_all(job: Job, units: list[Unit], workers: int) -> list[Verdicts]:
+    """``survey.look`` at all units; one that kills its process says nothing."""
+    print(f"deciding baseline offsets: looking at {len(units)} cells", file=sys.stderr, flush=True)
+    if workers <= 1:
+        return [look(job, unit) for unit in units]
+    context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(workers, context) as executor:
+            return list(executor.map(partial(look, job), units, chunksize=4))
+    except BrokenProcessPool:
+        return [_look_alone(job, unit) for unit in units]
+
+
+def _look_alone(job: Job, unit: Unit) -> Verdicts:
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+            return executor.submit(look, job, unit).result()
+    except BrokenProcessPool:
+        return {}
 
 
 class _Pool:

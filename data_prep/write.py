@@ -7,13 +7,12 @@ import io
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_prep.chunks import WORK, Job, chunk_path, save, shard_path, sync
+from data_prep.chunks import WORK, Job, chunk_path, shard_path, sync
 from data_prep.stats import Tally
 from terrafm_jax import landcover
 from terrafm_jax.data import tiles
@@ -128,6 +127,7 @@ class _Merged:
         tiles_seen = sum(self.count.values()) + sum(
             n for reason, n in self.dropped.items() if " in a cell" not in reason
         )
+        conflicts = sorted({note for _, note in self.notes})  # once per product
         straddling = self.dropped.get("straddles splits", 0)
         return {
             **plan,
@@ -137,8 +137,8 @@ class _Merged:
             "lost_between_splits": round(straddling / tiles_seen, 6) if tiles_seen else 0.0,
             "rejected": len(self.rejected),
             "rejected_reasons": dict(sorted(Counter(_kind(r[2]) for r in self.rejected).items())),
-            "offset_conflicts": len(self.notes),
-            "offset_conflict_examples": [f"{unit}: {note}" for unit, note in self.notes[:20]],
+            "offset_conflicts": len(conflicts),
+            "offset_conflict_examples": conflicts[:20],
             "classes": self.classes(),
         }
 
@@ -201,11 +201,3 @@ def _write_metadata(directory: Path, merged: _Merged) -> None:
     )
     for name in ("features.json", "dataset_info.json"):
         write_text(directory / name, (staging / name).read_text(encoding="utf-8"))
-
-
-def iter_files(directory: Path) -> Iterator[Path]:
-    """The files of a prepared data set, without the work folder."""
-    yield from (p for p in sorted(directory.iterdir()) if p.is_file())
-
-
-__all__ = ["ATTRIBUTION", "DATASET", "SUMMARY", "finalize", "iter_files", "save", "save_array", "write_text"]

@@ -1,0 +1,80 @@
+"""The baseline offset is decided once per product and level, never per tile.
+
+A product that covers many cells is looked at in one of them (the next, where the pixels cannot tell),
+before any record is written; products that appear once are decided while they are prepared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from data_prep.chunks import Job, SourceUnavailable, Unit
+from data_prep.harmonize import Offset, decide_offset
+from data_prep.optical import optical
+from data_prep.raster import BadInput
+from data_prep.write import write_text
+
+TRIES = 3  # cells of one product to look at before its id decides alone
+Key = tuple[str, str]  # sensor, product id
+Verdicts = dict[Key, float | None]
+
+
+def look(job: Job, unit: Unit) -> Verdicts:
+    """What the pixels of one cell say about each of its Sentinel-2 products; {} if the cell cannot be read."""
+    try:
+        cell = job.source.read(unit)
+        return {
+            (key, given.product): optical(key, given, job.options.snap).verdict
+            for key, given in cell.sensors.items()
+            if key != "s1" and given.offset is None
+        }
+    except (BadInput, ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, SourceUnavailable):
+            raise
+        return {}  # it will be rejected, with the reason, when it is prepared
+
+
+def survey(units: Sequence[Unit], run: Callable[[list[Unit]], Iterable[Verdicts]], record: Path) -> dict[Key, Offset]:
+    """Offsets of all products that several units share.
+
+    Args:
+      units: all units of the job.
+      run: applies :func:`look` to units, in order, in parallel or not.
+      record: JSON file that keeps the result for a continued run.
+    """
+    if record.exists():
+        return {tuple(k): Offset(**v) for k, v in json.loads(record.read_text())}
+    candidates = _shared(units)
+    verdicts: Verdicts = {}
+    tries: Counter[Key] = Counter()
+    while True:
+        chosen: dict[str, Unit] = {}
+        for key, found in candidates.items():
+            if verdicts.get(key) is None and tries[key] < min(TRIES, len(found)):
+                # Cells far apart in the list are rarely overcast together.
+                unit = found[tries[key] * (len(found) - 1) // max(1, min(TRIES, len(found)) - 1)]
+                chosen[unit.key] = unit
+                tries[key] += 1
+        if not chosen:
+            break
+        for seen in run([chosen[name] for name in sorted(chosen)]):
+            for key, verdict in seen.items():
+                if key in candidates and verdicts.get(key) is None:
+                    verdicts[key] = verdict
+    offsets = {key: decide_offset(key[1], verdicts.get(key)) for key in sorted(candidates)}
+    write_text(record, json.dumps([[key, dataclasses.asdict(offset)] for key, offset in offsets.items()]))
+    return offsets
+
+
+def _shared(units: Sequence[Unit]) -> dict[Key, list[Unit]]:
+    """Sentinel-2 products of more than one unit, with their units in order of the cell."""
+    found: dict[Key, list[Unit]] = defaultdict(list)
+    for unit in sorted(units, key=lambda u: (u.cell, u.number)):
+        for key, product in unit.products:
+            if key != "s1":
+                found[(key, product)].append(unit)
+    return {key: those for key, those in found.items() if len(those) > 1}

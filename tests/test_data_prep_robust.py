@@ -1,0 +1,345 @@
+"""Interruptions, full disks, killed workers and bad input: nothing is lost, nothing is doubled, reasons are told."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from data_prep_cells import columns, geotiff, make_cells, make_source, place, scene, worldcover, write_majortom
+from rasterio.transform import from_origin
+
+from data_prep import chunks, majortom
+from data_prep.chunks import Job, Unit
+from data_prep.run import make_chunks, prepare_all
+from data_prep.worldcover import WorldCover
+
+
+def command(source: Path, out: Path, *flags: str) -> list[str]:
+    return ["--source", str(source), "--worldcover", str(source / "worldcover"), "--out", str(out), "--tile-size", "24",
+            "--split-shares", "1,0,0", "--cells-per-shard", "2", *flags]  # fmt: skip
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_source(tmp_path_factory.mktemp("robust"), 10)
+
+
+@pytest.fixture(scope="module")
+def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("expected") / "data"
+    assert majortom.main(command(source, out)) == 0
+    return files(out)
+
+
+def start(source: Path, out: Path, *flags: str) -> subprocess.Popen[bytes]:
+    call = [sys.executable, "-m", "data_prep.majortom", *command(source, out, *flags)]
+    return subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "times"), [("1", 4), ("2", 2)])
+def test_killed_at_any_moment_it_continues_to_the_same_bytes(
+    source: Path, expected: dict[str, bytes], tmp_path: Path, workers: str, times: int
+):
+    """SIGKILL of all its processes as soon as each new file appears, until a run gets through."""
+    out, kills, seen = tmp_path / "data", 0, set()
+    for _ in range(40):
+        process = start(source, out, "--workers", workers)
+        killed = False
+        while process.poll() is None:
+            work = out / ".work"
+            new = {p.name for p in work.iterdir() if "chunk" in p.name} - seen if work.exists() else set()
+            if new and kills < times:
+                seen |= new
+                os.killpg(process.pid, signal.SIGKILL)
+                killed = True
+                break
+            time.sleep(0.002)
+        process.wait()
+        if not killed:
+            assert process.returncode == 0, process.stderr.read().decode() if process.stderr else ""
+            break
+        kills += 1
+    assert kills == times
+    assert files(out) == expected
+
+
+def test_interrupted_while_the_shards_get_their_names(
+    source: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Each rename and each small file of the last phase is a moment to stop at."""
+    plain = Path.replace
+    begun = tmp_path / "begun"
+
+    def run(out: Path, stop: int) -> int:
+        calls = 0
+
+        def stopping(self: Path, target: Any) -> Path:
+            nonlocal calls
+            calls += Path(target).parent == out
+            if calls > stop:
+                raise KeyboardInterrupt
+            return plain(self, target)
+
+        monkeypatch.setattr(Path, "replace", stopping)
+        code = majortom.main(command(source, out))
+        monkeypatch.undo()
+        return code
+
+    assert run(begun, 0) == 130
+    stop = 0
+    while True:
+        out = tmp_path / f"stop{stop}"
+        shutil.copytree(begun, out)
+        code = run(out, stop)
+        if code == 0:
+            break
+        assert code == 130
+        assert majortom.main(command(source, out)) == 0
+        assert files(out) == expected
+        stop += 1
+    assert stop == len(expected), "the work folder has one moment for each file of the result"
+
+
+def test_sigterm_stops_cleanly(source: Path, expected: dict[str, bytes], tmp_path: Path):
+    out = tmp_path / "data"
+    process = start(source, out, "--workers", "2")
+    while process.poll() is None and not list(out.glob(".work/chunk-*.npz")):
+        time.sleep(0.005)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err.decode()
+    assert b"start the same command again" in err
+    assert majortom.main(command(source, out)) == 0
+    assert files(out) == expected
+
+
+def test_another_option_cannot_continue_it(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "data"
+    process = start(source, out)
+    while process.poll() is None and not list(out.glob(".work/chunk-*.npz")):
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert majortom.main(command(source, out, "--sea-keep", "0.5")) == 1
+    message = capsys.readouterr().err
+    assert "other options" in message
+    assert '"sea_keep": 0.5' in message
+
+
+def test_two_jobs_in_one_folder(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    import fcntl
+
+    out = tmp_path / "data"
+    (out / ".work").mkdir(parents=True)
+    with open(out / ".work" / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert majortom.main(command(source, out)) == 1
+    assert "another process" in capsys.readouterr().err
+
+
+def test_full_disk_stops_with_a_message_and_loses_nothing(source: Path, expected: dict[str, bytes], tmp_path: Path):
+    """Files may not grow beyond 40 kB (RLIMIT_FSIZE): the same errors as a full disk, in the C++ writer too."""
+    out = tmp_path / "data"
+    limited = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (40000, 40000));"
+        "from data_prep.majortom import main; sys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run([sys.executable, "-c", limited, *command(source, out)], capture_output=True, text=True)
+    assert done.returncode == 4, done.stderr
+    assert "no space left" in done.stderr
+    assert "start the same command again" in done.stderr
+    assert not list(out.glob("*.array_record*")), "no half shard has a name"
+    assert not list(out.glob(".work/*.tmp-*"))
+    assert majortom.main(command(source, out)) == 0
+    assert files(out) == expected
+
+
+def test_full_disk_while_reports_are_written(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out = tmp_path / "data"
+    monkeypatch.setattr(np, "savez", full)
+    assert majortom.main(command(source, out)) == 4
+    monkeypatch.undo()
+    assert majortom.main(command(source, out)) == 0
+
+
+class Deadly:
+    """A source whose second cell ends the process that reads it."""
+
+    def __init__(self, source: Path, victim: str):
+        self.inner, self.victim = majortom.MajorTom(str(source)), victim
+
+    def read(self, unit: Unit) -> Any:
+        if unit.cell == self.victim:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return self.inner.read(unit)
+
+
+@pytest.mark.slow
+def test_a_cell_that_kills_its_worker_is_rejected_alone(source: Path, tmp_path: Path):
+    args = majortom.parser().parse_args(command(source, tmp_path / "data"))
+    from data_prep import cli
+
+    options = cli.options_of(args)
+    cover = WorldCover.open(source / "worldcover")
+    _, units, _ = majortom.plan(args, options, cover)
+    job = Job(Deadly(source, units[3].cell), cover, options, str(tmp_path / "data"))
+    summary = prepare_all(job, units, workers=2, chunk_size=2, plan={})
+    assert summary["rejected"] == 1
+    assert sum(summary["tiles"].values()) == 9 * 4
+    (row,) = csv.DictReader((tmp_path / "data" / "rejected.csv").read_text().splitlines())
+    assert row["unit"] == units[3].key
+    assert "ends the worker" in row["reason"]
+
+
+def test_chunks_are_fixed_by_the_plan():
+    units = [Unit(f"c{i}", 0, None, outlook="holdout" if i % 5 == 0 else "train") for i in range(23)]
+    found = make_chunks(units[::-1], 4)
+    assert found == make_chunks(units, 4)
+    assert [len({u.outlook for u in chunk}) for chunk in found] == [1] * len(found)
+    assert sorted(u.cell for chunk in found for u in chunk) == sorted(u.cell for u in units)
+
+
+# --- bad input --------------------------------------------------------------------------------
+
+
+def broken(cells: int, defects: dict[int, str]) -> tuple[dict[str, list[dict]], dict[str, list[dict]]]:
+    """Cells with one defect each, by number of the cell."""
+    rows, metadata = make_cells(cells)
+    for cell, defect in defects.items():
+        row, meta = rows["s2_l2a"][cell], metadata["s2_l2a"][cell]
+        left, top = place(cell)
+        affine, bands = from_origin(left, top, 10, 10), scene(cell)["s2_l2a"]
+        if defect == "truncated":
+            row["B03"] = row["B03"][: len(row["B03"]) // 2]
+        elif defect == "no image":
+            row["B03"] = b"<html>503 Service Unavailable</html>"
+        elif defect == "missing band":
+            row["B8A"] = None
+        elif defect == "wrong size":
+            row["B03"] = geotiff(bands["B03"][:24], affine, nodata=0)
+        elif defect == "wrong crs":
+            row.update(columns("s2_l2a", bands, left, top, "EPSG:32633"))
+            meta["crs"] = "EPSG:EPSG:32633"
+        elif defect == "crs against metadata":
+            meta["crs"] = "EPSG:EPSG:32633"
+        elif defect == "no crs":
+            row["B03"] = geotiff(bands["B03"], affine, crs=None)
+        elif defect == "all nodata":
+            row.update(columns("s2_l2a", {n: np.zeros_like(b) for n, b in bands.items()}, left, top, "EPSG:32632"))
+        elif defect == "constant":
+            row.update(columns("s2_l2a", {n: np.full_like(b, 77) for n, b in bands.items()}, left, top, "EPSG:32632"))
+        elif defect == "nan":
+            rows["s1"][cell]["vv"] = geotiff(np.full((48, 48), np.nan, np.float32), affine)
+            rows["s1"][cell]["vh"] = rows["s1"][cell]["vv"]
+        elif defect == "nan in optical":
+            row["B03"] = geotiff(np.where(bands["B03"] > 400, bands["B03"], np.nan).astype(np.float32), affine)
+        elif defect == "negative":
+            row["B03"] = geotiff(bands["B03"].astype(np.int16) - 2000, affine)
+        elif defect == "fractions":
+            row["B03"] = geotiff(bands["B03"].astype(np.float32) / 10000, affine)
+        elif defect == "other cell":
+            meta["parquet_row"] = 0
+        elif defect == "row too far":
+            meta["parquet_row"] = 999
+        elif defect == "no such part":
+            meta["parquet_url"] = "https://example.org/images/part_77777.parquet"
+        else:
+            raise ValueError(defect)
+    return rows, metadata
+
+
+REASONS = {
+    1: ("truncated", "B03"),
+    2: ("no image", "cannot be read as an image"),
+    3: ("missing band", "missing band B8A"),
+    4: ("wrong size", "B02 is EPSG:32632 (48, 48)"),
+    5: ("wrong crs", "wrong CRS"),
+    6: ("crs against metadata", "metadata say EPSG:32633"),
+    7: ("no crs", "no georeference"),
+    8: ("all nodata", "black, 100.0 %"),
+    9: ("constant", "one value in all pixels"),
+    10: ("nan", "s1: black"),
+    11: ("nan in optical", "NaN"),
+    12: ("negative", "are no DN"),
+    13: ("fractions", "fractional"),
+    14: ("other cell", "row 0 holds 500U_60R"),
+    15: ("row too far", "row 999"),
+    16: ("no such part", "no such file"),
+}
+
+
+def test_every_kind_of_bad_input_is_quarantined_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows, metadata = broken(18, {cell: defect for cell, (defect, _) in REASONS.items()})
+    write_majortom(tmp_path, rows, metadata)
+    for west in (9, 12):
+        for south in (45, 48):
+            worldcover(tmp_path / "worldcover", west, south, np.full((30, 30), 10))
+    out = tmp_path / "out"
+    code = majortom.main(command(tmp_path, out, "--require", "s1,s2_l2a"))
+    assert code == 3
+    report = capsys.readouterr().out
+    assert f"{len(REASONS)} cells REJECTED" in report
+    with open(out / "rejected.csv", newline="") as file:
+        found = {row["unit"].split("/")[0]: row for row in csv.DictReader(file)}
+    assert len(found) == len(REASONS)
+    for cell, (defect, reason) in REASONS.items():
+        row = found[f"{500 + cell}U_{60 + cell}R"]
+        assert reason in row["reason"], f"{defect}: {row['reason']}"
+        assert "S2A_MSIL2A" in row["products"]
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["rejected"] == len(REASONS)
+    assert summary["tiles"] == {"train": 2 * 4}, "cells 0 and 17 are whole"
+    assert majortom.main(command(tmp_path, out, "--require", "s1,s2_l2a", "--tolerate", "0.95")) == 0
+
+
+def test_truncated_parquet_and_nothing_usable(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    write_majortom(tmp_path, *make_cells(2))
+    worldcover(tmp_path / "worldcover", 9, 48, np.full((4, 4), 10))
+    part = tmp_path / "Core-S2L2A" / "images" / "part_00000.parquet"
+    part.write_bytes(part.read_bytes()[:-500])
+    out = tmp_path / "out"
+    assert majortom.main(command(tmp_path, out)) == 1
+    assert "nothing prepared" in capsys.readouterr().out
+    meta = json.loads(str(np.load(out / ".work" / "chunk-000000.npz")["meta"]))
+    assert all("truncated" in row[2] for row in meta["rejected"])
+    metadata = tmp_path / "Core-S2L2A" / "metadata.parquet"
+    metadata.write_bytes(metadata.read_bytes()[:-100])
+    assert majortom.main(command(tmp_path, tmp_path / "other")) == 1
+    assert "metadata.parquet cannot be read" in capsys.readouterr().err
+
+
+def test_a_decoder_that_raises_anything_quarantines_its_cell(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    original = chunks.prepare
+
+    def odd(cell: Any, *rest: Any) -> Any:
+        if cell.name == "502U_62R":
+            raise ZeroDivisionError("deep inside a library")
+        return original(cell, *rest)
+
+    monkeypatch.setattr(chunks, "prepare", odd)
+    out = tmp_path / "data"
+    assert majortom.main(command(source, out)) == 3
+    assert "502U_62R/p0" in (out / "rejected.csv").read_text()
+    assert "ZeroDivisionError: deep inside" in (out / "rejected.csv").read_text()
