@@ -92,6 +92,7 @@ def by_name(path: PurePath) -> tuple[str, SceneFile] | str:
         return "no band of the model"
     parts = [*path.parts[:-1], stem]
     product = next((m.group(1) for part in reversed(parts) if (m := _PRODUCT.match(part))), "")
+    product = re.sub(r"_(VV|VH|B\w{1,2})$", "", product)  # of a file that holds one band of it
     key, place = _sensor_of(parts, product)
     if not key:
         return "no sensor in the name"
@@ -278,6 +279,6 @@ def _acquisitions(files: Iterable[SceneFile]) -> list[list[SceneFile]]:
     groups: dict[tuple[str, ...], list[SceneFile]] = defaultdict(list)
     for file in files:
         single = len(file.bands) == 1
-        own = (file.product or file.time, str(Path(file.path).parent)) if single else (file.time, file.path)
+        own = ((file.product,) if file.product else (str(Path(file.path).parent),)) if single else (file.path,)
         groups[(file.time, *own)].append(file)
     return [sorted(groups[key], key=lambda f: f.path) for key in sorted(groups)]
