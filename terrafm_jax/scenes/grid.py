@@ -1,0 +1,280 @@
+"""The pixel grid that a scene is embedded on, its windows, and the grid of tokens that comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rasterio.features
+from affine import Affine
+from rasterio.crs import CRS
+from rasterio.warp import transform_bounds, transform_geom
+
+from terrafm_jax.data.tiles import EXTENT_ORDER
+from terrafm_jax.scenes.errors import SceneError, first_line
+from terrafm_jax.scenes.inputs import Acquisition, open_raster
+
+# Training crops span 12 to 28 m a pixel (5,340 m tiles, scales 0.05 to 1, 96 and 224 px); 20 m lies
+# inside and is a multiple of what Sentinel-2 delivers.
+PRETRAINING_GSD = 20.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """A north-up pixel grid: CRS, upper left corner (x, y), size of a pixel in CRS units, rows and columns."""
+
+    crs: CRS
+    x: float
+    y: float
+    gsd: float
+    height: int
+    width: int
+
+    @property
+    def transform(self) -> Affine:
+        return Affine(self.gsd, 0.0, self.x, 0.0, -self.gsd, self.y)
+
+    @property
+    def bounds(self) -> tuple[float, float, float, float]:
+        """left, bottom, right, top"""
+        return self.x, self.y - self.height * self.gsd, self.x + self.width * self.gsd, self.y
+
+    def window(self, row: int, column: int, height: int, width: int) -> Grid:
+        """The part (also beyond the edges) that starts at a pixel."""
+        return dataclasses.replace(
+            self, x=self.x + column * self.gsd, y=self.y - row * self.gsd, height=height, width=width
+        )
+
+
+def target_grid(
+    acquisitions: Sequence[Acquisition], gsd: float | None = None, crs: str = "", aoi: dict[str, Any] | None = None
+) -> Grid:
+    """The common grid of all sensors: the intersection of their extents, cut to the area of interest.
+
+    Origin and pixel borders are those of the reference raster (finest band of the first of s2_l2a, s2_l1c,
+    s1), so that at native sampling nothing is resampled. Geographic rasters go to the UTM zone of their
+    center, because tokens need meters.
+
+    Raises:
+      SceneError: sensors (or the area of interest) do not meet, CRS not metric, fewer than 16 pixels.
+    """
+    reference = min(acquisitions, key=lambda a: EXTENT_ORDER.index(a.sensor))
+    path, native = _finest(reference)
+    with open_raster(path) as source:
+        own, origin, box = source.crs, source.transform, source.bounds
+        try:
+            target = CRS.from_user_input(crs) if crs else (own if own.is_projected else _utm(own, box))
+        except ValueError as error:
+            raise SceneError(f"--crs {crs}: {first_line(error)}; expected something like EPSG:32631") from None
+    if not target.is_projected or not math.isclose(target.linear_units_factor[1], 1.0):
+        raise SceneError(f"--crs {crs or own}: is not metric; pass a projected CRS in meters such as EPSG:32631")
+    step = gsd or (native if own.is_projected else _meters(native))
+    if not 0.1 <= step <= 10_000:
+        raise SceneError(f"--gsd {step:g}: expected meters per pixel between 0.1 and 10000")
+    left, bottom, right, top = _common_extent(acquisitions, target, aoi)
+    x0, y0 = (origin.c, origin.f) if own == target else (0.0, 0.0)
+    column, row = math.floor((left - x0) / step + 1e-6), math.floor((y0 - top) / step + 1e-6)
+    x, y = x0 + column * step, y0 - row * step
+    width, height = (math.ceil(d / step - 1e-6) for d in (right - x, y - bottom))
+    if min(width, height) < 16:
+        raise SceneError(
+            f"{path}: the area to embed is {height} x {width} pixels of {step:g} m, at least 16 x 16 are needed; "
+            "choose a smaller --gsd or a larger area"
+        )
+    return Grid(target, x, y, float(step), height, width)
+
+
+def _finest(acquisition: Acquisition) -> tuple[str, float]:
+    sizes = {}
+    for path in acquisition.paths:
+        with open_raster(path) as source:
+            sizes[path] = float(source.transform.a)
+    path = min(sizes, key=sizes.__getitem__)
+    return path, sizes[path]
+
+
+def _utm(crs: CRS, bounds: Any) -> CRS:
+    left, bottom, right, top = transform_bounds(crs, "EPSG:4326", *bounds)
+    lon, lat = (left + right) / 2, (bottom + top) / 2
+    zone = int((lon + 180) // 6) % 60 + 1
+    return CRS.from_epsg((32600 if lat >= 0 else 32700) + zone)
+
+
+def _meters(degrees: float) -> float:
+    """A pixel of a geographic raster in meters (along the meridian), rounded to 10 m where it is close."""
+    size = degrees * 111_320.0
+    return round(size / 10) * 10.0 if abs(size / 10 - round(size / 10)) < 0.08 and size > 5 else size
+
+
+def _common_extent(
+    acquisitions: Sequence[Acquisition], target: CRS, aoi: dict[str, Any] | None
+) -> tuple[float, float, float, float]:
+    boxes: dict[str, list[tuple[float, float, float, float]]] = {}
+    for acquisition in acquisitions:
+        for path in acquisition.paths:
+            with open_raster(path) as source:
+                box = transform_bounds(source.crs, target, *source.bounds) if source.crs != target else source.bounds
+            boxes.setdefault(acquisition.sensor, []).append(tuple(box))
+    extents = {
+        key: (min(b[0] for b in found), min(b[1] for b in found), max(b[2] for b in found), max(b[3] for b in found))
+        for key, found in boxes.items()
+    }
+    if aoi is not None:
+        shape = transform_geom("EPSG:4326", target, aoi)
+        extents["--aoi"] = tuple(rasterio.features.bounds(shape))
+    left, bottom = (max(e[i] for e in extents.values()) for i in (0, 1))
+    right, top = (min(e[i] for e in extents.values()) for i in (2, 3))
+    if left >= right or bottom >= top:
+        shown = "; ".join(f"{k} {tuple(round(v) for v in e)}" for k, e in extents.items())
+        first = acquisitions[0].paths[0]
+        raise SceneError(f"{first}: the extents do not meet in {target.to_string()} ({shown}); give files of one place")
+    return left, bottom, right, top
+
+
+def read_aoi(text: str) -> dict[str, Any]:
+    """A GeoJSON geometry in EPSG:4326 from a GeoJSON file or from ``west,south,east,north``."""
+    parts = text.split(",")
+    if len(parts) == 4:
+        try:
+            w, s, e, n = map(float, parts)
+        except ValueError:
+            raise SceneError(f"--aoi {text}: expected a GeoJSON file or WEST,SOUTH,EAST,NORTH in degrees") from None
+        return {"type": "Polygon", "coordinates": [[[w, s], [e, s], [e, n], [w, n], [w, s]]]}
+    try:
+        data = json.loads(Path(text).read_text())
+        shapes = [f["geometry"] for f in data["features"]] if data["type"] == "FeatureCollection" else [data]
+        shapes = [s["geometry"] if s["type"] == "Feature" else s for s in shapes]
+        polygons = [s for s in shapes if s["type"] in ("Polygon", "MultiPolygon")]
+        crs = data.get("crs", {}).get("properties", {}).get("name", "EPSG:4326").replace("OGC:1.3:CRS84", "EPSG::4326")
+        if not polygons:
+            raise KeyError("polygon")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SceneError(f"--aoi {text}: holds no GeoJSON polygon ({first_line(error)})") from None
+    rings = [r for p in polygons for r in (p["coordinates"] if p["type"] == "MultiPolygon" else [p["coordinates"]])]
+    shape = {"type": "MultiPolygon", "coordinates": rings}
+    return shape if "4326" in crs else transform_geom(CRS.from_user_input(crs), "EPSG:4326", shape)
+
+
+# --- windows and tokens --------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Windows side by side that are read and encoded together.
+
+    Attributes:
+      row: first pixel row of all of them.
+      columns: first pixel column of each.
+      height, width: pixels of one window, multiples of the patch.
+    """
+
+    row: int
+    columns: tuple[int, ...]
+    height: int
+    width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Windows over a scene and the output grid of tokens.
+
+    Token k of an axis covers the pixels k * stride ... k * stride + patch - 1 and is written to the output
+    pixel of ``stride`` scene pixels around its center. The last token of an axis starts at or before the
+    last ``patch`` pixels rounded up to a whole stride: where the scene is not divisible by the patch, it
+    reaches up to patch - 1 pixels beyond the edge, which are mirrored for the encoder, and it counts as
+    valid if at least half of its own ground was measured.
+    """
+
+    grid: Grid
+    window: int
+    overlap: int
+    stride: int
+    patch: int = 16
+    batch: int = 16
+
+    def __post_init__(self) -> None:
+        p = self.patch
+        faults = []
+        if self.window % p or self.window < p:
+            faults.append(f"--window {self.window}: expected a multiple of {p}")
+        if self.overlap % p or not 0 <= self.overlap <= self.window - p:
+            faults.append(f"--overlap {self.overlap}: expected a multiple of {p} from 0 to {self.window - p}")
+        if self.stride < 1 or p % self.stride:
+            faults.append(f"--stride {self.stride}: expected a divisor of {p}")
+        if faults:
+            raise SceneError("; ".join(faults))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the output."""
+        return tuple(_tokens(n, self.stride, self.patch) for n in (self.grid.height, self.grid.width))
+
+    @property
+    def output(self) -> Grid:
+        """The grid of the output: one pixel per token, of ``stride`` scene pixels."""
+        shift = (self.patch - self.stride) / 2
+        rows, columns = self.shape
+        moved = self.grid.window(0, 0, rows, columns)
+        g = self.grid.gsd
+        return dataclasses.replace(moved, x=moved.x + shift * g, y=moved.y - shift * g, gsd=g * self.stride)
+
+    def chunks(self) -> list[Chunk]:
+        """All windows in the order in which they are done: by their first row, then by column."""
+        found = []
+        for phase_row in range(0, self.patch, self.stride):
+            rows, height = self._starts(phase_row, self.shape[0])
+            for phase_column in range(0, self.patch, self.stride):
+                columns, width = self._starts(phase_column, self.shape[1])
+                for row in rows:
+                    for i in range(0, len(columns), self.batch):
+                        found.append(Chunk(row, tuple(columns[i : i + self.batch]), height, width))
+        return sorted(found, key=lambda c: (c.row, c.columns))
+
+    def _starts(self, phase: int, tokens: int) -> tuple[list[int], int]:
+        """First pixels of the windows along one axis at one phase, and their length."""
+        count = len(range(phase // self.stride, tokens, self.patch // self.stride))
+        if count == 0:
+            return [], self.window
+        inside = min(self.window // self.patch, count)
+        hop = max(1, (self.window - self.overlap) // self.patch)
+        starts = [*range(0, count - inside, hop), count - inside]
+        return [phase + s * self.patch for s in starts], inside * self.patch
+
+    def taper(self, tokens: int) -> np.ndarray:
+        """float32 [tokens]: weight of a window's tokens along one axis, falling to its borders over the overlap."""
+        ramp = min(self.overlap // self.patch, tokens)
+        at = np.arange(tokens) + 0.5
+        near = np.minimum(at, tokens - at)
+        return np.where(near < ramp, np.sin(np.pi / 2 * np.minimum(near / max(ramp, 1), 1)) ** 2, 1.0).astype(
+            np.float32
+        )
+
+    def count(self) -> int:
+        """Number of windows."""
+        return sum(len(c.columns) for c in self.chunks())
+
+    def tokens_of(self, chunk: Chunk, column: int) -> tuple[slice, slice]:
+        """Rows and columns of the output that the window at ``column`` of a chunk fills."""
+        every = self.patch // self.stride
+        row, first = chunk.row // self.stride, column // self.stride
+        rows, columns = chunk.height // self.patch, chunk.width // self.patch
+        return (
+            slice(row, row + (rows - 1) * every + 1, every),
+            slice(first, first + (columns - 1) * every + 1, every),
+        )
+
+
+def _tokens(pixels: int, stride: int, patch: int) -> int:
+    return -(-max(pixels - patch, 0) // stride) + 1
+
+
+def borders(plan: Plan) -> Iterator[int]:
+    """Output columns at which a window begins or ends (for measuring seams)."""
+    for start in plan._starts(0, plan.shape[1])[0]:
+        if start:
+            yield start // plan.stride

@@ -1,0 +1,290 @@
+"""Pixels of any part of the scene's grid: warped, in canonical units, several dates composited, with a mask.
+
+Resampling follows the views of pretraining: an antialiased triangle (GDAL's bilinear warp widens its
+kernel when it shrinks), renormalised over valid pixels; Sentinel-1 in linear power.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import rasterio
+import rasterio.features
+from rasterio.enums import Resampling
+from rasterio.errors import RasterioError
+from rasterio.transform import array_bounds
+from rasterio.warp import reproject, transform_bounds, transform_geom
+from rasterio.windows import Window
+
+from terrafm_jax.scenes.errors import SceneError
+from terrafm_jax.scenes.grid import Grid
+from terrafm_jax.scenes.inputs import Acquisition, Layer, broken, open_raster
+from terrafm_jax.sensors import SENSORS
+
+COMPOSITES = ("first", "median", "mean")
+# Scene classification of Level 2A: no data, saturated, cloud shadow, medium and high cloud, cirrus, snow stays.
+SCL_INVALID = (0, 1, 3, 8, 9, 10)
+_POWER_FLOOR = 1e-6  # -60 dB
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+    """One sensor on a part of the grid: values float32 [H, W, bands] in DN or dB, valid bool [H, W]."""
+
+    values: np.ndarray
+    valid: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskFile:
+    """A raster that says where the scene counts: ``keep`` where non-zero, or classes (SCL) to leave out."""
+
+    path: str
+    classes: tuple[int, ...] = ()
+
+
+def read_mask(text: str) -> MaskFile:
+    """``FILE`` (non-zero = keep) or ``scl=FILE`` or ``scl=FILE:3,8,9`` (classes to leave out). Raises SceneError."""
+    kind, _, rest = text.partition("=")
+    if kind.lower() != "scl" or not rest:
+        open_raster(text).close()
+        return MaskFile(text)
+    path, _, listed = rest.rpartition(":") if rest.rpartition(":")[2].replace(",", "").isdigit() else (rest, "", "")
+    open_raster(path).close()
+    return MaskFile(path, tuple(int(v) for v in listed.split(",")) if listed else SCL_INVALID)
+
+
+class SceneReader:
+    """Reads parts of a scene. Opens every file once per thread.
+
+    Args:
+      acquisitions: one or several dates per sensor, in order of preference.
+      grid: the common grid.
+      composite: ``first`` valid date, or ``median`` or ``mean`` of the valid dates, per pixel.
+      masks: rasters that take pixels out.
+      use_classes: take out the invalid classes of an acquisition's own scene classification.
+    """
+
+    def __init__(
+        self,
+        acquisitions: Sequence[Acquisition],
+        grid: Grid,
+        *,
+        composite: str = "first",
+        masks: Sequence[MaskFile] = (),
+        use_classes: bool = False,
+    ):
+        if composite not in COMPOSITES:
+            raise SceneError(f"--composite {composite}: expected one of {list(COMPOSITES)}")
+        self.grid, self._composite, self._masks, self._classes = grid, composite, tuple(masks), use_classes
+        self.dates: dict[str, list[Acquisition]] = defaultdict(list)
+        for acquisition in acquisitions:
+            self.dates[acquisition.sensor].append(acquisition)
+        self.bands = {key: _common_bands(dates) for key, dates in self.dates.items()}
+        self._local = threading.local()
+
+    def read(self, row: int, column: int, height: int, width: int) -> dict[str, Pixels]:
+        """Every sensor on height x width pixels from (row, column) on; beyond the grid's edges pixels are mirrored.
+
+        A mirrored pixel is as valid as the one it mirrors.
+        """
+        inside = self.grid.window(
+            row, column, min(height, self.grid.height - row), min(width, self.grid.width - column)
+        )
+        pad = ((0, height - inside.height), (0, width - inside.width))
+        keep = self._kept(inside)
+        found = {}
+        for key, dates in self.dates.items():
+            pixels = self._sensor(key, dates, inside)
+            valid = pixels.valid & keep
+            found[key] = Pixels(
+                np.pad(pixels.values, (*pad, (0, 0)), mode="symmetric"), np.pad(valid, pad, mode="symmetric")
+            )
+        return found
+
+    def _sensor(self, key: str, dates: Sequence[Acquisition], grid: Grid) -> Pixels:
+        stack = [self._date(date, grid) for date in dates]
+        if len(stack) == 1:
+            values = stack[0]
+        elif self._composite == "first":
+            values = stack[0].copy()
+            for other in stack[1:]:
+                hole = np.isnan(values).any(-1)
+                values[hole] = other[hole]
+        else:
+            whole = np.stack([np.where(np.isnan(s).any(-1, keepdims=True), np.nan, s) for s in stack])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # pixels without any date stay NaN
+                values = (np.nanmedian if self._composite == "median" else np.nanmean)(whole, axis=0)
+        valid = ~np.isnan(values).any(-1)
+        if key == "s1":
+            values = 10.0 * np.log10(np.maximum(values, _POWER_FLOOR))
+        return Pixels(np.where(valid[..., None], values, 0.0).astype(np.float32), valid)
+
+    def _date(self, date: Acquisition, grid: Grid) -> np.ndarray:
+        """float32 [H, W, bands] in harmonised DN or linear power, NaN where nothing was measured."""
+        groups: dict[tuple[Any, ...], list[Layer]] = defaultdict(list)
+        for layer in date.layers:
+            if layer.band in self.bands[date.sensor]:
+                source = self._open(layer.path)
+                groups[(source.crs, tuple(source.transform), source.shape)].append(layer)
+        out = np.empty((grid.height, grid.width, len(self.bands[date.sensor])), np.float32)
+        for layers in groups.values():
+            columns = [self.bands[date.sensor].index(layer.band) for layer in layers]
+            out[..., columns] = np.moveaxis(self._group(date, layers, grid), 0, -1)
+        if self._classes and date.classes:
+            scl = self._classes_on(date.classes, grid)
+            out[np.isin(scl, SCL_INVALID)] = np.nan
+        return out
+
+    def _group(self, date: Acquisition, layers: Sequence[Layer], grid: Grid) -> np.ndarray:
+        """Bands of one resolution on the grid; float32 [bands, H, W] with NaN."""
+        source = self._open(layers[0].path)
+        window = _source_window(source, grid)
+        if window.width <= 0 or window.height <= 0:
+            return np.full((len(layers), grid.height, grid.width), np.nan, np.float32)
+        data = np.stack([self._band(layer, window) for layer in layers])
+        data = _measured(data, date, [self._open(layer.path).nodatavals[layer.index - 1] for layer in layers])
+        transform = source.window_transform(window)
+        aligned = source.crs == grid.crs and _offset(transform, grid)
+        if aligned:
+            return _shift(data, aligned, grid)
+        out = np.full((len(layers), grid.height, grid.width), np.nan, np.float32)
+        reproject(
+            data,
+            out,
+            src_transform=transform,
+            src_crs=source.crs,
+            dst_transform=grid.transform,
+            dst_crs=grid.crs,
+            src_nodata=np.nan,
+            dst_nodata=np.nan,
+            resampling=Resampling.bilinear,
+            tolerance=0.0,  # GDAL's approximate transformer would depend on where the window lies
+        )
+        return out
+
+    def _band(self, layer: Layer, window: Window) -> np.ndarray:
+        try:
+            return self._open(layer.path).read(layer.index, window=window).astype(np.float32)
+        except (RasterioError, OSError) as error:
+            raise SceneError(f"{layer.path}: {broken(error)}") from None
+
+    def _open(self, path: str) -> rasterio.DatasetReader:
+        files = self._local.__dict__.setdefault("files", {})
+        if path not in files:
+            files[path] = open_raster(path)
+        return files[path]
+
+    def _classes_on(self, path: str, grid: Grid) -> np.ndarray:
+        source = self._open(path)
+        out = np.zeros((grid.height, grid.width), np.uint8)
+        window = _source_window(source, grid)
+        if window.width > 0 and window.height > 0:
+            try:
+                data = source.read(1, window=window)
+            except (RasterioError, OSError) as error:
+                raise SceneError(f"{path}: {broken(error)}") from None
+            reproject(
+                data,
+                out,
+                src_transform=source.window_transform(window),
+                src_crs=source.crs,
+                dst_transform=grid.transform,
+                dst_crs=grid.crs,
+                resampling=Resampling.nearest,
+                tolerance=0.0,
+            )
+        return out
+
+    def _kept(self, grid: Grid) -> np.ndarray:
+        keep = np.ones((grid.height, grid.width), bool)
+        for mask in self._masks:
+            found = self._classes_on(mask.path, grid)
+            keep &= ~np.isin(found, mask.classes) if mask.classes else found != 0
+        return keep
+
+
+def _common_bands(dates: Sequence[Acquisition]) -> tuple[str, ...]:
+    """Bands that every date of a sensor has, in canonical order."""
+    shared = set.intersection(*(set(d.bands) for d in dates))
+    bands = tuple(b for b in SENSORS[dates[0].sensor].band_names if b in shared)
+    if not bands:
+        raise SceneError(f"{dates[0].paths[0]} and {dates[1].paths[0]}: the dates of {dates[0].sensor} share no band")
+    return bands
+
+
+def _source_window(source: rasterio.DatasetReader, grid: Grid) -> Window:
+    """Pixels of a raster that the kernel needs for a grid, clipped to the raster."""
+    bounds = grid.bounds
+    if source.crs != grid.crs:
+        bounds = transform_bounds(grid.crs, source.crs, *bounds, densify_pts=21)
+    inverse = ~source.transform
+    (left, top), (right, bottom) = inverse * (bounds[0], bounds[3]), inverse * (bounds[2], bounds[1])
+    # A triangle reaches as far as the ratio of the samplings, two pixels more absorb rounding.
+    margin = int(np.ceil(max((right - left) / grid.width, (bottom - top) / grid.height, 1.0))) * 2 + 2
+    left, top = max(int(np.floor(left)) - margin, 0), max(int(np.floor(top)) - margin, 0)
+    right, bottom = min(int(np.ceil(right)) + margin, source.width), min(int(np.ceil(bottom)) + margin, source.height)
+    return Window(left, top, right - left, bottom - top)
+
+
+def _measured(data: np.ndarray, date: Acquisition, declared: Sequence[float | None]) -> np.ndarray:
+    """Harmonised DN or linear power, NaN where nothing was measured; float32 [bands, H, W].
+
+    Sentinel-2: nodata is zero (or the declared value) in all bands at once; zero in some bands is dark
+    ground. Sentinel-1: any band without a finite, positive power.
+    """
+    bad = ~np.isfinite(data)
+    for i, value in enumerate(declared):
+        for v in (value, date.nodata):
+            if v is not None and not np.isnan(v) and (v != 0 or date.sensor == "s1"):
+                bad[i] |= data[i] == np.float32(v)
+    if date.sensor == "s1":
+        with np.errstate(over="ignore", invalid="ignore"):
+            data = 10.0 ** (data / 10.0) if date.unit == "db" else data
+        bad |= ~(data > 0)
+    else:
+        bad |= (data == 0).all(0)
+        data = data * 10_000.0 if date.unit == "reflectance" else data
+        data = data - date.offset
+    return np.where(bad.any(0), np.float32(np.nan), data).astype(np.float32)
+
+
+def _offset(transform: Any, grid: Grid) -> tuple[int, int] | None:
+    """Whole rows and columns from the grid's origin to a raster with the same pixels, or None."""
+    if abs(transform.a - grid.gsd) > 1e-9 or abs(transform.e + grid.gsd) > 1e-9:
+        return None
+    column, row = (transform.c - grid.x) / grid.gsd, (grid.y - transform.f) / grid.gsd
+    if max(abs(column - round(column)), abs(row - round(row))) > 1e-3:
+        return None
+    return round(row), round(column)
+
+
+def _shift(data: np.ndarray, offset: tuple[int, int], grid: Grid) -> np.ndarray:
+    """Places data whose first pixel lies ``offset`` from the grid's; the rest is NaN."""
+    out = np.full((len(data), grid.height, grid.width), np.nan, np.float32)
+    (row, column), (_, rows, columns) = offset, data.shape
+    top, left = max(row, 0), max(column, 0)
+    bottom, right = min(row + rows, grid.height), min(column + columns, grid.width)
+    if bottom > top and right > left:
+        out[:, top:bottom, left:right] = data[:, top - row : bottom - row, left - column : right - column]
+    return out
+
+
+def inside(aoi: Mapping[str, Any] | None, grid: Grid) -> np.ndarray:
+    """bool [H, W]: pixels of a grid whose center lies in the area of interest."""
+    if aoi is None:
+        return np.ones((grid.height, grid.width), bool)
+    shape = transform_geom("EPSG:4326", grid.crs, aoi)
+    return rasterio.features.geometry_mask([shape], (grid.height, grid.width), grid.transform, invert=True)
+
+
+def lonlat_bounds(grid: Grid) -> tuple[float, float, float, float]:
+    """west, south, east, north of a grid in degrees."""
+    return transform_bounds(grid.crs, "EPSG:4326", *array_bounds(grid.height, grid.width, grid.transform))

@@ -1,0 +1,273 @@
+"""The work: read ahead, encode, blend, write; interrupted jobs go on where they stopped."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from typing import Any
+
+import numpy as np
+
+from terrafm_jax.scenes.grid import Chunk, Grid, Plan
+from terrafm_jax.scenes.read import Pixels, SceneReader
+from terrafm_jax.scenes.store import Blender, Unfinished
+
+# Windows of one sensor: values float32 [B, H, W, bands] and valid bool [B, H, W].
+Windows = Mapping[str, Pixels]
+# Encodes windows; returns device arrays (class tokens [B, d], patch tokens [B, h, w, d]) without waiting.
+Encode = Callable[[Windows], tuple[Any, Any]]
+
+
+class Stopped(Exception):
+    """The job was interrupted after a snapshot; starting it again goes on."""
+
+
+@dataclasses.dataclass
+class Summary:
+    """What a job did: windows in all, encoded, skipped as empty, done before this start; seconds by kind."""
+
+    windows: int = 0
+    encoded: int = 0
+    empty: int = 0
+    resumed: int = 0
+    seconds: float = 0.0
+    reading: float = 0.0
+    square_kilometers: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A chunk with its pixels: the windows that hold anything, and which tokens were measured.
+
+    Attributes:
+      chunk: the windows.
+      kept: positions in ``chunk.columns`` of the windows that hold any valid pixel.
+      windows: pixels of those, padded to a constant batch by repeating the last one.
+      valid: bool [kept, h, w] tokens of which at least half the ground was measured.
+    """
+
+    chunk: Chunk
+    kept: tuple[int, ...]
+    windows: dict[str, Pixels]
+    valid: np.ndarray
+
+
+def prepare(reader: SceneReader, plan: Plan, chunk: Chunk) -> Work:
+    """Reads the pixels under a chunk once and cuts its windows out of them."""
+    left = chunk.columns[0]
+    strip = reader.read(chunk.row, left, chunk.height, chunk.columns[-1] + chunk.width - left)
+    any_valid = np.any([p.valid for p in strip.values()], axis=0)
+    own = any_valid.copy()  # mirrored pixels beyond the edge are no ground
+    own[max(0, plan.grid.height - chunk.row) :] = False
+    own[:, max(0, plan.grid.width - left) :] = False
+    cuts = [slice(c - left, c - left + chunk.width) for c in chunk.columns]
+    kept = tuple(i for i, cut in enumerate(cuts) if own[:, cut].any())
+    p = plan.patch
+    shares = [own[:, cuts[i]].reshape(chunk.height // p, p, chunk.width // p, p).mean((1, 3)) for i in kept]
+    padded = [*kept, *[kept[-1]] * (plan.batch - len(kept))] if kept else []
+    windows = {
+        key: Pixels(
+            np.stack([pixels.values[:, cuts[i]] for i in padded]), np.stack([pixels.valid[:, cuts[i]] for i in padded])
+        )
+        for key, pixels in strip.items()
+        if padded
+    }
+    return Work(chunk, kept, windows, np.array(shares).reshape(len(kept), -1, chunk.width // p) >= 0.5)
+
+
+def read_ahead(reader: SceneReader, plan: Plan, chunks: Sequence[Chunk], threads: int) -> Iterator[Work]:
+    """Work in order, prepared by threads a few chunks ahead."""
+    pool = ThreadPoolExecutor(threads, "terrafm-scene")
+    waiting: collections.deque[Future[Work]] = collections.deque()
+    try:
+        for chunk in chunks:
+            waiting.append(pool.submit(prepare, reader, plan, chunk))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Job:
+    """Embeds a scene into an unfinished result, from wherever that stands.
+
+    Args:
+      encode: see :data:`Encode`; called with ``plan.batch`` windows at a time.
+      reader: pixels of the scene.
+      plan: windows and output grid.
+      width: features per token.
+      unfinished: where finished rows and snapshots go.
+      inside: bool [rows, columns] of the output: tokens to keep; None = all.
+      progress: called with the number of windows done since the last call.
+    """
+
+    def __init__(
+        self,
+        encode: Encode,
+        reader: SceneReader,
+        plan: Plan,
+        width: int,
+        unfinished: Unfinished,
+        *,
+        inside: np.ndarray | None = None,
+        progress: Callable[[int], None] = lambda windows: None,
+    ):
+        self._encode, self._reader, self._plan, self._unfinished = encode, reader, plan, unfinished
+        self._inside, self._progress = inside, progress
+        self._chunks = plan.chunks()
+        self._before = [0, *np.cumsum([len(c.columns) for c in self._chunks]).tolist()]
+        self._blender = Blender(plan, width)
+        self._done = 0
+        self.summary = Summary(windows=self._before[-1])
+
+    def run(self, *, threads: int = 2, save_seconds: float = 30.0, stop_after: int | None = None) -> Summary:
+        """Does what is left.
+
+        Args:
+          threads: reading threads.
+          save_seconds: time between snapshots.
+          stop_after: stop, as if interrupted, after so many chunks.
+
+        Raises:
+          Stopped: on SIGINT or SIGTERM or ``stop_after``; a snapshot is on disk.
+          SceneError: a file cannot be read or written; the last snapshot is kept.
+        """
+        self._done = first = self._unfinished.open(self._blender)
+        self.summary.resumed = self._before[first]
+        self._progress(self.summary.resumed)
+        began = saved = time.perf_counter()
+        with _signals() as stop, closing(read_ahead(self._reader, self._plan, self._chunks[first:], threads)) as ahead:
+            pending: tuple[Work, Any] | None = None
+            while True:
+                waited = time.perf_counter()
+                work = next(ahead, None)
+                self.summary.reading += time.perf_counter() - waited
+                # The device works on this chunk while the one before it is blended and written.
+                running = None if work is None else (work, self._encode(work.windows) if work.kept else None)
+                if pending is not None:
+                    self._finish(*pending)
+                    enough = stop or self._done - first == stop_after
+                    if enough or time.perf_counter() - saved > save_seconds:
+                        self._unfinished.save(self._blender, self._done)
+                        saved = time.perf_counter()
+                    if enough and self._done < len(self._chunks):
+                        raise Stopped(self._stopped())
+                if running is None:
+                    break
+                pending = running
+        self._unfinished.save(self._blender, self._done)
+        grid = self._plan.grid
+        self.summary.seconds = time.perf_counter() - began
+        self.summary.square_kilometers = area(grid)
+        return self.summary
+
+    def _stopped(self) -> str:
+        done, windows = self._before[self._done], self._before[-1]
+        return f"stopped after {done} of {windows} windows, everything is kept; the same command goes on from there"
+
+    def _finish(self, work: Work, features: Any) -> None:
+        """Blends the windows of one chunk; rows that no later chunk reaches go to disk."""
+        if features is not None:
+            cls, patches = (np.asarray(f, np.float32)[: len(work.kept)] for f in features)
+            for i, position in enumerate(work.kept):
+                column = work.chunk.columns[position]
+                valid = work.valid[i]
+                if self._inside is not None:
+                    valid = valid & self._inside[self._plan.tokens_of(work.chunk, column)]
+                self._blender.add(work.chunk, column, patches[i], valid)
+            every = np.full((len(work.chunk.columns), cls.shape[1]), np.nan, np.float32)
+            every[list(work.kept)] = cls
+            self._unfinished.write_cls(self._before[self._done], every)
+        else:
+            width = self._blender.sums.shape[-1]
+            empty = np.full((len(work.chunk.columns), width), np.nan, np.float32)
+            self._unfinished.write_cls(self._before[self._done], empty)
+        self.summary.encoded += len(work.kept)
+        self.summary.empty += len(work.chunk.columns) - len(work.kept)
+        self._done += 1
+        following = self._chunks[self._done].row // self._plan.stride if self._done < len(self._chunks) else None
+        first = self._blender.first
+        self._unfinished.write_rows(
+            first, self._blender.finish(self._plan.shape[0] if following is None else following)
+        )
+        self._progress(len(work.chunk.columns))
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list that the first SIGINT or SIGTERM fills; the second one acts as usual. Only in the main thread."""
+    got: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield got
+        return
+    old = {}
+
+    def note(number: int, frame: Any) -> None:
+        got.append(number)
+        signal.signal(number, old[number])
+
+    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield got
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def vectors_at(
+    encode: Encode, reader: SceneReader, plan: Plan, points: np.ndarray, progress: Callable[[int], None]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features at places: one window is centered on every place, so that no place lies at a border.
+
+    Args:
+      points: float64 [N, 2], x and y in the CRS of the grid.
+
+    Returns:
+      float32 [N, d] mean of the four tokens that meet at the place, and [N, d] class token; NaN where the
+      place was not measured.
+    """
+    size, grid = (
+        min(plan.window, *(n // plan.patch * plan.patch for n in (plan.grid.height, plan.grid.width))),
+        plan.grid,
+    )
+    size = size // (2 * plan.patch) * 2 * plan.patch or plan.patch
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    for x, y in points:
+        column = int(np.clip(round((x - grid.x) / grid.gsd) - size // 2, 0, grid.width - size))
+        row = int(np.clip(round((grid.y - y) / grid.gsd) - size // 2, 0, grid.height - size))
+        one = dataclasses.replace(plan, batch=1)
+        work = prepare(reader, one, Chunk(row, (column,), size, size))
+        at = ((grid.y - y) / grid.gsd - row) / plan.patch, ((x - grid.x) / grid.gsd - column) / plan.patch
+        found.append(_vector(encode, work, at, size // plan.patch))
+        progress(1)
+    return np.stack([f[0] for f in found]), np.stack([f[1] for f in found])
+
+
+def _vector(encode: Encode, work: Work, at: tuple[float, float], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Bilinear mean of the valid tokens around ``at`` (in tokens), and the class token."""
+    outside = not all(0 <= a <= count for a in at)
+    if outside or not work.kept:
+        nothing = np.full((1,), np.nan, np.float32)
+        return nothing, nothing
+    cls, patches = (np.asarray(f, np.float32)[0] for f in encode(work.windows))
+    weight = np.ones((1, 1))
+    for axis, a in enumerate(at):
+        along = np.maximum(0.0, 1.0 - np.abs(np.arange(count) + 0.5 - np.clip(a, 0.5, count - 0.5)))
+        weight = weight * (along[:, None] if axis == 0 else along[None])
+    weight = weight * work.valid[0]
+    if weight.sum() <= 0:
+        return np.full_like(cls, np.nan), cls
+    return (np.tensordot(weight, patches, 2) / weight.sum()).astype(np.float32), cls
+
+
+def area(grid: Grid) -> float:
+    """Square kilometers of a grid."""
+    return grid.height * grid.width * grid.gsd**2 / 1e6
