@@ -101,7 +101,7 @@ def _sentinel2(
     plan: CellPlan, key: str, land: ground.Landscape, affine: Affine, cloudy: float, wedges: float
 ) -> Product:
     acquired, size = plan.acquisitions[key], land.classes.shape[0]
-    rng = plan.rng(41, list(SENSORS).index(key))
+    rng = plan.rng(41, list(SENSORS).index(key), acquired.stream)
     clouds = optical.sky(plan, size, acquired, cloudy)
     reflectance = optical.under_clouds(optical.surface(plan, land, acquired), clouds)
     extra: dict[str, np.ndarray] = {}

@@ -60,12 +60,19 @@ def _counts(shares: dict[str, float], total: int) -> dict[str, int]:
 
 
 def _block_splits(seed: int, sizes: dict[str, int]) -> dict[tuple[int, int], str]:
-    """Every 3-degree block of the globe to one split, in proportion to the square root of the split sizes."""
+    """Every 3-degree block of the globe to one split, in proportion to the square root of the split sizes.
+
+    Blocks that a seam touches go to training.
+    """
     names = [n for n, s in sizes.items() if s]
     weights = np.sqrt([sizes[n] for n in names])
     blocks = [(lat, lon) for lat in range(-60, 84, BLOCK) for lon in range(-180, 180, BLOCK)]
     drawn = np.random.default_rng([seed, 7]).choice(len(names), len(blocks), p=weights / weights.sum())
-    return {block: names[i] for block, i in zip(blocks, drawn, strict=True)}
+    owner = {block: names[i] for block, i in zip(blocks, drawn, strict=True)}
+    for _, lat, lon in SEAMS:
+        for i, j in ((-0.1, -0.1), (-0.1, 0.1), (0.1, -0.1), (0.1, 0.1)):
+            owner[block_of(lat + i, (lon + j + 180) % 360 - 180)] = "train"
+    return owner
 
 
 @dataclasses.dataclass(frozen=True, order=True)
