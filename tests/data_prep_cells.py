@@ -83,7 +83,7 @@ def write_majortom(
         folder = root / FOLDERS[key]
         (folder / "images").mkdir(parents=True, exist_ok=True)
         table = pa.Table.from_pylist(list(found))
-        with pq.ParquetWriter(folder / "images" / "part_00000.parquet", table.schema) as writer:
+        with pq.ParquetWriter(folder / "images" / "part_00000.parquet", table.schema, write_statistics=False) as writer:
             for i in range(len(table)):
                 writer.write_table(table.slice(i, 1))
         pq.write_table(pa.Table.from_pylist(list(metadata[key])), folder / "metadata.parquet")
