@@ -199,7 +199,10 @@ class Encoder:
 
     Attributes:
       name: shown in tables. weights_hash: key of the feature cache.
+      standardize: whether protocols scale the features first (no: they are used as they are).
     """
+
+    standardize = False
 
     def __init__(
         self, spec: ModelSpec, backbone: Any, stats: Statistics, *, name: str, weights_hash: str, image_size: int = 224
@@ -221,6 +224,14 @@ class Encoder:
             return found.cls.astype(jnp.float32), None
         maps = [p for _, p in found.layers] if layers else [found.patches]
         return found.cls.astype(jnp.float32), [m.astype(jnp.float32) for m in maps]
+
+    @property
+    def patch(self) -> int:
+        return self.spec.patch
+
+    @property
+    def depth(self) -> int:
+        return self.spec.depth
 
     def check(self, sensors: Iterable[str]) -> tuple[str, ...]:
         """The sensors in the model's order. Raises FeatureError naming what the weights cannot take."""

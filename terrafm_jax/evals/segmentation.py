@@ -16,6 +16,7 @@ from terrafm_jax.evals import heads, metrics
 from terrafm_jax.evals.linear import GALILEO_RATES
 from terrafm_jax.evals.metrics import Result
 
+SHOWN = 16  # test images whose predictions of the first run are kept for the pictures
 LOGIT_BYTES = 1 << 29  # logits of one step over the learning rates that train together
 
 
@@ -161,7 +162,7 @@ def dense_probe(
     steps = -(-len(train) // batch) * protocol.epochs
     together = max(1, LOGIT_BYTES // (4 * batch * classes * int(np.prod(train.targets.shape[1:]))))
     together = 1 if protocol.head == "upernet" else together
-    picked, rates = [], []
+    picked, rates, pictures = [], [], np.array([])
     for run in range(runs or protocol.runs):
         best: tuple[float, float, np.ndarray] | None = None
         for lo in range(0, len(protocol.rates), together):
@@ -173,6 +174,9 @@ def dense_probe(
             at = int(np.nanargmax(scores))
             if best is None or scores[at] > best[0]:
                 best = (scores[at], group[at], counts(test)[at])
+                if not run:
+                    some = fitted.predict(test.take(range(min(SHOWN, len(test)))), batch)
+                    pictures = np.concatenate([p[at] for p, _ in some])
         rates.append(float(best[1]))
         picked.append(best[2])
     settings = {
@@ -182,7 +186,7 @@ def dense_probe(
         "test": len(test),
         "rate chosen on": chosen_from,
     }
-    return score_segmentation(protocol.label, picked, settings, resamples)
+    return dataclasses.replace(score_segmentation(protocol.label, picked, settings, resamples), predictions=pictures)
 
 
 def _train(fitted: _Fitted, train: DenseSplit, batch: int, epochs: int, seed: int) -> None:

@@ -120,7 +120,7 @@ class _Reader:
     def _mask(self, path: Path) -> np.ndarray:
         name = self._relative(path) + self.spec.get("mask_suffix", "")
         mask = files.read_tiff(files.need(self.root / self.spec["masks"] / name, f"the mask of {path.name}"))[..., 0]
-        return mask.astype(np.float32 if self.task == "regression" else np.int64)
+        return mask.astype(np.int64)
 
     def _check_bands(self, path: Path) -> None:
         """A raster that names its bands must agree with the declaration; junk names count as none."""
@@ -140,6 +140,8 @@ class _Reader:
     def _targets(self, images: list[Path]) -> tuple[list[Path], list[Any] | None, list[str]]:
         classes = list(self.spec.get("classes", ()))
         if self.spec.get("masks"):
+            if self.task not in ("segmentation", "change"):
+                raise DatasetError(f"{self.file}: 'masks' belong to segmentation and change, the task is {self.task}")
             return images, None, classes
         if self.task in ("segmentation", "change"):
             raise DatasetError(f"{self.file}: task {self.task} needs 'masks' (a folder)")

@@ -1,0 +1,103 @@
+"""What ``--checkpoint`` may name: weights, the same network with random weights, or no network at all."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from terrafm_jax.evals.features import Encoder, FeatureError, ImageBatch, prepare_image, target_size
+from terrafm_jax.evals.raw import fused_statistics
+from terrafm_jax.models import terrafm
+from terrafm_jax.models.spec import ModelSpec
+from terrafm_jax.sensors import SENSOR_KEYS, SENSORS, Statistics
+
+
+class RawStatistics:
+    """Mean and deviation per band as features (of the image; dense: of each patch). Needs no weights.
+
+    ``standardize`` tells the protocols to scale the columns by the train split first.
+    """
+
+    name, standardize = "raw band statistics", True
+    weights_hash = hashlib.sha256(b"raw band statistics/1").hexdigest()
+
+    def __init__(self, image_size: int = 0, patch: int = 16):
+        self.image_size, self.patch, self.depth = image_size, patch, 1
+        self.stats = {k: Statistics.published().arrays(k) for k in SENSOR_KEYS}
+
+    def check(self, sensors: Iterable[str]) -> tuple[str, ...]:
+        return tuple(k for k in SENSOR_KEYS if k in set(sensors))
+
+    def __call__(self, batch: ImageBatch, *, layers: Sequence[int] = (), patches: bool = False):
+        images = {}
+        for key, image in batch.images.items():
+            offset = np.asarray(batch.offset.get(key, np.zeros(len(image))), np.float32)
+            images[key] = image - offset[:, None, None, None]
+        cls = fused_statistics(images)
+        return cls, [self._maps(batch)] * max(1, len(layers)) if patches else None
+
+    def _maps(self, batch: ImageBatch) -> np.ndarray:
+        parts = []
+        for key in self.check(batch.images):
+            image = jnp.asarray(batch.images[key], jnp.float32)
+            size = target_size(*image.shape[1:3], self.image_size, self.patch)
+            offset = jnp.asarray(batch.offset.get(key, np.zeros(len(image))), jnp.float32)
+            bands = jnp.asarray(batch.bands.get(key, np.ones(image.shape[3], bool)))
+            pixels = terrafm.patchify(prepare_image(image, *self.stats[key], offset, bands, size), self.patch)
+            pixels = pixels.reshape(*pixels.shape[:3], -1, image.shape[3])
+            parts += [pixels.mean(3), pixels.std(3)]
+        return np.asarray(jnp.concatenate(parts, -1))
+
+
+def random_encoder(spec: ModelSpec, seed: int, image_size: int, stats: Statistics, name: str = "") -> Encoder:
+    """The network with fresh weights."""
+    params = jax.jit(lambda key: terrafm.init_params(spec, key)["backbone"])(jax.random.key(seed))
+    digest = hashlib.sha256(f"random {spec!r} {seed} {stats.to_json()}".encode()).hexdigest()
+    return Encoder(spec, params, stats, name=name or f"random init {seed}", weights_hash=digest, image_size=image_size)
+
+
+def open_encoder(text: str, image_size: int = 224, dtype: str = "") -> Any:
+    """Opens what a user typed after ``--checkpoint``.
+
+    ``raw``: band statistics. ``random:SIZE[:SEED]`` (s, b, l): fresh weights. ``random@PATH[:SEED]``: the network and
+    statistics of a checkpoint with fresh weights. Anything else is a path for ``terrafm_jax.load``. ``NAME=`` in front
+    gives the name in the tables.
+    """
+    name, _, rest = text.rpartition("=")
+    if rest == "raw":
+        return RawStatistics(image_size)
+    if rest.startswith("random:"):
+        size, _, seed = rest.removeprefix("random:").partition(":")
+        try:
+            return random_encoder(ModelSpec.of_size(size), int(seed or 0), image_size, Statistics.published(), name)
+        except ValueError as e:
+            raise FeatureError(f"--checkpoint {text}: expected random:SIZE[:SEED] with s, b or l ({e})") from e
+    if rest.startswith("random@"):
+        path, _, seed = rest.removeprefix("random@").rpartition(":")
+        path, seed = (path, seed) if path and seed.isdigit() else (rest.removeprefix("random@"), "0")
+        found = open_encoder(path, image_size, dtype)
+        return random_encoder(found.spec, int(seed), image_size, found.statistics, name)
+    return _from_weights(rest, name, image_size, dtype)
+
+
+def _from_weights(path: str, name: str, image_size: int, dtype: str) -> Encoder:
+    import dataclasses
+
+    import terrafm_jax
+
+    model = terrafm_jax.load(path)
+    spec = dataclasses.replace(model.spec, dtype=dtype) if dtype else model.spec
+    shown = name or path.rstrip("/").split("/")[-1]
+    return Encoder(
+        spec, model.backbone, model.stats, name=shown, weights_hash=model.weights_hash, image_size=image_size
+    )
+
+
+def sensors_text(keys: Sequence[str]) -> str:
+    """ "s1+s2_l2a" for people, with the titles of the table."""
+    return " + ".join(SENSORS[k].title for k in keys)

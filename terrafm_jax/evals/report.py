@@ -1,0 +1,305 @@
+"""Results as tables and figures: markdown with the published rows beside ours, bars, radar, confusion, error sheets."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from terrafm_jax.evals import metrics
+from terrafm_jax.evals.datasets.base import DatasetInfo, Sample, canonical
+from terrafm_jax.evals.protocols import headline
+from terrafm_jax.evals.published import published
+from terrafm_jax.sensors import SENSORS
+
+Row = dict[str, Any]
+RAW_UNITS = ("rmse", "mae", "r2")  # metrics that are no shares: printed as they are
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of results.jsonl; the last of equal keys counts, a half-written last line is left out."""
+    found: dict[str, Row] = {}
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            found[row["key"]] = row
+    return list(found.values())
+
+
+def _cell(rows: Sequence[Row], metric: str) -> str:
+    """One run: value with its interval over test samples; several seeds: mean and deviation over them."""
+    values = [r["metrics"][metric]["value"] for r in rows if metric in r["metrics"]]
+    if not values:
+        return "–"
+    factor, digits = (1, 3) if metric in RAW_UNITS else (100, 1)
+    if len(values) > 1:
+        mean, sd = metrics.summarize_seeds(values)
+        return f"{factor * mean:.{digits}f} ± {factor * sd:.{digits}f} (n={len(values)})"
+    entry = rows[0]["metrics"][metric]
+    low, high = entry.get("low"), entry.get("high")
+    interval = "" if low is None or np.isnan(low) else f" [{factor * low:.{digits}f}, {factor * high:.{digits}f}]"
+    return f"{factor * entry['value']:.{digits}f}{interval}"
+
+
+def _setting(row: Row) -> tuple[str, float, int]:
+    return row["protocol"], row["fraction"], row["shots"]
+
+
+def _amount(fraction: float, shots: int) -> str:
+    return f"{shots} labels per class" if shots else f"{100 * fraction:g} % of the train labels"
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Tables by protocol and label amount: our models, then the published rows of the same protocol."""
+    rows = [r for r in rows if "error" not in r]
+    parts = ["# Results\n", "Shares in percent, brackets: 95 % bootstrap interval over the test samples.\n"]
+    for setting in sorted({_setting(r) for r in rows}):
+        chosen = [r for r in rows if _setting(r) == setting]
+        parts.append(_table(setting, chosen))
+    notes = sorted({f"- {r['dataset']}: {r['note']}" for r in rows if r.get("note")})
+    if notes:
+        parts += ["## Notes\n", *notes, ""]
+    return "\n".join(parts)
+
+
+def _table(setting: tuple[str, float, int], rows: Sequence[Row]) -> str:
+    protocol, fraction, shots = setting
+    datasets = sorted({r["dataset"] for r in rows})
+    metric = {d: headline(protocol.split("/")[0], next(r["task"] for r in rows if r["dataset"] == d)) for d in datasets}
+    known = {} if shots else published(protocol, fraction, datasets)
+    for by_dataset in known.values():
+        for d, number in by_dataset.items():
+            if any(number.metric in r["metrics"] for r in rows if r["dataset"] == d):
+                metric[d] = number.metric
+    header = ["model", "inputs", "px"] + [f"{d} ({metric[d]})" for d in datasets]
+    lines = [f"## {protocol}, {_amount(fraction, shots)}\n"]
+    lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    groups: dict[tuple, list[Row]] = defaultdict(list)
+    for r in rows:
+        groups[(r["model"], "+".join(r["inputs"]), r["image_size"])].append(r)
+    for (model, inputs, size), found in sorted(groups.items()):
+        cells = [_cell([r for r in found if r["dataset"] == d], metric[d]) for d in datasets]
+        lines.append("| " + " | ".join([model, inputs, str(size or "own"), *cells]) + " |")
+    for model, numbers in known.items():
+        fits = {d: n.value for d, n in numbers.items() if n.metric == metric[d]}
+        cells = [f"{fits[d]:.1f}" if d in fits else "–" for d in datasets]
+        lines.append("| " + " | ".join([f"*{model} (published)*", "", "", *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def paired_table(rows: Sequence[Row], folder: Path) -> str:
+    """Differences between models on the same test samples, with paired 95 % intervals (classification, multilabel)."""
+    groups: dict[tuple, list[Row]] = defaultdict(list)
+    for r in rows:
+        if "error" not in r and r["task"] in ("classification", "multilabel"):
+            groups[(r["dataset"], *_setting(r), tuple(r["inputs"]), r["seed"])].append(r)
+    lines = []
+    for (dataset, protocol, fraction, shots, inputs, seed), found in sorted(groups.items()):
+        for i, a in enumerate(found):
+            for b in found[i + 1 :]:
+                first, second = (_metric(r, folder) for r in (a, b))
+                if first is None or second is None or first[1] != second[1]:
+                    continue
+                name = "top1" if a["task"] == "classification" else "f1_micro"
+                d = metrics.paired_difference(first[0], second[0], first[1], resamples=500)[name]
+                what = f"{dataset}, {protocol}, {_amount(fraction, shots)}, {'+'.join(inputs)}, seed {seed}"
+                text = f"{100 * d.value:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
+                lines.append(f"| {b['model']} − {a['model']} | {what} | {name} {text} |")
+    if not lines:
+        return ""
+    return "\n".join(["## Paired differences\n", "| models | where | points |", "|---|---|---|", *lines, ""])
+
+
+def _metric(row: Row, folder: Path) -> tuple[metrics.Metric, int] | None:
+    path = folder / "predictions" / f"{row['key']}.npz"
+    if not path.exists():
+        return None
+    with np.load(path, allow_pickle=False) as f:
+        predictions, targets = f["predictions"], f["targets"]
+    if predictions.shape != targets.shape:
+        return None
+    if row["task"] == "multilabel":
+        return metrics.multilabel_metric(targets, predictions, None), len(targets)
+    return metrics.classification_metric(targets, predictions, len(row["classes"])), len(targets)
+
+
+# --- figures --------------------------------------------------------------------------------------------------
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("agg", force=False)
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    _pyplot().close(figure)
+
+
+COLORS = ("#0b6e4f", "#e08e1a", "#3d6fb4", "#b0413e", "#7a5195", "#5f6b73", "#86a83c", "#c77da0")
+
+
+def _series(rows: Sequence[Row]) -> tuple[list[str], dict[str, dict[str, list[Row]]]]:
+    """Labels of the bars and, per model with its inputs, the rows behind each."""
+    labels: list[str] = []
+    found: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for r in rows:
+        if "error" in r or r["task"] == "regression":
+            continue
+        label = f"{r['dataset']}\n{r['protocol']}\n{_amount(r['fraction'], r['shots'])}"
+        labels += [] if label in labels else [label]
+        found[f"{r['model']} ({'+'.join(r['inputs'])})"][label].append(r)
+    return labels, found
+
+
+def bars(rows: Sequence[Row], path: Path) -> bool:
+    """Grouped bars of the headline metrics with their intervals. False when there is nothing to draw."""
+    labels, series = _series(rows)
+    if not labels:
+        return False
+    plt = _pyplot()
+    width = 0.8 / len(series)
+    size = (max(6.0, 1.8 + len(labels) * max(1.6, 0.34 * len(series))), 4.2)
+    figure, axis = plt.subplots(figsize=size, constrained_layout=True)
+    for i, (model, by_label) in enumerate(series.items()):
+        places, values, errors = [], [], []
+        for k, label in enumerate(labels):
+            if label not in by_label:
+                continue
+            value, low, high = _span(by_label[label])
+            places.append(k + (i - (len(series) - 1) / 2) * width)
+            values.append(value)
+            errors.append((value - low, high - value))
+        axis.bar(places, values, width * 0.92, label=model, color=COLORS[i % len(COLORS)],
+                 yerr=np.maximum(np.array(errors).T, 0), ecolor="#333333", capsize=2)  # fmt: skip
+    axis.set_xticks(range(len(labels)), labels, fontsize=7)
+    axis.set_ylabel("%")
+    axis.set_ylim(0, 100)
+    axis.set_title("lines: 95 % interval over test samples, or ± one deviation where labels were drawn", fontsize=7)
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=min(3, len(series)), frameon=False)
+    _save(figure, path)
+    return True
+
+
+def _span(rows: Sequence[Row]) -> tuple[float, float, float]:
+    metric = headline(rows[0]["protocol"].split("/")[0], rows[0]["task"])
+    values = np.array([r["metrics"][metric]["value"] for r in rows]) * 100
+    if len(rows) > 1:
+        mean, sd = metrics.summarize_seeds(values)
+        return mean, mean - sd, mean + sd
+    entry = rows[0]["metrics"][metric]
+    low, high = (entry["value"] if entry.get(k) is None else entry[k] for k in ("low", "high"))
+    return float(values[0]), 100 * low, 100 * high
+
+
+def radar(rows: Sequence[Row], path: Path) -> bool:
+    """One axis per data set and protocol, one line per model; drawn from three axes on."""
+    labels, series = _series(rows)
+    if len(labels) < 3:
+        return False
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(6.4, 6), subplot_kw={"projection": "polar"}, constrained_layout=True)
+    angles = np.linspace(0, 2 * np.pi, len(labels), endpoint=False)
+    for i, (model, by_label) in enumerate(series.items()):
+        at = [k for k, label in enumerate(labels) if label in by_label]
+        values = [_span(by_label[labels[k]])[0] for k in at]
+        closed = [*at, at[0]] if len(at) == len(labels) else at
+        color = COLORS[i % len(COLORS)]
+        axis.plot(angles[closed], [*values, values[0]][: len(closed)], "o-", color=color, label=model, markersize=3)
+    axis.set_xticks(angles, labels, fontsize=7)
+    axis.tick_params(axis="x", pad=22)
+    axis.set_ylim(0, 100)
+    axis.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, -0.2), frameon=False)
+    _save(figure, path)
+    return True
+
+
+def confusion_figure(row: Row, path: Path) -> None:
+    """Rows are normalized: each cell is the share of a true class."""
+    plt = _pyplot()
+    matrix = np.asarray(row["confusion"], float)
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    count = len(matrix)
+    figure, axis = plt.subplots(figsize=(2.4 + 0.42 * count, 2.0 + 0.42 * count), constrained_layout=True)
+    axis.imshow(shares, cmap="Greens", vmin=0, vmax=1)
+    names = [c if len(c) < 24 else c[:22] + "…" for c in row["classes"]]
+    axis.set_xticks(range(count), names, rotation=90, fontsize=7)
+    axis.set_yticks(range(count), names, fontsize=7)
+    if count <= 20:
+        for i, j in zip(*np.nonzero(matrix), strict=True):
+            color = "white" if shares[i, j] > 0.6 else "black"
+            axis.text(j, i, f"{100 * shares[i, j]:.0f}", ha="center", va="center", fontsize=6, color=color)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("true (cells: % of the row)")
+    axis.set_title(f"{row['dataset']}: {row['model']}\n{row['protocol']}, {'+'.join(row['inputs'])}", fontsize=8)
+    _save(figure, path)
+
+
+def thumbnail(info: DatasetInfo, sample: Sample) -> np.ndarray:
+    """uint8 [H, W, 3] for people: red, green, blue of Sentinel-2, or VV, VH, VV of Sentinel-1; 2-98 % stretch."""
+    key = next((k for k in ("s2_l2a", "s2_l1c", "s1") if k in sample.images), None)
+    source = info.inputs[key]
+    image = canonical(source, sample.images[key])
+    wanted = ["VV", "VH", "VV"] if key == "s1" else ["B04", "B03", "B02"]
+    order = [SENSORS[key].band_names.index(b) for b in wanted]
+    order = [i if source.mask[i] else int(np.nonzero(source.mask)[0][0]) for i in order]
+    rgb = image[..., order]
+    low, high = np.nanpercentile(rgb, [2, 98]) if np.isfinite(rgb).any() else (0.0, 1.0)
+    scaled = np.clip((np.nan_to_num(rgb, nan=low) - low) / max(high - low, 1e-6), 0, 1)
+    return (255 * scaled).astype(np.uint8)
+
+
+def error_sheet(info: DatasetInfo, samples: Iterable[tuple[Sample, str]], path: Path, title: str) -> None:
+    """Pictures of misclassified samples with "true → predicted" below each."""
+    plt = _pyplot()
+    samples = list(samples)
+    columns = min(6, max(1, len(samples)))
+    rows = -(-len(samples) // columns) or 1
+    figure, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 2.25 * rows + 0.4), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (sample, text) in zip(axes.flat, samples, strict=False):
+        axis.imshow(thumbnail(info, sample), interpolation="nearest")
+        axis.set_title(text, fontsize=6)
+    figure.suptitle(title, fontsize=8)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def mask_sheet(info: DatasetInfo, samples: Sequence[tuple[Sample, np.ndarray]], path: Path, title: str) -> None:
+    """Image, labels and prediction side by side; ignored pixels are white."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(len(samples), 3, figsize=(6, 2.05 * len(samples) + 0.4), squeeze=False)
+    for row, (sample, prediction) in zip(axes, samples, strict=True):
+        labels = np.ma.masked_equal(np.asarray(sample.target), info.ignore)
+        row[0].imshow(thumbnail(info, sample))
+        for axis, values in ((row[1], labels), (row[2], prediction)):
+            axis.imshow(values, cmap="tab20", vmin=0, vmax=max(len(info.classes) - 1, 1), interpolation="nearest")
+        for axis, name in zip(row, ("image", "labels", "prediction"), strict=True):
+            axis.set_title(name, fontsize=7)
+            axis.axis("off")
+    figure.suptitle(title, fontsize=8)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def as_entry(found: Mapping[str, metrics.Interval]) -> dict[str, dict[str, float | None]]:
+    """Intervals as JSON: value, low, high (None where not computed)."""
+
+    def number(v: float) -> float | None:
+        return None if np.isnan(v) else float(v)
+
+    return {k: {"value": float(i.value), "low": number(i.low), "high": number(i.high)} for k, i in found.items()}

@@ -1,0 +1,262 @@
+"""One evaluation: checkpoints x data sets x inputs x protocols x label amounts x seeds, resumable row by row."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from terrafm_jax.evals import protocols, report, store
+from terrafm_jax.evals.datasets import open_suite
+from terrafm_jax.evals.datasets.base import Dataset, DatasetError
+from terrafm_jax.evals.encoders import open_encoder
+from terrafm_jax.evals.features import FeatureError
+from terrafm_jax.evals.metrics import Result
+from terrafm_jax.evals.protocols import Options, ProtocolError
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What ``python -m terrafm_jax.evaluate`` was asked for.
+
+    Attributes:
+      checkpoints: see ``encoders.open_encoder``. suite, data, names, options: see ``datasets.open_suite``.
+      protocols: names; empty takes ``protocols.DEFAULTS`` of each task.
+      inputs: sensor combinations such as ``s1+s2_l2a``; ``each``: every sensor alone, ``fused``: all together,
+        empty: every sensor alone and, with fusion weights, all together.
+      fractions, shots, seeds: label amounts and their repetitions. Seeds count only where something is drawn.
+      limit: samples per split at most (0: all), for trying things out; such rows are labelled.
+      tile: cut segmentation images into windows of so many pixels (0: whole).
+      cache: folder of features; empty: ``OUT/cache``; ``none``: no cache.
+    """
+
+    checkpoints: tuple[str, ...]
+    suite: str
+    data: str
+    out: str
+    names: tuple[str, ...] = ()
+    protocols: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
+    fractions: tuple[float, ...] = (1.0,)
+    shots: tuple[int, ...] = ()
+    seeds: int = 1
+    runs: int = 0
+    epochs: int = 0
+    image_size: int = 224
+    batch_size: int = 32
+    limit: int = 0
+    tile: int = 0
+    resamples: int = 1000
+    dtype: str = ""
+    cache: str = ""
+    figures: bool = True
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def combinations(encoder: Any, dataset: Dataset, wanted: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Sensor combinations to evaluate, in the order of the table of sensors.
+
+    Raises FeatureError when the weights and the data set share no sensor.
+    """
+    shared = [k for k in dataset.info.inputs if _takes(encoder, (k,))]
+    if not shared:
+        has = list(dataset.info.inputs)
+        raise FeatureError(f"{encoder.name}: takes none of the sensors of {dataset.info.name} {has}")
+    together = tuple(encoder.check(shared)) if len(shared) > 1 and _takes(encoder, shared) else ()
+    if not wanted:
+        wanted = ("each", "fused") if together else ("each",)
+    found: list[tuple[str, ...]] = []
+    for text in wanted:
+        if text == "each":
+            found += [(k,) for k in shared]
+        elif text == "fused":
+            found += [together] if together else []
+        else:
+            found.append(encoder.check(dataset.info.select(text.split("+"))))
+    return list(dict.fromkeys(found))
+
+
+def _takes(encoder: Any, keys: Any) -> bool:
+    try:
+        return bool(encoder.check(keys))
+    except FeatureError:
+        return False
+
+
+@dataclasses.dataclass
+class Session:
+    """Runs the settings and keeps ``results.jsonl``; rows that are there already are not computed again."""
+
+    settings: Settings
+    say: Callable[[str], None] = print
+    progress: Callable[[str], Callable[[int, int], None] | None] = lambda text: None
+
+    def __post_init__(self) -> None:
+        self.out = Path(self.settings.out)
+        self.rows_file = self.out / "results.jsonl"
+        s = self.settings
+        self.cache = None if s.cache == "none" else Path(s.cache) if s.cache else self.out / "cache"
+
+    def run(self) -> list[dict[str, Any]]:
+        """All rows, new and old. A data set or protocol that fails becomes a row with "error", the rest goes on."""
+        s = self.settings
+        for name in s.protocols:
+            protocols.check(name)
+        datasets = open_suite(s.suite, s.data, s.names, **s.options)
+        if s.tile:
+            datasets = [store.tiled(d, s.tile) for d in datasets]
+        self.out.mkdir(parents=True, exist_ok=True)
+        done = {r["key"] for r in report.read_rows(self.rows_file) if "error" not in r}
+        for text in s.checkpoints:
+            encoder = open_encoder(text, s.image_size, s.dtype)
+            for dataset in datasets:
+                self._evaluate(encoder, dataset, done)
+        rows = report.read_rows(self.rows_file)
+        self._write_report(rows, {d.info.name: d for d in datasets})
+        return rows
+
+    def _evaluate(self, encoder: Any, dataset: Dataset, done: set[str]) -> None:
+        info = dataset.info
+        try:
+            inputs = combinations(encoder, dataset, self.settings.inputs)
+        except (FeatureError, DatasetError) as e:
+            return self._fail(encoder, dataset, (), "", Options(), e)
+        for keys in inputs:
+            for protocol in self.settings.protocols or protocols.DEFAULTS[info.task]:
+                if info.task not in protocols.TASKS_OF[protocol]:
+                    continue
+                for options in self._options(protocol):
+                    key = self._key(encoder, dataset, keys, protocol, options)
+                    if key in done:
+                        self.say(f"{info.name} {'+'.join(keys)} {protocol}: already there")
+                        continue
+                    try:
+                        self._one(encoder, dataset, keys, protocol, options, key)
+                        done.add(key)
+                    except (DatasetError, FeatureError, ProtocolError, ValueError) as e:
+                        self._fail(encoder, dataset, keys, protocol, options, e)
+        return None
+
+    def _options(self, protocol: str) -> Iterator[Options]:
+        s = self.settings
+        amounts = [(f, 0) for f in s.fractions] + [(1.0, k) for k in s.shots]
+        for fraction, shots in amounts:
+            drawn = fraction < 1 or shots > 0
+            for seed in range(s.seeds if drawn else 1):
+                yield Options(fraction, shots, seed, s.runs, s.resamples, s.epochs)
+
+    def _key(self, encoder, dataset: Dataset, keys, protocol: str, options: Options) -> str:
+        s = self.settings
+        prints = [dataset.fingerprint(k, keys) for k in dataset.splits]
+        text = json.dumps([
+            encoder.weights_hash, encoder.image_size, prints, protocol, dataclasses.asdict(options), s.limit, s.dtype
+        ])  # fmt: skip
+        return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+    def _one(self, encoder, dataset: Dataset, keys, protocol: str, options: Options, key: str) -> None:
+        s, info, start = self.settings, dataset.info, time.monotonic()
+        dense = protocols.is_dense(info.task)
+        layers = protocols.layers_for(protocol, encoder.depth) if dense else ()
+        request = store.Request(keys, dense, layers, s.batch_size, s.limit)
+        splits = {}
+        for name in dataset.splits:
+            shown = self.progress(f"{encoder.name} · {info.name} · {'+'.join(keys)} · {name}")
+            splits[name] = store.extract(encoder, dataset, name, request, self.cache, shown)
+        result = protocols.run(protocol, splits, info, options, patch=encoder.patch, scale=encoder.standardize)
+        self._keep(encoder, dataset, keys, options, key, result, splits["test"], time.monotonic() - start)
+
+    def _keep(self, encoder, dataset, keys, options, key, result: Result, test, seconds: float) -> None:
+        info = dataset.info
+        row = {
+            "key": key, "model": encoder.name, "weights": encoder.weights_hash, "suite": self.settings.suite,
+            "dataset": info.name, "task": info.task, "inputs": list(keys), "image_size": encoder.image_size,
+            "protocol": result.protocol, "fraction": options.fraction, "shots": options.shots, "seed": options.seed,
+            "metrics": report.as_entry(result.metrics), "per_class": result.per_class, "classes": list(info.classes),
+            "confusion": result.confusion, "settings": result.settings, "note": self._note(dataset, keys),
+            "seconds": round(seconds, 2),
+        }  # fmt: skip
+        if result.predictions.size:
+            folder = self.out / "predictions"
+            folder.mkdir(exist_ok=True)
+            count = len(result.predictions)
+            np.savez_compressed(
+                folder / f"{key}.npz", predictions=result.predictions, targets=test.targets[:count],
+                ids=np.array(test.ids[:count]),
+            )  # fmt: skip
+        self._append(row)
+        headline = protocols.headline(result.protocol.split("/")[0], info.task)
+        shown = f"{info.name} {'+'.join(keys)} {result.protocol} {encoder.name}"
+        self.say(f"{shown}: {headline} {result.metrics[headline]}")
+
+    def _note(self, dataset: Dataset, keys: tuple[str, ...]) -> str:
+        parts = [dataset.info.note] if dataset.info.note else []
+        for k in keys:
+            missing = dataset.info.inputs[k].missing
+            parts += [f"{k} lacks {', '.join(missing)}"] if missing else []
+        parts += [f"at most {self.settings.limit} samples per split"] if self.settings.limit else []
+        return "; ".join(parts)
+
+    def _fail(self, encoder, dataset, keys, protocol: str, options: Options, error: Exception) -> None:
+        text = f"{dataset.info.name} {'+'.join(keys)} {protocol} {encoder.name}: {error}"
+        log.error(text)
+        self.say(f"FAILED {text}")
+        key = hashlib.sha256(text.encode()).hexdigest()[:20]
+        self._append({"key": key, "model": encoder.name, "dataset": dataset.info.name, "protocol": protocol,
+                      "error": str(error)})  # fmt: skip
+
+    def _append(self, row: dict[str, Any]) -> None:
+        with self.rows_file.open("a") as f:
+            f.write(json.dumps(row, default=store._plain) + "\n")
+
+    # --- report ---
+
+    def _write_report(self, rows: list[dict[str, Any]], datasets: dict[str, Dataset]) -> None:
+        failed = [f"- {r['dataset']} {r['protocol']} {r['model']}: {r['error']}" for r in rows if "error" in r]
+        text = report.markdown(rows) + "\n" + report.paired_table(rows, self.out)
+        if failed:
+            text += "\n## Failed\n\n" + "\n".join(failed) + "\n"
+        (self.out / "results.md").write_text(text)
+        if not self.settings.figures:
+            return
+        report.bars(rows, self.out / "figures" / "scores.png")
+        report.radar(rows, self.out / "figures" / "radar.png")
+        for row in rows:
+            whole = "error" not in row and row["fraction"] == 1 and not row["shots"]
+            if whole and row["dataset"] in datasets:
+                self._figures(row, datasets[row["dataset"]])
+
+    def _figures(self, row: dict[str, Any], dataset: Dataset) -> None:
+        name = f"{row['dataset']}-{row['model']}-{'+'.join(row['inputs'])}-{row['key'][:6]}".replace("/", "_")
+        name = name.replace(" ", "_")
+        if row.get("confusion") is not None:
+            report.confusion_figure(row, self.out / "figures" / f"confusion-{name}.png")
+        path = self.out / "predictions" / f"{row['key']}.npz"
+        if path.exists():
+            with np.load(path, allow_pickle=False) as f:
+                self._errors(row, dataset, f["predictions"], f["targets"], f["ids"].tolist(), name)
+
+    def _errors(self, row, dataset: Dataset, predictions, targets, ids: list[str], name: str) -> None:
+        """Pictures of what went wrong; reads only the samples it shows."""
+        test, info = dataset.split("test"), dataset.info
+        place = {sample: i for i, sample in enumerate(test.ids)}
+        path = self.out / "figures" / f"errors-{name}.png"
+        title = f"{row['dataset']}: {row['model']}, {row['protocol']}"
+        if row["task"] == "segmentation":
+            rows = [i for i, sample in enumerate(ids) if sample in place][:6]
+            report.mask_sheet(info, [(test[place[ids[i]]], predictions[i]) for i in rows], path, title)
+        elif row["task"] == "classification":
+            wrong = [i for i in np.nonzero(predictions != targets)[0] if ids[i] in place]
+            shown = [
+                (test[place[ids[i]]], f"{info.classes[targets[i]]}\n→ {info.classes[predictions[i]]}")
+                for i in wrong[:24]
+            ]
+            report.error_sheet(info, shown, path, f"{title}: {len(wrong)} of {len(ids)} wrong")

@@ -1,0 +1,230 @@
+"""Features of a split, computed once: cached by weights hash, written chunk by chunk, resumed where it stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from terrafm_jax.evals.datasets.base import Dataset, DatasetError, Sample, batches, collate
+
+VERSION = 1  # raise when features change for the same weights and inputs: old caches are then not used
+CHUNK = 256
+
+
+class Rows:
+    """Arrays of chunks as one array along the first axis, without loading them (memory maps stay on disk)."""
+
+    def __init__(self, parts: Sequence[np.ndarray]):
+        self.parts = list(parts)
+        self._ends = np.cumsum([len(p) for p in self.parts])
+        self.shape, self.dtype = (int(self._ends[-1]), *self.parts[0].shape[1:]), self.parts[0].dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        rows = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows, int)
+        out = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        part = np.searchsorted(self._ends, rows, side="right")
+        for p in np.unique(part):
+            here = part == p
+            out[here] = self.parts[p][rows[here] - (self._ends[p] - len(self.parts[p]))]
+        return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Extracted:
+    """Features of one split.
+
+    Attributes:
+      cls: float32 [N, d]. targets: [N], [N, C] or [N, H, W].
+      maps: per layer [N, h, w, d] float16 rows, empty unless asked for. after: the same of the second date.
+    """
+
+    cls: np.ndarray
+    targets: np.ndarray
+    ids: list[str]
+    maps: tuple[Rows, ...] = ()
+    after: tuple[Rows, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to compute: inputs (sensor keys), dense maps and of which layers, batch size, samples at most (0: all)."""
+
+    inputs: tuple[str, ...]
+    dense: bool = False
+    layers: tuple[int, ...] = ()
+    batch_size: int = 32
+    limit: int = 0
+
+
+Progress = Callable[[int, int], None]
+
+
+def extract(
+    encoder: Any,
+    dataset: Dataset,
+    split: str,
+    request: Request,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> Extracted:
+    """Features of a split, from the cache as far as it has them.
+
+    Args:
+      encoder: see ``encoders.py``; its ``weights_hash`` and ``image_size`` are part of the cache's key.
+      cache: folder, or None to keep everything in memory.
+      progress: called with (samples done, samples in all).
+
+    Raises:
+      DatasetError: unreadable sample, inputs that the data set lacks, maps of unequal size.
+    """
+    encoder.check(request.inputs)
+    dataset.info.select(request.inputs)
+    samples = dataset.split(split)
+    if request.limit and len(samples) > request.limit:
+        samples = samples.subset(_spread(len(samples), request.limit))
+    if not len(samples):
+        raise DatasetError(f"{dataset.info.name}: split {split!r} is empty")
+    folder = None if cache is None else cache / _key(encoder, dataset, split, request)
+    chunks = []
+    for start in range(0, len(samples), CHUNK):
+        rows = range(start, min(start + CHUNK, len(samples)))
+        chunks.append(_chunk(encoder, dataset, samples.subset(rows), request, folder, start // CHUNK))
+        if progress:
+            progress(rows[-1] + 1, len(samples))
+    return _assemble(dataset, samples.ids, chunks)
+
+
+def _spread(count: int, limit: int) -> np.ndarray:
+    return np.unique(np.linspace(0, count - 1, limit).astype(int))
+
+
+def _key(encoder: Any, dataset: Dataset, split: str, request: Request) -> Path:
+    options = [VERSION, encoder.image_size, request.dense, request.layers, request.limit]
+    text = json.dumps([dataset.fingerprint(split, request.inputs), options])
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    name = f"{dataset.info.name}-{split}-{'+'.join(request.inputs)}-{digest}".replace("/", "_")
+    return Path(encoder.weights_hash[:16]) / name
+
+
+def _chunk(encoder, dataset, samples, request: Request, folder: Path | None, number: int) -> dict[str, np.ndarray]:
+    if folder is None:
+        return _compute(encoder, dataset, samples, request)
+    names = ["cls", "targets"] + [f"{kind}{i}" for kind, i in _map_names(dataset, request)]
+    paths = {n: folder / f"chunk_{number:05d}.{n}.npy" for n in names}
+    done = folder / f"chunk_{number:05d}.done"
+    if not done.exists():
+        found = _compute(encoder, dataset, samples, request)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, path in paths.items():
+            np.save(path, found[name], allow_pickle=False)
+        done.write_bytes(b"")  # written last: a chunk that was cut short is computed again
+    return {n: np.load(p, mmap_mode="r" if n[:4] in ("maps", "afte") else None) for n, p in paths.items()}
+
+
+def _map_names(dataset: Dataset, request: Request) -> list[tuple[str, int]]:
+    if not request.dense:
+        return []
+    kinds = ("maps", "after") if dataset.info.task == "change" else ("maps",)
+    return [(kind, i) for kind in kinds for i in range(max(1, len(request.layers)))]
+
+
+def _compute(encoder: Any, dataset: Dataset, samples: Sequence[Sample], request: Request) -> dict[str, np.ndarray]:
+    found: dict[str, list[np.ndarray]] = {"cls": [], "targets": []}
+    for group in batches(samples, request.batch_size):
+        for kind in ("maps", "after") if dataset.info.task == "change" else ("maps",):
+            images = collate(dataset.info, group, request.inputs, after=kind == "after")
+            cls, maps = encoder(images, layers=request.layers, patches=request.dense)
+            if kind == "maps":
+                found["cls"].append(cls)
+            for i, m in enumerate(maps or ()):
+                found.setdefault(f"{kind}{i}", []).append(m.astype(np.float16))
+        found["targets"] += [np.asarray(s.target)[None] for s in group]
+    try:
+        return {k: np.concatenate(v) for k, v in found.items()}
+    except ValueError as e:
+        raise DatasetError(f"{dataset.info.name}: images differ in size; cut them with --tile ({e})") from e
+
+
+def _assemble(dataset: Dataset, ids: list[str], chunks: list[dict[str, np.ndarray]]) -> Extracted:
+    def rows(kind: str) -> tuple[Rows, ...]:
+        names = sorted(k for k in chunks[0] if k.startswith(kind))
+        try:
+            return tuple(Rows([c[n] for c in chunks]) for n in names)
+        except ValueError as e:
+            raise DatasetError(f"{dataset.info.name}: images differ in size; cut them with --tile") from e
+
+    targets = np.concatenate([c["targets"] for c in chunks])
+    return Extracted(np.concatenate([c["cls"] for c in chunks]), targets, ids, rows("maps"), rows("after"))
+
+
+# --- cutting large images -------------------------------------------------------------------------------------
+
+
+def tiled(dataset: Dataset, size: int) -> Dataset:
+    """The same data set with images and masks cut into ``size`` px windows; the last ones are padded and ignored there.
+
+    Reads every image once to learn its size. Padding is nodata in the images and ``ignore`` in the masks.
+    """
+    from terrafm_jax.evals.datasets.base import Split
+
+    if dataset.info.task not in ("segmentation", "change"):
+        return dataset
+
+    def cut(split: Split) -> Split:
+        cells = [(i, r, c) for i in range(len(split)) for r, c in _windows(split[i], size)]
+        names = [f"{split.ids[i]}/r{r}_c{c}" for i, r, c in cells]
+
+        def read(k: int) -> Sample:
+            i, r, c = cells[k]
+            return _window(split[i], names[k], r, c, size, dataset.info.ignore)
+
+        return Split(names, read)
+
+    return dataclasses.replace(dataset, splits={k: cut(s) for k, s in dataset.splits.items()})
+
+
+def _windows(sample: Sample, size: int) -> Iterator[tuple[int, int]]:
+    rows, cols = np.shape(sample.target)
+    return ((r, c) for r in range(0, rows, size) for c in range(0, cols, size))
+
+
+def _window(sample: Sample, name: str, r: int, c: int, size: int, ignore: int) -> Sample:
+    def take(image: np.ndarray, fill: float) -> np.ndarray:
+        part = image[r : r + size, c : c + size]
+        pad = [(0, size - part.shape[0]), (0, size - part.shape[1])] + [(0, 0)] * (part.ndim - 2)
+        return np.pad(part, pad, constant_values=fill)
+
+    def all_of(images: Any) -> Any:
+        # 0 in every band is nodata of Sentinel-2; radar in dB needs NaN, of which integers have none.
+        return {k: take(v.astype(np.float32), np.nan if k == "s1" else 0) for k, v in images.items()}
+
+    after = None if sample.after is None else all_of(sample.after)
+    target = take(np.asarray(sample.target), ignore)
+    return dataclasses.replace(sample, id=name, images=all_of(sample.images), after=after, target=target)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON that appears whole or not at all."""
+    buffer = io.StringIO()
+    json.dump(value, buffer, indent=2, default=_plain)
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(buffer.getvalue())
+    partial.replace(path)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    return str(value)

@@ -1,0 +1,89 @@
+"""Evaluation: ``python -m terrafm_jax.evaluate --checkpoint PATH --suite folder --data DIR [--protocol NAME]``.
+
+Features are computed once and cached by weights hash; a second call continues. Writes ``results.jsonl``,
+``results.md`` (published rows beside ours), ``figures/`` and ``predictions/`` to ``--out``. Several ``--checkpoint``
+compare side by side. Exit codes: 0 all rows there, 1 an error or a failed row, 2 wrong flags.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+config_flags.DEFINE_config_file("config", None, "configs/eval/X.py: values for the flags below; a flag given wins")
+_CHECKPOINT = flags.DEFINE_multi_string(
+    "checkpoint", None, "PATH, raw, random:SIZE[:SEED] or random@PATH[:SEED]; NAME= in front names it; repeatable"
+)
+_SUITE = flags.DEFINE_string("suite", None, "geobench, geobench2, copernicus, tfds, folder, or a published layout")
+_DATA = flags.DEFINE_string("data", None, "folder of the suite (folder: or a YAML file)")
+_OUT = flags.DEFINE_string("out", None, "folder for results; default: eval_out")
+_PROTOCOL = flags.DEFINE_list("protocol", None, "protocols, by name; default: one that fits each task")
+_NAMES = flags.DEFINE_list("names", None, "data sets of the suite; default: all that are there")
+_INPUTS = flags.DEFINE_list("inputs", None, "sensors: s1, s2_l2a, s1+s2_l2a, each, fused; default: each and fused")
+_FRACTIONS = flags.DEFINE_list("fractions", None, "shares of the train labels, e.g. 0.01,0.05,0.2,1")
+_SHOTS = flags.DEFINE_list("shots", None, "labels per class, e.g. 1,5,10")
+_SEEDS = flags.DEFINE_integer("seeds", None, "repetitions where labels are drawn")
+_RUNS = flags.DEFINE_integer("runs", None, "repetitions of a probe; default: as its protocol says")
+_EPOCHS = flags.DEFINE_integer("epochs", None, "epochs of probes instead of the published ones (rows are labelled)")
+_IMAGE_SIZE = flags.DEFINE_integer("image_size", None, "network input in px, 0 for the images' own; default 224")
+_BATCH = flags.DEFINE_integer("batch_size", None, "images at once; default 32")
+_LIMIT = flags.DEFINE_integer("limit", None, "samples per split at most (rows are labelled)")
+_TILE = flags.DEFINE_integer("tile", None, "cut segmentation images into windows of so many px")
+_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "of the encoder's products; default: its own")
+_CACHE = flags.DEFINE_string("cache", None, "folder of the feature cache; none: no cache; default OUT/cache")
+_FIGURES = flags.DEFINE_bool("figures", None, "draw figures; default yes")
+_BANDS = flags.DEFINE_enum("bands", None, ["corrected", "as_labelled"], "geobench: which band order to believe")
+_PARTITION = flags.DEFINE_string("partition", None, "geobench: e.g. 0.01x_train")
+
+
+def settings() -> dict:
+    """Values of the config file, replaced by the flags that were given."""
+    config = flags.FLAGS.config
+    found = dict(config.to_dict()) if config else {}
+    given = {
+        "checkpoints": _CHECKPOINT.value, "suite": _SUITE.value, "data": _DATA.value, "out": _OUT.value,
+        "protocols": _PROTOCOL.value, "names": _NAMES.value, "inputs": _INPUTS.value, "seeds": _SEEDS.value,
+        "fractions": _FRACTIONS.value and [float(f) for f in _FRACTIONS.value],
+        "shots": _SHOTS.value and [int(k) for k in _SHOTS.value], "runs": _RUNS.value, "epochs": _EPOCHS.value,
+        "image_size": _IMAGE_SIZE.value, "batch_size": _BATCH.value, "limit": _LIMIT.value, "tile": _TILE.value,
+        "dtype": _DTYPE.value, "cache": _CACHE.value, "figures": _FIGURES.value,
+    }  # fmt: skip
+    found.update({k: v for k, v in given.items() if v is not None})
+    options = dict(found.get("options", {}))
+    options.update({k: v for k, v in (("bands", _BANDS.value), ("partition", _PARTITION.value)) if v is not None})
+    found["options"] = options
+    lacking = [f"--{k.removesuffix('s')}" for k in ("checkpoints", "suite", "data") if not found.get(k)]
+    if lacking:
+        raise app.UsageError(f"give {', '.join(lacking)}")
+    return {"out": "eval_out", **{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}}
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments {argv[1:]}")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    wanted = settings()
+
+    from terrafm_jax.evals.datasets.base import DatasetError
+    from terrafm_jax.evals.features import FeatureError
+    from terrafm_jax.evals.progress import bar
+    from terrafm_jax.evals.protocols import ProtocolError
+    from terrafm_jax.evals.session import Session, Settings
+    from terrafm_jax.weights import WeightsError
+
+    try:
+        session = Session(Settings(**wanted), progress=bar)
+        rows = session.run()
+    except (DatasetError, FeatureError, ProtocolError, WeightsError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        raise SystemExit(1) from None
+    print((session.out / "results.md").read_text())
+    print(f"written to {session.out}: results.md, results.jsonl, figures, predictions")
+    raise SystemExit(1 if any("error" in r for r in rows) else 0)
+
+
+if __name__ == "__main__":
+    app.run(main)
