@@ -1,0 +1,234 @@
+"""Switches that say how to compute must not change what is computed; shapes, errors, drop path, init."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from terrafm_jax import weights
+from terrafm_jax.models import ModelSpec, encode, init_params, parameter_count, patchify, project
+from terrafm_jax.models.terrafm import bottleneck, prototypes
+from terrafm_jax.models.vit import drop_path_keep
+
+SPEC = ModelSpec(width=32, depth=4, heads=2, patch=4, fusion_heads=8, prototypes=64, head_hidden=48, head_bottleneck=16)
+forward = jax.jit(encode, static_argnums=0, static_argnames="layers")
+SWITCHES = {
+    "scan": {"scan": True},
+    "remat dots": {"remat": "dots"},
+    "remat block": {"remat": "block"},
+    "scan and remat block": {"scan": True, "remat": "block"},
+    "attention xla": {"attention": "xla"},
+    "attention head_major": {"attention": "head_major"},
+    "layers of an accelerator": {"platform": "tpu"},
+    "written out": {"folded": False},
+}
+
+
+@pytest.fixture(scope="module")
+def params() -> dict:
+    return init_params(SPEC, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def patches() -> dict:
+    keys = jax.random.split(jax.random.key(1), 3)
+    shape = (4, 3, 5)
+    return {s: jax.random.normal(k, (*shape, SPEC.patch_features(s))) for s, k in zip(SPEC.sensors, keys, strict=True)}
+
+
+PRESENT = jnp.asarray([[1, 1, 1], [1, 0, 1], [0, 1, 1], [0, 1, 0]], bool)
+
+
+def run(spec: ModelSpec, params: dict, patches: dict) -> tuple:
+    """Features, logits and gradients with drop path on."""
+    key = jax.random.key(5)
+
+    def objective(params):
+        features = encode(spec, params["backbone"], patches, PRESENT, drop_key=key, layers=(1, -1))
+        logits = project(spec, params["head"], features.cls)
+        weight = jnp.cos(jnp.arange(logits.size, dtype=jnp.float32)).reshape(logits.shape)
+        return (logits * weight).sum() + features.layers[0][1].astype(jnp.float32).std(), features
+
+    (_, features), gradients = jax.jit(jax.value_and_grad(objective, has_aux=True))(params)
+    return features, gradients
+
+
+@pytest.fixture(scope="module")
+def plain(params, patches) -> tuple:
+    return run(SPEC, params, patches)
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_switches_change_nothing(params, patches, plain, switch):
+    features, gradients = run(dataclasses.replace(SPEC, **SWITCHES[switch]), params, patches)
+    for a, b in zip(jax.tree.leaves(features), jax.tree.leaves(plain[0]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+    expected = weights.flatten(plain[1])
+    for name, value in weights.flatten(gradients).items():
+        scale = max(float(jnp.abs(expected[name]).max()), 1e-3)
+        assert float(jnp.abs(value - expected[name]).max()) < 2e-4 * scale, name
+
+
+def test_bfloat16_stays_close_and_keeps_its_parameters_and_logits_in_float32(params, patches, plain):
+    spec = dataclasses.replace(SPEC, dtype="bfloat16")
+    features, gradients = run(spec, params, patches)
+    assert features.cls.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
+    assert project(spec, params["head"], features.cls).dtype == jnp.float32
+    for ours, exact in zip(features[:2], plain[0][:2], strict=True):
+        a, b = np.asarray(ours, np.float32).ravel(), np.asarray(exact).ravel()
+        assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.999
+
+
+def test_scan_is_one_loop(params, patches):
+    spec = dataclasses.replace(SPEC, scan=True)
+    text = jax.jit(lambda p, x: encode(spec, p, x).cls).lower(params["backbone"], patches).as_text()
+    assert text.count("stablehlo.while") == 1
+
+
+def test_linear_backward_on_cpu_makes_no_transposing_copy():
+    """The weight gradient of XLA's own rule is born [out, in]; ours must come out [in, out]."""
+    from terrafm_jax.models.layers import linear
+
+    def transposes(spec: ModelSpec) -> int:
+        def loss(kernel, x):
+            return (linear(x, kernel, None, spec) ** 2).sum()
+
+        x, kernel = jnp.ones((6, 5, 32)), jnp.ones((32, 64))
+        return str(jax.make_jaxpr(jax.grad(loss))(kernel, x)).count("transpose[")
+
+    assert transposes(dataclasses.replace(SPEC, platform="gpu")) == 1
+    assert transposes(dataclasses.replace(SPEC, platform="cpu")) == 0
+
+
+def test_patchify_orders_row_column_band():
+    image = jnp.arange(2 * 8 * 12 * 3).reshape(2, 8, 12, 3)
+    out = patchify(image, 4)
+    assert out.shape == (2, 2, 3, 48)
+    for b, i, j, r, c, band in [(0, 0, 0, 0, 0, 0), (1, 1, 2, 3, 1, 2), (0, 1, 0, 2, 3, 1)]:
+        assert out[b, i, j, (r * 4 + c) * 3 + band] == image[b, i * 4 + r, j * 4 + c, band]
+    with pytest.raises(ValueError, match=r"9x12.*divisible by 4"):
+        patchify(jnp.zeros((1, 9, 12, 1)), 4)
+
+
+def test_logits_are_cosines_of_unit_vectors(params):
+    cls = jax.random.normal(jax.random.key(0), (3, SPEC.width))
+    units, columns = bottleneck(SPEC, params["head"], cls), prototypes(SPEC, params["head"])
+    np.testing.assert_allclose(jnp.linalg.norm(units, axis=1), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(jnp.linalg.norm(columns, axis=0), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(project(SPEC, params["head"], cls), units @ columns, atol=1e-5)
+
+
+def test_drop_path_rises_linearly_and_keeps_the_expectation():
+    spec = dataclasses.replace(SPEC, drop_path=0.4)
+    keep = drop_path_keep(spec, 20_000, jax.random.key(0))
+    assert keep.shape == (4, 2, 20_000)
+    np.testing.assert_allclose((keep == 0).mean((1, 2)), [0, 0.4 / 3, 0.8 / 3, 0.4], atol=0.01)
+    np.testing.assert_allclose(keep.mean((1, 2)), 1.0, atol=0.02)
+    together = ((keep[-1, 0] == 0) & (keep[-1, 1] == 0)).mean()
+    np.testing.assert_allclose(together, 0.16, atol=0.01)
+
+
+def test_drop_path_draws_per_sample_and_per_key(params, patches):
+    same = {s: jnp.broadcast_to(x[:1], x.shape) for s, x in patches.items()}
+    spec = dataclasses.replace(SPEC, drop_path=0.9)
+    first, second = (forward(spec, params["backbone"], same, drop_key=jax.random.key(i)).cls for i in (0, 1))
+    assert len(np.unique(np.asarray(first), axis=0)) > 1
+    assert not np.allclose(first, second)
+    without = forward(spec, params["backbone"], same).cls
+    assert len(np.unique(np.asarray(without).round(5), axis=0)) == 1
+
+
+def test_init_follows_dino(params):
+    flat = weights.flatten(params)
+    for name, value in flat.items():
+        if name.endswith(("scale",)):
+            assert (value == 1).all(), name
+        elif (name.endswith("_embed") and "pos" not in name) or (name.endswith("bias") and "conv2d" not in name):
+            assert (value == 0).all(), name
+        elif "conv2d" in name:
+            bound = SPEC.patch_features(name.split("/")[2].removeprefix("conv2d_")) ** -0.5
+            assert 0.9 * bound < float(jnp.abs(value).max()) <= bound, name
+        elif "last_layer" not in name and value.size > 500:
+            assert 0.017 < float(value.std()) < 0.023, name
+    assert all(value.dtype == jnp.float32 for value in flat.values())
+    again = weights.flatten(init_params(SPEC, jax.random.key(0)))
+    other = weights.flatten(init_params(SPEC, jax.random.key(1)))
+    assert all((again[k] == v).all() for k, v in flat.items())
+    assert not (other["backbone/cls_token"] == flat["backbone/cls_token"]).all()
+
+
+def test_subset_of_sensors_has_only_their_stems():
+    spec = dataclasses.replace(SPEC, sensors=("s1", "s2_l2a"))
+    shapes = jax.eval_shape(lambda k: init_params(spec, k), jax.random.key(0))
+    assert sorted(k for k in shapes["backbone"]["patch_embed"] if "conv" in k) == ["conv2d_s1", "conv2d_s2_l2a"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sensors": ("s2_l2a", "s1")}, "in that order"),
+        ({"heads": 5}, "width 32 is not divisible by heads 5"),
+        ({"fusion_heads": 7}, "fusion_heads 7"),
+        ({"dtype": "float16"}, "dtype is 'float16'"),
+        ({"remat": "some", "attention": "flash"}, "remat is 'some'.*attention is 'flash'"),
+        ({"drop_path": 1.0}, "drop_path"),
+    ],
+)
+def test_spec_names_its_faults(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SPEC, **change)
+
+
+def test_unknown_size_is_named():
+    with pytest.raises(ValueError, match="'xl'"):
+        ModelSpec.of_size("xl")
+
+
+def test_encode_names_all_faults_at_once(params):
+    x = {"s1": jnp.zeros((2, 3, 3, 7)), "s3": jnp.zeros((2, 3, 4, 7))}
+    with pytest.raises(ValueError, match=r"(?s)'s3'.*equal B, h, w.*7 values.*layers \[9\]"):
+        encode(SPEC, params["backbone"], x, layers=(0, 9))
+    plain = dataclasses.replace(SPEC, fusion=False)
+    two = {s: jnp.zeros((1, 1, 1, SPEC.patch_features(s))) for s in ("s1", "s2_l2a")}
+    with pytest.raises(ValueError, match="no fusion"):
+        encode(plain, params["backbone"], two)
+    with pytest.raises(ValueError, match="no sensor"):
+        encode(SPEC, params["backbone"], {})
+
+
+def test_cudnn_says_what_it_needs(params, patches):
+    with pytest.raises(ValueError, match="bfloat16"):
+        encode(dataclasses.replace(SPEC, attention="cudnn"), params["backbone"], patches)
+
+
+def test_features_shapes_and_layers(params, patches):
+    features = forward(SPEC, params["backbone"], {"s1": patches["s1"]}, layers=(0, -1))
+    assert features.cls.shape == (4, 32)
+    assert features.patches.shape == (4, 3, 5, 32)
+    assert len(features.layers) == 2
+    np.testing.assert_array_equal(features.layers[1][0], features.cls)
+    assert not np.allclose(features.layers[0][1], features.patches)
+
+
+def test_parameter_count(params):
+    assert parameter_count(params) == sum(x.size for x in jax.tree.leaves(params))
+
+
+def test_sharded_batch_needs_no_collective(params, patches):
+    """Features of a batch split over 8 devices: no device needs another's samples."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    over, everywhere = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in (("data",), ()))
+    x = jax.tree.map(lambda v: jax.device_put(jnp.concatenate([v, v]), over), patches)
+    step = jax.jit(lambda p, x: encode(SPEC, p, x).cls, in_shardings=(everywhere, over), out_shardings=over)
+    compiled = step.lower(params["backbone"], x).compile()
+    assert not any(word in compiled.as_text() for word in ("all-gather", "all-reduce", "all-to-all", "permute("))
+    np.testing.assert_allclose(
+        compiled(jax.device_put(params["backbone"], everywhere), x)[:4],
+        forward(SPEC, params["backbone"], patches).cls,
+        atol=2e-5,
+    )
