@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Training in a container on this machine: builds the image, runs it, restarts it after a preemption.
+#
+#   launch/docker.sh --extra cuda -- --config=configs/vits.py --workdir=/runs/s --config.data.dir=/data
+#
+# --extra E     cuda, tpu or empty (CPU)     --image NAME   (default terrafm:E)
+# --mount A:B   repeated; host folder A appears as B in the container
+# --no-build    use the image as it is       --dry-run      print the commands
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=launch/lib.sh
+source "$here/lib.sh"
+
+extra="" image="" build=1 mounts=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --extra) extra=$2 && shift 2 ;;
+    --image) image=$2 && shift 2 ;;
+    --mount) mounts+=(--volume "$2") && shift 2 ;;
+    --no-build) build=0 && shift ;;
+    --dry-run) DRY_RUN=1 && shift ;;
+    --) shift && break ;;
+    *) die "unknown option $1; options of training come after --" ;;
+  esac
+done
+image=${image:-terrafm:${extra:-cpu}}
+devices=()
+case $extra in
+  cuda) devices=(--gpus all) ;;
+  tpu) devices=(--privileged --network host) ;;
+  "") ;;
+  *) die "--extra $extra: expected cuda, tpu or nothing" ;;
+esac
+
+[ "$build" = 0 ] || run docker build -f "$here/Dockerfile" --build-arg EXTRA="$extra" -t "$image" "$here/.."
+# Input workers hand batches over through shared memory; the default 64 MB are too few.
+command=(docker run --rm --init --shm-size=16g --stop-timeout=300 "${devices[@]}" "${mounts[@]}" "$image" "$@")
+if [ "$DRY_RUN" = 1 ]; then
+  run "${command[@]}"
+else
+  until_done "${command[@]}"
+fi

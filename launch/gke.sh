@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# Training on GKE as a JobSet: fills launch/gke/jobset.yaml and applies it.
+#
+#   export NAME=terrafm IMAGE=REGION-docker.pkg.dev/PROJECT/REPO/terrafm TOPOLOGY=4x4 CHIP=v5e SLICES=2
+#   launch/gke.sh render|apply|xpk|delete --config=configs/vitb.py --workdir=gs://BUCKET/run --config.data.dir=gs://...
+#
+# render prints the manifest, apply hands it to kubectl, xpk prints and runs the same as an XPK workload.
+# --dry-run as the first argument prints the commands. Settings: see docs/launch.md.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=launch/lib.sh
+source "$here/lib.sh"
+
+if [ "${1:-}" = --dry-run ]; then
+  DRY_RUN=1
+  shift
+fi
+action=${1:-}
+[ -n "$action" ] || die "say what to do: render apply xpk delete"
+shift
+need NAME IMAGE TOPOLOGY CHIP
+: "${SLICES:=1}" "${RESTARTS:=$MAX_RESTARTS}"
+
+case $CHIP in
+  v4) selector=tpu-v4-podslice per_host=4 ;;
+  v5e) selector=tpu-v5-lite-podslice per_host=4 ;;
+  v5p) selector=tpu-v5p-slice per_host=4 ;;
+  v6e) selector=tpu-v6e-slice per_host=4 ;;
+  *) die "CHIP=$CHIP: expected v4, v5e, v5p or v6e" ;;
+esac
+[[ $TOPOLOGY =~ ^[0-9]+(x[0-9]+){1,2}$ ]] || die "TOPOLOGY=$TOPOLOGY: expected AxB or AxBxC"
+chips=$((${TOPOLOGY//x/*}))
+hosts=$(((chips + per_host - 1) / per_host))
+
+render() {
+  local flag flags=""
+  for flag in "$@" --distributed; do
+    flag=${flag//\\/\\\\}
+    flags+=", \"${flag//\"/\\\"}\""
+  done
+  local text
+  text=$(<"$here/gke/jobset.yaml")
+  text=${text//@NAME@/$NAME}
+  text=${text//@IMAGE@/$IMAGE}
+  text=${text//@SLICES@/$SLICES}
+  text=${text//@HOSTS@/$hosts}
+  text=${text//@CHIPS_PER_HOST@/$((chips < per_host ? chips : per_host))}
+  text=${text//@SELECTOR@/$selector}
+  text=${text//@TOPOLOGY@/$TOPOLOGY}
+  text=${text//@PREEMPTED@/$PREEMPTED}
+  text=${text//@RESTARTS@/$RESTARTS}
+  printf '%s\n' "${text//@FLAGS@/${flags#, }}"
+}
+
+xpk() {
+  need CLUSTER PROJECT ZONE
+  local type=$CHIP-$chips command="python -m terrafm_jax.main"
+  [ "$CHIP" != v5e ] || type=v5litepod-$chips
+  # v4 and v5p are named by their cores, of which a chip has two.
+  case $CHIP in v4 | v5p) type=$CHIP-$((2 * chips)) ;; esac
+  command+=$(printf ' %q' "$@" --distributed)
+  run xpk workload create --cluster="$CLUSTER" --project="$PROJECT" --zone="$ZONE" --workload="$NAME" \
+    --tpu-type="$type" --num-slices="$SLICES" --docker-image="$IMAGE" --max-restarts="$RESTARTS" \
+    --restart-on-exit-codes="$PREEMPTED" --command="$command"
+}
+
+case $action in
+  render) render "$@" ;;
+  apply)
+    if [ "$DRY_RUN" = 1 ]; then
+      run kubectl apply -f -
+      render "$@"
+    else
+      render "$@" | kubectl apply -f -
+    fi
+    ;;
+  xpk) xpk "$@" ;;
+  delete) run kubectl delete jobset "$NAME" ;;
+  *) die "unknown action $action" ;;
+esac

@@ -1,0 +1,105 @@
+#!/usr/bin/env bash
+# Several training processes on this machine, talking over loopback: the multi-host program without a cluster.
+#
+#   launch/local.sh --processes 2 --devices 4 -- --config=configs/demo.py --workdir=RUN --config.data.dir=DATA
+#
+# --processes N   processes (default 2)
+# --devices D     fake CPU devices in each (default 1; 0: the GPUs of this machine, one process each)
+# --module M      Python module to run (default terrafm_jax.main)
+# --dry-run       print the commands
+# A process that dies takes the others down; the job is started again on exit code 42 (preempted) and, up to
+# MAX_RESTARTS times, on any other failure. SIGTERM and SIGINT are passed on and end the restarting.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=launch/lib.sh
+source "$here/lib.sh"
+
+processes=2 devices=1 module=terrafm_jax.main
+while [ $# -gt 0 ]; do
+  case $1 in
+    --processes) processes=$2 && shift 2 ;;
+    --devices) devices=$2 && shift 2 ;;
+    --module) module=$2 && shift 2 ;;
+    --dry-run) DRY_RUN=1 && shift ;;
+    --) shift && break ;;
+    *) die "unknown option $1; options of training come after --" ;;
+  esac
+done
+python=${PYTHON:-python}
+
+free_port() {
+  "$python" -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])'
+}
+
+children=()
+stopping=0
+
+# pass_on SIGNAL: to the processes of this job, and no restart afterwards.
+pass_on() {
+  stopping=1
+  [ "${#children[@]}" = 0 ] || kill -s "$1" "${children[@]}" 2>/dev/null || true
+}
+
+# start_process PORT INDEX FLAGS...: replaces the shell it runs in, so that signals reach Python.
+start_process() {
+  local port=$1 index=$2 how=exec
+  shift 2
+  [ "$DRY_RUN" = 0 ] || how=run
+  local flags=(--distributed --coordinator="localhost:$port" --processes="$processes" --process="$index")
+  if [ "$devices" -gt 0 ]; then
+    "$how" env JAX_PLATFORMS=cpu "$python" -m "$module" "$@" "${flags[@]}" --cpu_devices="$devices"
+  else
+    "$how" env CUDA_VISIBLE_DEVICES="$index" "$python" -m "$module" "$@" "${flags[@]}"
+  fi
+}
+
+# wait_child PID: its exit code, also when a signal to this script interrupts the waiting.
+wait_child() {
+  local code=0
+  while true; do
+    code=0
+    wait "$1" || code=$?
+    kill -0 "$1" 2>/dev/null || break
+  done
+  return "$code"
+}
+
+once() {
+  local port=PORT code=0 first=0 i
+  if [ "$DRY_RUN" = 1 ]; then
+    for ((i = 0; i < processes; i++)); do start_process "$port" "$i" "$@"; done
+    return 0
+  fi
+  port=$(free_port)
+  children=()
+  for ((i = 0; i < processes; i++)); do
+    start_process "$port" "$i" "$@" &
+    children+=($!)
+  done
+  local left=("${children[@]}") still pid
+  while [ "${#left[@]}" -gt 0 ]; do
+    still=()
+    for pid in "${left[@]}"; do
+      if kill -0 "$pid" 2>/dev/null; then
+        still+=("$pid")
+        continue
+      fi
+      code=0
+      wait_child "$pid" || code=$?
+      if [ "$code" != 0 ] && [ "$first" = 0 ]; then
+        first=$code
+        # After a preemption the others are saving the same checkpoint: let them finish.
+        [ "$code" = "$PREEMPTED" ] || { log "a process ended with $code: stopping the others" && kill "${children[@]}" 2>/dev/null || true; }
+      fi
+    done
+    left=("${still[@]}")
+    sleep 0.2
+  done
+  children=()
+  [ "$stopping" = 0 ] || exit "$first"
+  return "$first"
+}
+
+trap 'pass_on TERM' TERM
+trap 'pass_on INT' INT
+until_done once "$@"

@@ -1,0 +1,331 @@
+"""The launchers: clean shell, valid manifests, dry runs, and restarts exercised with fake devices and fake Slurm."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import jsonschema
+import pytest
+import yaml
+
+FLAGS = ["--config=configs/vitb.py", "--workdir=gs://bucket/run 1", '--config.data.dir=gs://bucket/"data"']
+POD = {
+    "PROJECT": "p",
+    "ZONE": "z",
+    "NAME": "terrafm",
+    "ACCELERATOR": "v5litepod-64",
+    "REPOSITORY": "https://example.org/terrafm_jax.git",
+}
+GKE = {"NAME": "terrafm", "IMAGE": "registry/terrafm:1", "TOPOLOGY": "4x4", "CHIP": "v5e", "SLICES": "2"}
+FAST = {"RESTART_DELAY": "0", "PYTHON": sys.executable}
+
+# A stand-in for training: joins the job, adds over all devices, and ends as its plan says for this attempt.
+WORKER = """
+import os, pathlib, signal, sys, time
+import jax
+flags = dict(a.lstrip("-").split("=", 1) for a in sys.argv[1:] if "=" in a)
+jax.config.update("jax_num_cpu_devices", int(flags.get("cpu_devices", 1)))
+out = pathlib.Path(flags["workdir"])
+given = (flags["coordinator"], int(flags["processes"]), int(flags["process"])) if "coordinator" in flags else ()
+jax.distributed.initialize(*given)
+rank = jax.process_index()
+attempt = len(list(out.glob(f"start_{rank}_*")))
+(out / f"start_{rank}_{attempt}").write_text(f"{jax.process_count()} {jax.device_count()} {jax.local_device_count()}")
+from jax.experimental import multihost_utils
+multihost_utils.sync_global_devices("all have started")
+plan = flags["plan"].split(",")
+code = plan[min(attempt, len(plan) - 1)]
+if code == "wait":
+    ended = []
+    signal.signal(signal.SIGTERM, lambda *_: ended.append(1))
+    limit = time.monotonic() + 60
+    while not ended and time.monotonic() < limit:
+        time.sleep(0.05)
+    (out / f"saved_{rank}").write_text("")
+    code = 42
+if code == "hang1" and rank == 1:
+    time.sleep(60)
+if rank == 0 and code != "hang1":
+    time.sleep(1)  # it holds the coordinator: the others leave first
+os._exit(7 if code == "hang1" else int(code))
+"""
+
+
+def call(root, *command, env=None, **options):
+    environment = {k: v for k, v in os.environ.items() if k not in {**POD, **GKE} and not k.startswith("SLURM")}
+    return subprocess.run(
+        [str(c) for c in command],
+        cwd=root,
+        env={**environment, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        **options,
+    )
+
+
+def scripts(root):
+    return sorted([*root.glob("launch/*.sh"), *root.glob("launch/*.sbatch")])
+
+
+def test_shell_scripts_are_clean(root):
+    checker = shutil.which("shellcheck", path=f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}")
+    if checker is None:
+        pytest.skip("shellcheck is not installed")
+    found = call(root, checker, "-x", *scripts(root))
+    assert found.returncode == 0, found.stdout
+
+
+def test_scripts_are_executable_and_explain_themselves(root):
+    assert len(scripts(root)) >= 5
+    for script in scripts(root):
+        text = script.read_text()
+        if script.name != "lib.sh":
+            assert script.stat().st_mode & stat.S_IXUSR, script
+            assert text.startswith("#!/usr/bin/env bash\n# "), script
+
+
+# --- dry runs ---------------------------------------------------------------------------------
+
+
+def test_tpu_pod_dry_run_prints_every_command(root):
+    found = call(root, "launch/tpu_pod.sh", "--dry-run", "up", *FLAGS, env=POD)
+    assert found.returncode == 0, found.stderr
+    lines = found.stdout.splitlines()
+    assert [line.split()[3] for line in lines] == ["queued-resources"] * 2 + ["tpu-vm"] * 2
+    assert "--runtime-version=v2-alpha-tpuv5-lite" in lines[0]
+    assert "--node-id=terrafm" in lines[0]
+    assert ".\\[tpu\\]" in lines[2]
+    assert "gs://bucket/run" in lines[3]
+    assert "--distributed" in lines[3]
+
+
+def test_tpu_pod_with_two_slices_runs_on_both(root):
+    env = {**POD, "SLICES": "2", "SPOT": "1"}
+    found = call(root, "launch/tpu_pod.sh", "--dry-run", "up", *FLAGS, env=env)
+    assert "--node-count=2 --node-prefix=terrafm --spot" in found.stdout
+    assert [f"ssh terrafm-{i}" in found.stdout for i in range(2)] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "env", "message"),
+    [
+        ("tpu_pod.sh", ["create"], {"PROJECT": "p"}, "set ZONE NAME ACCELERATOR"),
+        ("tpu_pod.sh", ["create"], {**POD, "ACCELERATOR": "v2-8"}, "expected v4-N"),
+        ("tpu_pod.sh", ["dance"], POD, "unknown action dance"),
+        ("gke.sh", ["render"], {"NAME": "n"}, "set IMAGE TOPOLOGY CHIP"),
+        ("gke.sh", ["render"], {**GKE, "CHIP": "v9"}, "expected v4, v5e, v5p or v6e"),
+        ("gke.sh", ["render"], {**GKE, "TOPOLOGY": "16"}, "expected AxB or AxBxC"),
+        ("docker.sh", ["--extra", "rocm", "--"], {}, "expected cuda, tpu or nothing"),
+        ("local.sh", ["--config=x"], {}, "come after --"),
+    ],
+)
+def test_wrong_settings_are_named(root, script, arguments, env, message):
+    found = call(root, f"launch/{script}", *arguments, env=env)
+    assert found.returncode == 2
+    assert message in found.stderr
+
+
+def test_other_dry_runs(root):
+    local = call(root, "launch/local.sh", "--dry-run", "--processes", 2, "--devices", 4, "--", *FLAGS)
+    assert [f"--process={i} --cpu_devices=4" in local.stdout for i in range(2)] == [True, True]
+    slurm = call(root, "bash", "launch/slurm.sbatch", *FLAGS, env={"DRY_RUN": "1"})
+    assert slurm.stdout.startswith("srun ")
+    assert "scontrol requeue" in slurm.stdout
+    docker = call(root, "launch/docker.sh", "--extra", "cuda", "--dry-run", "--", *FLAGS)
+    assert "docker build" in docker.stdout
+    assert "--gpus all" in docker.stdout
+    xpk = call(
+        root, "launch/gke.sh", "--dry-run", "xpk", *FLAGS, env={**GKE, "CLUSTER": "c", "PROJECT": "p", "ZONE": "z"}
+    )
+    assert "--tpu-type=v5litepod-16 --num-slices=2" in xpk.stdout
+    assert "--restart-on-exit-codes=42" in xpk.stdout
+
+
+# --- manifests --------------------------------------------------------------------------------
+
+
+def rendered(root, **settings):
+    found = call(root, "launch/gke.sh", "render", *FLAGS, env={**GKE, **settings})
+    assert found.returncode == 0, found.stderr
+    assert "@" not in found.stdout.replace("@FIELDS@", "")
+    return yaml.safe_load(found.stdout)
+
+
+@pytest.mark.parametrize(
+    ("settings", "slices", "hosts", "chips"),
+    [
+        ({}, 2, 4, 4),
+        ({"CHIP": "v5p", "TOPOLOGY": "4x4x8", "SLICES": "1"}, 1, 32, 4),
+        ({"CHIP": "v6e", "TOPOLOGY": "1x1", "SLICES": "1"}, 1, 1, 1),
+    ],
+)
+def test_jobset_fits_its_schema(root, settings, slices, hosts, chips):
+    manifest = rendered(root, **settings)
+    schema = json.loads((root / "launch/gke/jobset.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(manifest, schema)
+    (job,) = manifest["spec"]["replicatedJobs"]
+    inner = job["template"]["spec"]
+    container = inner["template"]["spec"]["containers"][0]
+    assert job["replicas"] == slices
+    assert inner["parallelism"] == inner["completions"] == hosts
+    assert container["resources"]["limits"]["google.com/tpu"] == chips
+    assert container["args"] == [*FLAGS, "--distributed"]
+
+
+def test_jobset_restarts_on_the_preemption_exit_code(root):
+    from terrafm_jax.config import base
+
+    spec = rendered(root)["spec"]
+    rules = spec["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
+    assert rules[0]["onExitCodes"]["values"] == [base().exit_code_preempted]
+    assert spec["failurePolicy"]["rules"][0]["action"] == "RestartJobSetAndIgnoreMaxRestarts"
+    schema = json.loads((root / "launch/gke/jobset.schema.json").read_text())
+    wrong = rendered(root)
+    wrong["spec"]["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"][0]["action"] = "Restart"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(wrong, schema)
+
+
+def test_dockerfile_installs_extras_that_exist(root):
+    text = (root / "launch/Dockerfile").read_text()
+    setup = (root / "setup.py").read_text()
+    for extra in ("tpu", "cuda"):
+        assert extra in text
+        assert f'"{extra}":' in setup
+    assert 'ENTRYPOINT ["python", "-m", "terrafm_jax.main"]' in text
+
+
+# --- exercised --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def worker(tmp_path):
+    (tmp_path / "fake_training.py").write_text(WORKER)
+    (tmp_path / "out").mkdir()
+    return tmp_path
+
+
+def started(worker):
+    return sorted(p.name for p in (worker / "out").glob("start_*"))
+
+
+def local(root, worker, plan, *options):
+    return call(
+        root, "launch/local.sh", *options, "--module", "fake_training", "--",
+        f"--workdir={worker / 'out'}", f"--plan={plan}",
+        env={**FAST, "PYTHONPATH": str(worker), "MAX_RESTARTS": "1"},
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_local_processes_join_and_restart_after_a_preemption(root, worker):
+    found = local(root, worker, "42,0", "--processes", 2, "--devices", 4)
+    assert found.returncode == 0, found.stderr
+    assert started(worker) == ["start_0_0", "start_0_1", "start_1_0", "start_1_1"]
+    assert (worker / "out/start_1_0").read_text() == "2 8 4"
+    assert "preempted with a checkpoint" in found.stderr
+
+
+@pytest.mark.slow
+def test_local_gives_up_after_max_restarts_and_stops_the_others(root, worker):
+    """Process 1 would sleep for a minute: the death of process 0 takes it down, twice."""
+    begun = time.monotonic()
+    found = local(root, worker, "hang1", "--processes", 2)
+    assert found.returncode == 7
+    assert time.monotonic() - begun < 110
+    assert "restart 1 of 1" in found.stderr
+    assert "restarts used up" in found.stderr
+    assert len([n for n in started(worker) if n.startswith("start_0")]) == 2
+
+
+@pytest.mark.slow
+def test_local_passes_sigterm_on_and_ends_with_the_preemption_code(root, worker):
+    command = ["launch/local.sh", "--processes", "2", "--module", "fake_training", "--"]
+    command += [f"--workdir={worker / 'out'}", "--plan=wait"]
+    env = {**os.environ, **FAST, "PYTHONPATH": str(worker)}
+    job = subprocess.Popen(command, cwd=root, env=env, stderr=subprocess.PIPE, text=True)
+    limit = time.monotonic() + 120
+    while len(started(worker)) < 2 and time.monotonic() < limit:
+        time.sleep(0.1)
+    time.sleep(0.5)
+    job.send_signal(signal.SIGTERM)
+    _, errors = job.communicate(timeout=120)
+    assert job.returncode == 42, errors
+    assert (worker / "out/saved_0").exists()
+    assert (worker / "out/saved_1").exists()
+
+
+def fake_cluster(worker, tasks):
+    """srun that starts ``tasks`` processes with Slurm's variables, scontrol that writes down what it was asked."""
+    folder = worker / "bin"
+    folder.mkdir()
+    srun = f"""#!/usr/bin/env bash
+while [[ $1 == --* ]]; do shift; done
+code=0
+for ((i = 0; i < {tasks}; i++)); do
+  SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NTASKS={tasks} SLURM_STEP_NUM_TASKS={tasks} \\
+    SLURM_STEP_NODELIST=localhost SLURM_STEP_NUM_NODES=1 "$@" &
+done
+for job in $(jobs -p); do wait "$job" || code=$?; done
+exit $code
+"""
+    for name, text in {
+        "srun": srun,
+        "scontrol": f'#!/usr/bin/env bash\necho "$@" >>"{worker}/scontrol.log"\n',
+    }.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "SLURM_JOB_ID": str(1000 + os.getpid() % 3000)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("plan", "restarts", "requeued"), [("42", "0", True), ("3", "0", True), ("3", "1", False)])
+def test_slurm_requeues_after_a_preemption(root, worker, plan, restarts, requeued):
+    """jax.distributed joins the tasks through Slurm's variables; the batch script ends as the step did."""
+    env = fake_cluster(worker, 2) | {**FAST, "MODULE": "fake_training", "PYTHONPATH": str(worker), "MAX_RESTARTS": "1"}
+    env |= {"SLURM_RESTART_COUNT": restarts, "JAX_PLATFORMS": "cpu"}
+    arguments = [f"--workdir={worker / 'out'}", f"--plan={plan}"]
+    found = call(root, "bash", "launch/slurm.sbatch", *arguments, env=env)
+    assert found.returncode == int(plan), found.stderr
+    assert (worker / "out/start_1_0").read_text().startswith("2 ")
+    log = worker / "scontrol.log"
+    assert (log.read_text() if log.exists() else "") == (f"requeue {env['SLURM_JOB_ID']}\n" if requeued else "")
+
+
+def test_pod_is_asked_for_again_when_it_is_taken_away(root, tmp_path):
+    """A fake gcloud: the first pod is suspended while training, the second completes."""
+    gcloud = tmp_path / "gcloud"
+    gcloud.write_text(
+        f"""#!/usr/bin/env bash
+cd "{tmp_path}"
+echo "$*" >>log
+case "$*" in
+  *create*) echo ACTIVE >state ;;
+  *delete*) rm -f state ;;
+  *describe*) cat state 2>/dev/null || exit 1 ;;
+  *terrafm_jax.main*)
+    echo x >>attempts
+    if [ "$(wc -l <attempts)" = 1 ]; then
+      echo SUSPENDED >state
+      exit 255
+    fi ;;
+esac
+"""
+    )
+    gcloud.chmod(0o755)
+    env = {**POD, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "POLL_SECONDS": "0.1"}
+    found = call(root, "launch/tpu_pod.sh", "up", *FLAGS, env=env)
+    assert found.returncode == 0, found.stderr
+    log = (tmp_path / "log").read_text()
+    assert log.count("queued-resources create") == 2
+    assert log.count("queued-resources delete") == 1
+    assert "taken away" in found.stderr
