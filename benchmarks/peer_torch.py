@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import timing
 from benchmarks.peer_model import Network, PeerSpec, dino_loss
 
 SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16)}
@@ -103,45 +104,26 @@ def draw(spec: PeerSpec, count: int, device: torch.device) -> Tensor:
     return (codes >> torch.arange(len(spec.bands), device=device)) % 2 == 1
 
 
-def measure(trainer: Trainer, args: argparse.Namespace) -> dict[str, Any]:
-    """Images per second over ``args.steps`` steps after warm-up, with fresh modality draws every step."""
-    spec, device, b = trainer.spec, trainer.device, args.batch
-    sizes = [(args.globals, args.global_size), (args.locals, args.local_size)]
-    images = [random_views(spec, b, count, size, device) for count, size in sizes if count]
-    is_frequent = torch.arange(b, device=device) % 2 == 0
+class Bench:
+    """A trainer and views that already lie on the device; modalities are drawn anew every step."""
 
-    def step() -> Tensor:
-        masks = [draw(spec, b * count, device) for count, _ in sizes if count]
-        teacher = [(images[0], draw(spec, b * args.globals, device))]
-        return trainer.step(list(zip(images, masks, strict=True)), teacher, is_frequent)
+    def __init__(self, trainer: Trainer, args: argparse.Namespace):
+        spec, self.device = trainer.spec, trainer.device
+        self.trainer, self.batch = trainer, args.batch
+        sizes = [(args.globals, args.global_size), (args.locals, args.local_size)]
+        self.counts = [count for count, _ in sizes if count]
+        self.images = [random_views(spec, args.batch, count, size, self.device) for count, size in sizes if count]
+        self.is_frequent = torch.arange(args.batch, device=self.device) % 2 == 0
+        self.loss: Any = None
 
-    def wait() -> None:
-        if device.type == "cuda":
+    def run(self, steps: int) -> None:
+        """Steps in a row without waiting in between; waits for the last."""
+        for _ in range(steps):
+            masks = [draw(self.trainer.spec, self.batch * count, self.device) for count in self.counts]
+            teacher = [(self.images[0], draw(self.trainer.spec, self.batch * self.counts[0], self.device))]
+            self.loss = self.trainer.step(list(zip(self.images, masks, strict=True)), teacher, self.is_frequent)
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
-
-    begun = time.perf_counter()
-    loss = step()
-    wait()
-    first = time.perf_counter() - begun
-    for _ in range(args.warmup):
-        loss = step()
-    wait()
-    seconds = []
-    for _ in range(args.repeats):
-        begun = time.perf_counter()
-        for _ in range(args.steps):
-            loss = step()
-        wait()
-        seconds.append((time.perf_counter() - begun) / args.steps)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    return {
-        "images_per_second": b / sorted(seconds)[len(seconds) // 2],
-        "images_per_second_best": b / min(seconds),
-        "seconds_per_step": seconds,
-        "first_step_seconds": first,
-        "peak_memory_bytes": peak,
-        "loss": float(loss),
-    }
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -160,6 +142,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--folded", action="store_true", help="our weight products for stems, fusion and projection")
     parser.add_argument("--compile", choices=("on", "off"), default="on")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice")
+    parser.add_argument("--turns", action="store_true", help="take turns with others (benchmarks.compare)")
     return parser.parse_args(argv)
 
 
@@ -172,11 +155,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     torch.manual_seed(0)
     width, depth, heads = SIZES[args.size]
     spec = PeerSpec(width=width, depth=depth, heads=heads, prototypes=args.prototypes, folded=args.folded)
-    trainer = Trainer(spec, device, getattr(torch, args.dtype), args.compile == "on")
+    bench = Bench(Trainer(spec, device, getattr(torch, args.dtype), args.compile == "on"), args)
+    begun = time.perf_counter()
+    bench.run(1)
+    first = time.perf_counter() - begun
+    bench.run(args.warmup)
+    seconds = timing.take_turns(bench.run) if args.turns else timing.repeat(bench.run, args.steps, args.repeats)
     result = {
         "benchmark": "peer_torch",
-        **vars(args),
-        **measure(trainer, args),
+        **{k: v for k, v in vars(args).items() if k != "turns"},
+        **timing.summary(seconds, args.batch),
+        "first_step_seconds": first,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+        "loss": float(bench.loss),
         "hardware": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__},

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from terrafm_jax.models.layers import Linear, gelu, precision, uniform_fan_in
+from terrafm_jax.models.layers import Linear, gelu, linear, uniform_fan_in
 from terrafm_jax.models.spec import ModelSpec
 
 _TINY = 1e-12  # torch.nn.functional.normalize
@@ -49,10 +49,4 @@ class DinoHead(nnx.Module):
 
     def __call__(self, cls: Array) -> Array:
         """Logits [B, K] in ``stat_dtype``: sums in float32 of products in the compute dtype."""
-        dtype = self.spec.compute_dtype
-        return lax.dot(
-            self.bottleneck(cls).astype(dtype),
-            self.prototypes().astype(dtype),
-            precision=precision(dtype),
-            preferred_element_type=self.spec.stat_dtype,
-        )
+        return linear(self.bottleneck(cls), self.prototypes(), None, self.spec, out_dtype=self.spec.stat_dtype)

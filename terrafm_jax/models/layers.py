@@ -5,6 +5,7 @@ Every matrix product with a weight goes through :func:`linear`.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -20,41 +21,51 @@ def precision(dtype: jnp.dtype) -> lax.Precision | None:
     return None if dtype == jnp.bfloat16 else lax.Precision.HIGHEST
 
 
-@jax.custom_vjp
-def _linear_2d(x: Array, kernel: Array) -> Array:
-    return lax.dot(x, kernel, precision=precision(x.dtype))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _affine(x: Array, kernel: Array, bias: Array | None, dtype: jnp.dtype, out_dtype: jnp.dtype) -> Array:
+    dims = (((x.ndim - 1,), (0,)), ((), ()))
+    kernel = kernel.astype(dtype)
+    y = lax.dot_general(x, kernel, dims, precision=precision(dtype), preferred_element_type=out_dtype)
+    return y if bias is None else y + expand(bias.astype(y.dtype), y.ndim)
 
 
-def _linear_2d_fwd(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _linear_2d(x, kernel), (x, kernel)
+def _affine_fwd(x: Array, kernel: Array, bias: Array | None, dtype: jnp.dtype, out_dtype: jnp.dtype) -> tuple:
+    return _affine(x, kernel, bias, dtype, out_dtype), (x, kernel, bias)
 
 
-def _linear_2d_bwd(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    # JAX's own rule makes the weight gradient as [out, in] and transposes it; XLA:CPU then copies the
-    # cotangent into the other layout, once a layer. Contracting the rows of both gives [in, out] at once.
-    x, kernel = saved
-    dx = lax.dot_general(g, kernel, (((1,), (1,)), ((), ())), precision=precision(g.dtype))
-    dkernel = lax.dot_general(x, g, (((0,), (0,)), ((), ())), precision=precision(g.dtype))
-    return dx, dkernel
+def _affine_bwd(dtype: jnp.dtype, out_dtype: jnp.dtype, saved: tuple, g: Array) -> tuple[Array, Array, Array | None]:
+    """Gradients as products in the compute dtype.
+
+    Those of weights and biases are summed, over rows and then over devices, in the type the parameters came in:
+    float32 parameters get float32 sums. JAX's own rule would round to bfloat16 before devices are summed. It
+    would also make [out, in] and transpose it, for which XLA:CPU copies the cotangent into another layout, once
+    a layer; contracting the rows of both gives [in, out] at once.
+    """
+    x, kernel, bias = saved
+    rows, exact = tuple(range(x.ndim - 1)), precision(dtype)
+    dbias = None if bias is None else g.sum(rows, dtype=bias.dtype)
+    g = g.astype(dtype)
+    dx = lax.dot_general(g, kernel.astype(dtype), (((g.ndim - 1,), (1,)), ((), ())), precision=exact)
+    dkernel = lax.dot_general(x, g, ((rows, rows), ((), ())), precision=exact, preferred_element_type=kernel.dtype)
+    return dx, dkernel, dbias
 
 
-_linear_2d.defvjp(_linear_2d_fwd, _linear_2d_bwd)
+_affine.defvjp(_affine_fwd, _affine_bwd)
 
 
 def linear(x: Array, kernel: Array, bias: Array | None, spec: ModelSpec, out_dtype: jnp.dtype | None = None) -> Array:
     """``x [..., in] @ kernel [in, out] + bias [out]`` in the compute dtype of ``spec``.
 
-    ``out_dtype`` (default: the compute dtype) asks for wider sums to be kept. On CPU the backward pass
-    is ours, which avoids XLA:CPU's transposing copies; elsewhere it is JAX's. Both are equal by test.
+    ``out_dtype`` (default: the compute dtype) asks for wider sums to be kept. The backward pass is ours; it
+    equals JAX's by test.
     """
     dtype = spec.compute_dtype
-    x, kernel = x.astype(dtype), kernel.astype(dtype)
-    if spec.backend == "cpu" and x.ndim >= 2 and out_dtype in (None, dtype):
-        y = _linear_2d(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[-1])
-    else:
-        dims = (((x.ndim - 1,), (0,)), ((), ()))
-        y = lax.dot_general(x, kernel, dims, precision=precision(dtype), preferred_element_type=out_dtype)
-    return y if bias is None else y + expand(bias.astype(y.dtype), y.ndim)
+    out_dtype = dtype if out_dtype is None else jnp.dtype(out_dtype)
+    x = x.astype(dtype)
+    if spec.backend == "cpu" and x.ndim > 2:  # XLA:CPU multiplies plain matrices fastest
+        y = _affine(x.reshape(-1, x.shape[-1]), kernel, bias, dtype, out_dtype)
+        return y.reshape(*x.shape[:-1], kernel.shape[-1])
+    return _affine(x, kernel, bias, dtype, out_dtype)
 
 
 def expand(x: Array, ndim: int) -> Array:
@@ -93,7 +104,7 @@ class Linear(nnx.Module):
 
     def __init__(self, spec: ModelSpec, features_in: int, features_out: int, *, bias: bool = True, rngs: nnx.Rngs):
         self.spec = spec
-        self.kernel = nnx.Param(trunc_normal(rngs.params(), (features_in, features_out)))
+        self.kernel = nnx.Param(trunc_normal(rngs.params(), (features_in, features_out), spec.init_std))
         if bias:
             self.bias = nnx.Param(jnp.zeros((features_out,), jnp.float32))
 

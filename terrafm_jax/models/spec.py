@@ -31,6 +31,8 @@ class ModelSpec:
       queries, fusion_heads: learned queries and heads of the fusion. 5 is published; heads are inferred.
       drop_path: stochastic depth of the last block, rising linearly from 0 (DINO).
       prototypes, head_hidden, head_bottleneck: the DINO head.
+      init_std: deviation of linear layers at init. 0.02 suits widths of 384 and more; a signal that shrinks
+        from layer to layer makes narrow models collapse, so they want about 0.7 / sqrt(width).
       dtype: of matrix products and activations. Parameters, softmax and norms stay in float32.
       scan: runs the blocks as one ``lax.scan`` (compiles faster, takes more temporaries).
       remat: "none", "dots" (keeps matrix products) or "block" (keeps block inputs only).
@@ -54,6 +56,7 @@ class ModelSpec:
     prototypes: int = 65536
     head_hidden: int = 2048
     head_bottleneck: int = 256
+    init_std: float = 0.02
     dtype: str = "float32"
     scan: bool = False
     remat: str = "none"

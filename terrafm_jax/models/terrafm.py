@@ -171,8 +171,9 @@ def _add_positions(spec: ModelSpec, backbone: Params, tokens: Array) -> Array:
     dtype = spec.compute_dtype
     pos = backbone["pos_embed"]
     grid = position.interpolate(pos[0, 1:], rows, columns, spec.grid)
-    tokens = tokens + grid[None].astype(dtype)
-    first = jnp.broadcast_to((backbone["cls_token"] + pos[:, :1]).astype(dtype), (batch, 1, width))
+    # Added in the parameters' float32, so that their gradients are summed over samples and devices in it.
+    tokens = (tokens + grid[None]).astype(dtype)
+    first = jnp.broadcast_to(backbone["cls_token"] + pos[:, :1], (batch, 1, width)).astype(dtype)
     return jnp.concatenate([first, tokens.reshape(batch, rows * columns, width)], axis=1)
 
 
