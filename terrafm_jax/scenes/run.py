@@ -20,8 +20,8 @@ from terrafm_jax.scenes.store import Blender, Unfinished
 
 # Windows of one sensor: values float32 [B, H, W, bands] and valid bool [B, H, W].
 Windows = Mapping[str, Pixels]
-# Encodes windows; returns device arrays (class tokens [B, d], patch tokens [B, h, w, d]) without waiting.
-Encode = Callable[[Windows], tuple[Any, Any]]
+# Starts to encode windows: class tokens [B, d] and patch tokens [B, h, w, d], float32.
+Encode = Callable[[Windows], Future[tuple[np.ndarray, np.ndarray]]]
 
 
 class Stopped(Exception):
@@ -145,7 +145,7 @@ class Job:
         self._progress(self.summary.resumed)
         began = saved = time.perf_counter()
         with _signals() as stop, closing(read_ahead(self._reader, self._plan, self._chunks[first:], threads)) as ahead:
-            pending: tuple[Work, Any] | None = None
+            pending: tuple[Work, Future[tuple[np.ndarray, np.ndarray]] | None] | None = None
             while True:
                 waited = time.perf_counter()
                 work = next(ahead, None)
@@ -173,10 +173,10 @@ class Job:
         done, windows = self._before[self._done], self._before[-1]
         return f"stopped after {done} of {windows} windows, everything is kept; the same command goes on from there"
 
-    def _finish(self, work: Work, features: Any) -> None:
+    def _finish(self, work: Work, features: Future[tuple[np.ndarray, np.ndarray]] | None) -> None:
         """Blends the windows of one chunk; rows that no later chunk reaches go to disk."""
         if features is not None:
-            cls, patches = (np.asarray(f, np.float32)[: len(work.kept)] for f in features)
+            cls, patches = (f[: len(work.kept)] for f in features.result())
             for i, position in enumerate(work.kept):
                 column = work.chunk.columns[position]
                 valid = work.valid[i]
@@ -223,49 +223,41 @@ def _signals() -> Iterator[list[int]]:
 
 
 def vectors_at(
-    encode: Encode, reader: SceneReader, plan: Plan, points: np.ndarray, progress: Callable[[int], None]
+    encode: Encode, reader: SceneReader, plan: Plan, points: np.ndarray, width: int, progress: Callable[[int], None]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features at places: one window is centered on every place, so that no place lies at a border.
 
     Args:
       points: float64 [N, 2], x and y in the CRS of the grid.
+      width: features per token.
 
     Returns:
-      float32 [N, d] mean of the four tokens that meet at the place, and [N, d] class token; NaN where the
-      place was not measured.
+      float32 [N, d] bilinear mean of the four tokens around the place, and [N, d] class token; NaN where the
+      place lies outside or was not measured.
     """
-    size, grid = (
-        min(plan.window, *(n // plan.patch * plan.patch for n in (plan.grid.height, plan.grid.width))),
-        plan.grid,
-    )
-    size = size // (2 * plan.patch) * 2 * plan.patch or plan.patch
-    found: list[tuple[np.ndarray, np.ndarray]] = []
-    for x, y in points:
-        column = int(np.clip(round((x - grid.x) / grid.gsd) - size // 2, 0, grid.width - size))
-        row = int(np.clip(round((grid.y - y) / grid.gsd) - size // 2, 0, grid.height - size))
-        one = dataclasses.replace(plan, batch=1)
-        work = prepare(reader, one, Chunk(row, (column,), size, size))
-        at = ((grid.y - y) / grid.gsd - row) / plan.patch, ((x - grid.x) / grid.gsd - column) / plan.patch
-        found.append(_vector(encode, work, at, size // plan.patch))
+    grid, p = plan.grid, plan.patch
+    side = min(plan.window, grid.height // p * p, grid.width // p * p)
+    found = np.full((2, len(points), width), np.nan, np.float32)
+    for i, (x, y) in enumerate(points):
+        down, across = (grid.y - y) / grid.gsd, (x - grid.x) / grid.gsd
+        if 0 <= down <= grid.height and 0 <= across <= grid.width:
+            row = int(np.clip(round(down) - side // 2, 0, grid.height - side))
+            column = int(np.clip(round(across) - side // 2, 0, grid.width - side))
+            work = prepare(reader, plan, Chunk(row, (column,), side, side))
+            if work.kept:
+                cls, patches = (f[0] for f in encode(work.windows).result())
+                weight = _bilinear((down - row) / p, side // p)[:, None] * _bilinear((across - column) / p, side // p)
+                weight = weight * work.valid[0]
+                found[1, i] = cls
+                if weight.sum() > 0:
+                    found[0, i] = np.tensordot(weight, patches, 2) / weight.sum()
         progress(1)
-    return np.stack([f[0] for f in found]), np.stack([f[1] for f in found])
+    return found[0], found[1]
 
 
-def _vector(encode: Encode, work: Work, at: tuple[float, float], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Bilinear mean of the valid tokens around ``at`` (in tokens), and the class token."""
-    outside = not all(0 <= a <= count for a in at)
-    if outside or not work.kept:
-        nothing = np.full((1,), np.nan, np.float32)
-        return nothing, nothing
-    cls, patches = (np.asarray(f, np.float32)[0] for f in encode(work.windows))
-    weight = np.ones((1, 1))
-    for axis, a in enumerate(at):
-        along = np.maximum(0.0, 1.0 - np.abs(np.arange(count) + 0.5 - np.clip(a, 0.5, count - 0.5)))
-        weight = weight * (along[:, None] if axis == 0 else along[None])
-    weight = weight * work.valid[0]
-    if weight.sum() <= 0:
-        return np.full_like(cls, np.nan), cls
-    return (np.tensordot(weight, patches, 2) / weight.sum()).astype(np.float32), cls
+def _bilinear(at: float, count: int) -> np.ndarray:
+    """float64 [count]: weights of the tokens along one axis for a place ``at`` tokens from the first border."""
+    return np.maximum(0.0, 1.0 - np.abs(np.arange(count) + 0.5 - np.clip(at, 0.5, count - 0.5)))
 
 
 def area(grid: Grid) -> float:

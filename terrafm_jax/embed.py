@@ -1,0 +1,386 @@
+"""Embeds whole scenes: ``python -m terrafm_jax.embed --checkpoint PATH --sensor NAME=FILE ... --out OUT``.
+
+OUT.tif is a Cloud Optimized GeoTIFF with one band per feature, OUT.zarr a Zarr group, OUT.parquet one row per
+window (GeoParquet, columns of Major-TOM's embedding sets); with ``--points FILE`` OUT.parquet has one row per
+place. An interrupted job goes on when the same command is given again. Also::
+
+    python -m terrafm_jax.embed change A.tif B.tif --out CHANGE.tif
+    python -m terrafm_jax.embed search --query A.tif --point LON,LAT --out HITS.csv OUT1.tif OUT2.parquet ...
+    python -m terrafm_jax.embed picture A.tif --out PCA.png [--similar-to LON,LAT]
+
+See docs/embedding.md. Exit codes: 0 done, 1 stopped or bad input (one line says what to do), 2 wrong flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from terrafm_jax.scenes.errors import SceneError
+
+COMMANDS = ("change", "search", "picture")
+_say = logging.getLogger("terrafm_jax.embed").info
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; bad input ends in one line on stderr and exit code 1."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    logging.getLogger("rasterio").setLevel(logging.CRITICAL)
+    command = argv.pop(0) if argv and argv[0] in COMMANDS else "scene"
+    args = {"scene": scene_parser, "change": change_parser, "search": search_parser, "picture": picture_parser}[
+        command
+    ]().parse_args(argv)
+    from terrafm_jax.scenes.run import Stopped
+
+    try:
+        {"scene": run_scene, "change": run_change, "search": run_search, "picture": run_picture}[command](args)
+    except (SceneError, Stopped) as error:
+        print(f"terrafm_jax.embed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+# --- flags ---------------------------------------------------------------------------------------
+
+
+def scene_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m terrafm_jax.embed", description=__doc__, formatter_class=_Help)
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="workdir, checkpoint, hub folder, .pth or .safetensors")
+    add("--sensor", action="append", required=True, metavar="NAME=FILE", help="s2_l2a, s2_l1c or s1; FILE: a raster, "
+        "several by comma, a folder of bands, a SAFE folder, a STAC item; again with the same NAME: another date")
+    add("--out", required=True, type=Path, help="OUT.tif, OUT.zarr or OUT.parquet")
+    add("--bands", action="append", default=[], metavar="NAME=B02,B03,...", help="band names of an unnamed raster")
+    add("--unit", action="append", default=[], metavar="NAME=UNIT", help="dn or reflectance; db or power")
+    add("--offset", action="append", default=[], metavar="NAME=DN", help="baseline offset still inside (1000 or 0)")
+    add("--nodata", action="append", default=[], metavar="NAME=VALUE", help="nodata value that files do not declare")
+    add("--gsd", default="", help="meters a pixel; 'pretraining' is 20, what the model saw; default: the finest band's")
+    add("--crs", default="", help="metric CRS of the output, e.g. EPSG:32631; default: that of the first sensor")
+    add("--window", type=int, default=224, help="pixels per side that the encoder sees at once")
+    add("--overlap", type=int, default=None, help="pixels that neighbors share; default: half a window (tokens), "
+        "0 (OUT.parquet)")
+    add("--stride", type=int, default=16, help="pixels between tokens: 16, or 8, 4, 2, 1 for denser grids")
+    add("--aoi", default="", help="GeoJSON polygon or WEST,SOUTH,EAST,NORTH: what to embed")
+    add("--mask", action="append", default=[], help="raster (0 = leave out) or scl=FILE[:classes]")
+    add("--use-scl", action="store_true", help="leave out clouds and shadows by each date's own SCL (SAFE, STAC)")
+    add("--composite", default="first", choices=("first", "median", "mean"), help="of several dates, per valid pixel")
+    add("--points", type=Path, default=None, help="CSV, GeoJSON or Parquet with lon, lat: embed these places only")
+    add("--dtype", default="float32", choices=("float32", "float16", "int8"), help="of the output (OUT.tif, OUT.zarr)")
+    add("--compute", default="", choices=("", "float32", "bfloat16"), help="of the encoder; default: the model's")
+    add("--upstream-l2a-stem", action="store_true", help="the released code's fault: L2A through the stem of L1C")
+    add("--batch", type=int, default=16, help="windows at once")
+    add("--threads", type=int, default=2, help="reading threads")
+    add("--save-seconds", type=float, default=30.0, help="between snapshots of an unfinished job")
+    add("--dry-run", action="store_true", help="say windows, memory and time, and stop")
+    return parser  # fmt: skip
+
+
+def change_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m terrafm_jax.embed change", description="1 - cosine of two dates")
+    parser.add_argument("first", type=Path)
+    parser.add_argument("second", type=Path)
+    parser.add_argument("--out", required=True, type=Path)
+    return parser
+
+
+def search_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m terrafm_jax.embed search", description="places that look alike")
+    parser.add_argument("files", nargs="+", type=Path, help="outputs to search, GeoTIFF or GeoParquet")
+    parser.add_argument("--query", required=True, type=Path, help="GeoTIFF output that holds the place")
+    parser.add_argument("--point", required=True, type=_lonlat, metavar="LON,LAT")
+    parser.add_argument("--k", type=int, default=20)
+    parser.add_argument("--out", required=True, type=Path, help="HITS.csv or HITS.geojson")
+    return parser
+
+
+def picture_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m terrafm_jax.embed picture", description="an embedding as a picture")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--out", required=True, type=Path, help="PNG")
+    parser.add_argument("--similar-to", type=_lonlat, default=None, metavar="LON,LAT", help="default: PCA as RGB")
+    return parser
+
+
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
+def _lonlat(text: str) -> tuple[float, float]:
+    lon, lat = text.split(",")
+    return float(lon), float(lat)
+
+
+def _pairs(name: str, given: Sequence[str], convert: Any) -> dict[str, Any]:
+    """``["s1=db"]`` -> ``{"s1": "db"}`` with canonical sensor keys. Raises SceneError."""
+    from terrafm_jax.sensors import SensorError, sensor
+
+    found = {}
+    for text in given:
+        key, _, value = text.partition("=")
+        try:
+            found[sensor(key).key] = convert(value)
+        except (SensorError, ValueError) as error:
+            raise SceneError(f"--{name} {text}: expected SENSOR=VALUE ({error})") from None
+    return found
+
+
+# --- the commands --------------------------------------------------------------------------------
+
+
+def run_scene(args: argparse.Namespace) -> None:
+    """Plans, loads the weights, embeds, writes."""
+    from terrafm_jax.scenes import output
+    from terrafm_jax.scenes.grid import Plan, read_aoi, target_grid
+    from terrafm_jax.scenes.inputs import Declared, resolve
+    from terrafm_jax.scenes.read import SceneReader, read_mask
+
+    kind = output.format_of(args.out)
+    if args.points and kind != "parquet":
+        raise SceneError(f"--out {args.out}: --points writes Parquet; give OUT.parquet")
+    declared = Declared(
+        bands=_pairs("bands", args.bands, lambda v: tuple(v.split(","))),
+        unit=_pairs("unit", args.unit, str),
+        offset=_pairs("offset", args.offset, float),
+        nodata=_pairs("nodata", args.nodata, float),
+    )
+    acquisitions = [resolve(text, declared) for text in args.sensor]
+    aoi = read_aoi(args.aoi) if args.aoi else None
+    grid = target_grid(acquisitions, _gsd(args.gsd), args.crs, aoi)
+    overlap = args.overlap if args.overlap is not None else 0 if kind == "parquet" else args.window // 32 * 16
+    batch = _batch(args.batch)
+    plan = Plan(grid, args.window, overlap, args.stride, batch=batch)
+    masks = [read_mask(text) for text in args.mask]
+    reader = SceneReader(acquisitions, grid, composite=args.composite, masks=masks, use_classes=args.use_scl)
+    model = _load(args)
+
+    from terrafm_jax.scenes.encoder import WindowEncoder
+
+    encoder = WindowEncoder(model, reader.bands, batch)
+    tags = provenance(model, reader, plan, args)
+    _say_plan(plan, reader, encoder, args)
+    if args.dry_run:
+        _dry_run(plan, reader, encoder)
+    elif args.points:
+        _points(args, plan, reader, encoder, tags)
+    else:
+        _whole(args, kind, plan, reader, encoder, tags, aoi)
+
+
+def _gsd(text: str) -> float | None:
+    from terrafm_jax.scenes.grid import PRETRAINING_GSD
+
+    if not text:
+        return None
+    if text == "pretraining":
+        return PRETRAINING_GSD
+    try:
+        return float(text)
+    except ValueError:
+        raise SceneError(f"--gsd {text}: expected meters per pixel or 'pretraining'") from None
+
+
+def _batch(wanted: int) -> int:
+    """The next multiple of the devices."""
+    import jax
+
+    devices = jax.local_device_count()
+    return -(-max(1, wanted) // devices) * devices
+
+
+def _load(args: argparse.Namespace) -> Any:
+    import terrafm_jax
+
+    try:
+        model = terrafm_jax.load(args.checkpoint, **({"dtype": args.compute} if args.compute else {}))
+    except (ValueError, OSError) as error:
+        raise SceneError(" ".join(str(error).split())) from None
+    model.upstream_l2a_stem = args.upstream_l2a_stem
+    return model
+
+
+def provenance(model: Any, reader: Any, plan: Any, args: argparse.Namespace) -> dict[str, str]:
+    """Tags of the output: everything needed to make it again."""
+    from terrafm_jax.scenes.analyze import WEIGHTS_TAG
+
+    statistics = {k: [np.asarray(v).tolist() for v in model.stats[k]] for k in reader.bands}
+    sources = {
+        key: [
+            {"files": list(a.paths), "product": a.product, "time": a.time, "unit": a.unit, "offset": a.offset}
+            for a in dates
+        ]
+        for key, dates in reader.dates.items()
+    }
+    return {
+        WEIGHTS_TAG: str(model.weights_hash),
+        "TERRAFM_CHECKPOINT": str(args.checkpoint) + (" (upstream L2A stem)" if args.upstream_l2a_stem else ""),
+        "TERRAFM_CODE": f"terrafm_jax {importlib.metadata.version('terrafm_jax')}",
+        "TERRAFM_STATISTICS": json.dumps(statistics),
+        "TERRAFM_BANDS": json.dumps({k: list(v) for k, v in reader.bands.items()}),
+        "TERRAFM_SOURCES": json.dumps(sources),
+        "TERRAFM_GSD": f"{plan.grid.gsd:g}",
+        "TERRAFM_WINDOW": f"{plan.window} px, overlap {plan.overlap} px, stride {plan.stride} px",
+        "TERRAFM_COMPOSITE": f"{args.composite}; masks {args.mask}; scl {args.use_scl}; aoi {args.aoi or 'none'}",
+    }
+
+
+def _say_plan(plan: Any, reader: Any, encoder: Any, args: argparse.Namespace) -> None:
+    from terrafm_jax.scenes.run import area
+
+    rows, columns = plan.shape
+    _say("scene %d x %d px of %g m (%.1f km2), %s", plan.grid.height, plan.grid.width, plan.grid.gsd, area(plan.grid),
+        plan.grid.crs.to_string())  # fmt: skip
+    shown = (f"{k} ({len(b)} bands, {len(reader.dates[k])} date(s))" for k, b in reader.bands.items())
+    _say("sensors %s", ", ".join(shown))
+    _say("%d windows of %d px, %d x %d tokens of %d features every %g m -> %s", plan.count(), plan.window,
+        rows, columns, encoder.width, plan.output.gsd, args.out)  # fmt: skip
+    if plan.grid.gsd < 12 or plan.grid.gsd > 28:
+        _say("note: pretraining crops spanned 12 to 28 m a pixel, this is %g m; see --gsd pretraining", plan.grid.gsd)
+
+
+def _dry_run(plan: Any, reader: Any, encoder: Any) -> None:
+    """Times two batches on the middle of the scene and scales up."""
+    from terrafm_jax.scenes.run import prepare
+    from terrafm_jax.scenes.store import Blender
+
+    chunks = plan.chunks()
+    began = time.perf_counter()
+    work = next((w for c in chunks[len(chunks) // 2 :] + chunks if (w := prepare(reader, plan, c)).kept), None)
+    reading = time.perf_counter() - began
+    if work is None:
+        raise SceneError("--dry-run: the scene holds no valid pixel; check --mask and --nodata")
+    encoder(work.windows).result()  # compiles
+    began = time.perf_counter()
+    encoder(work.windows).result()
+    encoding = time.perf_counter() - began
+    blender = Blender(plan, encoder.width)
+    pixels = sum(p.values.nbytes + p.valid.nbytes for p in work.windows.values())
+    memory = blender.sums.nbytes + 8 * pixels + 64e6 * 3
+    disk = plan.shape[0] * plan.shape[1] * encoder.width * 4
+    _say("dry run: %d windows in %d batches, about %.1f s reading and %.1f s encoding on %d device(s)", plan.count(),
+        len(chunks), reading * len(chunks), encoding * len(chunks), encoder.devices)  # fmt: skip
+    _say("memory about %.0f MB beside the weights; unfinished result %.0f MB on disk", memory / 1e6, disk / 1e6)
+
+
+def _points(args: argparse.Namespace, plan: Any, reader: Any, encoder: Any, tags: Any) -> None:
+    from terrafm_jax.scenes import points
+    from terrafm_jax.scenes.grid import Plan
+    from terrafm_jax.scenes.run import vectors_at
+
+    places, columns = points.read_points(args.points)
+    one = Plan(plan.grid, plan.window, plan.overlap, plan.stride, batch=encoder.devices)
+    with _Progress(len(places), "place") as progress:
+        patches, cls = vectors_at(encoder, reader, one, points.to_grid(places, plan.grid), encoder.width, progress)
+    points.write_points(args.out, places, columns, patches, cls, tags)
+    empty = int(np.isnan(patches[:, 0]).sum())
+    _say("%d places, %d without data -> %s", len(places), empty, args.out)
+
+
+def _whole(args: argparse.Namespace, kind: str, plan: Any, reader: Any, encoder: Any, tags: Any, aoi: Any) -> None:
+    from terrafm_jax.scenes import output, read, run, store
+
+    files = {p: (Path(p).stat().st_size, Path(p).stat().st_mtime_ns) for d in reader.dates.values() for a in d
+             for p in a.paths if Path(p).exists()}  # fmt: skip
+    mark = store.fingerprint({"tags": tags, "files": files, "batch": plan.batch, "grid": str(plan.grid)})
+    unfinished = store.Unfinished(args.out, plan, encoder.width, mark)
+    inside = read.inside(aoi, plan.output) if aoi is not None else None
+    with _Progress(plan.count(), "window") as progress:
+        job = run.Job(encoder, reader, plan, encoder.width, unfinished, inside=inside, progress=progress)
+        summary = job.run(threads=args.threads, save_seconds=args.save_seconds)
+    meta = output.Meta(tuple(f"feature {i}" for i in range(encoder.width)), tags)
+    if kind == "parquet":
+        _write_windows(args.out, plan, reader, unfinished, meta)
+    else:
+        write = output.write_cog if kind == "cog" else output.write_zarr
+        write(args.out, unfinished.tokens(), plan.output, meta, args.dtype)
+    unfinished.remove()
+    _say(
+        "%d windows encoded, %d empty, %.1f s (%.1f s of it waiting for pixels), %.2f km2/s -> %s",
+        summary.encoded, summary.empty, summary.seconds, summary.reading,
+        summary.square_kilometers / max(summary.seconds, 1e-9), args.out,
+    )  # fmt: skip
+
+
+def _write_windows(out: Path, plan: Any, reader: Any, unfinished: Any, meta: Any) -> None:
+    from terrafm_jax.scenes import output
+
+    cls = unfinished.class_tokens(plan.count())
+    boxes = [(x, c.row, x + c.width, c.row + c.height) for c in plan.chunks() for x in c.columns]
+    first = next(iter(reader.dates.values()))[0]
+    rows = [
+        output.window_row(plan.grid, box, np.asarray(vector), first.product, first.time, meta.tags["TERRAFM_WEIGHTS"])
+        for box, vector in zip(boxes, cls, strict=True)
+        if np.isfinite(vector).all()
+    ]
+    if not rows:
+        raise SceneError(f"{out}: no window holds valid pixels; check --mask, --nodata and --aoi")
+    output.write_windows(out, rows, meta)
+
+
+def run_change(args: argparse.Namespace) -> None:
+    from terrafm_jax.scenes.analyze import change
+
+    shares = change(args.first, args.second, args.out)
+    _say("change %s -> %s", {k: round(v, 4) for k, v in shares.items()}, args.out)
+
+
+def run_search(args: argparse.Namespace) -> None:
+    from terrafm_jax.scenes import analyze
+
+    query = analyze.vector_at(args.query, *args.point)
+    with analyze.open_tokens(args.query) as source:
+        weights = source.tags()[analyze.WEIGHTS_TAG]
+    hits = analyze.search(query, args.files, args.k, weights)
+    analyze.write_hits(args.out, hits)
+    for hit in hits[:5]:
+        _say("%.4f  %.5f %.5f  %s", *(hit[k] for k in ("similarity", "lon", "lat", "file")))
+
+
+def run_picture(args: argparse.Namespace) -> None:
+    from terrafm_jax.scenes import analyze
+
+    if args.similar_to:
+        analyze.similarity_picture(args.file, *args.similar_to, args.out)
+    else:
+        shares = analyze.pca_picture(args.file, args.out)
+        _say("variance of the three components: %s", np.round(shares, 3).tolist())
+
+
+class _Progress:
+    """A bar on a terminal, a line every tenth otherwise."""
+
+    def __init__(self, total: int, unit: str):
+        self._total, self._unit, self._done, self._said = total, unit, 0, 0
+        self._bar: Any = None
+
+    def __enter__(self) -> _Progress:
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=self._total, unit=self._unit)
+        return self
+
+    def __call__(self, count: int) -> None:
+        self._done += count
+        if self._bar is not None:
+            self._bar.update(count)
+        elif self._done * 10 // max(self._total, 1) > self._said:
+            self._said = self._done * 10 // max(self._total, 1)
+            _say("%d of %d %ss", self._done, self._total, self._unit)
+
+    def __exit__(self, *error: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

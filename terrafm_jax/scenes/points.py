@@ -1,0 +1,84 @@
+"""Places to embed: CSV, GeoJSON or Parquet in, Parquet out."""
+
+from __future__ import annotations
+
+import csv
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rasterio.warp import transform as transform_points
+
+from terrafm_jax.scenes import output
+from terrafm_jax.scenes.errors import SceneError, first_line
+from terrafm_jax.scenes.grid import Grid
+
+_NAMES = (("lon", "lat"), ("longitude", "latitude"), ("x", "y"))
+
+
+def read_points(path: Path) -> tuple[np.ndarray, dict[str, list[Any]]]:
+    """Longitude and latitude float64 [N, 2] and the other columns, from CSV, GeoJSON points or Parquet.
+
+    Raises:
+      SceneError: unreadable, no coordinates, or coordinates beyond 180 and 90 degrees (all rows are named).
+    """
+    try:
+        columns = _columns(path)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise SceneError(f"--points {path}: cannot be read ({first_line(error)}); give CSV with lon,lat") from None
+    names = next((pair for pair in _NAMES if set(pair) <= set(columns)), None)
+    if names is None:
+        raise SceneError(f"--points {path}: columns {list(columns)[:8]} hold no lon and lat; name two so")
+    try:
+        places = np.array([columns.pop(names[0]), columns.pop(names[1])], np.float64).T.reshape(-1, 2)
+    except ValueError as error:
+        raise SceneError(f"--points {path}: a coordinate is no number ({first_line(error)})") from None
+    bad = np.flatnonzero(~((np.abs(places[:, 0]) <= 180) & (np.abs(places[:, 1]) <= 90)))
+    if bad.size or not len(places):
+        raise SceneError(
+            f"--points {path}: {len(places)} places, rows {bad[:5].tolist()} are no degrees; expected EPSG:4326"
+        )
+    return places, columns
+
+
+def _columns(path: Path) -> dict[str, list[Any]]:
+    kind = path.suffix.lower()
+    if kind in (".parquet", ".geoparquet"):
+        import pyarrow.parquet as pq
+
+        table = pq.read_table(path)
+        return {name: table[name].to_pylist() for name in table.column_names if name != "geometry"}
+    if kind in (".geojson", ".json"):
+        features = json.loads(path.read_text())["features"]
+        places = [f["geometry"]["coordinates"] for f in features]
+        keys = sorted({k for f in features for k in (f.get("properties") or {})} - {"lon", "lat"})
+        rest = {k: [(f.get("properties") or {}).get(k) for f in features] for k in keys}
+        return {"lon": [p[0] for p in places], "lat": [p[1] for p in places], **rest}
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {k.strip().lower(): [row[k] for row in rows] for k in (rows[0] if rows else {}) if k}
+
+
+def to_grid(places: np.ndarray, grid: Grid) -> np.ndarray:
+    """Longitude, latitude -> x, y in the CRS of a grid; float64 [N, 2]."""
+    xs, ys = transform_points("EPSG:4326", grid.crs, places[:, 0].tolist(), places[:, 1].tolist())
+    return np.array([xs, ys]).T
+
+
+def write_points(
+    out: Path, places: np.ndarray, columns: Mapping[str, list[Any]], patches: np.ndarray, cls: np.ndarray, tags: Any
+) -> None:
+    """One row per place: the columns given, lon, lat, ``embedding``, ``class_token``, ``geometry``."""
+    kept = {k: v for k, v in columns.items() if k not in ("embedding", "class_token", "geometry")}
+    table = {
+        **kept,
+        "lon": places[:, 0].tolist(),
+        "lat": places[:, 1].tolist(),
+        "embedding": patches,
+        "class_token": cls,
+        "point": [struct.pack("<BIdd", 1, 1, x, y) for x, y in places],
+    }
+    output.write_parquet(out, table, tags, geometry="point")

@@ -1,0 +1,82 @@
+"""Small scenes and a tiny random model for the tests of scene embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import rasterio
+from rasterio.transform import from_origin
+
+from terrafm_jax.inference import Model
+from terrafm_jax.loader import Loaded
+from terrafm_jax.models import ModelSpec, init_params
+from terrafm_jax.sensors import SENSORS, Statistics
+
+WEST, NORTH = 600_000.0, 5_100_000.0
+CRS = "EPSG:32632"
+
+
+def tiny_model(seed: int = 0, **fields: Any) -> Model:
+    """A small network with random weights, as ``terrafm_jax.load`` returns it."""
+    spec = ModelSpec(
+        **{"width": 24, "depth": 2, "heads": 2, "fusion_heads": 4, "prototypes": 64, "head_hidden": 32,
+           "head_bottleneck": 16, **fields}
+    )  # fmt: skip
+    params = init_params(spec, jax.random.key(seed))
+    # Fresh weights are tiny: larger ones make features that depend visibly on the pixels.
+    backbone = jax.tree.map(lambda a: np.asarray(a * 3.0 if a.ndim > 1 else a), params["backbone"])
+    return Model(Loaded({"backbone": backbone}, spec, Statistics.published(), {}, "tiny"))
+
+
+def surface(rows: int, columns: int, bands: int, gsd: float = 10.0, seed: int = 0) -> np.ndarray:
+    """uint16 [bands, rows, columns]: smooth fields with edges, a function of the ground position."""
+    y, x = (np.arange(n)[:, None] * gsd if i == 0 else np.arange(n)[None] * gsd for i, n in enumerate((rows, columns)))
+    rng = np.random.default_rng(seed)
+    out = []
+    for _ in range(bands):
+        a, b, c, d = rng.uniform(0.5, 2.0, 4)
+        field = np.sin(x / 500 * a) * np.cos(y / 400 * b) + 0.4 * np.sign(np.sin(x / 900 * c + y / 700 * d))
+        out.append(1500 + 600 * field)
+    return np.stack(out).astype(np.uint16)
+
+
+def write(
+    path: Path,
+    data: np.ndarray,
+    *,
+    gsd: float = 10.0,
+    west: float = WEST,
+    north: float = NORTH,
+    crs: str | None = CRS,
+    names: Sequence[str] = (),
+    nodata: float | None = None,
+    **options: Any,
+) -> Path:
+    """A GeoTIFF of [bands, rows, columns]."""
+    bands, rows, columns = data.shape
+    path.parent.mkdir(parents=True, exist_ok=True)
+    transform = options.pop("transform", from_origin(west, north, gsd, gsd))
+    with rasterio.open(
+        path, "w", driver="GTiff", height=rows, width=columns, count=bands, dtype=data.dtype, crs=crs,
+        transform=transform, nodata=nodata, **options,
+    ) as file:  # fmt: skip
+        file.write(data)
+        if names:
+            file.descriptions = tuple(names)
+    return path
+
+
+def optical(path: Path, rows: int = 300, columns: int = 330, key: str = "s2_l2a", **options: Any) -> Path:
+    """A 12-band Sentinel-2 scene with band names."""
+    return write(path, surface(rows, columns, 12), names=SENSORS[key].band_names, **options)
+
+
+def radar(path: Path, rows: int = 300, columns: int = 330, power: bool = False, **options: Any) -> Path:
+    """A Sentinel-1 scene in dB (or linear power)."""
+    db = (surface(rows, columns, 2, seed=1).astype(np.float32) - 1500) / 200 - np.array([12.0, 18.0])[:, None, None]
+    data = 10 ** (db / 10) if power else db
+    return write(path, data.astype(np.float32), names=("VV", "VH"), **options)

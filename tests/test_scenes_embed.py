@@ -1,0 +1,550 @@
+"""Embedding of whole scenes, end to end through the command: places, seams, resuming, formats."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+from scenes_fake import CRS, NORTH, WEST, optical, radar, surface, tiny_model, write
+
+from terrafm_jax import embed
+from terrafm_jax.inference import Model
+from terrafm_jax.scenes import grid as grid_lib
+from terrafm_jax.scenes import inputs, output, read, run, store
+from terrafm_jax.scenes.encoder import WindowEncoder
+from terrafm_jax.scenes.grid import Plan
+from terrafm_jax.sensors import SENSORS
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return tiny_model()
+
+
+@pytest.fixture(autouse=True)
+def _loaded(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embed, "_load", lambda args: model)
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return optical(tmp_path_factory.mktemp("scene") / "l2a.tif")
+
+
+def call(*args: Any, out: Path, sensors: dict[str, Path] | None = None, window: int = 96) -> int:
+    given = [f"--sensor={k}={v}" for k, v in (sensors or {}).items()]
+    return embed.main(["--checkpoint=x", *given, f"--out={out}", f"--window={window}", "--batch=8", *map(str, args)])
+
+
+def tokens(path: Path) -> np.ndarray:
+    from terrafm_jax.scenes.analyze import open_tokens, read_tokens
+
+    with open_tokens(path) as source:
+        return read_tokens(source)
+
+
+# --- geometry ---
+
+
+def test_output_lies_on_the_scene(scene: Path, tmp_path: Path, model: Model) -> None:
+    out = tmp_path / "e.tif"
+    assert call(out=out, sensors={"s2_l2a": scene}) == 0
+    with rasterio.open(out) as found:
+        assert (found.height, found.width, found.count) == (19, 21, 24)
+        assert found.crs == rasterio.crs.CRS.from_string(CRS)
+        assert tuple(found.transform)[:6] == (160.0, 0.0, WEST, 0.0, -160.0, NORTH)
+        assert found.descriptions[:2] == ("feature 0", "feature 1")
+        assert np.isnan(found.nodata)
+        tags = found.tags()
+    assert tags["TERRAFM_WEIGHTS"] == model.weights_hash
+    assert tags["TERRAFM_GSD"] == "10"
+    assert json.loads(tags["TERRAFM_SOURCES"])["s2_l2a"][0]["files"] == [str(scene)]
+    assert json.loads(tags["TERRAFM_BANDS"])["s2_l2a"] == list(SENSORS["s2_l2a"].band_names)
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+@pytest.mark.parametrize(("stride", "shape"), [(16, (19, 21)), (8, (37, 41)), (4, (72, 80))])
+def test_a_mark_in_the_scene_shows_where_it_is(tmp_path: Path, model: Model, stride: int, shape: Any) -> None:
+    # One bright block of 16 px: the token that differs most must lie on it, by the output's own georeference.
+    base = np.full((12, 300, 330), 1200, np.uint16)
+    marked = base.copy()
+    marked[:, 160:176, 208:224] = 6000
+    plain, bright = (
+        write(tmp_path / f"{i}.tif", d, names=SENSORS["s2_l2a"].band_names) for i, d in enumerate((base, marked))
+    )
+    outs = [tmp_path / "a.tif", tmp_path / "b.tif"]
+    for source, out in zip((plain, bright), outs, strict=True):
+        assert call(f"--stride={stride}", "--overlap=48", out=out, sensors={"s2_l2a": source}) == 0
+    difference = np.linalg.norm(tokens(outs[0]) - tokens(outs[1]), axis=-1)
+    assert difference.shape == shape
+    weight = np.where(difference > 0.7 * difference.max(), difference, 0)
+    with rasterio.open(outs[0]) as found:
+        rows, columns = np.nonzero(weight)
+        xs, ys = (np.array(v) for v in found.xy(rows, columns))
+        x, y = (np.average(v, weights=weight[rows, columns]) for v in (xs, ys))
+    assert x == pytest.approx(WEST + 216 * 10, abs=40)
+    assert y == pytest.approx(NORTH - 168 * 10, abs=40)
+
+
+def test_tokens_do_not_depend_on_the_stride(scene: Path, tmp_path: Path) -> None:
+    coarse, dense = tmp_path / "16.tif", tmp_path / "8.tif"
+    for stride, out in ((16, coarse), (8, dense)):
+        assert call(f"--stride={stride}", out=out, sensors={"s2_l2a": scene}) == 0
+    assert np.allclose(tokens(dense)[::2, ::2][:18, :20], tokens(coarse)[:18, :20], atol=1e-4)
+
+
+def test_one_window_equals_the_encoder(tmp_path: Path, model: Model) -> None:
+    data = surface(96, 96, 12)
+    source = write(tmp_path / "s.tif", data, names=SENSORS["s2_l2a"].band_names)
+    out = tmp_path / "e.tif"
+    assert call(out=out, sensors={"s2_l2a": source}) == 0
+    import jax.numpy as jnp
+
+    from terrafm_jax.models import terrafm
+    from terrafm_jax.sensors import normalize
+
+    image = normalize(np.moveaxis(data, 0, -1).astype(np.float32), *model.stats["s2_l2a"])[None]
+    expected = terrafm.encode(model.spec, model.backbone, {"s2_l2a": terrafm.patchify(jnp.asarray(image), 16)}).patches
+    assert np.allclose(tokens(out), expected[0], atol=1e-4)
+
+
+# --- seams ---
+
+
+def _jump(values: np.ndarray, borders: list[int], axis: int) -> float:
+    """Mean cosine jump between neighbors across window borders over that elsewhere."""
+    unit = values / np.linalg.norm(values, axis=-1, keepdims=True)
+    unit = np.moveaxis(unit, axis, 0)
+    jumps = (1 - (unit[1:] * unit[:-1]).sum(-1)).mean(1)
+    at = np.zeros(len(jumps), bool)
+    at[[b - 1 for b in borders]] = True
+    return float(jumps[at].mean() / jumps[~at].mean())
+
+
+@pytest.mark.parametrize("kind", ["gradient", "surface"])
+def test_windows_leave_no_seams(tmp_path: Path, kind: str) -> None:
+    size = 16 * 40
+    if kind == "gradient":  # a constant gradient: whatever changes in steps comes from the windows
+        y, x = np.mgrid[:size, :size]
+        data = np.repeat((1000 + 2.0 * x + 1.0 * y)[None], 12, 0).astype(np.uint16)
+    else:
+        data = surface(size, size, 12)
+    source = write(tmp_path / "s.tif", data, names=SENSORS["s2_l2a"].band_names)
+    ratios = {}
+    for overlap in (0, 48):
+        out = tmp_path / f"{overlap}.tif"
+        assert call(f"--overlap={overlap}", out=out, sensors={"s2_l2a": source}) == 0
+        plan = Plan(grid_lib.Grid(rasterio.crs.CRS.from_string(CRS), WEST, NORTH, 10.0, size, size), 96, overlap, 16)
+        found = list(grid_lib.borders(plan))
+        ratios[overlap] = [_jump(tokens(out), found, axis) for axis in (0, 1)]
+    assert max(ratios[48]) <= 1.05
+    if kind == "gradient":
+        assert max(ratios[0]) > 1.05, "the measure must see seams where there are some"
+
+
+def test_blending_weights_sum_to_one_inside() -> None:
+    plan = Plan(grid_lib.Grid(rasterio.crs.CRS.from_string(CRS), 0, 0, 10.0, 960, 960), 224, 112, 16)
+    taper = plan.taper(14)
+    assert taper[:7] + taper[7:] == pytest.approx(np.ones(7), abs=1e-6)
+    assert (taper > 0).all()
+
+
+# --- edges, nodata, masks, areas ---
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(96, 96), (100, 97), (40, 200), (16, 16), (111, 127)])
+def test_sizes_not_divisible_by_the_patch(tmp_path: Path, rows: int, columns: int) -> None:
+    source = optical(tmp_path / "s.tif", rows, columns)
+    out = tmp_path / "e.tif"
+    assert call(out=out, sensors={"s2_l2a": source}) == 0
+    found = tokens(out)
+    assert found.shape[:2] == (-(-rows // 16), -(-columns // 16))
+    # The last token counts as soon as half of its own ground was measured.
+    for axis, n in enumerate((rows, columns)):
+        last = np.take(found, -1, axis=axis)
+        own = (n - 1) % 16 + 1
+        assert np.isfinite(np.delete(found, -1, axis)[..., :1]).all() or min(rows, columns) < 32
+        if rows % 16 == 0 or columns % 16 == 0:
+            assert np.isfinite(last).all() == (own >= 8)
+
+
+def test_nodata_and_masks_stay_nodata(tmp_path: Path) -> None:
+    data = surface(192, 192, 12)
+    data[:, :64, :64] = 0  # nodata in all bands at once
+    data[3, 100:120, 100:120] = 0  # zero in one band is dark ground
+    source = write(tmp_path / "s.tif", data, names=SENSORS["s2_l2a"].band_names)
+    mask = np.ones((1, 192, 192), np.uint8)
+    mask[:, 128:, :] = 0
+    keep = write(tmp_path / "m.tif", mask)
+    scl = np.full((1, 96, 96), 4, np.uint8)
+    scl[:, :, 80:] = 9  # high clouds over the right sixth, at 20 m
+    classes = write(tmp_path / "scl.tif", scl, gsd=20)
+    out = tmp_path / "e.tif"
+    assert call(f"--mask={keep}", f"--mask=scl={classes}", out=out, sensors={"s2_l2a": source}) == 0
+    finite = np.isfinite(tokens(out)).all(-1)
+    expected = np.ones((12, 12), bool)
+    expected[:4, :4] = False
+    expected[8:] = False
+    expected[:, 10:] = False
+    assert np.array_equal(finite, expected)
+    only = tmp_path / "only.tif"
+    assert call(f"--mask=scl={classes}:4", out=only, sensors={"s2_l2a": source}) == 0
+    assert np.isfinite(tokens(only)[:, 10:]).all()
+    assert not np.isfinite(tokens(only)[:, :10]).any()
+
+
+def test_area_of_interest_cuts_and_masks(scene: Path, tmp_path: Path) -> None:
+    from rasterio.warp import transform_geom
+
+    ring = [
+        [WEST + 500, NORTH - 500],
+        [WEST + 2500, NORTH - 500],
+        [WEST + 500, NORTH - 2500],
+        [WEST + 500, NORTH - 500],
+    ]
+    shape = transform_geom(CRS, "EPSG:4326", {"type": "Polygon", "coordinates": [ring]})
+    path = tmp_path / "aoi.geojson"
+    path.write_text(json.dumps({"type": "Feature", "geometry": shape, "properties": {}}))
+    out = tmp_path / "e.tif"
+    assert call(f"--aoi={path}", out=out, sensors={"s2_l2a": scene}) == 0
+    found = tokens(out)
+    assert 12 <= min(found.shape[:2]) <= max(found.shape[:2]) <= 14
+    share = np.isfinite(found[..., 0]).mean()
+    assert 0.4 < share < 0.62, "a triangle covers half of its box"
+    west, south, east, north = rasterio.warp.transform_bounds(CRS, "EPSG:4326", WEST, NORTH - 1000, WEST + 1000, NORTH)
+    box = tmp_path / "box.tif"
+    assert call(f"--aoi={west},{south},{east},{north}", out=box, sensors={"s2_l2a": scene}) == 0
+    assert min(tokens(box).shape[:2]) in (6, 7, 8)
+
+
+# --- several sensors, samplings, dates ---
+
+
+def test_sensors_on_other_grids_are_warped_onto_one(tmp_path: Path) -> None:
+    l2a = optical(tmp_path / "l2a.tif", 192, 192)
+    # S1 at 20 m, shifted by one and a half of its pixels, larger than the optical scene.
+    s1 = radar(tmp_path / "s1.tif", 140, 140, gsd=20, west=WEST - 330, north=NORTH + 330)
+    out = tmp_path / "e.tif"
+    assert call(out=out, sensors={"s2_l2a": l2a, "s1": s1}) == 0
+    with rasterio.open(out) as found:
+        assert tuple(found.transform)[:6] == (160.0, 0.0, WEST, 0.0, -160.0, NORTH)
+        assert np.isfinite(found.read()).all()
+    acquisitions = [inputs.resolve(f"{k}={v}", inputs.Declared()) for k, v in (("s2_l2a", l2a), ("s1", s1))]
+    reader = read.SceneReader(acquisitions, grid_lib.target_grid(acquisitions))
+    whole = reader.read(0, 0, 192, 192)
+    for row, column in ((0, 0), (37, 90), (96, 96)):
+        part = reader.read(row, column, 96, 96)
+        for key in whole:
+            assert np.allclose(part[key].values, whole[key].values[row : row + 96, column : column + 96], atol=2e-3), (
+                key
+            )
+
+
+def test_a_window_without_one_sensor_is_encoded_without_it(tmp_path: Path, model: Model) -> None:
+    l2a = optical(tmp_path / "l2a.tif", 96, 192)
+    data = np.full((2, 96, 192), np.nan, np.float32)
+    data[:, :, 96:] = -12
+    s1 = write(tmp_path / "s1.tif", data, names=("VV", "VH"))
+    both, alone = tmp_path / "both.tif", tmp_path / "alone.tif"
+    assert call("--overlap=0", out=both, sensors={"s2_l2a": l2a, "s1": s1}) == 0
+    assert call("--overlap=0", out=alone, sensors={"s2_l2a": l2a}) == 0
+    assert np.allclose(tokens(both)[:, :6], tokens(alone)[:, :6], atol=1e-4)
+    assert np.abs(tokens(both)[:, 6:] - tokens(alone)[:, 6:]).max() > 1e-2
+
+
+def test_mixed_resolutions_and_files_per_band(tmp_path: Path) -> None:
+    folder = tmp_path / "S2B_MSIL2A_20200223T032739_N9999_R018_T32TQM_20230924T183543"
+    for band in SENSORS["s2_l2a"].bands:
+        n = 1920 // band.gsd
+        write(folder / f"{band.name}.tif", surface(n, n, 1, band.gsd), gsd=band.gsd)
+    out = tmp_path / "e.tif"
+    assert call(out=out, sensors={"s2_l2a": folder}) == 0
+    with rasterio.open(out) as found:
+        assert (found.height, found.width) == (12, 12)
+        assert np.isfinite(found.read()).all()
+        assert json.loads(found.tags()["TERRAFM_SOURCES"])["s2_l2a"][0]["time"] == "2020-02-23T03:27:39Z"
+
+
+def test_missing_bands_are_left_out_of_the_stem(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rgb = write(tmp_path / "rgb.tif", surface(96, 96, 3), names=("Red", "green", "B2"))
+    out = tmp_path / "e.tif"
+    with caplog.at_level("INFO"):
+        assert call(out=out, sensors={"s2_l2a": rgb}) == 0
+    assert "B01" in caplog.text
+    with rasterio.open(out) as found:
+        assert json.loads(found.tags()["TERRAFM_BANDS"])["s2_l2a"] == ["B02", "B03", "B04"]
+
+
+def test_gsd_averages_to_what_pretraining_saw(scene: Path, tmp_path: Path) -> None:
+    out = tmp_path / "e.tif"
+    assert call("--gsd=pretraining", out=out, sensors={"s2_l2a": scene}) == 0
+    with rasterio.open(out) as found:
+        assert found.transform.a == 320
+        assert found.tags()["TERRAFM_GSD"] == "20"
+    acquisition = inputs.resolve(f"s2_l2a={scene}", inputs.Declared())
+    half = read.SceneReader([acquisition], grid_lib.target_grid([acquisition], 20.0)).read(10, 10, 32, 32)["s2_l2a"]
+    with rasterio.open(scene) as source:
+        mean = source.read(1, window=((20, 84), (20, 84))).astype(float).reshape(32, 2, 32, 2).mean((1, 3))
+    assert np.abs(half.values[..., 0] - mean).mean() < 25, "the triangle of two pixels is near the mean"
+
+
+@pytest.mark.parametrize("composite", ["first", "median", "mean"])
+def test_dates_are_composited_by_valid_pixels(tmp_path: Path, composite: str) -> None:
+    values = (1000, 3000, 1600)
+    dates = []
+    for i, value in enumerate(values):
+        data = np.full((12, 64, 64), value, np.uint16)
+        data[:, :32] = 0 if i == 0 else data[:, :32]
+        dates.append(write(tmp_path / f"{i}.tif", data, names=SENSORS["s2_l2a"].band_names))
+    acquisitions = [inputs.resolve(f"s2_l2a={d}", inputs.Declared()) for d in dates]
+    reader = read.SceneReader(acquisitions, grid_lib.target_grid(acquisitions), composite=composite)
+    found = reader.read(0, 0, 64, 64)["s2_l2a"]
+    top, bottom = {"first": (3000, 1000), "median": (2300, 1600), "mean": (2300, 5600 / 3)}[composite]
+    assert found.valid.all()
+    assert found.values[:32] == pytest.approx(top)
+    assert found.values[32:] == pytest.approx(bottom, rel=1e-5)
+
+
+def test_units_end_in_the_same_features(tmp_path: Path) -> None:
+    db, power = radar(tmp_path / "db.tif", 96, 96), radar(tmp_path / "p.tif", 96, 96, power=True)
+    dn = optical(tmp_path / "dn.tif", 96, 96)
+    shifted = write(tmp_path / "o.tif", surface(96, 96, 12) + 1000, names=SENSORS["s2_l2a"].band_names)
+    share = (surface(96, 96, 12) / 10_000).astype(np.float32)
+    reflectance = write(tmp_path / "r.tif", share, names=SENSORS["s2_l2a"].band_names)
+    for key, first, second, flag in (
+        ("s1", db, power, "--unit=s1=power"),
+        ("s2_l2a", dn, reflectance, "--unit=s2_l2a=reflectance"),
+        ("s2_l2a", dn, shifted, "--offset=s2_l2a=1000"),
+    ):
+        outs = [tmp_path / "1.tif", tmp_path / "2.tif"]
+        assert call(out=outs[0], sensors={key: first}) == 0
+        assert call(flag, out=outs[1], sensors={key: second}) == 0
+        assert np.allclose(tokens(outs[0]), tokens(outs[1]), atol=2e-3), flag
+
+
+def test_geographic_rasters_go_to_utm(tmp_path: Path) -> None:
+    degrees = 8.983e-5
+    source = write(
+        tmp_path / "geo.tif", surface(160, 160, 12), crs="EPSG:4326", gsd=degrees, west=9.0, north=46.0,
+        names=SENSORS["s2_l2a"].band_names,
+    )  # fmt: skip
+    out = tmp_path / "e.tif"
+    assert call(out=out, sensors={"s2_l2a": source}) == 0
+    with rasterio.open(out) as found:
+        assert found.crs.to_epsg() == 32632
+        assert found.transform.a == 160
+        center = rasterio.warp.transform_bounds(found.crs, "EPSG:4326", *found.bounds)
+    assert center[0] == pytest.approx(9.0, abs=0.003)
+    assert center[3] == pytest.approx(46.0, abs=0.003)
+
+
+# --- interruption ---
+
+
+def _job(scene: Path, out: Path, model: Model, batch: int = 8) -> tuple[run.Job, store.Unfinished]:
+    acquisition = inputs.resolve(f"s2_l2a={scene}", inputs.Declared())
+    reader = read.SceneReader([acquisition], grid_lib.target_grid([acquisition]))
+    plan = Plan(reader.grid, 96, 48, 16, batch=batch)
+    unfinished = store.Unfinished(out, plan, 24, "mark")
+    return run.Job(WindowEncoder(model, reader.bands, batch), reader, plan, 24, unfinished), unfinished
+
+
+def test_an_interrupted_job_ends_with_the_same_bytes(scene: Path, tmp_path: Path, model: Model) -> None:
+    whole, unfinished = _job(scene, tmp_path / "whole.tif", model)
+    summary = whole.run()
+    assert summary.encoded == summary.windows
+    expected, cls = unfinished.rows_path.read_bytes(), unfinished.cls_path.read_bytes()
+    stops = 0
+    for after in (1, 2, 1, 3, None):
+        job, unfinished = _job(scene, tmp_path / "parts.tif", model)
+        if after is None:
+            assert job.run().resumed > 0
+        else:
+            with pytest.raises(run.Stopped, match="goes on from there"):
+                job.run(stop_after=after)
+            stops += 1
+    assert stops == 4
+    assert unfinished.rows_path.read_bytes() == expected
+    assert unfinished.cls_path.read_bytes() == cls
+
+
+def test_a_job_killed_between_snapshots_goes_on(scene: Path, tmp_path: Path, model: Model) -> None:
+    whole, unfinished = _job(scene, tmp_path / "whole.tif", model)
+    whole.run()
+    expected = unfinished.rows_path.read_bytes()
+    job, unfinished = _job(scene, tmp_path / "parts.tif", model)
+    with pytest.raises(run.Stopped):
+        job.run(stop_after=2)
+    # Rows written after the last snapshot, as a kill leaves them: they must be overwritten.
+    unfinished.write_rows(2, np.full((3, 21, 24), 7.0))
+    job, unfinished = _job(scene, tmp_path / "parts.tif", model)
+    job.run(save_seconds=0)
+    assert unfinished.rows_path.read_bytes() == expected
+
+
+def test_other_settings_do_not_resume(scene: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "e.tif"
+    acquisition = inputs.resolve(f"s2_l2a={scene}", inputs.Declared())
+    plan = Plan(grid_lib.target_grid([acquisition]), 96, 48, 16, batch=8)
+    other = store.Unfinished(out, plan, 24, "other")
+    blender = store.Blender(plan, 24)
+    other.open(blender)
+    other.save(blender, 1)
+    assert call(out=out, sensors={"s2_l2a": scene}) == 1
+    assert "belongs to other inputs" in capsys.readouterr().err
+
+
+# --- formats ---
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_formats_hold_the_same_numbers(scene: Path, tmp_path: Path, dtype: str, model: Model) -> None:
+    exact = tmp_path / "exact.tif"
+    assert call(out=exact, sensors={"s2_l2a": scene}) == 0
+    expected = tokens(exact)
+    tolerance = {"float32": 0, "float16": 2e-3, "int8": np.abs(expected).max() / 127 * 0.51}[dtype]
+    cog = tmp_path / "e.tif"
+    assert call(f"--dtype={dtype}", out=cog, sensors={"s2_l2a": scene}) == 0
+    assert np.abs(tokens(cog) - expected).max() <= tolerance
+    zarr = tmp_path / "e.zarr"
+    assert call(f"--dtype={dtype}", out=zarr, sensors={"s2_l2a": scene}) == 0
+    header = json.loads((zarr / "embedding" / ".zarray").read_text())
+    assert np.dtype(header["dtype"]) == np.dtype(dtype)
+    with rasterio.open(f'ZARR:"{zarr}":/embedding') as found:  # GDAL's reader, not ours
+        stored = np.moveaxis(found.read(), 0, 0)
+    assert stored.size == expected.size
+    assert json.loads((zarr / ".zattrs").read_text())["TERRAFM_WEIGHTS"] == model.weights_hash
+
+
+def test_windows_as_geoparquet(scene: Path, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+    import shapely
+
+    out = tmp_path / "w.parquet"
+    assert call(out=out, sensors={"s2_l2a": scene}) == 0
+    table = pq.read_table(out)
+    assert set(table.column_names) == {
+        "unique_id", "embedding", "timestamp", "product_id", "grid_cell", "grid_row_u", "grid_col_r", "geometry",
+        "centre_lat", "centre_lon", "utm_footprint", "utm_crs", "pixel_bbox",
+    }  # fmt: skip
+    assert len(table) == 16
+    assert len(set(table["unique_id"].to_pylist())) == 16
+    geo = json.loads(table.schema.metadata[b"geo"])
+    assert geo["columns"]["geometry"]["encoding"] == "WKB"
+    left, top, right, bottom = table["pixel_bbox"][0].as_py()
+    assert (right - left, bottom - top) == (96, 96)
+    shape = shapely.from_wkb(table["geometry"][0].as_py())
+    x, y = WEST + (left + 48) * 10, NORTH - (top + 48) * 10
+    (lon,), (lat,) = rasterio.warp.transform(CRS, "EPSG:4326", [x], [y])
+    assert shape.centroid.x == pytest.approx(lon, abs=1e-5)
+    assert shape.centroid.y == pytest.approx(lat, abs=1e-5)
+    assert table["centre_lat"][0].as_py() == pytest.approx(lat, abs=1e-9)
+    assert np.asarray(table["embedding"][0].as_py()).shape == (24,)
+
+
+def test_blocks_of_many_bands_stay_small() -> None:
+    for bands, itemsize in ((768, 4), (1024, 4), (768, 1), (24, 4)):
+        size = output.block_size(bands, itemsize)
+        assert size % 16 == 0
+        assert size * size * bands * itemsize < 64 << 20
+
+
+@pytest.mark.slow
+def test_memory_of_writing_and_of_reading_one_band(tmp_path: Path) -> None:
+    # 700 x 700 tokens of 256 features are 0.5 GB; writing and reading one band must stay far below.
+    code = """
+import resource, sys
+from pathlib import Path
+import numpy as np, rasterio
+from rasterio.crs import CRS
+from terrafm_jax.scenes import output
+from terrafm_jax.scenes.grid import Grid
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+folder = Path(sys.argv[1])
+if sys.argv[2] == "write":
+    with open(folder / "t.f32", "wb") as file:
+        for row in range(700):
+            file.write(np.random.default_rng(row).normal(size=(700, 256)).astype(np.float32).tobytes())
+    before = peak()
+    tokens = np.memmap(folder / "t.f32", np.float32, "r", shape=(700, 700, 256))
+    grid = Grid(CRS.from_epsg(32632), 0, 0, 160.0, 700, 700)
+    output.write_cog(folder / "t.tif", tokens, grid, output.Meta(("f",) * 256, {}), sys.argv[3])
+else:
+    before = peak()
+    with rasterio.Env(GDAL_CACHEMAX=64), rasterio.open(folder / "t.tif") as file:
+        assert file.read(17).shape == (700, 700)
+print(peak() - before)
+"""
+    for args, limit in ((("write", "int8"), 700), (("read", "int8"), 200)):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path), *args], capture_output=True, text=True, check=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert float(done.stdout) < limit, (args, done.stdout)
+
+
+# --- points, dry run ---
+
+
+def test_vectors_at_points(scene: Path, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    xy = [(WEST + 1600, NORTH - 1600), (WEST + 20, NORTH - 20), (WEST - 9000, NORTH)]
+    lons, lats = rasterio.warp.transform(CRS, "EPSG:4326", *zip(*xy, strict=True))
+    path = tmp_path / "p.csv"
+    path.write_text(
+        "name,lon,lat\n" + "\n".join(f"p{i},{a},{b}" for i, (a, b) in enumerate(zip(lons, lats, strict=True)))
+    )
+    out = tmp_path / "p.parquet"
+    assert call(f"--points={path}", out=out, sensors={"s2_l2a": scene}) == 0
+    table = pq.read_table(out)
+    assert table["name"].to_pylist() == ["p0", "p1", "p2"]
+    vectors = np.array(table["embedding"].to_pylist())
+    assert np.isfinite(vectors[:2]).all()
+    assert np.isnan(vectors[2]).all(), "outside of the scene"
+    # One window around the place: the four tokens at its middle.
+    part = tmp_path / "part.tif"
+    with rasterio.open(scene) as source:
+        window = rasterio.windows.Window(160 - 48, 160 - 48, 96, 96)
+        write(
+            part, source.read(window=window), names=SENSORS["s2_l2a"].band_names, west=WEST + 1120, north=NORTH - 1120
+        )
+    alone = tmp_path / "alone.tif"
+    assert call(out=alone, sensors={"s2_l2a": part}) == 0
+    assert np.allclose(vectors[0], tokens(alone)[2:4, 2:4].mean((0, 1)), atol=1e-3)
+
+
+def test_dry_run_says_what_it_would_take(scene: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    out = tmp_path / "e.tif"
+    with caplog.at_level("INFO"):
+        assert call("--dry-run", out=out, sensors={"s2_l2a": scene}) == 0
+    for word in ("windows", "memory", "s encoding", "19 x 21 tokens"):
+        assert word in caplog.text
+    assert not out.exists()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.real
+def test_real_tiles_are_embedded_without_seams(real_data: Path, tmp_path: Path) -> None:
+    base = real_data / "train_tiles" / "terramesh_224"
+    out = tmp_path / "e.tif"
+    sensors = {"s2_l2a": base / "S2L2A/637U_59R_1_3.tif", "s1": base / "S1RTC/637U_59R_1_3.tif"}
+    assert call(out=out, sensors=sensors) == 0
+    with rasterio.open(sensors["s1"]) as source, rasterio.open(out) as found:
+        assert found.bounds == pytest.approx(tuple(source.bounds))
+        assert found.crs == source.crs
+        assert np.isfinite(found.read()).all()
+    native = next((real_data / "train_tiles" / "majortom_core_native").rglob("B02.tif")).parent
+    cell = tmp_path / "cell.tif"
+    assert call(out=cell, sensors={"s2_l2a": native}) == 0
+    values = tokens(cell)
+    plan = Plan(grid_lib.Grid(rasterio.crs.CRS.from_string(CRS), 0, 0, 10.0, 1068, 1068), 96, 48, 16)
+    found = [b for b in grid_lib.borders(plan) if b < values.shape[1] - 1]
+    assert max(_jump(values[:-1, :-1], found, axis) for axis in (0, 1)) <= 1.05
