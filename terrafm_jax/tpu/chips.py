@@ -28,7 +28,7 @@ class Chip:
       wrap: smallest size of an axis at which it closes to a ring (a multiple of it, too).
       dcn: bytes/s a chip's share of the data center network carries in one direction.
       clock: Hz of ``estimated_cycles``.
-      host_chips: chips of one host (VM).
+      host_chips: chips of the largest slice that is one host (VM).
       config: name of the chip configuration that makes one device of a whole chip.
     """
 
@@ -89,9 +89,9 @@ class Topology:
 
     @property
     def hosts(self) -> int:
-        """Number of hosts (VMs) over all slices."""
+        """Number of hosts (VMs) over all slices: four chips each, but up to ``host_chips`` in a slice of one host."""
         per_slice = math.prod(self.shape)
-        return self.slices * max(1, math.ceil(per_slice / self.chip.host_chips))
+        return self.slices * (1 if per_slice <= self.chip.host_chips else math.ceil(per_slice / 4))
 
     @property
     def name(self) -> str:

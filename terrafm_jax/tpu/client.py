@@ -64,3 +64,11 @@ def compile_only(lowered: Lowered, options: Mapping[str, str | bool | int] | Non
         return lowered.compile(compiler_options=dict(options or {}))
     finally:
         jax.config.update(key, before)
+
+
+def compiler_options(chip: str) -> dict[str, str]:
+    """XLA options that training uses on a chip (``Chip.name``); empty where none was found to help."""
+    return dict(_OPTIONS.get(chip, {}))
+
+
+_OPTIONS: dict[str, dict[str, str]] = {}

@@ -1,0 +1,246 @@
+"""Scaling on paper: what bounds a training step from one chip to thousands, in closed form.
+
+Every term is a few lines of arithmetic with stated inputs, so that a disagreement with the compiler's
+numbers (``python -m terrafm_jax.aot``) or with a measurement points at one of them.
+``python -m terrafm_jax.tpu.scaling`` prints the tables of docs/scaling.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from terrafm_jax.models.spec import ModelSpec
+from terrafm_jax.sensors import SENSOR_KEYS
+from terrafm_jax.ssl.views import ViewSpec
+from terrafm_jax.tpu.chips import CHIPS, Chip, Topology
+from terrafm_jax.tpu.network import Network
+from terrafm_jax.training.batches import TILE_METERS, batch_shapes
+from terrafm_jax.training.flops import image_flops
+
+TILES = 1_530_000  # multimodal samples of the paper's data set
+STATE_COPIES = 4  # fp32 parameters, teacher and two moments
+UPDATE_PASSES = 9  # fp32 arrays the update reads (gradient and the four copies) and writes (the four)
+
+_SLICES_2D = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
+_SLICES_3D = {
+    1: (1, 1, 1), 4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8),
+    256: (4, 8, 8), 512: (8, 8, 8), 1024: (8, 8, 16), 2048: (8, 16, 16), 4096: (16, 16, 16),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A model, its views and the length of its training."""
+
+    name: str
+    model: ModelSpec
+    views: ViewSpec
+    batch: int
+    epochs: int
+    tiles: int = TILES
+
+    @property
+    def images(self) -> float:
+        """Samples of the whole run."""
+        return float(self.epochs) * self.tiles
+
+    @property
+    def flops(self) -> float:
+        """FLOPs per image by formula."""
+        return image_flops(self.model, self.views).total
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of backbone and head."""
+        import jax
+
+        from terrafm_jax.models.terrafm import init_params
+
+        tree = jax.eval_shape(lambda: init_params(self.model, jax.random.key(0)))
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def paper_recipes() -> tuple[Recipe, Recipe]:
+    """TerraFM-B and TerraFM-L as published (batch, epochs), with 2 + 8 views."""
+    b, large = (ModelSpec.of_size(size, dtype="bfloat16") for size in ("b", "l"))
+    views = ViewSpec(dtype="bfloat16")
+    return Recipe("B", b, views, 1024, 150), Recipe("L", large, views, 2048, 200)
+
+
+def standard_topology(chip: str, chips: int) -> Topology:
+    """The usual slices for so many chips; v5e and v6e take several slices beyond 256.
+
+    Raises ValueError where no such slice is sold.
+    """
+    table = _SLICES_2D if CHIPS[chip].axes == 2 else _SLICES_3D
+    if chips in table:
+        return Topology(CHIPS[chip], table[chips])
+    largest = max(table)
+    if chips % largest == 0:
+        return Topology(CHIPS[chip], table[largest], chips // largest)
+    raise ValueError(f"{chip}: no slice of {chips} chips; expected one of {list(table)} or a multiple of {largest}")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step by term; terms that overlap with compute carry what stays exposed.
+
+    Attributes:
+      compute: matrix products at the stated efficiency.
+      update: optimizer, EMA and casts, bound by HBM.
+      ici, dcn: gradient sums within and between slices, not overlapped.
+      images: per chip and step.
+      bytes_in: input bytes per image.
+    """
+
+    topology: Topology
+    compute: float
+    update: float
+    ici: float
+    dcn: float
+    images: int
+    flops: float
+    bytes_in: float
+    state_bytes: float
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.update + self.ici + self.dcn
+
+    @property
+    def mfu(self) -> float:
+        return self.images * self.flops / (self.total * self.topology.chip.flops)
+
+    @property
+    def images_per_second(self) -> float:
+        """Of the whole job."""
+        return self.images * self.topology.chips / self.total
+
+    @property
+    def host_bytes_per_second(self) -> float:
+        """What one host has to read, decode and ship."""
+        return self.images_per_second * self.bytes_in / self.topology.hosts
+
+    def checkpoint_seconds(self, host_write: float = 0.5e9) -> float:
+        """Time to write the state when every host writes its part at ``host_write`` bytes/s (asynchronous)."""
+        return self.state_bytes / (self.topology.hosts * host_write)
+
+    @property
+    def limit(self) -> str:
+        """The largest term after compute."""
+        terms = {"HBM": self.update, "ICI": self.ici, "DCN": self.dcn}
+        return max(terms, key=lambda k: terms[k])
+
+
+def tile_bytes(meters: int = TILE_METERS, compression: float = 1.0) -> float:
+    """Bytes of one tile of all sensors at native sampling, as shipped to the device (or read, if compressed)."""
+    import jax
+
+    shapes = jax.tree.leaves(batch_shapes(SENSOR_KEYS, 1, meters))
+    return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in shapes) / compression
+
+
+def step_time(
+    recipe: Recipe,
+    topology: Topology,
+    images: int,
+    *,
+    efficiency: float = 0.62,
+    reduce_bytes: int = 4,
+    overlap: float = 0.0,
+    sharded_update: bool = False,
+    view_sets: int = 1,
+) -> StepTime:
+    """The model.
+
+    Args:
+      images: per chip and step.
+      efficiency: share of peak that compute alone reaches (from the compiler's matrix, docs/scaling.md).
+      reduce_bytes: bytes per gradient element on the wire, 4 or 2.
+      overlap: share of the gradient sums that compute covers.
+      sharded_update: the update is split over the chips (fsdp), so its HBM traffic is, too.
+      view_sets: samples made of each tile that is read.
+    """
+    chip, count = topology.chip, recipe.parameters
+    shards = topology.chips // topology.slices if sharded_update else 1
+    grid = [(s, *c) for s in range(topology.slices) for c in np.ndindex(*topology.shape)]
+    network = Network(topology, tuple(grid))
+    inside = range(topology.chips // topology.slices)
+    gradient = count * reduce_bytes
+    return StepTime(
+        topology=topology,
+        compute=images * recipe.flops / (chip.flops * efficiency),
+        update=UPDATE_PASSES * 4 * count / shards / chip.bandwidth,
+        ici=(1 - overlap) * network.seconds("all-reduce", gradient, inside),
+        dcn=(1 - overlap) * network.exchange_seconds(gradient / len(inside)),
+        images=images,
+        flops=recipe.flops,
+        bytes_in=tile_bytes() / view_sets,
+        state_bytes=STATE_COPIES * 4 * count,
+    )
+
+
+def chip_hours(recipe: Recipe, chip: Chip, mfu: float) -> float:
+    """Chip-hours of the whole recipe at a sustained MFU."""
+    return recipe.images * recipe.flops / (chip.flops * mfu) / 3600
+
+
+def largest_batch(recipe: Recipe, chip: Chip, activations_per_image: float, reserve: float = 0.1) -> int:
+    """Images per chip that fit beside the replicated state; ``activations_per_image`` in bytes."""
+    free = chip.hbm * (1 - reserve) - (STATE_COPIES + 1) * 4 * recipe.parameters
+    return max(0, int(free // activations_per_image))
+
+
+# --- tables -----------------------------------------------------------------------------------
+
+SIZES = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def strong_scaling(recipe: Recipe, chip: str, **options: float) -> list[StepTime]:
+    """The paper's batch over more and more chips (microbatches where one chip cannot hold its part)."""
+    rows = []
+    for chips in SIZES:
+        if chips > recipe.batch:
+            break
+        images = recipe.batch // chips
+        rows.append(step_time(recipe, standard_topology(chip, chips), images, **options))
+    return rows
+
+
+def weak_scaling(recipe: Recipe, chip: str, images: int, **options: float) -> list[StepTime]:
+    """The same images per chip from 1 to 4096 chips; the global batch grows."""
+    return [step_time(recipe, standard_topology(chip, chips), images, **options) for chips in SIZES]
+
+
+def table(rows: list[StepTime]) -> str:
+    """Markdown."""
+    lines = [
+        "| chips | topology | images a chip | global batch | compute ms | update ms | ICI ms | DCN ms | step ms | MFU |"
+        " images/s | GB/s a host | checkpoint s |",
+        "|" + " ---: |" * 13,
+    ]
+    for r in rows:
+        cells = (
+            r.topology.chips, r.topology.name, r.images, r.images * r.topology.chips, f"{r.compute * 1e3:.1f}",
+            f"{r.update * 1e3:.1f}", f"{r.ici * 1e3:.1f}", f"{r.dcn * 1e3:.1f}", f"{r.total * 1e3:.1f}",
+            f"{r.mfu:.0%}", f"{r.images_per_second:,.0f}", f"{r.host_bytes_per_second / 1e9:.2f}",
+            f"{r.checkpoint_seconds():.1f}",
+        )  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    for recipe in paper_recipes():
+        for chip in CHIPS:
+            print(f"\n### {recipe.name}, {chip}: the paper's batch of {recipe.batch}\n")
+            print(table(strong_scaling(recipe, chip)))
+            print(f"\n### {recipe.name}, {chip}: 16 images a chip\n")
+            print(table(weak_scaling(recipe, chip, 16)))
+
+
+if __name__ == "__main__":
+    main()

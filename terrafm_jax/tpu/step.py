@@ -1,0 +1,239 @@
+"""The real train step compiled for a TPU that is not there, and a report of what the compiler made of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import math
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from terrafm_jax import config as config_lib
+from terrafm_jax import landcover
+from terrafm_jax.sensors import Statistics
+from terrafm_jax.tpu import hlo
+from terrafm_jax.tpu.chips import Topology
+from terrafm_jax.tpu.client import compile_only, compiler_options
+from terrafm_jax.tpu.network import Network
+from terrafm_jax.tpu.reckon import Item, Reckoning, reckon
+from terrafm_jax.tpu.scaling import TILES
+from terrafm_jax.training.batches import TILE_METERS, batch_shapes
+from terrafm_jax.training.flops import step_flops
+from terrafm_jax.training.sharding import batch_sharding, batch_shards, bytes_per_device, make_mesh
+from terrafm_jax.training.step import TrainSpec, abstract_state, make_step
+
+# Parts of the step by JAX's name stack, first match wins.
+SCOPES = (
+    ("views", r"(^|/)views(/|$)"),
+    ("teacher", r"(^|/)teacher(/|$)"),
+    ("student backward", r"transpose\(jvp\(student"),
+    ("student forward", r"student"),
+    ("loss", r"loss"),
+    ("update", r"(^|/)update(/|$)"),
+)
+
+
+def build(config: ConfigDict, topology: Topology) -> tuple[TrainSpec, Mesh]:
+    """Spec and mesh of a config on a topology, as ``main`` would make them there.
+
+    Statistics are the published ones and the epoch is the paper's, since no data set is opened.
+
+    Raises:
+      ConfigError: the config is faulty. ShardingError: the mesh does not fit.
+    """
+    config_lib.check(config)
+    shares = [1.0 / landcover.NUM_CATEGORIES] * landcover.NUM_CATEGORIES
+    steps = config_lib.durations(config, TILES)
+    spec = config_lib.train_spec(config, steps, Statistics.published(), shares)
+    spec = dataclasses.replace(spec, model=dataclasses.replace(spec.model, platform="tpu"))
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=topology.devices())
+    return spec, mesh
+
+
+def compile_step(
+    spec: TrainSpec, mesh: Mesh, topology: Topology, *, meters: int = TILE_METERS, options: Mapping | None = None
+) -> dict[str, Any]:
+    """Compiles the step and reports.
+
+    Args:
+      meters: side of the square tiles in the batch.
+      options: XLA options by name; by default those that training uses on this chip.
+
+    Returns:
+      JSON-able report (see ``render``), with the optimized HLO under ``"hlo"``.
+
+    Raises:
+      ReckoningError: the estimate is above 85 % MFU.
+    """
+    options = compiler_options(topology.chip.name) if options is None else dict(options)
+    state = abstract_state(spec, mesh)
+    batch = batch_shapes(spec.model.sensors, spec.optim.batch_size, meters, batch_sharding(mesh))
+    begun = time.monotonic()
+    lowered = make_step(spec, mesh).lower(state, batch)
+    lowered_at = time.monotonic()
+    compiled = compile_only(lowered, options)
+    compiled_at = time.monotonic()
+    text = compiled.as_text()
+    found = reckon(hlo.parse(text), Network.of(topology, list(mesh.devices.flat)), spec.model.depth)
+    report = _header(spec, mesh, topology, options)
+    report |= {"seconds_to_lower": lowered_at - begun, "seconds_to_compile": compiled_at - lowered_at}
+    report |= _memory(compiled, state, batch, topology)
+    report |= _time(spec, mesh, found)
+    report |= _communication(spec, state, mesh, found)
+    report["costliest"] = [_item(i) for i in found.costliest(10)]
+    return report | {"hlo": text}
+
+
+def _header(spec: TrainSpec, mesh: Mesh, topology: Topology, options: Mapping) -> dict[str, Any]:
+    return {
+        "topology": topology.name,
+        "chips": topology.chips,
+        "mesh": dict(mesh.shape),
+        "batch_size": spec.optim.batch_size,
+        "images_per_chip": spec.optim.batch_size / topology.chips,
+        "microbatches": spec.microbatches,
+        "model": {"width": spec.model.width, "depth": spec.model.depth, "scan": spec.model.scan},
+        "remat": spec.model.remat,
+        "dtype": spec.model.dtype,
+        "compiler_options": dict(options),
+        "versions": {name: _version(name) for name in ("jax", "libtpu")},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _memory(compiled: Any, state: Any, batch: Any, topology: Topology) -> dict[str, Any]:
+    """Bytes per chip. The peak is the compiler's, or arguments + outputs not aliased + temporaries + code."""
+    m = compiled.memory_analysis()
+    total = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+    total += m.temp_size_in_bytes + m.generated_code_size_in_bytes
+    return {
+        "memory": {
+            "arguments": m.argument_size_in_bytes,
+            "state": bytes_per_device(state),
+            "batch": bytes_per_device(batch),
+            "temporaries": m.temp_size_in_bytes,
+            "peak": total,
+            "hbm": topology.chip.hbm,
+        },
+        "fits": total <= topology.chip.hbm,
+    }
+
+
+def _time(spec: TrainSpec, mesh: Mesh, found: Reckoning) -> dict[str, Any]:
+    chip, chips = found.network.topology.chip, mesh.size
+    useful = step_flops(spec) * spec.optim.batch_size / chips
+    scopes = found.by_scope(SCOPES)
+    return {
+        "flops": {"formula": useful, "program": found.flops, "ratio": found.flops / useful},
+        "hbm_bytes": found.hbm,
+        "step_seconds": found.seconds,
+        "floor_seconds": found.floor_seconds,
+        "mfu": found.mfu(useful),
+        "hardware_utilization": found.flops / (found.seconds * chip.flops),
+        "images_per_second_per_chip": spec.optim.batch_size / chips / found.seconds,
+        "seconds_by_kind": found.by_kind(),
+        "seconds_by_scope": scopes,
+        "views_share": scopes["views"] / found.seconds,
+    }
+
+
+def _communication(spec: TrainSpec, state: Any, mesh: Mesh, found: Reckoning) -> dict[str, Any]:
+    """Collectives by type against the least that data parallelism needs: one fp32 sum of all gradients."""
+    groups: dict[tuple, dict[str, Any]] = {}
+    for item in found.collectives():
+        key = (item.opcode, item.dtype, item.group, item.asynchronous)
+        entry = groups.setdefault(
+            key,
+            {"opcode": item.opcode, "dtype": item.dtype, "chips": item.group, "asynchronous": item.asynchronous,
+             "count": 0, "bytes": 0.0, "exposed_seconds": 0.0, "hidden_seconds": 0.0},
+        )  # fmt: skip
+        entry["count"] += item.count
+        entry["bytes"] += item.wire
+        entry["exposed_seconds"] += item.seconds
+        entry["hidden_seconds"] += item.hidden
+    parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
+    shards = batch_shards(mesh)
+    rows = sorted(groups.values(), key=lambda e: -e["bytes"])
+    return {
+        "collectives": rows,
+        "gradient_bytes": 4 * parameters * (shards > 1),
+        "reduced_bytes": sum(r["bytes"] for r in rows if r["opcode"] in ("all-reduce", "reduce-scatter")),
+        "foreign_all_gathers": _foreign_gathers(found.items, state, spec),
+    }
+
+
+def _foreign_gathers(items: Iterable[Item], state: Any, spec: TrainSpec) -> list[str]:
+    """All-gathers of more bytes than any parameter has: activations would be among them."""
+    largest = 4 * max(math.prod(x.shape) for x in jax.tree.leaves(state.params))
+    stacked = spec.model.depth * spec.model.width * spec.model.hidden * 4 if spec.model.scan else 0
+    limit = max(largest, stacked)
+    return [f"{i.name} {i.op_name}" for i in items if i.opcode == "all-gather" and i.wire / max(1, i.count) > limit]
+
+
+def _item(item: Item) -> dict[str, Any]:
+    return {
+        "name": item.name,
+        "kind": item.kind,
+        "op_name": item.op_name,
+        "seconds": item.seconds,
+        "count": item.count,
+        "flops": item.flops,
+        "hbm_bytes": item.hbm,
+    }
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """The report as text."""
+    memory, flops, gib = report["memory"], report["flops"], 2**30
+    split = " x ".join(f"{k}={v}" for k, v in report["mesh"].items())
+    lines = [
+        f"{report['topology']}: {report['chips']} chips, {split}, batch {report['batch_size']} "
+        f"({report['images_per_chip']:g} a chip), {report['dtype']}, {report['versions']}",
+        f"lowered in {report['seconds_to_lower']:.0f} s, compiled in {report['seconds_to_compile']:.0f} s",
+        "",
+        f"memory per chip: {memory['peak'] / gib:.2f} of {memory['hbm'] / gib:.0f} GiB"
+        f" (state {memory['state'] / gib:.2f}, batch {memory['batch'] / gib:.2f}, "
+        f"temporaries {memory['temporaries'] / gib:.2f})" + ("" if report["fits"] else "  DOES NOT FIT"),
+        f"FLOPs per chip and step: formula {flops['formula'] / 1e12:.3f} T, program {flops['program'] / 1e12:.3f} T "
+        f"({flops['ratio']:.2f} times)",
+        f"estimated step: {report['step_seconds'] * 1e3:.1f} ms (not below {report['floor_seconds'] * 1e3:.1f} ms by "
+        f"FLOPs and HBM bytes), {report['images_per_second_per_chip']:.0f} images/s a chip, MFU {report['mfu']:.1%}",
+        "",
+        *_shares("by kind", report["seconds_by_kind"], report["step_seconds"]),
+        *_shares("by part", report["seconds_by_scope"], report["step_seconds"]),
+        "",
+        f"collectives (gradients are {report['gradient_bytes'] / 1e6:.0f} MB, "
+        f"summed {report['reduced_bytes'] / 1e6:.0f} MB):",
+    ]
+    for row in report["collectives"][:12]:
+        how = "async" if row["asynchronous"] else "sync"
+        lines.append(
+            f"  {row['opcode']:<20} {row['dtype']:<8} {how:<5} over {row['chips']:>4} x{row['count']:<4} "
+            f"{row['bytes'] / 1e6:>9.2f} MB  exposed {row['exposed_seconds'] * 1e3:>7.3f} ms  "
+            f"hidden {row['hidden_seconds'] * 1e3:>7.3f} ms"
+        )
+    if report["foreign_all_gathers"]:
+        lines.append(f"  ALL-GATHERS LARGER THAN ANY PARAMETER: {report['foreign_all_gathers']}")
+    lines += ["", "costliest:"]
+    for item in report["costliest"]:
+        lines.append(
+            f"  {item['seconds'] * 1e3:>8.3f} ms x{item['count']:<4} {item['kind']:<10} {item['name'][:44]:<44} "
+            f"{item['op_name'][-70:]}"
+        )
+    return "\n".join(lines)
+
+
+def _shares(title: str, seconds: Mapping[str, float], total: float) -> list[str]:
+    rows = sorted(seconds.items(), key=lambda kv: -kv[1])
+    return [f"{title}: " + ", ".join(f"{k} {v * 1e3:.1f} ms ({v / total:.0%})" for k, v in rows if v > 0)]
