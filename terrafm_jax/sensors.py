@@ -235,3 +235,7 @@ class Statistics:
     def arrays(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """float32 mean and std of one sensor, each [bands]."""
         return np.asarray(self.mean[key], np.float32), np.asarray(self.std[key], np.float32)
+
+    def __getitem__(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """The same as :meth:`arrays`, so that a Statistics serves where a mapping of arrays is asked for."""
+        return self.arrays(key)

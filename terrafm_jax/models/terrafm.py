@@ -142,7 +142,8 @@ def encode(
     Raises:
       ValueError: unknown sensors, wrong shapes, several sensors without fusion weights, layer out of range.
     """
-    taps = _check(spec, patches, present, layers)
+    stems = (backbone.params if isinstance(backbone, Prepared) else backbone)["patch_embed"]
+    taps = _check(spec, stems, patches, present, layers)
     patches = {sensor: patches[sensor] for sensor in spec.sensors if sensor in patches}
     if present is not None:
         present = jnp.stack([present[:, spec.sensors.index(sensor)] for sensor in patches], axis=1)
@@ -178,7 +179,7 @@ def _add_positions(spec: ModelSpec, backbone: Params, tokens: Array) -> Array:
 
 
 def _check(
-    spec: ModelSpec, patches: Mapping[str, Array], present: Array | None, layers: Sequence[int]
+    spec: ModelSpec, embed: Params, patches: Mapping[str, Array], present: Array | None, layers: Sequence[int]
 ) -> tuple[int, ...]:
     """Raises ValueError naming all faults of the arguments; returns the layers as positive numbers."""
     faults = [f"unknown sensor {s!r}; configured are {spec.sensors}" for s in patches if s not in spec.sensors]
@@ -190,8 +191,9 @@ def _check(
     if len({shape[:-1] for shape in shapes.values()}) > 1 or any(len(shape) != 4 for shape in shapes.values()):
         faults.append(f"patches must be [B, h, w, p*p*C] with equal B, h, w; found {shapes}")
     for s, shape in shapes.items():
-        if s in spec.sensors and shape[-1] != spec.patch_features(s):
-            faults.append(f"{s}: patches have {shape[-1]} values; expected {spec.patch_features(s)}")
+        # Not the sensor table: a caller may have cut the stem to fewer bands.
+        if s in spec.sensors and shape[-1] != (values := embed[f"conv2d_{s}"]["kernel"].shape[0]):
+            faults.append(f"{s}: patches have {shape[-1]} values; expected {values}")
     batch = next(iter(shapes.values()), (0,))[0]
     if present is not None and present.shape != (batch, len(spec.sensors)):
         faults.append(f"present has shape {present.shape}; expected {(batch, len(spec.sensors))}")

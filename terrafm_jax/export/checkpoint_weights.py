@@ -1,0 +1,46 @@
+"""Teacher or student out of an Orbax checkpoint, on any topology, without the rest of the state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from terrafm_jax.weights import WeightsError
+
+_STATE, _META = "state", "meta"
+_FIELD = {"teacher": "teacher", "student": "params"}  # fields of training.state.TrainState
+
+
+def find_checkpoint(path: Any) -> Any | None:
+    """The step folder that ``path`` is or, for a workdir or its ``checkpoints``, the newest complete one."""
+    if (path / _STATE).is_dir() and (path / _META).is_dir():
+        return path
+    for root in (path / "checkpoints", path):
+        if root.is_dir():
+            steps = [c for c in root.iterdir() if c.name.isdigit() and (c / _STATE).is_dir() and (c / _META).is_dir()]
+            if steps:
+                return max(steps, key=lambda c: int(c.name))
+    return None
+
+
+def read_checkpoint(step: Any, which: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parameters as float32 NumPy arrays and the checkpoint's meta. Raises WeightsError."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    try:
+        handler = ocp.PyTreeCheckpointHandler()
+        with ocp.Checkpointer(handler) as reader:
+            tree = reader.metadata(step / _STATE).item_metadata.tree
+            wanted = {_FIELD[which]: jax.tree.map(lambda _: np.zeros(()), tree[_FIELD[which]])}
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.float32), wanted)
+            found = reader.restore(
+                step / _STATE, args=ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True)
+            )
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            meta = reader.restore(step / _META, args=ocp.args.JsonRestore())
+    except Exception as error:  # orbax and tensorstore raise many kinds
+        reason = str(error).strip().split("\n")[0][:200]
+        raise WeightsError(f"{step}: the checkpoint cannot be read ({reason}); use an older step of the run") from error
+    return found[_FIELD[which]], meta

@@ -1,0 +1,293 @@
+"""A loaded network as a function of named sensors in stated units: what ``terrafm_jax.load`` returns."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from terrafm_jax import units as units_lib
+from terrafm_jax import weights
+from terrafm_jax.loader import Loaded
+from terrafm_jax.models import Features, ModelSpec, patchify, terrafm
+from terrafm_jax.sensors import SENSOR_KEYS, SENSORS, Sensor, SensorError, normalize
+
+log = logging.getLogger(__name__)
+
+FILL = 0.5  # the normalised value of the mean: what a pixel without a measurement gets, as in training
+MIN_SIDE = 16
+_UPSTREAM_STEM = "s2_l1c"  # the stem that upstream's code takes for every 12-band input
+
+
+class InputError(ValueError):
+    """Arguments of ``Model.encode`` do not fit together or do not fit the weights."""
+
+
+class Model:
+    """Pretrained weights ready to encode.
+
+    Attributes:
+      spec: the network. stats: normalisation statistics, ``stats[sensor]`` is (mean, std).
+      backbone: parameters (float32). head: those of the DINO head, or None.
+      meta: what the writer recorded (config, step, metrics). source: where the weights were read.
+      upstream_l2a_stem: reproduce the released code's fault of sending L2A through the L1C stem. Published
+        numbers were measured that way; off by default.
+    """
+
+    def __init__(self, loaded: Loaded):
+        self.spec, self.stats, self.meta, self.source = loaded.spec, loaded.stats, loaded.meta, loaded.source
+        self.backbone, self.head = loaded.params["backbone"], loaded.params.get("head")
+        self.upstream_l2a_stem = False
+        self._said: set[Any] = set()
+        self._compiled: dict[Any, Any] = {}
+
+    def __repr__(self) -> str:
+        kind = "with fusion" if self.spec.fusion else "one sensor at a time"
+        return f"Model(width={self.spec.width}, depth={self.spec.depth}, sensors={self.spec.sensors}, {kind})"
+
+    @functools.cached_property
+    def weights_hash(self) -> str:
+        """SHA-256 of the backbone: names, shapes and values."""
+        return weights.content_hash(self.backbone)
+
+    @functools.cached_property
+    def _mesh(self) -> jax.sharding.Mesh:
+        devices = jax.local_devices()
+        return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+
+    @functools.cached_property
+    def _placed(self) -> Any:
+        """The backbone on every local device, copied once."""
+        return jax.device_put(self.backbone, NamedSharding(self._mesh, PartitionSpec()))
+
+    def encode(
+        self,
+        *,
+        s2_l2a: Any = None,
+        s2_l1c: Any = None,
+        s1: Any = None,
+        mask: Any = None,
+        units: Mapping[str, str] | None = None,
+        offset: Any = 0.0,
+        bands: Mapping[str, Sequence[str]] | None = None,
+        layers: Sequence[int] = (),
+        batch_size: int = 32,
+    ) -> Features:
+        """Class tokens and patch tokens of images.
+
+        Args:
+          s2_l2a, s2_l1c, s1: [B, H, W, bands] (or [H, W, bands], a batch of one) of one or several sensors,
+            which are fused. H and W are at least 16; sides that are no multiple of the patch are continued by
+            repeating the last row or column, so the grid is ceil(H / 16) x ceil(W / 16).
+          mask: bool, True where a pixel is no measurement: [B, H, W] for all sensors, or a dict by sensor. Pixels
+            that are not finite or, in DN, zero in all bands are masked anyway. Masked pixels get the mean; a sensor
+            without any measurement in an image takes no part in its fusion.
+          units: by sensor, "DN" (default) or "reflectance" for Sentinel-2, "dB" (default) or "linear" for
+            Sentinel-1. What is declared wins; what is not declared is refused if it looks like something else.
+          offset: DN to subtract from Sentinel-2 (1000 for processing baselines from 04.00 on unless the values
+            are harmonised): a number, [B], or a dict of these by sensor.
+          bands: by sensor, the names of the bands given, in their order. Default: all, in canonical order.
+          layers: blocks (0-based, negative from the end) whose features are returned too.
+          batch_size: images a device handles at once.
+
+        Returns:
+          Features of float32 NumPy arrays: cls [B, d], patches [B, h, w, d], layers.
+
+        Raises:
+          InputError, SensorError, UnitError: see the message; nothing was computed.
+        """
+        images = {k: v for k, v in (("s1", s1), ("s2_l1c", s2_l1c), ("s2_l2a", s2_l2a)) if v is not None}
+        inputs, columns = self._inputs(images, mask, units or {}, offset, bands or {})
+        layers = self._layers(layers)
+        parts = [self._run(chunk, columns, layers) for chunk in self._chunks(inputs, batch_size)]
+        return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+    # --- checking and converting on the host ---
+
+    def _inputs(
+        self, given: dict[str, Any], mask: Any, units: Mapping[str, str], offset: Any, bands: Mapping[str, Any]
+    ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, tuple[int, ...]]]:
+        """Per sensor values float32 [B, H, W, C] in DN or dB, ignore [B, H, W], offset [B]; and the bands' columns."""
+        images = {key: self._image(key, value) for key, value in given.items()}
+        self._check(images, {"units": units, "bands": bands, "offset": offset, "mask": mask})
+        inputs, columns = {}, {}
+        for key, image in images.items():
+            sensor, unit = SENSORS[key], units.get(key)
+            kept, names = self._kept(sensor, image.shape[-1], bands.get(key))
+            columns[key] = sensor.indices(names)
+            image = image[..., kept]
+            if set(names) != set(sensor.band_names):
+                lacking = ", ".join(sorted(set(sensor.band_names) - set(names)))
+                self._say_once(f"{key}: stem sliced to {', '.join(names)}; without {lacking}")
+            ignore = ~np.isfinite(image).all(-1)
+            if sensor.unit == "DN" and unit in (None, "DN"):
+                ignore |= (image == sensor.nodata).all(-1)
+            ours = mask.get(key) if isinstance(mask, Mapping) else mask
+            if ours is not None:
+                ignore |= self._mask(key, ours, image.shape[:3])
+            values = units_lib.to_sensor_unit(image, sensor, unit, ignore)
+            inputs[key] = {"values": values, "ignore": ignore, "offset": self._offset(sensor, offset, unit, len(image))}
+        return inputs, columns
+
+    def _image(self, key: str, value: Any) -> np.ndarray:
+        image = np.asarray(value)
+        image = image[None] if image.ndim == 3 else image
+        if image.ndim != 4 or min(image.shape[1:3], default=0) < MIN_SIDE or not len(image):
+            raise InputError(f"{key}: shape {np.shape(value)}; expected [B, H, W, bands] of at least {MIN_SIDE} pixels")
+        if image.dtype.kind not in "iuf":
+            raise InputError(f"{key}: type {image.dtype}; expected integers or floats")
+        return image
+
+    def _check(self, images: Mapping[str, np.ndarray], by_sensor: Mapping[str, Any]) -> None:
+        faults = []
+        known = tuple(k for k in SENSOR_KEYS if k in self.spec.sensors)
+        if not images:
+            faults.append(f"no sensor given; these weights take {', '.join(known)}")
+        unknown = [k for k in images if k not in known and not (k == "s2_l2a" and self.upstream_l2a_stem)]
+        if unknown:
+            faults.append(f"these weights have no stem for {', '.join(unknown)}; they take {', '.join(known)}")
+        if len(images) > 1 and not self.spec.fusion:
+            faults.append(
+                f"{', '.join(images)} together, but these weights have no fusion (the released ones do not); "
+                "encode one sensor at a time"
+            )
+        if len({image.shape[:3] for image in images.values()}) > 1:
+            faults.append(
+                f"sensors differ in shape: { {k: v.shape for k, v in images.items()} }; warp them to one grid"
+            )
+        for name, value in by_sensor.items():
+            stray = sorted(set(value) - set(images)) if isinstance(value, Mapping) else []
+            if stray:
+                faults.append(f"{name} names {', '.join(stray)}, which was not given")
+        if faults:
+            raise InputError("encode: " + "; ".join(faults))
+
+    def _kept(self, sensor: Sensor, count: int, names: Sequence[str] | None) -> tuple[list[int], tuple[str, ...]]:
+        """Positions in the given array of the bands the model sees, and their canonical names."""
+        if names is None:
+            if count != len(sensor.band_names):
+                raise InputError(
+                    f"{sensor.key}: {count} bands without names; expected {len(sensor.band_names)} "
+                    f"({', '.join(sensor.band_names)}), or name them: bands={{'{sensor.key}': [...]}}"
+                )
+            return list(range(count)), sensor.band_names
+        if len(names) != count:
+            raise InputError(f"{sensor.key}: {count} bands but {len(names)} names: {', '.join(names)}")
+        dropped = {alias.lower() for band in sensor.dropped for alias in (band.name, *band.aliases)}
+        kept = [i for i, name in enumerate(names) if name.strip().lower() not in dropped]
+        found = sensor.canonical(names[i] for i in kept)
+        twice = sorted({name for name in found if found.count(name) > 1})
+        if twice or not found:
+            raise SensorError(f"{sensor.key}: bands {twice or list(names)} given twice or none of the model's given")
+        return kept, found
+
+    @staticmethod
+    def _mask(key: str, given: Any, shape: tuple[int, ...]) -> np.ndarray:
+        given = np.asarray(given)
+        given = given[None] if given.ndim == 2 else given
+        if given.shape != shape or given.dtype != bool:
+            raise InputError(
+                f"mask of {key}: {given.dtype} {given.shape}; expected bool {shape}, True where not measured"
+            )
+        return given
+
+    @staticmethod
+    def _offset(sensor: Sensor, offset: Any, unit: str | None, count: int) -> np.ndarray:
+        given = offset.get(sensor.key, 0.0) if isinstance(offset, Mapping) else offset
+        given = np.asarray(given, np.float32)
+        if given.shape not in ((), (count,)):
+            raise InputError(f"offset of {sensor.key}: shape {given.shape}; expected a number or [{count}]")
+        if not given.any():
+            return np.zeros(count, np.float32)
+        if sensor.unit != "DN":
+            if isinstance(offset, Mapping):
+                raise InputError(f"offset of {sensor.key}: only Sentinel-2 has one")
+            return np.zeros(count, np.float32)
+        if unit == "reflectance":
+            raise InputError(f"offset of {sensor.key}: reflectance has none; give DN, or subtract it beforehand")
+        return np.broadcast_to(given, (count,)).astype(np.float32)
+
+    def _layers(self, layers: Sequence[int]) -> tuple[int, ...]:
+        wrong = [i for i in layers if not -self.spec.depth <= i < self.spec.depth]
+        if wrong:
+            raise InputError(f"layers {wrong} do not exist; depth is {self.spec.depth}")
+        return tuple(int(i) % self.spec.depth for i in layers)
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            log.info(text)
+
+    # --- computing on the devices ---
+
+    def _chunks(self, inputs: dict[str, dict[str, np.ndarray]], batch_size: int) -> Iterator[tuple[Any, int]]:
+        """Pieces of at most ``batch_size`` images a device, padded to a multiple of the devices."""
+        count = len(next(iter(inputs.values()))["offset"])
+        size = max(1, batch_size) * self._mesh.size
+        for start in range(0, count, size):
+            piece = jax.tree.map(lambda x, a=start: x[a : a + size], inputs)
+            kept = min(size, count - start)
+            missing = -kept % self._mesh.size
+            if missing:
+                piece = jax.tree.map(lambda x, n=missing: np.concatenate([x, np.repeat(x[-1:], n, 0)]), piece)
+            yield piece, kept
+
+    def _run(self, chunk: tuple[Any, int], columns: Mapping[str, tuple[int, ...]], layers: tuple[int, ...]) -> Features:
+        inputs, kept = chunk
+        key = (tuple(sorted(columns.items())), layers, self.upstream_l2a_stem)
+        if key not in self._compiled:
+            forward = functools.partial(self._forward, columns=dict(columns), layers=layers)
+            self._compiled[key] = jax.jit(forward)
+        rows = NamedSharding(self._mesh, PartitionSpec("data"))
+        found = self._compiled[key](self._placed, jax.device_put(inputs, rows))
+        return jax.tree.map(lambda x: np.asarray(x)[:kept], found)
+
+    def _forward(
+        self, backbone: Any, inputs: Any, *, columns: Mapping[str, tuple[int, ...]], layers: tuple[int, ...]
+    ) -> Features:
+        patches, measured = {}, {}
+        for key, given in inputs.items():
+            mean, std = (jnp.asarray(a)[np.array(columns[key])][None, None, None] for a in self.stats[key])
+            x = normalize(given["values"], mean, std, given["offset"][:, None, None, None])
+            x = jnp.where(given["ignore"][..., None], FILL, x)
+            stem = _UPSTREAM_STEM if key == "s2_l2a" and self.upstream_l2a_stem else key
+            backbone = sliced(backbone, stem, columns[key], self.spec)
+            patches[stem] = patchify(pad_to_patches(x, self.spec.patch), self.spec.patch)
+            measured[stem] = ~given["ignore"].all((1, 2))
+        found = terrafm.encode(self.spec, backbone, patches, self._present(measured), layers=layers)
+        return jax.tree.map(lambda x: x.astype(jnp.float32), found)
+
+    def _present(self, measured: Mapping[str, Array]) -> Array | None:
+        """bool [B, S]; an image in which nothing at all was measured keeps its sensors, to stay defined."""
+        if len(measured) == 1:
+            return None
+        count = len(next(iter(measured.values())))
+        rows = [measured.get(s, jnp.zeros(count, bool)) for s in self.spec.sensors]
+        given = jnp.array([[s in measured for s in self.spec.sensors]])
+        present = jnp.stack(rows, axis=1)
+        return jnp.where(present.any(1, keepdims=True), present, given)
+
+
+def sliced(backbone: Any, sensor: str, columns: Sequence[int], spec: ModelSpec) -> Any:
+    """The backbone with the stem of ``sensor`` cut to the bands at ``columns``, in that order."""
+    bands = len(SENSORS[sensor].bands)
+    if tuple(columns) == tuple(range(bands)):
+        return backbone
+    embed = backbone["patch_embed"]
+    stem = embed[f"conv2d_{sensor}"]
+    kernel = jnp.asarray(stem["kernel"]).reshape(spec.patch**2, bands, -1)[:, np.array(columns)]
+    stem = {**stem, "kernel": kernel.reshape(spec.patch**2 * len(columns), -1)}
+    return {**backbone, "patch_embed": {**embed, f"conv2d_{sensor}": stem}}
+
+
+def pad_to_patches(x: Array, patch: int) -> Array:
+    """[B, H, W, C] continued to multiples of ``patch`` by repeating the last row and column."""
+    rows, columns = -x.shape[1] % patch, -x.shape[2] % patch
+    return jnp.pad(x, ((0, 0), (0, rows), (0, columns), (0, 0)), mode="edge") if rows or columns else x
