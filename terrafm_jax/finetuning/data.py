@@ -1,0 +1,100 @@
+"""Batches of labelled images as a function of the step: seeded order, this process's rows, read ahead by threads."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from terrafm_jax.evals.datasets.base import DatasetInfo, Sample, Split, collate
+
+AHEAD = 3  # batches read before they are needed
+
+
+@dataclasses.dataclass
+class Source:
+    """A split that is read in batches.
+
+    Attributes:
+      inputs: sensors to read. task: decides the type of targets. threads: of reading.
+      cache: keep decoded samples in memory.
+    """
+
+    info: DatasetInfo
+    split: Split
+    inputs: tuple[str, ...]
+    threads: int = 4
+    cache: bool = False
+
+    def __post_init__(self) -> None:
+        self._kept: dict[int, Sample] = {}
+        self._pool = ThreadPoolExecutor(max(1, self.threads))
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def read(self, row: int) -> Sample:
+        if row in self._kept:
+            return self._kept[row]
+        sample = self.split[row]
+        if self.cache:
+            self._kept[row] = sample
+        return sample
+
+    def batch(self, rows: Sequence[int]) -> dict[str, Any]:
+        """images, bands, offset per sensor and targets of the given rows."""
+        samples = list(self._pool.map(self.read, rows))
+        found = collate(self.info, samples, self.inputs)
+        kind = {"multilabel": np.float32, "regression": np.float32}.get(self.info.task, np.int32)
+        targets = np.stack([np.asarray(s.target) for s in samples]).astype(kind)
+        return {"images": found.images, "bands": found.bands, "offset": found.offset, "targets": targets}
+
+    def order(self, epoch: int, seed: int) -> np.ndarray:
+        return np.random.default_rng([seed, epoch]).permutation(len(self.split))
+
+    def rows(self, step: int, batch_size: int, seed: int) -> np.ndarray:
+        """Rows of the global batch of ``step``; the last batch of an epoch is filled from its front."""
+        per_epoch = steps_per_epoch(len(self.split), batch_size)
+        epoch, at = divmod(step, per_epoch)
+        return np.resize(np.roll(self.order(epoch, seed), -at * batch_size), batch_size)
+
+    def train(self, start: int, stop: int, batch_size: int, seed: int) -> Iterator[dict[str, Any]]:
+        """This process's part of the batches of steps start..stop-1, read ahead of the device."""
+        count, index = jax.process_count(), jax.process_index()
+        part = slice(index * batch_size // count, (index + 1) * batch_size // count)
+        with ThreadPoolExecutor(1) as ahead:
+            waiting = []
+            step = start
+            while step < stop or waiting:
+                while step < stop and len(waiting) < AHEAD:
+                    waiting.append(ahead.submit(self.batch, self.rows(step, batch_size, seed)[part]))
+                    step += 1
+                yield waiting.pop(0).result()
+
+    def evaluate(self, batch_size: int) -> Iterator[tuple[dict[str, Any], int]]:
+        """Batches in order, the last one filled up by repetition, with the number of samples that count."""
+        for lo in range(0, len(self.split), batch_size):
+            rows = list(range(lo, min(lo + batch_size, len(self.split))))
+            yield self.batch(np.resize(rows, batch_size)), len(rows)
+
+
+def steps_per_epoch(samples: int, batch_size: int) -> int:
+    return -(-samples // batch_size)
+
+
+def class_weights(source: Source, classes: int, ignore: int) -> np.ndarray:
+    """float32 [C] inverse frequencies with mean 1 over the labels; reads all masks for segmentation."""
+    counts = np.zeros(classes)
+    for i in range(len(source)):
+        labels = source.split.labels[i] if source.split.labels is not None else source.read(i).target
+        labels = np.asarray(labels).reshape(-1)
+        counts += np.bincount(labels[labels != ignore].astype(int), minlength=classes)[:classes]
+    weights = counts.sum() / np.maximum(counts, 1) / max((counts > 0).sum(), 1)
+    return np.where(counts > 0, weights, 0.0).astype(np.float32)

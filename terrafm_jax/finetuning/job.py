@@ -1,0 +1,223 @@
+"""A fine-tuning job: data set, weights and config become runs, one per learning rate; the best is tested and kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from terrafm_jax.config import ConfigError
+from terrafm_jax.evals import protocols, report, store
+from terrafm_jax.evals.datasets import open_suite
+from terrafm_jax.evals.datasets.base import Dataset, Split, few_shot, label_fraction
+from terrafm_jax.evals.encoders import open_encoder
+from terrafm_jax.evals.features import Encoder, FeatureError
+from terrafm_jax.evals.linear import task_of
+from terrafm_jax.finetuning import config as schema
+from terrafm_jax.finetuning.data import Source, class_weights, steps_per_epoch
+from terrafm_jax.finetuning.network import Adam, TuneSpec
+from terrafm_jax.finetuning.trainer import Plan, Run, selection
+from terrafm_jax.training import workdir as workdir_lib
+from terrafm_jax.training.preemption import StopRequest
+from terrafm_jax.training.sharding import check_batch, make_mesh
+
+PROTOCOL = "finetune"
+
+
+@dataclasses.dataclass
+class Job:
+    """Reads config, weights and data; :meth:`run` trains. Raises ConfigError, DatasetError, FeatureError."""
+
+    config: ConfigDict
+    workdir: str
+    say: Callable[[str], None] = print
+
+    def __post_init__(self) -> None:
+        schema.check(self.config)
+        c = self.config
+        encoder = open_encoder(c.init_from, c.image_size, c.compute.dtype)
+        if not isinstance(encoder, Encoder):
+            raise ConfigError(f"config.init_from: {c.init_from!r} has no weights to tune")
+        self.encoder, self.dataset = encoder, _dataset(c)
+        self.inputs = _inputs(c, encoder, self.dataset)
+        self.folder = Path(self.workdir)
+
+    def sources(self) -> dict[str, Source]:
+        """The splits to read; without a validation split a fifth of train is held out."""
+        c, splits = self.config, dict(self.dataset.splits)
+        if "train" not in splits:
+            raise ConfigError(f"{self.dataset.info.name}: has no train split, only {list(splits)}")
+        splits["train"] = _subset(splits["train"], c.data.fraction, c.data.shots, c.seed)
+        if "val" not in splits or not len(splits["val"]):
+            splits["train"], splits["val"] = _hold_out(splits["train"], c.seed)
+            self.say(f"no validation split: {len(splits['val'])} train samples are held out")
+        if c.data.limit:
+            splits = {k: s.subset(store._spread(len(s), min(c.data.limit, len(s)))) for k, s in splits.items()}
+        cache = c.data.cache == "ram"
+        return {k: Source(self.dataset.info, s, self.inputs, c.data.threads, cache) for k, s in splits.items()}
+
+    def plan(self, sources: dict[str, Source], rate: float) -> Plan:
+        c, info = self.config, self.dataset.info
+        outputs = 1 if info.task == "regression" else len(info.classes)
+        head = c.head
+        if head == "auto":
+            head = "patch_linear" if info.task == "segmentation" else "linear"
+        model = dataclasses.replace(self.encoder.spec, drop_path=c.drop_path)
+        spec = TuneSpec(
+            model, self.inputs, info.task, outputs, head, c.mode, c.last_blocks, c.lora_rank, c.lora_alpha,
+            c.image_size, info.ignore, c.head_norm, c.upernet_channels,
+        )  # fmt: skip
+        mesh = make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
+        check_batch(mesh, c.batch_size, c.microbatches)
+        check_batch(mesh, c.eval_batch_size)
+        if c.mixup and info.task not in protocols.WHOLE_IMAGE:
+            raise ConfigError(f"config.mixup: {c.mixup} does not apply to {info.task}")
+        total = steps_per_epoch(len(sources["train"]), c.batch_size) * c.epochs
+        adam = Adam(rate, total, round(c.warmup * total), min(c.min_rate, rate), c.weight_decay, c.clip, c.layer_decay)
+        weights, scale = None, (0.0, 1.0)
+        if c.class_weights == "balanced" and info.task in ("classification", "segmentation"):
+            weights = class_weights(sources["train"], outputs, info.ignore)
+        if info.task == "regression":
+            values = np.array([float(sources["train"].read(i).target) for i in range(len(sources["train"]))])
+            scale = (float(values.mean()), float(values.std()) or 1.0)
+        return Plan(
+            spec, adam, self.encoder.statistics, mesh, c.batch_size, c.microbatches, c.eval_batch_size, c.epochs,
+            c.seed, c.flips, c.mixup, c.label_smoothing, c.patience, weights, scale, tuple(info.classes),
+            c.resamples, c.name or self.encoder.name,
+        )  # fmt: skip
+
+    def run(self) -> dict[str, Any] | None:
+        """Trains every rate, tests the best and writes ``best/``, ``results.*`` and ``predictions/``.
+
+        Returns the row of results.jsonl, or None when it was stopped early (start again to continue).
+        """
+        workdir_lib.claim(self.workdir, self.config, write=jax.process_index() == 0)
+        sources, stop = self.sources(), StopRequest()
+        shown = ", ".join(f"{k} {len(s)}" for k, s in sources.items())
+        self.say(f"{self.dataset.info.name} ({self.dataset.info.task}): {shown}; inputs {'+'.join(self.inputs)}")
+        finished: list[tuple[float, Run]] = []
+        try:
+            for rate in self.config.rates:
+                run = Run(self.plan(sources, rate), self.folder / f"lr_{rate:g}", sources,
+                          tensorboard=self.config.tensorboard, say=self.say)  # fmt: skip
+                if not run.train(self.encoder.params, self.config.stop_at_epoch, stop):
+                    run.close()
+                    self.say(f"stopped; start again with --workdir={self.workdir} to continue")
+                    return None
+                finished.append((run.best[0], run))
+            best = max(finished, key=lambda f: f[0])[1]
+            return self._finish(best, sources)
+        finally:
+            stop.close()
+            for _, run in finished:
+                run.close()
+            for source in sources.values():
+                source.close()
+
+    def _finish(self, best: Run, sources: dict[str, Source]) -> dict[str, Any]:
+        state = best.best_state(self.encoder.params)
+        split = "test" if "test" in sources else "val"
+        result = best.evaluate(state, split)
+        c, info = self.config, self.dataset.info
+        row = {
+            "key": f"finetune-{Path(self.workdir).name}", "model": best.plan.name, "weights": self.encoder.weights_hash,
+            "suite": c.data.suite, "dataset": info.name, "task": info.task, "inputs": list(self.inputs),
+            "image_size": c.image_size, "protocol": self.protocol(), "fraction": c.data.fraction,
+            "shots": c.data.shots, "seed": c.seed, "metrics": report.as_entry(result.metrics),
+            "per_class": result.per_class, "classes": list(info.classes), "confusion": result.confusion,
+            "settings": result.settings | {"split": split, "rates": list(c.rates)}, "note": info.note,
+        }  # fmt: skip
+        if jax.process_index() == 0:
+            shutil.copytree(Path(str(best.folder)) / "best", self.folder / "best", dirs_exist_ok=True)
+            (self.folder / "results.jsonl").write_text(json.dumps(row, default=store._plain) + "\n")
+            (self.folder / "results.md").write_text(report.markdown([row]))
+            if row["confusion"] is not None:
+                report.confusion_figure(row, self.folder / "figures" / "confusion.png")
+        if c.predictions:
+            from terrafm_jax.finetuning.predict import write_predictions
+
+            write_predictions(self.folder / "predictions", best, state, split, info)
+        headline = protocols.headline("", info.task)
+        self.say(f"{info.name}: {headline} {result.metrics[headline]} on {split}, rate {best.plan.adam.rate:g}")
+        return row
+
+    def protocol(self) -> str:
+        """``galileo-finetune/1`` where the config is that protocol, else a description."""
+        c = self.config
+        reference = schema.base()
+        fields = ("epochs", "batch_size", "warmup", "weight_decay", "clip", "layer_decay", "min_rate", "mode", "mixup",
+                  "class_weights", "patience")  # fmt: skip
+        same = all(c[k] == reference[k] for k in fields)
+        if same and tuple(c.rates) == GALILEO_FINETUNE_RATES and c.head in ("auto", "linear"):
+            return "galileo-finetune/1"
+        return f"{PROTOCOL}: {c.mode}, {c.epochs} epochs"
+
+
+GALILEO_FINETUNE_RATES = (1e-5, 3e-5, 6e-5, 1e-4, 3e-4, 6e-4, 1e-3, 3e-3, 6e-3)
+
+
+def _dataset(c: ConfigDict) -> Dataset:
+    options = {"bands": c.data.bands} if c.data.bands else {}
+    found = open_suite(c.data.suite, c.data.dir, (c.data.name,) if c.data.name else (), **options)
+    if len(found) != 1:
+        raise ConfigError(f"config.data.name: give one of {[d.info.name for d in found]}")
+    dataset = store.tiled(found[0], c.data.tile) if c.data.tile else found[0]
+    if dataset.info.task == "change":
+        raise ConfigError(f"{dataset.info.name}: change pairs are evaluated by feature difference, not fine-tuned")
+    return dataset
+
+
+def _inputs(c: ConfigDict, encoder: Encoder, dataset: Dataset) -> tuple[str, ...]:
+    if c.data.inputs:
+        return encoder.check(dataset.info.select(tuple(c.data.inputs)))
+    shared = [k for k in dataset.info.inputs if k in encoder.spec.sensors]
+    try:
+        return encoder.check(shared)
+    except FeatureError:
+        if not shared:
+            raise
+        return encoder.check(shared[-1:])  # weights without fusion take one sensor: the optical one stands last
+
+
+def _targets(split: Split) -> np.ndarray:
+    """Labels for stratified draws; segmentation masks are not read."""
+    if split.labels is not None:
+        return split.labels
+    first = split[0].target
+    if np.ndim(first) == 2:
+        return np.zeros((len(split), 1))
+    return np.asarray([split[i].target for i in range(len(split))])
+
+
+def _subset(split: Split, fraction: float, shots: int, seed: int) -> Split:
+    if fraction == 1 and not shots:
+        return split
+    targets = _targets(split)
+    if shots and task_of(targets) == "classification":
+        return split.subset(few_shot(targets, shots, seed))
+    if shots:
+        raise ConfigError("config.data.shots: needs one class per sample")
+    return split.subset(label_fraction(targets, fraction, seed))
+
+
+def _hold_out(split: Split, seed: int) -> tuple[Split, Split]:
+    held = label_fraction(_targets(split), 0.2, seed)
+    rest = np.setdiff1d(np.arange(len(split)), held)
+    return split.subset(rest), split.subset(held)
+
+
+def score_of(row: dict[str, Any]) -> float:
+    """Headline of a row, higher is better (tests and notebooks)."""
+    name = protocols.headline("", row["task"])
+    value = row["metrics"][name]["value"]
+    return -value if row["task"] == "regression" else value
+
+
+__all__ = ["Job", "score_of", "selection"]

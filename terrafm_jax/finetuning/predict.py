@@ -1,0 +1,62 @@
+"""Predictions of a fine-tuned network written back: masks as GeoTIFF on the images' grid, the rest as CSV."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from terrafm_jax.evals.datasets.base import DatasetInfo
+from terrafm_jax.finetuning.trainer import Run, TuneState
+
+NODATA = 255
+
+
+def write_predictions(folder: Path, run: Run, state: TuneState, split: str, info: DatasetInfo) -> None:
+    """``predictions.csv`` for whole images; one ``<id>.tif`` a mask, georeferenced where the image file is.
+
+    Every process computes; the first writes.
+    """
+    found = [p for batch, _ in run.outputs(state, split) for p in batch]
+    if jax.process_index():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    source = run.sources[split]
+    if info.task == "segmentation":
+        for i, classes in enumerate(found):
+            sample = source.read(i)
+            name = sample.id.replace("/", "_").removesuffix(".tif")
+            write_mask(folder / f"{name}.tif", np.asarray(classes), sample.path, info.classes)
+        return
+    with (folder / "predictions.csv").open("w", newline="") as f:
+        writer = csv.writer(f)
+        columns = list(info.classes) if info.task != "regression" else ["value"]
+        writer.writerow(["id", "predicted", *columns])
+        for i, scores in enumerate(found):
+            writer.writerow([source.split.ids[i], _answer(scores, info), *(f"{s:.5g}" for s in np.ravel(scores))])
+
+
+def _answer(scores: np.ndarray, info: DatasetInfo) -> str:
+    if info.task == "regression":
+        return f"{float(scores[0]):.6g}"
+    if info.task == "multilabel":
+        return ";".join(c for c, s in zip(info.classes, scores, strict=True) if s > 0.5)
+    return info.classes[int(np.argmax(scores))]
+
+
+def write_mask(path: Path, classes: np.ndarray, like: str, names: Any) -> None:
+    """uint8 GeoTIFF of class numbers [H, W]; grid and CRS of the raster ``like`` when it has the same size."""
+    import rasterio
+
+    profile = {"driver": "GTiff", "count": 1, "dtype": "uint8", "nodata": NODATA, "compress": "deflate",
+               "height": classes.shape[0], "width": classes.shape[1]}  # fmt: skip
+    if like.lower().endswith((".tif", ".tiff")) and Path(like).exists():
+        with rasterio.open(like) as src:
+            if src.shape == classes.shape and src.crs is not None:
+                profile |= {"crs": src.crs, "transform": src.transform}
+    with rasterio.open(path, "w", **profile) as dst:
+        dst.write(classes.astype(np.uint8), 1)
+        dst.update_tags(classes=";".join(f"{i}={n}" for i, n in enumerate(names)))

@@ -1,0 +1,345 @@
+"""One fine-tuning run with one learning rate: train, validate every epoch, keep the best, resume exactly, test."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax import Array
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from terrafm_jax import weights
+from terrafm_jax.evals import heads, linear, metrics, segmentation
+from terrafm_jax.evals.knn import score_classification
+from terrafm_jax.evals.metrics import Result
+from terrafm_jax.finetuning import network
+from terrafm_jax.finetuning.data import Source, steps_per_epoch
+from terrafm_jax.finetuning.network import Adam, TuneSpec
+from terrafm_jax.sensors import Statistics
+from terrafm_jax.training.checkpoint import Checkpointer, to_host
+from terrafm_jax.training.metrics import MetricWriter
+from terrafm_jax.training.preemption import StopRequest
+from terrafm_jax.training.sharding import RULES, make_batch, param_shardings
+
+# The encoder lies as in pretraining; heads and LoRA factors are small and replicated.
+TUNE_RULES = ((r"(head|lora)/.*", P()), *RULES)
+
+
+class TuningError(RuntimeError):
+    """Fine-tuning cannot go on; the message says why and what is still usable."""
+
+
+@flax.struct.dataclass
+class TuneState:
+    """Flat dicts of parameters by path (trained and frozen), Adam's moments, the head's running statistics."""
+
+    step: Array
+    trainable: dict[str, Array]
+    frozen: dict[str, Array]
+    mu: dict[str, Array]
+    nu: dict[str, Array]
+    head: dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything a run needs that does not change. ``scale``: (mean, deviation) of regression targets."""
+
+    spec: TuneSpec
+    adam: Adam
+    stats: Statistics
+    mesh: jax.sharding.Mesh
+    batch_size: int
+    microbatches: int
+    eval_batch_size: int
+    epochs: int
+    seed: int
+    flips: bool
+    mixup: float
+    smoothing: float
+    patience: int
+    class_weights: np.ndarray | None
+    scale: tuple[float, float]
+    classes: tuple[str, ...]
+    resamples: int
+    name: str
+
+    @property
+    def arrays(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        return {k: self.stats.arrays(k) for k in self.spec.model.sensors}
+
+
+def shardings(plan: Plan, state: TuneState) -> TuneState:
+    everywhere = NamedSharding(plan.mesh, P())
+    trained = param_shardings(plan.mesh, state.trainable, TUNE_RULES)
+    frozen = param_shardings(plan.mesh, state.frozen, TUNE_RULES)
+    head = jax.tree.map(lambda _: everywhere, state.head)
+    return TuneState(everywhere, trained, frozen, trained, trained, head)
+
+
+def init_state(plan: Plan, backbone: Mapping[str, Any]) -> TuneState:
+    """The state of step 0, sharded over the plan's mesh."""
+    trainable, frozen, head = network.init(plan.spec, backbone, jax.random.key(plan.seed))
+    zeros = {k: jnp.zeros_like(v) for k, v in trainable.items()}
+    state = TuneState(jnp.zeros((), jnp.int32), trainable, frozen, zeros, dict(zeros), head)
+    # Copies: the step donates its input, and two fields must not be one buffer.
+    return jax.tree.map(lambda x, s: jax.device_put(np.array(x), s), state, shardings(plan, state))
+
+
+def make_step(plan: Plan) -> Callable[[TuneState, Any], tuple[TuneState, dict[str, Array]]]:
+    """The jitted update; everything random is a function of (seed, step)."""
+    spec, arrays = plan.spec, plan.arrays
+    weight = None if plan.class_weights is None else jnp.asarray(plan.class_weights)
+
+    def loss_of(trainable, frozen, head, batch, key):
+        targets = batch["targets"]
+        for_flip, for_mix, for_net = jax.random.split(key, 3)
+        if plan.flips:
+            batch, targets = network.flip(for_flip, batch, targets)
+        if plan.mixup:
+            batch, targets = network.mixup(for_mix, batch, targets, plan.mixup, spec.outputs)
+        if spec.task == "regression":
+            targets = (targets - plan.scale[0]) / plan.scale[1]
+        params = network.merged(spec, trainable, frozen)
+        outputs, head = network.forward(spec, params, head, arrays, batch, train=True, key=for_net)
+        return network.loss(spec, outputs, targets, weight, plan.smoothing), head
+
+    def step(state: TuneState, batch: Any) -> tuple[TuneState, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.key(plan.seed), state.step)
+        grad = jax.value_and_grad(loss_of, has_aux=True)
+
+        def micro(carry, part):
+            head, total, sums = carry
+            i, rows = part
+            (value, head), grads = grad(state.trainable, state.frozen, head, rows, jax.random.fold_in(key, i))
+            return (head, total + value, jax.tree.map(jnp.add, sums, grads)), None
+
+        count = plan.microbatches
+        bands = batch["bands"]
+        parts = {k: jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), v)
+                 for k, v in batch.items() if k != "bands"}  # fmt: skip
+        zero = jax.tree.map(jnp.zeros_like, state.trainable)
+
+        def body(carry, part):
+            return micro(carry, (part[0], {**part[1], "bands": bands}))
+
+        if count == 1:
+            (head, value, grads), _ = body((state.head, 0.0, zero), (0, jax.tree.map(lambda x: x[0], parts)))
+        else:
+            start = (state.head, jnp.zeros(()), zero)
+            (head, value, grads), _ = jax.lax.scan(body, start, (jnp.arange(count), parts))
+        grads = jax.tree.map(lambda g: g / count, grads)
+        trainable, mu, nu, norm = plan.adam.update(spec, state.trainable, grads, state.mu, state.nu, state.step)
+        new = TuneState(state.step + 1, trainable, state.frozen, mu, nu, head)
+        return new, {"loss": value / count, "grad_norm": norm, "lr": plan.adam.learning_rate(state.step)}
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_predict(plan: Plan) -> Callable[[TuneState, Any], Array]:
+    """(state, batch) -> scores [B, C], values [B, 1], or classes of every pixel uint8 [B, H, W]."""
+    spec, arrays = plan.spec, plan.arrays
+
+    @partial(jax.jit, static_argnames="size")
+    def predict(trainable, frozen, head, batch, size):
+        params = network.merged(spec, trainable, frozen)
+        (logits, *_), _ = network.forward(spec, params, head, arrays, batch)
+        logits = logits.astype(jnp.float32)
+        if spec.task == "segmentation":
+            return heads.resize(logits, size).argmax(-1).astype(jnp.uint8)
+        if spec.task == "multilabel":
+            return jax.nn.sigmoid(logits)
+        if spec.task == "regression":
+            return logits * plan.scale[1] + plan.scale[0]
+        return jax.nn.softmax(logits, axis=-1)
+
+    def run(state: TuneState, batch: Any, size: tuple[int, int] = (0, 0)) -> Array:
+        rows = {k: v for k, v in batch.items() if k != "targets"}
+        return predict(state.trainable, state.frozen, state.head, rows, size)
+
+    return run
+
+
+def to_device(plan: Plan, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Batch arrays split over the mesh; band masks on every device."""
+    rows = make_batch(plan.mesh, {k: v for k, v in batch.items() if k != "bands"})
+    everywhere = NamedSharding(plan.mesh, P())
+    return {**rows, "bands": {k: jax.device_put(v, everywhere) for k, v in batch["bands"].items()}}
+
+
+class Run:
+    """Trains in ``folder``; calling :meth:`train` again continues, also after a kill.
+
+    Attributes:
+      best: (score, epoch) on validation so far. history: validation metrics by epoch.
+    """
+
+    def __init__(self, plan: Plan, folder: Any, sources: Mapping[str, Source], *, tensorboard: bool = False, say=print):
+        self.plan, self.folder, self.sources, self.say = plan, epath.Path(folder), dict(sources), say
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.checkpoints = Checkpointer(str(self.folder), keep_last=1)
+        self.first = jax.process_index() == 0
+        self.writer = MetricWriter(str(self.folder), self.first, tensorboard)
+        self.per_epoch = steps_per_epoch(len(self.sources["train"]), plan.batch_size)
+        self.best: tuple[float, int] = (-np.inf, -1)
+        self._predict = make_predict(plan)
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "DONE").exists()
+
+    def train(self, backbone: Mapping[str, Any], stop_at_epoch: int = 0, stop: StopRequest | None = None) -> bool:
+        """True when the run is complete, False when it stopped early on request. Raises TuningError."""
+        plan = self.plan
+        state = init_state(plan, backbone)
+        if self.checkpoints.latest() is not None:
+            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+            state, meta = self.checkpoints.restore(abstract)
+            self.best = (float(meta["best"]), int(meta["best_epoch"]))
+            self.say(f"{self.folder.name}: resumed at step {int(state.step)}")
+        start, last = int(state.step), plan.epochs * self.per_epoch
+        if start and self._patience_over(start // self.per_epoch):
+            last = start
+        batches = self.sources["train"].train(start, last, plan.batch_size, plan.seed)
+        try:
+            complete, state = self._steps(state, start, last, batches, stop_at_epoch, stop)
+        finally:
+            batches.close()
+            self.checkpoints.wait()
+        if complete and self.first:
+            (self.folder / "DONE").write_text(f"step {int(state.step)}\n")
+        return complete
+
+    def _steps(self, state, start: int, last: int, batches, stop_at_epoch: int, stop) -> tuple[bool, TuneState]:
+        step_fn = make_step(self.plan)
+        for step in range(start, last):
+            state, found = step_fn(state, to_device(self.plan, next(batches)))
+            at_end = (step + 1) % self.per_epoch == 0
+            epoch = (step + 1) // self.per_epoch
+            if at_end and self._epoch_end(state, epoch, found):
+                return True, state
+            if at_end and stop_at_epoch and epoch >= stop_at_epoch and step + 1 < last:
+                return False, state
+            if stop is not None and stop.reached(step) and step + 1 < last:
+                if not at_end:
+                    self._save(state)
+                return False, state
+        return True, state
+
+    def _epoch_end(self, state: TuneState, epoch: int, found: Mapping[str, Array]) -> bool:
+        """Validates, keeps the best, saves. True: no better score for ``patience`` epochs."""
+        values = {k: float(v) for k, v in found.items()}
+        if not np.isfinite(values["loss"]):
+            raise TuningError(
+                f"{self.folder}: loss is {values['loss']} at epoch {epoch}; lower config.rates (now "
+                f"{self.plan.adam.rate:g}) or look at the images. The best weights so far are kept"
+            )
+        result = self.evaluate(state, "val" if "val" in self.sources else "train", resamples=0)
+        score = selection(self.plan.spec.task, result)
+        if score > self.best[0]:
+            self.best = (score, epoch)
+            self._keep(state, epoch, score)
+        self.writer.write(epoch * self.per_epoch, values | {f"val_{k}": v.value for k, v in result.metrics.items()})
+        scores = f"validation {score:.4f}, best {self.best[0]:.4f}"
+        self.say(f"{self.folder.name} epoch {epoch}: loss {values['loss']:.4f}, {scores}")
+        self._save(state)
+        return self._patience_over(epoch)
+
+    def _patience_over(self, epoch: int) -> bool:
+        return bool(self.plan.patience) and epoch - self.best[1] >= self.plan.patience
+
+    def _save(self, state: TuneState) -> None:
+        meta = {"best": float(self.best[0]), "best_epoch": int(self.best[1])}
+        self.checkpoints.save(int(state.step), state, meta)
+
+    def _keep(self, state: TuneState, epoch: int, score: float) -> None:
+        """Writes ``best/``: merged weights (LoRA folded in), head statistics, and all that is needed to use them."""
+        params = to_host(network.merged(self.plan.spec, state.trainable, state.frozen))
+        if not self.first:
+            return
+        spec = self.plan.spec
+        tree = {**params, "head_state": to_host(state.head)} if state.head else params
+        meta = {
+            "step": int(state.step), "epoch": epoch, "score": score, "name": self.plan.name,
+            "model": dataclasses.asdict(spec.model), "statistics": json.loads(self.plan.stats.to_json()),
+            "finetuned": {
+                **{k: v for k, v in dataclasses.asdict(spec).items() if k != "model"},
+                "classes": list(self.plan.classes), "scale": list(self.plan.scale),
+            },
+        }  # fmt: skip
+        weights.save_npz(self.folder / "best", tree, meta)
+
+    def best_state(self, backbone: Mapping[str, Any]) -> TuneState:
+        """The best weights as a state of this plan (for evaluation and prediction)."""
+        tree, _ = weights.load_npz(self.folder / "best")
+        state = init_state(self.plan, backbone)
+        own = {**state.frozen, **state.trainable}
+        flat = weights.flatten({k: v for k, v in tree.items() if k in ("backbone", "head")})
+        placed = {k: jax.device_put(flat[k], own[k].sharding) for k in flat}
+        # LoRA is folded into the kernels already: its factors in the fresh state are zero.
+        lora = {k: v for k, v in own.items() if k.startswith("lora/")}
+        head = tree.get("head_state", {})
+        head = (
+            jax.tree.map(lambda old, new: jax.device_put(new, old.sharding), state.head, head) if head else state.head
+        )
+        return dataclasses.replace(state, trainable=lora, frozen=placed, head=head)
+
+    def outputs(self, state: TuneState, split: str):
+        """(predictions, targets) batch by batch, without the padding."""
+        source = self.sources[split]
+        for batch, count in source.evaluate(self.plan.eval_batch_size):
+            size = tuple(batch["targets"].shape[1:3]) if self.plan.spec.task == "segmentation" else (0, 0)
+            part = {k: v for k, v in batch.items() if k != "targets"}
+            found = self._predict(state, _local(self.plan, part), size)
+            yield to_host(found)[:count], batch["targets"][:count]
+
+    def evaluate(self, state: TuneState, split: str, resamples: int | None = None) -> Result:
+        """Metrics of a split."""
+        plan = self.plan
+        draws = plan.resamples if resamples is None else resamples
+        settings = {"rate": plan.adam.rate, "mode": plan.spec.mode, "best epoch": self.best[1]}
+        label = plan.name
+        if plan.spec.task == "segmentation":
+            counts, pictures = [], []
+            for found, targets in self.outputs(state, split):
+                pairs = zip(targets, found, strict=True)
+                counts += [metrics.confusion_matrix(t, p, plan.spec.outputs, ignore=plan.spec.ignore) for t, p in pairs]
+                pictures += list(found[: max(0, segmentation.SHOWN - len(pictures))])
+            result = segmentation.score_segmentation(label, [np.stack(counts)], settings, draws)
+            return dataclasses.replace(result, predictions=np.stack(pictures))
+        parts = list(self.outputs(state, split))
+        scores, targets = (np.concatenate([p[i] for p in parts]) for i in (0, 1))
+        if plan.spec.task == "regression":
+            return linear.mean_of_runs(label, "regression", [scores], targets, settings, draws)
+        targets = targets > 0.5 if plan.spec.task == "multilabel" else targets
+        return score_classification(label, scores, targets, settings, resamples=draws)
+
+    def close(self) -> None:
+        self.checkpoints.close()
+        self.writer.close()
+
+
+def _local(plan: Plan, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Evaluation batches are the same in every process: each takes its rows of them."""
+    count, index = jax.process_count(), jax.process_index()
+
+    def part(x: np.ndarray) -> np.ndarray:
+        return x[index * len(x) // count : (index + 1) * len(x) // count]
+
+    return to_device(plan, {k: v if k == "bands" else jax.tree.map(part, v) for k, v in batch.items()})
+
+
+def selection(task: str, result: Result) -> float:
+    """What chooses epochs and learning rates: higher is better."""
+    name = {"classification": "top1", "multilabel": "map_micro", "segmentation": "miou", "regression": "rmse"}[task]
+    value = result.metrics[name].value
+    return -value if task == "regression" else float(np.nan_to_num(value, nan=-np.inf))
