@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 
 import numpy as np
+from scipy import ndimage
 
 from data_prep.raster import Affine6, Grid
 
@@ -128,9 +129,9 @@ def measured(empty: Mapping[str, np.ndarray], grids: Mapping[str, Grid]) -> dict
     """Which pixels hold a measurement, per resolution group.
 
     A pixel is nodata only where *all* bands of the sensor are: zero in some bands is clipped dark
-    reflectance. Across samplings, a coarse pixel without values is nodata where part of its ground is
-    empty at the finer samplings too (the edge of a swath), and pixels more than twice as coarse do
-    not keep a fine pixel alive: they cannot resolve that edge.
+    reflectance. Across samplings, a coarse pixel without values needs an empty finer pixel under it, a
+    fine one an empty coarser pixel over it; and pixels without values that touch nodata belong to it,
+    because the edge of a swath runs through coarse pixels that still hold values.
 
     Args:
       empty: bool [H, W] per group, True where all bands of that group are nodata.
@@ -142,11 +143,15 @@ def measured(empty: Mapping[str, np.ndarray], grids: Mapping[str, Grid]) -> dict
     result = {}
     for group, own in empty.items():
         nothing = own.copy()
+        mixed = False
         for other, theirs in empty.items():
-            coarser = grids[other].transform[0] / grids[group].transform[0]
-            if other == group or coarser > 2.5 or not nothing.any():
+            if other == group or not nothing.any():
                 continue
-            nothing &= theirs if grids[group] == grids[other] else _empty_on(theirs, grids[other], grids[group])
+            same = grids[group] == grids[other]
+            mixed |= not same
+            nothing &= theirs if same else _empty_on(theirs, grids[other], grids[group])
+        if mixed and nothing.any():
+            nothing = ndimage.binary_propagation(nothing, np.ones((3, 3), bool), own)
         result[group] = ~nothing
     return result
 

@@ -143,9 +143,16 @@ class _Merged:
         }
 
 
+_KINDS = (
+    "cannot be read as an image", "truncated", "missing band", "sensors missing", "wrong size", "wrong CRS",
+    "different CRS", "no georeference", "black", "NaN", "are no DN", "fractional values", "one value in all pixels",
+    "no such file", "ends the worker", "WorldCover maps",
+)  # fmt: skip
+
+
 def _kind(reason: str) -> str:
-    """The part of a reason that is the same for many cells."""
-    return reason.split(":")[0] if len(reason) > 60 else reason
+    """What many cells have in common in their reasons."""
+    return next((kind for kind in _KINDS if kind in reason), reason.split("(")[0][:80].strip())
 
 
 def write_text(path: Path, text: str) -> None:

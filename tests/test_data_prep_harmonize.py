@@ -167,6 +167,11 @@ def test_nodata_across_samplings_at_the_edge_of_a_swath():
     valid = measured(empty, grids)
     assert (valid["10m"] == ~empty["10m"]).all()
     assert (valid["60m"] == ~empty["60m"]).all()
+    empty["10m"][5:7, 3] = True  # a coarse pixel may reach further than the fine ones: what touches nodata is nodata
+    valid = measured(empty, grids)
+    assert (valid["10m"] == ~empty["10m"]).all()
+    empty["10m"][9:11, 8:10] = True  # dark reflectance elsewhere is not
+    assert measured(empty, grids)["10m"][9:11, 8:10].all()
     empty["10m"][:] = False  # nothing is missing at 10 m: zero at 60 m is dark reflectance
     assert measured(empty, grids)["60m"].all()
 

@@ -1,0 +1,258 @@
+"""Pictures of a prepared data set: map of the cells, class histogram, quick-looks, band histograms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from terrafm_jax import landcover
+from terrafm_jax.data.tiles import SPLITS, unpack_valid
+from terrafm_jax.sensors import SENSORS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from data_prep.inspect import DataSet
+
+SPLIT_COLORS = dict(zip(SPLITS, ("#3b6fb6", "#e08214", "#b2182b"), strict=True))
+_SAMPLE = 64  # records that the band histograms are made of
+
+
+def draw_all(data: DataSet, out: Path, tiles: int) -> dict[str, str]:
+    """Draws everything into ``out``; returns file name -> title, in the order to show."""
+    made = {"map.png": "Where the tiles lie, by split and by majority land cover"}
+    world_map(data, out / "map.png")
+    class_histogram(data, out / "classes.png")
+    made["classes.png"] = "Land cover before and after sampling"
+    quick_looks(data, out / "tiles.png", tiles)
+    made["tiles.png"] = "Tiles: true color, false color (B08, B04, B03), Sentinel-1 (VV, VH, VV-VH), WorldCover"
+    records = [data.record(*place) for place in _places(data, _SAMPLE)]
+    for key in SENSORS:
+        if any(r[key]["present"] for r in records):
+            band_histograms(data, records, key, out / f"bands_{key}.png")
+            made[f"bands_{key}.png"] = f"{SENSORS[key].title}: values against the published statistics"
+    return made
+
+
+def _plt() -> Any:
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=110)
+    _plt().close(figure)
+
+
+def _places(data: DataSet, count: int) -> list[tuple[str, int]]:
+    """(split, number) of up to ``count`` records of the first split, land-cover classes in turn."""
+    split = next(iter(data.splits))
+    rows = data.index[split]["landcover"]
+    queues = [np.flatnonzero(rows == i) for i in range(landcover.NUM_CATEGORIES) if (rows == i).any()]
+    share = -(-count // len(queues))
+    spread = [q[np.linspace(0, len(q) - 1, min(len(q), share)).astype(int)] for q in queues]
+    rounds = [[int(q[i]) for q in spread if i < len(q)] for i in range(share)]
+    chosen = [number for turn in rounds for number in turn]
+    rest = [int(n) for n in np.linspace(0, len(rows) - 1, min(len(rows), 4 * count)).astype(int)]
+    return [(split, n) for n in dict.fromkeys([*chosen, *rest])][:count]
+
+
+# --- map --------------------------------------------------------------------------------------
+
+
+def world_map(data: DataSet, path: Path) -> None:
+    """Two maps of all tiles: colored by split and by majority class; a third one of a small region."""
+    plt = _plt()
+    names = list(data.splits)
+    rows = np.concatenate([data.index[n] for n in names])
+    split = np.repeat(np.arange(len(names)), [len(data.index[n]) for n in names])
+    spans = float(np.ptp(rows["lon"])), float(np.ptp(rows["lat"]))
+    small = spans[0] < 40 and spans[1] < 30
+    figure, axes = plt.subplots(3 if small else 2, 1, figsize=(11, 16 if small else 11), constrained_layout=True)
+    size = float(np.clip(3000 / max(len(rows), 1), 0.3, 14))
+    order = np.argsort(-np.bincount(split, minlength=len(names))[split], kind="stable")  # rare splits on top
+    colors = np.array([SPLIT_COLORS[n] for n in names])[split]
+    axes[0].scatter(rows["lon"][order], rows["lat"][order], s=size, c=colors[order], linewidths=0)
+    _legend(axes[0], [(f"{n} ({len(data.index[n])})", SPLIT_COLORS[n]) for n in names])
+    _world(axes[0], "split")
+    _class_map(axes[1], rows, size)
+    _world(axes[1], "majority land cover")
+    if small:
+        _class_map(axes[2], rows, 30)
+        margin = max(0.1, 0.1 * max(spans))
+        axes[2].set_xlim(rows["lon"].min() - margin, rows["lon"].max() + margin)
+        axes[2].set_ylim(rows["lat"].min() - margin, rows["lat"].max() + margin)
+        axes[2].set_title("majority land cover, the region")
+        axes[2].grid(alpha=0.3)
+    _save(figure, path)
+
+
+def _class_map(axis: Axes, rows: np.ndarray, size: float) -> None:
+    colors = np.array([c.color for c in landcover.CATEGORIES])[rows["landcover"]]
+    axis.scatter(rows["lon"], rows["lat"], s=size, c=colors, linewidths=0.1, edgecolors="#666666")
+    counts = np.bincount(rows["landcover"], minlength=landcover.NUM_CATEGORIES)
+    shown = [i for i in np.argsort(-counts, kind="stable") if counts[i]]
+    _legend(axis, [(f"{landcover.CATEGORIES[i].title} ({counts[i]})", landcover.CATEGORIES[i].color) for i in shown])
+
+
+def _legend(axis: Axes, entries: list[tuple[str, str]]) -> None:
+    from matplotlib.lines import Line2D
+
+    marks = [Line2D([], [], marker="o", linestyle="", color=c, markeredgecolor="#555555", label=t) for t, c in entries]
+    axis.legend(handles=marks, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
+
+
+def _world(axis: Axes, title: str) -> None:
+    axis.set(xlim=(-180, 180), ylim=(-90, 90), title=title, facecolor="#f3f6f9", xlabel="longitude", ylabel="latitude")
+    axis.set_xticks(range(-180, 181, 30))
+    axis.set_yticks(range(-90, 91, 30))
+    axis.axhline(0, color="#99a5b1", linewidth=0.7)
+    axis.grid(alpha=0.35)
+
+
+# --- classes ----------------------------------------------------------------------------------
+
+
+def class_histogram(data: DataSet, path: Path) -> None:
+    """Share of each category among the records and among what each sampling mode draws."""
+    plt = _plt()
+    orders = data.sampling()
+    natural = orders.pop("uniform").natural_histogram()
+    shares = {"records": natural, **{f"drawn: {mode}": order.expected_histogram() for mode, order in orders.items()}}
+    shown = [i for i in range(landcover.NUM_CATEGORIES) if natural[i] > 0]
+    figure, axis = plt.subplots(figsize=(11, 4.5), constrained_layout=True)
+    width = 0.8 / len(shares)
+    for turn, (name, values) in enumerate(shares.items()):
+        left = np.arange(len(shown)) + (turn - (len(shares) - 1) / 2) * width
+        colors = [landcover.CATEGORIES[i].color for i in shown]
+        hatch = ("", "//", "xx")[turn]
+        axis.bar(
+            left, 100 * values[shown], width, color=colors, edgecolor="#333333", linewidth=0.6, hatch=hatch, label=name
+        )
+    axis.set_xticks(range(len(shown)), [landcover.CATEGORIES[i].title for i in shown], rotation=25, ha="right")
+    axis.set_ylabel("share of the tiles, %")
+    legend = axis.legend(frameon=False)
+    for mark in legend.legend_handles:
+        mark.set_facecolor("#ffffff")
+    axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+# --- quick-looks ------------------------------------------------------------------------------
+
+
+def quick_looks(data: DataSet, path: Path, count: int) -> None:
+    """A sheet of tiles, four pictures each."""
+    plt = _plt()
+    places = _places(data, count)
+    columns = 2 if len(places) > 1 else 1
+    rows = -(-len(places) // columns)
+    figure, axes = plt.subplots(
+        rows, 4 * columns, figsize=(7.6 * columns, 2.15 * rows), squeeze=False, constrained_layout=True
+    )
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for i, (split, number) in enumerate(places):
+        record = data.record(split, number)
+        line = axes[i // columns, 4 * (i % columns) : 4 * (i % columns) + 4]
+        for axis, picture in zip(line, views(record), strict=True):
+            if picture is not None:
+                axis.imshow(picture, interpolation="nearest")
+        title = landcover.CATEGORIES[record["landcover"]].title
+        line[0].set_title(f"{record['tile_id']}  {title}", fontsize=7, loc="left")
+    _save(figure, path)
+
+
+def views(record: dict[str, Any]) -> list[np.ndarray | None]:
+    """True color, false color, Sentinel-1 composite and land cover of a record, each [H, W, 3] in 0..1 or None."""
+    optical = next((key for key in ("s2_l2a", "s2_l1c") if record[key]["present"]), None)
+    true = _optical(record[optical], optical, ("B04", "B03", "B02")) if optical else None
+    false = _optical(record[optical], optical, ("B08", "B04", "B03")) if optical else None
+    radar = _radar(record["s1"]) if record["s1"]["present"] else None
+    cover = None
+    if (record["landcover_map"] != landcover.UNKNOWN).any():
+        palette = np.array([tuple(bytes.fromhex(c.color.lstrip("#"))) for c in landcover.CATEGORIES]) / 255.0
+        cover = palette[record["landcover_map"]]
+    return [true, false, radar, cover]
+
+
+def _optical(entry: dict[str, Any], key: str, bands: tuple[str, ...]) -> np.ndarray:
+    names = SENSORS[key].groups["10m"]
+    dn = np.asarray(entry["10m"]["dn"], np.float32)[..., [names.index(b) for b in bands]] - entry["offset"]
+    return _stretch(dn, unpack_valid(entry["10m"]["valid"], dn.shape[1]), glare=2.2)
+
+
+def _radar(entry: dict[str, Any]) -> np.ndarray:
+    decibel = np.asarray(entry["10m"]["dn"], np.float32) * SENSORS["s1"].scale
+    composite = np.stack([decibel[..., 0], decibel[..., 1], decibel[..., 0] - decibel[..., 1]], -1)
+    return _stretch(composite, unpack_valid(entry["10m"]["valid"], decibel.shape[1]))
+
+
+def _stretch(values: np.ndarray, valid: np.ndarray, glare: float | None = None) -> np.ndarray:
+    """Percentiles 2..98 of the valid pixels to 0..1 per channel; pixels without a measurement are magenta.
+
+    ``glare`` caps the upper end at so many medians (plus 600 DN), so that clouds do not blacken the ground.
+    """
+    shown = values[valid] if valid.any() else values.reshape(-1, values.shape[-1])
+    low, middle, high = np.percentile(shown, (2, 50, 98), axis=0)
+    if glare is not None:
+        high = np.minimum(high, glare * middle + 600.0)
+    result = np.clip((values - low) / np.maximum(high - low, 1e-6), 0, 1)
+    result[~valid] = (1.0, 0.0, 1.0)
+    return result
+
+
+# --- bands ------------------------------------------------------------------------------------
+
+
+def band_histograms(data: DataSet, records: list[dict[str, Any]], key: str, path: Path) -> None:
+    """Harmonized values of a sample of the records per band, with mean +- 2 std here and as published."""
+    plt = _plt()
+    sensor = SENSORS[key]
+    columns = 4 if len(sensor.bands) > 4 else len(sensor.bands)
+    rows = -(-len(sensor.bands) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(3.4 * columns, 2.4 * rows + 0.6), squeeze=False, constrained_layout=True
+    )
+    own = data.statistics.get("sensors", {}).get(key)
+    for i, (axis, band) in enumerate(zip(axes.flat, sensor.band_names, strict=False)):
+        values = _values(records, key, band)
+        mean, std = sensor.mean[i], sensor.std[i]
+        low, high = np.percentile(values, (0.2, 99.8)) if len(values) else (0, 1)
+        low, high = min(low, mean - 2 * std), max(high, mean + 2 * std)
+        axis.hist(values, bins=80, range=(low, high), color="#8fa9bf", density=True)
+        axis.axvspan(mean - 2 * std, mean + 2 * std, color="#e08214", alpha=0.14)
+        axis.axvline(mean, color="#e08214", linewidth=1.6, label=f"published {mean:.0f} ± {std:.0f}")
+        if own:
+            m, s = own["mean"][i], own["std"][i]
+            axis.axvline(m, color="#20496b", linewidth=1.6, linestyle="--", label=f"here {m:.0f} ± {s:.0f}")
+        axis.set_title(f"{band} ({sensor.unit})", fontsize=9)
+        axis.set_yticks([])
+        axis.tick_params(labelsize=7)
+        axis.legend(fontsize=6.5, frameon=False)
+    figure.suptitle(
+        f"{sensor.title}: {len(records)} tiles; band: published mean ± 2 std, which becomes 0..1", fontsize=10
+    )
+    _save(figure, path)
+
+
+def _values(records: list[dict[str, Any]], key: str, band: str) -> np.ndarray:
+    """Valid values of one band in the sensor's unit, offset subtracted, at most 20,000 a record."""
+    sensor = SENSORS[key]
+    group = next(g for g, names in sensor.groups.items() if band in names)
+    position = sensor.groups[group].index(band)
+    found = [np.zeros(0, np.float32)]
+    for record in records:
+        entry = record[key]
+        if entry["present"]:
+            dn = entry[group]["dn"][..., position]
+            kept = dn[unpack_valid(entry[group]["valid"], dn.shape[1])]
+            kept = kept[:: max(1, len(kept) // 20_000)]
+            found.append(kept.astype(np.float32) * sensor.scale - entry["offset"])
+    return np.concatenate(found)

@@ -1,0 +1,148 @@
+"""STAC items through odc-stac, from a static catalog that the test writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from data_prep_cells import geotiff, scene
+from rasterio.transform import from_origin
+from rasterio.warp import transform_bounds
+
+from data_prep import stac
+from data_prep.cell import Options
+from data_prep.stac import assets_of, blocks_of, grid_of_item
+from terrafm_jax.sensors import S2_L1C, SENSORS
+
+pytest.importorskip("odc.stac", reason="extra [stac] is not installed")
+pystac = pytest.importorskip("pystac")
+
+LEFT, TOP, SIZE = 600_000.0, 5_400_000.0, 96
+COMMON = {"B02": "blue", "B03": "green", "B04": "red", "B08": "nir", "B8A": "nir08", "B11": "swir16", "B12": "swir22"}
+
+
+def add_item(catalog: Any, root: Path, key: str, name: str, bands: dict[str, np.ndarray], **properties: Any) -> None:
+    """One item with a GeoTIFF per band; assets are called by common names where there are some."""
+    import datetime as dt
+
+    box = [LEFT, TOP - 10 * SIZE, LEFT + 10 * SIZE, TOP]
+    lonlat = list(transform_bounds("EPSG:32632", "EPSG:4326", *box))
+    west, south, east, north = lonlat
+    ring = [[west, south], [east, south], [east, north], [west, north], [west, south]]
+    item = pystac.Item(
+        name, {"type": "Polygon", "coordinates": [ring]}, lonlat, dt.datetime(2021, 6, 11, 10, 30, 21),
+        {"proj:code": "EPSG:32632", **({"proj:bbox": box} if key != "s1" else {}), **properties},
+        collection=catalog.get_child(key),
+    )  # fmt: skip
+    folder = root / key / name
+    folder.mkdir(parents=True)
+    for band, pixels in bands.items():
+        step = 10 * SIZE / pixels.shape[0]
+        path = folder / f"{band}.tif"
+        path.write_bytes(geotiff(pixels, from_origin(LEFT, TOP, step, step), nodata=-32768 if key == "s1" else 0))
+        asset = pystac.Asset(str(path), media_type="image/tiff; application=geotiff", roles=["data"])
+        item.add_asset(COMMON.get(band, band.lower()), asset)
+    item.add_asset("overview", pystac.Asset(str(folder / "B02.tif"), roles=["overview"]))
+    catalog.get_child(key).add_item(item)
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, np.ndarray]]]:
+    root = tmp_path_factory.mktemp("stac")
+    catalog = pystac.Catalog("test", "co-registered scenes")
+    everywhere = pystac.Extent(pystac.SpatialExtent([[-180, -90, 180, 90]]), pystac.TemporalExtent([[None, None]]))
+    for key in SENSORS:
+        catalog.add_child(pystac.Collection(key, key, everywhere))
+    bands = scene(11, SIZE, 1000)
+    without_cirrus = scene(11, SIZE)["s2_l1c"]
+    add_item(
+        catalog, root, "s2_l2a", "S2A_T32UPU_20210611T103021_L2A", bands["s2_l2a"],
+        **{"s2:processing_baseline": "05.00", "s2:mgrs_tile": "32UPU", "eo:cloud_cover": 7.0},
+    )  # fmt: skip
+    add_item(
+        catalog, root, "s2_l1c", "S2A_T32UPU_20210611T103021_L1C", without_cirrus,
+        **{"s2:processing_baseline": "03.00", "s2:mgrs_tile": "32UPU"},
+    )  # fmt: skip
+    add_item(catalog, root, "s1", "S1A_IW_GRDH_20210612_rtc", bands["s1"], **{"sat:orbit_state": "ascending"})
+    catalog.normalize_hrefs(str(root / "catalog"))
+    catalog.save(catalog_type=pystac.CatalogType.SELF_CONTAINED)
+    return root / "catalog" / "catalog.json", {**bands, "s2_l1c": without_cirrus}
+
+
+def prepare(path: Path, out: Path, *flags: str) -> int:
+    places = ["--catalog", str(path), "--worldcover", "none", "--out", str(out), "--tile-size", "48"]
+    collections = [x for key in SENSORS for x in ("--collection", f"{key}={key}")]
+    return stac.main([*places, *collections, "--split-shares", "1,0,0", *flags])
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    import tensorflow_datasets as tfds
+
+    return list(tfds.builder_from_directory(out).as_data_source("train"))
+
+
+def test_items_of_three_sensors_become_tiles_pixel_by_pixel(catalog: tuple[Path, dict], tmp_path: Path):
+    path, delivered = catalog
+    assert prepare(path, tmp_path / "out") == 0
+    found = records(tmp_path / "out")
+    assert len(found) == 4
+    for record in found:
+        left, top = record["s2_l2a"]["10m"]["transform"][[2, 5]]
+        row, col = round((TOP - top) / 10), round((left - LEFT) / 10)
+        for key, sensor in SENSORS.items():
+            assert record[key]["present"]
+            for group, bands in sensor.groups.items():
+                k = int(group[:-1]) // 10
+                for i, band in enumerate(bands):
+                    part = delivered[key][band][row // k : (row + 48) // k, col // k : (col + 48) // k]
+                    stored = record[key][group]["dn"][..., i]
+                    if key == "s1":
+                        assert np.abs(stored / 100 - 10 * np.log10(part)).max() <= 0.0051
+                    else:
+                        assert (stored == part).all()
+    record = found[0]
+    assert (record["s2_l2a"]["offset"], record["s2_l1c"]["offset"]) == (1000, 0)
+    assert record["s2_l2a"]["product"].endswith(b"_N0500")
+    assert record["s1"]["orbit"] == b"ascending"
+    assert record["s1"]["kind"] == b"RTC gamma0"
+    assert record["s2_l2a"]["cloud"] == pytest.approx(0.07)
+
+
+def test_search_by_place_and_day(catalog: tuple[Path, dict], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path, _ = catalog
+    assert prepare(path, tmp_path / "a", "--datetime", "2020-01-01/2020-12-31") == 1
+    assert "no cell to prepare" in capsys.readouterr().err
+    assert prepare(path, tmp_path / "b", "--bbox", "0", "0", "1", "1") == 1
+    assert prepare(path, tmp_path / "c", "--datetime", "2021-06-11") == 0
+
+
+def test_names_of_assets():
+    item = {
+        "id": "x", "properties": {}, "assets": {
+            "blue": {}, "B03_10m": {}, "B03_20m": {}, "visual": {"bands": [{"name": "B04"}, {"name": "B03"}]},
+            "red-jp2": {"eo:bands": [{"name": "red", "common_name": "red"}]}, "red": {}, "B8A": {}, "rededge1": {},
+            "asset7": {"bands": [{"eo:common_name": "swir16"}]}, "SCL": {},
+        },
+    }  # fmt: skip
+    found = assets_of("s2_l2a", item)
+    assert found["B02"] == "blue"
+    assert found["B03"] == "B03_10m", "the copy at 20 m is left alone"
+    assert found["B11"] == "asset7"
+    assert found["B05"] == "rededge1"
+    assert set(found) == {"B02", "B03", "B04", "B05", "B8A", "B11"}
+
+
+def test_blocks_lie_on_the_lines_of_60_metres():
+    item = {"id": "x", "bbox": [0, 0, 1, 1], "assets": {}, "properties": {"proj:epsg": 32632}}
+    item["properties"]["proj:bbox"] = [600_030.0, 5_290_200.0, 709_800.0, 5_400_010.0]
+    grid = grid_of_item(item)
+    assert grid.transform[2] == 600_060
+    assert grid.transform[5] == 5_400_000
+    assert grid.height % 6 == 0
+    for row, col, block in blocks_of(grid, Options(), None):
+        assert (row % 6, col % 6) == (0, 0)
+        assert block.transform[2] % 60 == 0
+        assert block.bounds()[2] <= 709_800
+    assert all(b.gsd in (10, 20, 60) for b in S2_L1C.bands)
