@@ -67,6 +67,7 @@ def base() -> ConfigDict:
     c.model.prototypes = 65536  # [paper]
     c.model.head_hidden = 2048  # [DINO]
     c.model.head_bottleneck = 256  # [DINO]
+    c.model.init_std = 0.02  # [code] linear layers; narrow models want about 0.7 / sqrt(width) [ours]
 
     c.views = ConfigDict()
     c.views.globals = 2  # [paper]
@@ -125,7 +126,8 @@ def base() -> ConfigDict:
 
     c.knn = ConfigDict()
     c.knn.every = "10 epochs"  # "0": never; also runs at step 0 (random init) and at the end
-    c.knn.split = "validation"
+    c.knn.split = "validation"  # queries
+    c.knn.gallery = "train"  # labelled neighbors
     c.knn.train_examples = 10000
     c.knn.test_examples = 5000
     c.knn.batch_size = 256
@@ -281,7 +283,8 @@ def model_spec(config: ConfigDict) -> Any:
     m, how = config.model, config.compute
     fields = dict(
         sensors=tuple(m.sensors), fusion=m.fusion, queries=m.queries, fusion_heads=m.fusion_heads,
-        drop_path=m.drop_path, prototypes=m.prototypes, head_hidden=m.head_hidden, head_bottleneck=m.head_bottleneck,
+        drop_path=m.drop_path, init_std=m.init_std, prototypes=m.prototypes, head_hidden=m.head_hidden,
+        head_bottleneck=m.head_bottleneck,
         dtype=how.dtype, scan=how.scan, remat=how.remat, attention=how.attention, folded=how.folded,
     )  # fmt: skip
     if m.size:

@@ -22,7 +22,7 @@ def during_training(run: Run) -> list[Evaluator]:
 
 
 class LandCoverKnn:
-    """kNN on the WorldCover majority class: gallery from the training split, queries from ``config.knn.split``.
+    """kNN on the WorldCover majority class: gallery and queries from ``config.knn.gallery`` and ``config.knn.split``.
 
     Yields ``knn_top1``, ``knn_macro`` and ``knn_class/NAME``; the protocol's name stands in ``knn_protocol``.
     """
@@ -31,7 +31,7 @@ class LandCoverKnn:
         knn, spec = run.config.knn, run.spec
         self.protocol = knn.protocol
         self.sets = TileSets(
-            run.config.data.dir, (run.config.data.split, knn.train_examples), (knn.split, knn.test_examples),
+            run.config.data.dir, (knn.gallery, knn.train_examples), (knn.split, knn.test_examples),
             spec.model.sensors, max(1, knn.batch_size // jax.process_count()), run.config.data.canvases,
         )  # fmt: skip
         stats = {name: spec.stats.arrays(name) for name in spec.model.sensors}

@@ -187,6 +187,7 @@ class Tools:
             "step": step,
             "example": step * self.run.config.batch_size,
             "skipped": self.loader.skipped,
+            "model": dataclasses.asdict(self.run.spec.model),
             "config": config_lib.flatten(self.run.config),
             "statistics": json.loads(self.run.spec.stats.to_json()),
         }
@@ -266,7 +267,7 @@ def _finish(tools: Tools, step: int, preempted: bool) -> Outcome:
 
 def _draw_first_batch(run: Run, batch: Mapping[str, Any]) -> None:
     views = jax.jit(lambda b: draw_views(run.spec, b, 0))(jax.tree.map(lambda x: x[:8], dict(batch)))
-    pictures.save_views(epath.Path(run.workdir) / "views.png", views, run.spec.views, run.spec.stats)
+    pictures.save_views(epath.Path(run.workdir) / "views.png", views, run.spec.views)
 
 
 def profile(fields: ConfigDict, step: int, workdir: str) -> None:
