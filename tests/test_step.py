@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from terrafm_jax.ssl.objective import ObjectiveSpec
 from terrafm_jax.ssl.views import ViewSpec
 from terrafm_jax.training.batches import batch_shapes, random_batch
 from terrafm_jax.training.optim import OptimSpec
-from terrafm_jax.training.sharding import ShardingError, bytes_per_device, make_batch, make_mesh
+from terrafm_jax.training.sharding import ShardingError, batch_sharding, bytes_per_device, make_batch, make_mesh
 from terrafm_jax.training.state import TrainState
 from terrafm_jax.training.step import TrainSpec, abstract_state, init_state, make_step, parameter_table
 
@@ -82,6 +83,18 @@ def test_three_steps_are_equal_on_every_mesh(reference, shape: dict[str, int]) -
     for name, value in expected_metrics.items():  # global means, whatever the mesh
         np.testing.assert_allclose(metrics[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
     assert step._cache_size() == 1, "compiled again after the first step"
+
+
+def test_fsdp_gathers_weights_and_never_activations() -> None:
+    """Everything that an all-gather of the compiled step makes has the shape of a weight or of a row of one."""
+    spec, mesh = tiny(), make_mesh(data=1, fsdp=8)
+    state = abstract_state(spec, mesh)
+    batch = batch_shapes(spec.model.sensors, BATCH, METERS, batch_sharding(mesh))
+    text = make_step(spec, mesh).lower(state, batch).compile().as_text()
+    gathered = {tuple(map(int, dims.split(","))) for dims in re.findall(r"= f32\[([\d,]+)\]\S* all-gather", text)}
+    weights = {leaf.shape for leaf in jax.tree.leaves(state.params)}
+    assert (32, 128) in gathered, "the MLP's weights"
+    assert {shape for shape in gathered if len(shape) > 1 and shape[0] > 1} <= weights
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ and a parameter without a rule is an error.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -138,6 +139,53 @@ def _indivisible(mesh: Mesh, path: str, shape: tuple[int, ...], spec: P) -> list
         if size % parts:
             faults.append(f"{path} axis {axis} is {size}, not a multiple of {names} = {parts}")
     return faults
+
+
+def whole_over_fsdp(spec: P) -> P:
+    """The spec with the fsdp axis taken out: how a parameter lies while the networks use it."""
+
+    def strip(names: Any) -> Any:
+        kept = tuple(n for n in ((names,) if isinstance(names, str) else names or ()) if n != "fsdp")
+        return kept[0] if len(kept) == 1 else kept or None
+
+    return P(*(strip(names) for names in spec))
+
+
+def gather_params(mesh: Mesh | None, params: Any, kernel_dtype: Any = None) -> Any:
+    """Parameters as the networks use them: each one whole over the fsdp axis, still split over tensor.
+
+    The gradients go the other way: summed over the batch's shards and left where the parameter lives. Without
+    this the compiler is free to move activations instead of weights, and does. Kernels travel in ``kernel_dtype``
+    if it is given, and so do their gradients; by default in their own, float32.
+    """
+    if kernel_dtype is not None:
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, x: x.astype(kernel_dtype) if path[-1].key == "kernel" else x, params
+        )
+    if mesh is None or mesh.shape["fsdp"] == 1:
+        return params
+
+    def gather(x: jax.Array, spec: P) -> jax.Array:
+        stored, used = NamedSharding(mesh, spec), NamedSharding(mesh, whole_over_fsdp(spec))
+        return x if stored == used else _moved(x, stored, used)
+
+    return jax.tree.map(gather, params, param_specs(params))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _moved(x: jax.Array, stored: NamedSharding, used: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, used)
+
+
+def _moved_fwd(x: jax.Array, stored: NamedSharding, used: NamedSharding) -> tuple[jax.Array, None]:
+    return _moved(x, stored, used), None
+
+
+def _moved_bwd(stored: NamedSharding, used: NamedSharding, _: None, g: jax.Array) -> tuple[jax.Array]:
+    return (jax.lax.with_sharding_constraint(g, stored),)
+
+
+_moved.defvjp(_moved_fwd, _moved_bwd)
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from terrafm_jax import landcover
 from terrafm_jax.models.spec import ModelSpec
-from terrafm_jax.models.terrafm import encode, init_params, project
+from terrafm_jax.models.terrafm import encode, init_params, prepare, project
 from terrafm_jax.sensors import Statistics
 from terrafm_jax.ssl import schedules
 from terrafm_jax.ssl.objective import (
@@ -31,7 +31,14 @@ from terrafm_jax.ssl.objective import (
 )
 from terrafm_jax.ssl.views import ViewSet, ViewSpec, make_views
 from terrafm_jax.training.optim import OptimSpec, ema, make_optimizer
-from terrafm_jax.training.sharding import batch_sharding, check_batch, describe, make_batch, state_shardings
+from terrafm_jax.training.sharding import (
+    batch_sharding,
+    check_batch,
+    describe,
+    gather_params,
+    make_batch,
+    state_shardings,
+)
 from terrafm_jax.training.state import TrainState
 
 __all__ = [
@@ -63,6 +70,8 @@ class TrainSpec:
       total_steps: length of the run; the schedule of the teacher's momentum ends there.
       microbatches: the batch is worked off in so many parts whose gradients are averaged. Same result up to
         rounding and other random draws, less memory.
+      reduce_dtype: "float32" or "bfloat16": in which the gradients of kernels are summed over devices, and in
+        which kernels are gathered over the fsdp axis. bfloat16 halves the traffic and rounds the sums.
     """
 
     model: ModelSpec
@@ -74,9 +83,14 @@ class TrainSpec:
     seed: int = 0
     total_steps: int = 100_000
     microbatches: int = 1
+    reduce_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         faults = []
+        if self.reduce_dtype not in ("float32", "bfloat16"):
+            faults.append(f"reduce_dtype is {self.reduce_dtype!r}, expected float32 or bfloat16")
+        if self.reduce_dtype == "bfloat16" and self.model.dtype != "bfloat16":
+            faults.append(f"reduce_dtype bfloat16 needs model.dtype bfloat16, found {self.model.dtype}")
         if tuple(self.views.sensors) != tuple(self.model.sensors):
             faults.append(f"views.sensors {self.views.sensors} differ from model.sensors {self.model.sensors}")
         if self.views.patch != self.model.patch:
@@ -92,7 +106,7 @@ class TrainSpec:
 
     def __hash__(self) -> int:  # Statistics holds mappings
         fields = (self.model, self.views, self.optim, self.objective, self.frequent, self.seed, self.total_steps)
-        return hash((*fields, self.microbatches, self.stats.to_json()))
+        return hash((*fields, self.microbatches, self.reduce_dtype, self.stats.to_json()))
 
 
 # --- state ------------------------------------------------------------------------------------
@@ -161,11 +175,11 @@ def _student(
     spec: ModelSpec, params: Any, global_views: ViewSet, local_views: ViewSet, drop_key: jax.Array | None
 ) -> jax.Array:
     """Logits [B, V, K] of all views, global ones first; the head runs once."""
-    tokens = []
+    tokens, backbone = [], prepare(spec, params["backbone"])  # weight products once for both sizes
     for i, views in enumerate((global_views, local_views)):
         if views.student.shape[1]:
             key = None if drop_key is None else jax.random.fold_in(drop_key, i)
-            tokens.append(_class_tokens(spec, params["backbone"], views, views.student, key))
+            tokens.append(_class_tokens(spec, backbone, views, views.student, key))
     return _project(spec, params["head"], jnp.concatenate(tokens, axis=1))
 
 
@@ -177,21 +191,29 @@ def _project(spec: ModelSpec, head: Any, tokens: jax.Array) -> jax.Array:
 
 
 def _loss_and_gradients(
-    spec: TrainSpec, state: TrainState, batch: Mapping[str, Any], key: jax.Array, teacher_temp: jax.Array
+    spec: TrainSpec,
+    mesh: Mesh | None,
+    state: TrainState,
+    batch: Mapping[str, Any],
+    key: jax.Array,
+    teacher_temp: jax.Array,
 ) -> tuple[Any, CenterSums, Metrics]:
     """Gradients, center sums and metrics of a batch or microbatch."""
+    kernel_dtype = jnp.bfloat16 if spec.reduce_dtype == "bfloat16" else None
     view_key, drop_key = jax.random.split(key)
     stats = {name: spec.stats.arrays(name) for name in spec.model.sensors}
     with jax.named_scope("views"):
         global_views, local_views = make_views(spec.views, stats, batch, view_key)
     with jax.named_scope("teacher"):
-        tokens = _class_tokens(spec.model, state.teacher["backbone"], global_views, global_views.teacher, None)
-        teacher = jax.lax.stop_gradient(_project(spec.model, state.teacher["head"], tokens))
+        weights = gather_params(mesh, state.teacher, kernel_dtype)
+        tokens = _class_tokens(spec.model, weights["backbone"], global_views, global_views.teacher, None)
+        teacher = jax.lax.stop_gradient(_project(spec.model, weights["head"], tokens))
 
     def loss_fn(params: Any) -> tuple[jax.Array, Metrics]:
         with jax.named_scope("student"):
+            weights = gather_params(mesh, params, kernel_dtype)
             student = _student(
-                spec.model, params, global_views, local_views, drop_key if spec.model.drop_path else None
+                spec.model, weights, global_views, local_views, drop_key if spec.model.drop_path else None
             )
         with jax.named_scope("loss"):
             return dino_loss(
@@ -228,21 +250,26 @@ def _class_sums(entropy: jax.Array, classes: jax.Array) -> Metrics:
 
 
 def _accumulate(
-    spec: TrainSpec, state: TrainState, batch: Mapping[str, Any], key: jax.Array, teacher_temp: jax.Array
+    spec: TrainSpec,
+    mesh: Mesh | None,
+    state: TrainState,
+    batch: Mapping[str, Any],
+    key: jax.Array,
+    teacher_temp: jax.Array,
 ) -> tuple[Any, CenterSums, Metrics]:
     """As :func:`_loss_and_gradients`, in ``spec.microbatches`` parts, each spread evenly over the devices."""
     parts = spec.microbatches
     if parts == 1:
-        return _loss_and_gradients(spec, state, batch, key, teacher_temp)
+        return _loss_and_gradients(spec, mesh, state, batch, key, teacher_temp)
     # Part i takes rows i, i + parts, ...: splitting the axis this way moves nothing between devices.
     split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
 
     def body(total: Any, part: tuple[Any, jax.Array]) -> tuple[Any, None]:
-        found = _loss_and_gradients(spec, state, part[0], jax.random.fold_in(key, part[1]), teacher_temp)
+        found = _loss_and_gradients(spec, mesh, state, part[0], jax.random.fold_in(key, part[1]), teacher_temp)
         return jax.tree.map(jnp.add, total, found), None
 
     first = jax.tree.map(lambda x: x[0], split)
-    shapes = jax.eval_shape(lambda: _loss_and_gradients(spec, state, first, key, teacher_temp))
+    shapes = jax.eval_shape(lambda: _loss_and_gradients(spec, mesh, state, first, key, teacher_temp))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     (grads, sums, metrics), _ = jax.lax.scan(body, zeros, (split, jnp.arange(parts)))
     return jax.tree.map(lambda x: x / parts, grads), sums, jax.tree.map(lambda x: x / parts, metrics)
@@ -255,8 +282,10 @@ def draw_views(spec: TrainSpec, batch: Mapping[str, Any], step: int) -> tuple[Vi
     return make_views(spec.views, stats, batch, view_key)
 
 
-def train_step(spec: TrainSpec, state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
-    """One update. Pure; see ``data/tiles.py`` for the batch.
+def train_step(
+    spec: TrainSpec, state: TrainState, batch: Mapping[str, Any], mesh: Mesh | None = None
+) -> tuple[TrainState, Metrics]:
+    """One update. Pure; see ``data/tiles.py`` for the batch. ``mesh`` says where parameters live, if they are split.
 
     The order is DINO's: loss with the centers before this batch, AdamW, then the teacher's EMA of the new
     student, then the centers.
@@ -272,7 +301,7 @@ def train_step(spec: TrainSpec, state: TrainState, batch: Mapping[str, Any]) -> 
         step, start=goal.teacher_temp_start, end=goal.teacher_temp, warmup_steps=goal.teacher_temp_warmup_steps
     )
     rate = schedules.ema_rate(step, start=goal.ema_start, end=goal.ema_end, total_steps=spec.total_steps)
-    grads, sums, metrics = _accumulate(spec, state, batch, jax.random.fold_in(_key(spec), step), teacher_temp)
+    grads, sums, metrics = _accumulate(spec, mesh, state, batch, jax.random.fold_in(_key(spec), step), teacher_temp)
     with jax.named_scope("update"):
         optimizer = make_optimizer(spec.optim, state.params)
         params, moments, optim_metrics = optimizer.update(grads, state.opt_state, state.params, step)
@@ -305,7 +334,7 @@ def make_step(spec: TrainSpec, mesh: Mesh) -> Callable[[TrainState, Mapping[str,
     state = jax.tree.map(lambda x: x.sharding, abstract_state(spec, mesh))
 
     def step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
-        return train_step(spec, state, batch)
+        return train_step(spec, state, batch, mesh)
 
     return jax.jit(
         step,
