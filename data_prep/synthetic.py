@@ -53,7 +53,7 @@ def _encoded(plans: list[CellPlan], workers: int, job: Any) -> Iterator[dict[str
 
 
 def generate(
-    out: Path, plans: list[CellPlan], *, workers: int = 1, cloudy: float = 0.2, wedges: float = 0.06,
+    out: Path, plans: list[CellPlan], *, workers: int = 1, cloudy: float = 0.12, wedges: float = 0.06,
     rows_per_part: int = 500, progress: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Writes the planned cells to ``out`` and returns a summary. Files do not depend on ``workers``."""
@@ -99,7 +99,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--classes", choices=("longtail", "balanced"), default="longtail", help="of the training cells")
     parser.add_argument("--heldout", type=int, default=0, help="additional class-balanced cells, split holdout")
     parser.add_argument("--validation", type=int, default=0, help="additional class-balanced cells, split validation")
-    parser.add_argument("--cloudy", type=float, default=0.2, help="share of Sentinel-2 overpasses with clouds")
+    parser.add_argument("--cloudy", type=float, default=0.12, help="share of Sentinel-2 overpasses with clouds")
     parser.add_argument("--wedges", type=float, default=0.06, help="share of products with a nodata wedge")
     parser.add_argument("--missing", type=float, default=0.08, help="share of training cells that lack a sensor")
     parser.add_argument("--defects", type=float, default=0.0, help="share of training cells with a planted defect")

@@ -167,7 +167,7 @@ def _rewarp(power: np.ndarray, grid: Affine, epsg: int, to: int) -> tuple[np.nda
     return np.moveaxis(bands, 0, -1), new
 
 
-def render(plan: CellPlan, cloudy: float = 0.2, wedges: float = 0.06) -> Cell:
+def render(plan: CellPlan, cloudy: float = 0.12, wedges: float = 0.06) -> Cell:
     """Draws one cell: ``plan.size`` pixels of 10 m a side, deterministic in the plan.
 
     Args:

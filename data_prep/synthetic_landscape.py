@@ -186,7 +186,7 @@ def _mangrove(rng: np.random.Generator, n: int, scale: float, angle: float) -> S
     slope_small = np.hypot(*np.gradient(small)) + 0.04
     creeks = np.exp(-((large / slope / 1.3) ** 2)) + 0.7 * np.exp(-((small / slope_small / 0.8) ** 2))
     creeks = np.minimum(creeks, 1)
-    return _plain(0.6 * canopy - 2.2 * creeks, 0.4 * canopy - 2.0 * creeks, 0.55 * creeks)
+    return _plain(0.6 * canopy - 2.2 * creeks, 0.4 * canopy - 2.0 * creeks, 0.4 * creeks)
 
 
 def _grass(rng: np.random.Generator, n: int, scale: float, angle: float) -> Structure:
@@ -206,7 +206,7 @@ def _crop(rng: np.random.Generator, n: int, scale: float, angle: float) -> Struc
 def _wetland(rng: np.random.Generator, n: int, scale: float, angle: float) -> Structure:
     """Strings and pools: a two-valued, elongated mosaic."""
     mosaic = np.tanh(3.5 * (smooth(rng, n, 1.7 * scale, 2.6, angle) - 0.2))
-    return _plain(mosaic + 0.2 * smooth(rng, n, 8.0), mosaic, 0.35 * np.clip(-mosaic, 0, 1))
+    return _plain(mosaic + 0.2 * smooth(rng, n, 8.0), mosaic, 0.18 * np.clip(-mosaic, 0, 1))
 
 
 def _built(rng: np.random.Generator, n: int, scale: float, angle: float) -> Structure:
@@ -316,7 +316,7 @@ def class_map(rng: np.random.Generator, size: int, main: str, pure: bool = False
     sigma = max(3.5, 0.055 * size)
     fields = np.stack([smooth(rng, size, sigma * rng.uniform(0.7, 1.3)) for _ in names])
     fields += 0.12 * smooth(rng, size, 1.5)[None] * np.linspace(-1, 1, len(names), dtype=np.float32)[:, None, None]
-    targets = SHARE_LIMITS[0] + (SHARE_LIMITS[1] - SHARE_LIMITS[0]) * rng.beta(2.0, 1.4, 4)
+    targets = SHARE_LIMITS[0] + (SHARE_LIMITS[1] - SHARE_LIMITS[0]) * rng.beta(2.4, 1.2, 4)
     step = max(1, size // 80)
     coarse = fields[:, ::step, ::step]
     bias = _balance(coarse[0] - coarse[1:].max(0), coarse[1:].argmax(0), targets.astype(np.float32))

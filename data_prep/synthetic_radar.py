@@ -16,10 +16,10 @@ from terrafm_jax import landcover
 
 # Mean VV and VH in dB, spread of the mean between cells, spatial standard deviation in dB.
 BACKSCATTER: dict[str, tuple[float, float, float, float]] = {
-    "tree": (-8.8, -14.6, 1.3, 1.2), "shrub": (-9.6, -15.6, 1.4, 1.6), "mangrove": (-9.0, -15.2, 1.4, 1.7),
-    "grass": (-12.2, -19.0, 1.6, 1.3), "crop": (-11.8, -18.6, 1.6, 1.8), "wetland": (-12.0, -19.2, 1.6, 1.9),
-    "built": (-9.8, -18.0, 2.0, 2.6), "bare": (-11.6, -19.6, 2.2, 1.9), "moss": (-11.6, -19.6, 2.0, 1.7),
-    "snow": (-11.0, -18.5, 2.2, 1.2), "water": (-20.5, -27.0, 2.2, 1.3), "sea": (-18.5, -26.0, 2.4, 1.5),
+    "tree": (-8.8, -14.6, 0.9, 1.9), "shrub": (-9.4, -15.4, 0.9, 2.4), "mangrove": (-9.0, -15.0, 0.9, 2.5),
+    "grass": (-12.0, -19.0, 1.1, 2.0), "crop": (-11.8, -18.6, 1.1, 2.6), "wetland": (-12.0, -19.2, 1.1, 2.7),
+    "built": (-10.0, -18.0, 1.3, 3.4), "bare": (-11.6, -19.4, 1.4, 2.7), "moss": (-11.4, -19.2, 1.3, 2.5),
+    "snow": (-11.0, -18.5, 1.5, 1.9), "water": (-20.0, -27.0, 1.5, 2.0), "sea": (-18.8, -26.0, 1.6, 2.5),
 }  # fmt: skip
 LOOKS = 4.4  # equivalent number of looks of an IW GRDH product at 10 m
 

@@ -37,10 +37,11 @@ MATERIALS: dict[str, np.ndarray] = {
         "lichen": (0.055, 0.075, 0.115, 0.135, 0.165, 0.21, 0.24, 0.26, 0.28, 0.29, 0.29, 0.200),
         "clear": (0.035, 0.033, 0.028, 0.015, 0.012, 0.010, 0.009, 0.008, 0.007, 0.006, 0.004, 0.003),
         "turbid": (0.060, 0.070, 0.090, 0.075, 0.065, 0.040, 0.038, 0.032, 0.028, 0.022, 0.008, 0.005),
+        "glint": (0.105, 0.105, 0.105, 0.095, 0.090, 0.085, 0.080, 0.078, 0.075, 0.060, 0.050, 0.040),
         "foam": (0.200, 0.210, 0.210, 0.200, 0.190, 0.180, 0.170, 0.160, 0.150, 0.120, 0.050, 0.030),
-        "snow": (0.860, 0.880, 0.880, 0.870, 0.860, 0.840, 0.820, 0.800, 0.770, 0.660, 0.100, 0.070),
-        "firn": (0.520, 0.560, 0.560, 0.530, 0.510, 0.470, 0.430, 0.390, 0.350, 0.280, 0.060, 0.045),
-        "cloud": (0.730, 0.720, 0.710, 0.710, 0.720, 0.730, 0.740, 0.740, 0.740, 0.620, 0.520, 0.420),
+        "snow": (0.740, 0.760, 0.770, 0.760, 0.750, 0.730, 0.710, 0.690, 0.660, 0.560, 0.100, 0.070),
+        "firn": (0.450, 0.490, 0.490, 0.470, 0.450, 0.410, 0.380, 0.340, 0.310, 0.250, 0.060, 0.045),
+        "cloud": (0.570, 0.560, 0.550, 0.550, 0.560, 0.570, 0.580, 0.580, 0.580, 0.490, 0.420, 0.340),
     }.items()
 }
 
@@ -51,33 +52,39 @@ class Group:
 
     ``first`` and ``second`` are concentrations of a Dirichlet draw of materials per cell and class;
     ``green`` materials turn to straw out of season. ``cover`` is the range of the mean share of
-    ``first``, ``swing`` its standard deviation in space, ``third`` the third material.
+    ``first``, ``swing`` its standard deviation in space, ``shade`` that of the brightness (roughness,
+    shadows), ``third`` the third material.
     """
 
     first: dict[str, float]
     second: dict[str, float]
     cover: tuple[float, float]
     swing: float
+    shade: float
     third: str
     evergreen: tuple[float, float] = (0.0, 0.4)
 
 
 _WOODY = dict(
-    first={"leaf": 6.0, "humus": 1.0, "straw": 0.5},
-    second={"soil": 1.0, "straw": 1.0, "humus": 1.0},
-    cover=(0.50, 0.78), swing=0.16, evergreen=(0.5, 0.95),
+    first={"leaf": 12.0, "humus": 1.0},
+    second={"soil": 4.0, "straw": 3.0, "humus": 2.0},
+    cover=(0.58, 0.70), swing=0.30, shade=0.16, evergreen=(0.5, 0.95),
 )  # fmt: skip
 _HERB = dict(
-    first={"leaf": 4.0, "straw": 1.0},
-    second={"soil": 1.5, "straw": 1.0, "humus": 1.0},
-    cover=(0.45, 0.75), swing=0.16,
+    first={"leaf": 9.0, "straw": 2.0},
+    second={"soil": 4.0, "straw": 2.0, "humus": 3.0},
+    cover=(0.53, 0.67), swing=0.30, shade=0.12,
 )  # fmt: skip
 _MINERAL = dict(
-    first={"sand": 0.8, "concrete": 0.8, "soil": 0.8, "lichen": 0.6},
-    second={"rock": 1.0, "humus": 0.7, "asphalt": 0.7, "leaf": 0.4},
-    cover=(0.45, 0.70), swing=0.16,
+    first={"sand": 3.0, "concrete": 2.5, "soil": 2.0, "lichen": 2.0},
+    second={"rock": 3.0, "humus": 3.0, "asphalt": 2.0, "leaf": 1.0},
+    cover=(0.50, 0.62), swing=0.30, shade=0.16,
 )  # fmt: skip
-_WATER = dict(first={"turbid": 1.0, "clear": 0.7}, second={"clear": 1.5, "turbid": 0.4}, cover=(0.3, 0.7), swing=0.22)
+_WATER = dict(
+    first={"turbid": 4.0, "glint": 3.0},
+    second={"clear": 5.0, "turbid": 0.7},
+    cover=(0.35, 0.55), swing=0.32, shade=0.20,
+)  # fmt: skip
 GROUPS: dict[str, Group] = {
     "tree": Group(**_WOODY, third="humus"),
     "shrub": Group(**_WOODY, third="soil"),
@@ -88,7 +95,7 @@ GROUPS: dict[str, Group] = {
     "built": Group(**_MINERAL, third="asphalt"),
     "bare": Group(**_MINERAL, third="rock"),
     "moss": Group(**_MINERAL, third="humus"),
-    "snow": Group({"snow": 1.0}, {"firn": 1.5, "snow": 1.0}, (0.45, 0.75), 0.22, "firn"),
+    "snow": Group({"snow": 1.0}, {"firn": 3.0, "snow": 2.0}, (0.50, 0.70), 0.25, 0.06, "firn"),
     "water": Group(**_WATER, third="turbid"),
     "sea": Group(**_WATER, third="foam"),
 }
@@ -118,7 +125,7 @@ def _mix(rng: np.random.Generator, weights: dict[str, float], green: float) -> n
     for name in weights:
         leaf = green * MATERIALS["leaf"] + (1 - green) * MATERIALS["straw"]
         spectra.append(leaf if name == "leaf" else MATERIALS[name])
-    return (shares @ np.stack(spectra)) * np.float32(math.exp(rng.normal(0, 0.12)))
+    return (shares @ np.stack(spectra)) * np.float32(math.exp(rng.normal(0, 0.06)))
 
 
 def class_reflectance(
@@ -138,13 +145,15 @@ def class_reflectance(
     seconds = [_mix(rng, group.second, 0.3 + 0.7 * green) for _ in range(2)]
     # Parcels follow calendars of their own, so their order of brightness changes with the date.
     turn = float(np.sin(plan.rng(21, acquired.stream).uniform(0, 2 * np.pi)))
-    cover = np.clip(mean + swing * (shape.cover + 0.5 * turn * shape.parcel), 0.0, 1.0)
+    wanted = shape.cover + 0.5 * turn * shape.parcel
+    cover = np.clip(mean + swing * wanted, 0.0, 1.0)
+    shade = 1 + group.shade * contrast * np.clip(wanted, -2.5, 2.5)
     # Two draws of each material alternate within the cell: were there one, crops of a tile would
     # share its color, and color rather than structure would be what distillation learns.
     other = 1 / (1 + np.exp(-2.0 * variety - 2.0 * np.sin(9 * shape.parcel)))
     third = shape.third
     shares = np.stack([cover * (1 - other), cover * other, (1 - cover) * (1 - other), (1 - cover) * other], -1)
-    surface = (shares * (1 - third[:, None])) @ np.stack([*firsts, *seconds]).astype(np.float32)
+    surface = (shares * (shade * (1 - third))[:, None]) @ np.stack([*firsts, *seconds]).astype(np.float32)
     return surface + third[:, None] * MATERIALS[group.third]
 
 
@@ -177,7 +186,7 @@ def sky(plan: CellPlan, size: int, acquired: Acquisition, cloudy: float) -> Sky:
     clear = np.ones((size, size), np.float32)
     if rng.random() >= cloudy:
         return Sky(0 * clear, clear, np.zeros((size, size), np.uint8), 0.0)
-    cover = rng.beta(1.0, 3.0)
+    cover = rng.beta(1.0, 4.0)
     field = ground.fractal(rng, size, 3.2, max(60.0, size / 3))
     opacity = np.clip((field - np.quantile(field, 1 - cover)) * rng.uniform(1.0, 2.5), 0, 1).astype(np.float32) * 0.95
     away = (4, -5) if plan.lat > 0 else (-4, -5)
