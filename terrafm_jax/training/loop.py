@@ -22,7 +22,7 @@ from terrafm_jax import landcover, weights
 from terrafm_jax.data import pipeline
 from terrafm_jax.data.sampling import Order
 from terrafm_jax.sensors import Statistics
-from terrafm_jax.training import pictures
+from terrafm_jax.training import pictures, report
 from terrafm_jax.training import workdir as workdir_lib
 from terrafm_jax.training.checkpoint import Checkpointer, to_host
 from terrafm_jax.training.meter import Compiled, Meter, due
@@ -255,6 +255,8 @@ def _loop(tools: Tools, state: TrainState, start: int, evaluators: Sequence[Eval
 
 def _finish(tools: Tools, step: int, preempted: bool) -> Outcome:
     run = tools.run
+    if run.first:
+        report.write(run.workdir)
     if preempted and not tools.stop.by_person:
         tools.progress.line(f"stopped by a signal at step {step}, checkpoint written; start again to resume")
         return Outcome(step, False, run.config.exit_code_preempted)
