@@ -27,8 +27,8 @@ METERS = 480
 
 def tiny(sensors: tuple[str, ...] = ("s1",), **fields: object) -> TrainSpec:
     model = ModelSpec(
-        width=32, depth=1, heads=2, grid=2, sensors=sensors, fusion=len(sensors) > 1, queries=2, fusion_heads=4, prototypes=64, head_hidden=32,
-        head_bottleneck=16, drop_path=0.2,
+        width=32, depth=1, heads=2, grid=2, sensors=sensors, fusion=len(sensors) > 1, queries=2, fusion_heads=4,
+        prototypes=64, head_hidden=32, head_bottleneck=16, drop_path=0.2,
     )  # fmt: skip
     views = ViewSpec(sensors=sensors, locals=2, global_size=32, local_size=16)
     # The gradient of a key's bias is nothing but rounding; a larger eps keeps Adam from blowing it up to the rate.
