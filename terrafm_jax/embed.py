@@ -34,7 +34,8 @@ _say = logging.getLogger("terrafm_jax.embed").info
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; bad input ends in one line on stderr and exit code 1."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("terrafm_jax").setLevel(logging.INFO)
     logging.getLogger("rasterio").setLevel(logging.CRITICAL)
     command = argv.pop(0) if argv and argv[0] in COMMANDS else "scene"
     args = {"scene": scene_parser, "change": change_parser, "search": search_parser, "picture": picture_parser}[

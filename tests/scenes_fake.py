@@ -29,7 +29,17 @@ def tiny_model(seed: int = 0, **fields: Any) -> Model:
     params = init_params(spec, jax.random.key(seed))
     # Fresh weights are tiny: larger ones make features that depend visibly on the pixels.
     backbone = jax.tree.map(lambda a: np.asarray(a * 3.0 if a.ndim > 1 else a), params["backbone"])
+    backbone["pos_embed"] = smooth_positions(spec, backbone["pos_embed"])
     return Model(Loaded({"backbone": backbone}, spec, Statistics.published(), {}, "tiny"))
+
+
+def smooth_positions(spec: ModelSpec, fresh: np.ndarray) -> np.ndarray:
+    """Position embeddings that vary slowly over the window, as those of trained weights do (fresh ones are noise)."""
+    at = (np.arange(spec.grid) + 0.5) / spec.grid * np.pi
+    waves = [np.cos(a * at)[:, None] * np.cos(b * at)[None] for a in range(3) for b in range(3) if a + b]
+    mixed = np.random.default_rng(5).normal(size=(len(waves), spec.width)) * 0.15
+    grid = np.tensordot(np.stack(waves, -1), mixed, 1).reshape(1, -1, spec.width)
+    return np.concatenate([fresh[:, :1], grid], 1).astype(np.float32)
 
 
 def surface(rows: int, columns: int, bands: int, gsd: float = 10.0, seed: int = 0) -> np.ndarray:

@@ -225,8 +225,9 @@ def _source_window(source: rasterio.DatasetReader, grid: Grid) -> Window:
     bounds = grid.bounds
     if source.crs != grid.crs:
         bounds = transform_bounds(grid.crs, source.crs, *bounds, densify_pts=21)
-    inverse = ~source.transform
-    (left, top), (right, bottom) = inverse * (bounds[0], bounds[3]), inverse * (bounds[2], bounds[1])
+    t = source.transform  # north up: no shear
+    left, right = ((x - t.c) / t.a for x in (bounds[0], bounds[2]))
+    top, bottom = ((y - t.f) / t.e for y in (bounds[3], bounds[1]))
     # A triangle reaches as far as the ratio of the samplings, two pixels more absorb rounding.
     margin = int(np.ceil(max((right - left) / grid.width, (bottom - top) / grid.height, 1.0))) * 2 + 2
     left, top = max(int(np.floor(left)) - margin, 0), max(int(np.floor(top)) - margin, 0)

@@ -1,0 +1,152 @@
+"""Change, search and pictures from embeddings on disk; names of Major-TOM cells."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+from PIL import Image
+from rasterio.crs import CRS
+from rasterio.warp import transform
+
+from terrafm_jax import embed
+from terrafm_jax.scenes import analyze, output
+from terrafm_jax.scenes.grid import Grid
+
+GRID = Grid(CRS.from_epsg(32632), 600_000.0, 5_100_000.0, 160.0, 40, 50)
+TAGS = {analyze.WEIGHTS_TAG: "abc"}
+
+
+def stored(
+    path: Path, tokens: np.ndarray, tags: dict[str, str] = TAGS, grid: Grid = GRID, dtype: str = "float32"
+) -> Path:
+    names = tuple(f"feature {i}" for i in range(tokens.shape[-1]))
+    output.write_cog(path, tokens, grid, output.Meta(names, tags), dtype)
+    return path
+
+
+@pytest.fixture
+def tokens() -> np.ndarray:
+    values = np.random.default_rng(0).normal(size=(40, 50, 16)).astype(np.float32)
+    values[:3, :4] = np.nan
+    return values
+
+
+def lonlat(row: int, column: int) -> tuple[float, float]:
+    x, y = GRID.x + (column + 0.5) * GRID.gsd, GRID.y - (row + 0.5) * GRID.gsd
+    (lon,), (lat,) = transform(GRID.crs, "EPSG:4326", [x], [y])
+    return lon, lat
+
+
+def test_change_is_one_minus_cosine(tmp_path: Path, tokens: np.ndarray) -> None:
+    other = tokens.copy()
+    other[10] = -tokens[10]
+    other[20] = np.random.default_rng(1).normal(size=(50, 16))
+    first, second = stored(tmp_path / "a.tif", tokens), stored(tmp_path / "b.tif", other)
+    out = tmp_path / "c.tif"
+    assert embed.main(["change", str(first), str(second), f"--out={out}"]) == 0
+    with rasterio.open(out) as found:
+        values = found.read(1)
+        assert found.transform == GRID.transform
+        assert "a.tif and b.tif" in found.tags()["TERRAFM_CHANGE"]
+    expected = 1 - (analyze.unit(tokens) * analyze.unit(other)).sum(-1)
+    assert np.allclose(values, expected, atol=1e-5, equal_nan=True)
+    assert np.allclose(values[10], 2, atol=1e-5)
+    assert np.allclose(values[30], 0, atol=1e-5)
+
+
+def test_change_refuses_what_cannot_be_compared(tmp_path: Path, tokens: np.ndarray, capsys: Any) -> None:
+    first = stored(tmp_path / "a.tif", tokens)
+    moved = stored(tmp_path / "b.tif", tokens, {analyze.WEIGHTS_TAG: "xyz"}, GRID.window(1, 0, 40, 50))
+    assert embed.main(["change", str(first), str(moved), f"--out={tmp_path / 'c.tif'}"]) == 1
+    line = capsys.readouterr().err
+    assert "different grids" in line
+    assert "different weights" in line
+    with rasterio.open(tmp_path / "plain.tif", "w", driver="GTiff", height=4, width=4, count=1, dtype="uint8",
+                       crs=GRID.crs, transform=GRID.transform):  # fmt: skip
+        pass
+    assert embed.main(["change", str(first), str(tmp_path / "plain.tif"), f"--out={tmp_path / 'c.tif'}"]) == 1
+    assert "is no embedding of this program" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_search_finds_the_most_similar_over_many_files(tmp_path: Path, tokens: np.ndarray, dtype: str) -> None:
+    query = tokens[5, 7]
+    noise = np.random.default_rng(3).normal(size=(40, 50, 16)).astype(np.float32)
+    noise[33, 44] = 5 * query  # the same direction
+    noise[1, 2] = query + 0.1
+    first, second = stored(tmp_path / "a.tif", tokens, dtype=dtype), stored(tmp_path / "b.tif", noise, dtype=dtype)
+    rows = [
+        output.window_row(GRID, (0, 0, 20, 20), vector, "p", "t", "m")
+        for vector in np.stack([2 * query, -query, noise[0, 0]])
+    ]
+    windows = tmp_path / "w.parquet"
+    output.write_windows(windows, rows, output.Meta((), TAGS))
+    out = tmp_path / "hits.csv"
+    lon, lat = lonlat(5, 7)
+    arguments = [f"--query={first}", f"--point={lon},{lat}", "--k=5", str(first), str(second), str(windows)]
+    assert embed.main(["search", *arguments, f"--out={out}"]) == 0
+    with open(out) as file:
+        hits = list(csv.DictReader(file))
+    found = {(Path(h["file"]).name, int(h["row"]), int(h["column"])) for h in hits[:4]}
+    assert found == {("a.tif", 5, 7), ("b.tif", 33, 44), ("w.parquet", 0, 0), ("b.tif", 1, 2)}
+    assert len(hits) == 5
+    scores = [float(h["similarity"]) for h in hits]
+    assert scores == sorted(scores, reverse=True)
+    assert float(hits[0]["lon"]) == pytest.approx(lon, abs=0.5)
+    assert embed.main(["search", *arguments, f"--out={tmp_path / 'hits.geojson'}"]) == 0
+    assert len(json.loads((tmp_path / "hits.geojson").read_text())["features"]) == 5
+
+
+def test_search_by_brute_force(tmp_path: Path, tokens: np.ndarray) -> None:
+    path = stored(tmp_path / "a.tif", tokens)
+    hits = analyze.search(tokens[8, 8], [path], 30)
+    scores = analyze.unit(tokens) @ analyze.unit(tokens[8, 8])
+    best = np.sort(scores[np.isfinite(scores)])[::-1][:30]
+    assert np.allclose([h["similarity"] for h in hits], best, atol=1e-4)
+
+
+def test_places_without_data_are_said(tmp_path: Path, tokens: np.ndarray, capsys: Any) -> None:
+    path = stored(tmp_path / "a.tif", tokens)
+    for (lon, lat), words in ((lonlat(1, 1), "no data at"), ((0.0, 0.0), "lies outside")):
+        arguments = ["search", f"--query={path}", f"--point={lon},{lat}", f"--out={tmp_path / 'h.csv'}", str(path)]
+        assert embed.main(arguments) == 1
+        assert words in capsys.readouterr().err
+
+
+def test_pictures(tmp_path: Path, tokens: np.ndarray) -> None:
+    values = tokens * 0.05
+    values[..., 2] += np.linspace(-3, 3, 50)  # the main component runs from left to right
+    path = stored(tmp_path / "a.tif", values)
+    assert embed.main(["picture", str(path), f"--out={tmp_path / 'pca.png'}"]) == 0
+    image = np.asarray(Image.open(tmp_path / "pca.png"))
+    factor = image.shape[0] // 40
+    assert image.shape == (40 * factor, 50 * factor, 4)
+    assert image[0, 0, 3] == 0, "nodata is transparent"
+    assert image[-1, -1, 3] == 255
+    means = image[10 * factor :, :, 0].mean(0)
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) > 0.95
+    lon, lat = lonlat(20, 30)
+    out = tmp_path / "near.png"
+    assert embed.main(["picture", str(path), f"--out={out}", f"--similar-to={lon},{lat}"]) == 0
+    near = np.asarray(Image.open(out))
+    assert near[20 * factor + 1, 30 * factor + 1, :3].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("lat", "lon", "name"),
+    [
+        (17.90, 103.76, ("199U", "1099R")),
+        (0.01, 0.01, ("0U", "0R")),
+        (-0.01, -0.01, ("1D", "1L")),
+        (-25.3156, -48.106, ("282D", "485L")),
+        (-38.83, -72.478, ("433D", "629L")),
+    ],
+)
+def test_majortom_cells(lat: float, lon: float, name: tuple[str, str]) -> None:
+    assert output.majortom_cell(lat, lon) == name

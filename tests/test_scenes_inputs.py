@@ -1,0 +1,380 @@
+"""Inputs of scene embedding: names, products, units, and bad input, each a one-line error with a remedy."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+from affine import Affine
+from scenes_fake import CRS, NORTH, WEST, optical, radar, surface, tiny_model, write
+
+from terrafm_jax import embed
+from terrafm_jax.scenes import grid as grid_lib
+from terrafm_jax.scenes import inputs, points, products, read
+from terrafm_jax.scenes.errors import SceneError
+from terrafm_jax.scenes.grid import Grid, Plan
+from terrafm_jax.scenes.inputs import Declared, resolve
+from terrafm_jax.sensors import SENSORS, band_name
+
+NAMES = SENSORS["s2_l2a"].band_names
+PRODUCT = "S2B_MSIL2A_20230223T032739_N0509_R018_T48QUE_20230224T183543"
+
+
+# --- what is found ---
+
+
+def test_band_names_in_any_spelling(tmp_path: Path) -> None:
+    wanted = ("B02", "B03", "B04", "B8A")
+    for names in (("blue", "green", "red", "nir08"), ("B2", "B3", "B4", "B8A"), ("BLUE", "GREEN", "RED", "NIR_NARROW")):
+        path = write(tmp_path / "x.tif", surface(32, 32, 4), names=names)
+        assert resolve(f"s2_l2a={path}", Declared()).bands == wanted
+    path = write(tmp_path / "x.tif", surface(32, 32, 5), names=("SCL", "B12", "noise", "B01", "B10"))
+    found = resolve(f"sentinel-2-l2a={path}", Declared())
+    assert [(layer.band, layer.index) for layer in found.layers] == [("B01", 4), ("B12", 2)]
+    path = write(tmp_path / "y.tif", surface(32, 32, 2))
+    assert resolve(f"s2_l2a={path}", Declared(bands={"s2_l2a": ("B8A", "red")})).bands == ("B04", "B8A")
+
+
+def test_several_files_make_one_date(tmp_path: Path) -> None:
+    fine = write(tmp_path / "fine.tif", surface(64, 64, 4), names=("B02", "B03", "B04", "B08"))
+    coarse = write(tmp_path / "T32TQM_B11_20m.tif", surface(32, 32, 1), gsd=20)
+    found = resolve(f"s2_l2a={fine},{coarse}", Declared())
+    assert found.bands == ("B02", "B03", "B04", "B08", "B11")
+    assert len(found.paths) == 2
+
+
+def safe(folder: Path, offset: str | None = "-1000", level: str = "L2A") -> Path:
+    root = folder / f"{PRODUCT.replace('L2A', level)}.SAFE"
+    images = root / "GRANULE" / "L2A_T48QUE_A031" / "IMG_DATA"
+    for band in SENSORS["s2_l2a"].bands:
+        for gsd in sorted({band.gsd, 60}):
+            n = 960 // gsd
+            data = surface(n, n, 1, gsd) + (0 if gsd == band.gsd else 5)
+            write(images / f"R{gsd}m" / f"T48QUE_20230223T032739_{band.name}_{gsd}m.tif", data, gsd=gsd)
+    write(images / "R20m" / "T48QUE_20230223T032739_SCL_20m.tif", np.full((1, 48, 48), 4, np.uint8), gsd=20)
+    write(images / "R10m" / "T48QUE_20230223T032739_TCI_10m.tif", np.zeros((3, 96, 96), np.uint8))
+    text = f'<BOA_ADD_OFFSET band_id="0">{offset}</BOA_ADD_OFFSET>' if offset else ""
+    (root / "MTD_MSIL2A.xml").write_text(f"<n>{text}</n>")
+    return root
+
+
+def test_safe_product(tmp_path: Path) -> None:
+    root = safe(tmp_path)
+    found = resolve(f"s2_l2a={root}", Declared())
+    assert found.bands == NAMES
+    for layer in found.layers:
+        gsd = next(b.gsd for b in SENSORS["s2_l2a"].bands if b.name == layer.band)
+        assert layer.path.endswith(f"_{layer.band}_{gsd}m.tif"), "the native sampling wins over the 60 m copy"
+    assert found.offset == 1000
+    assert found.time == "2023-02-23T03:27:39Z"
+    assert found.classes.endswith("SCL_20m.tif")
+    assert resolve(f"s2_l2a={root}", Declared(offset={"s2_l2a": 0.0})).offset == 0
+    with pytest.raises(SceneError, match="is a Level-2A product"):
+        resolve(f"s2_l1c={root}", Declared())
+    shutil.rmtree(root)
+    assert resolve(f"s2_l2a={safe(tmp_path, None)}", Declared()).offset == 1000, "from the baseline N0509"
+
+
+def test_own_classification_takes_clouds_out(tmp_path: Path) -> None:
+    root = safe(tmp_path)
+    scl = np.full((1, 48, 48), 4, np.uint8)
+    scl[:, :24] = 9
+    path = next(root.rglob("*SCL*"))
+    write(path, scl, gsd=20)
+    date = resolve(f"s2_l2a={root}", Declared())
+    valid = read.SceneReader([date], grid_lib.target_grid([date]), use_classes=True).read(0, 0, 96, 96)["s2_l2a"].valid
+    assert not valid[:48].any()
+    assert valid[48:].all()
+
+
+@pytest.mark.parametrize(
+    ("product", "offset"),
+    [("S2A_MSIL2A_x_N0400_y", 1000), ("S2A_MSIL2A_x_N0301_y", 0), ("S2A_N9999_z", 0), ("x_N0511", 1000), ("scene", 0)],
+)
+def test_offset_from_the_product_id(product: str, offset: float) -> None:
+    assert products.baseline_offset(product) == offset
+
+
+def stac(folder: Path, **properties: Any) -> Path:
+    write(folder / "data" / "b02.tif", surface(64, 64, 1))
+    write(folder / "data" / "rest.tif", surface(64, 64, 2))
+    assets = {
+        "blue": {"href": "./data/b02.tif", "eo:bands": [{"name": "B02", "common_name": "blue"}]},
+        "pair": {"href": "data/rest.tif", "eo:bands": [{"name": "red"}, {"name": "nir08"}]},
+        "preview": {"href": "data/none.png", "roles": ["overview"], "eo:bands": [{"name": "B03"}]},
+        "scl": {"href": "data/scl.tif"},
+    }
+    assets["blue"] |= properties.pop("asset", {})
+    item = {"type": "Feature", "id": PRODUCT, "properties": {"datetime": "2023-02-23T03:27:39Z", **properties}}
+    path = folder / "item.json"
+    path.write_text(json.dumps({**item, "assets": assets}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("properties", "offset"),
+    [
+        ({}, 1000),
+        ({"earthsearch:boa_offset_applied": True}, 0),
+        ({"s2:processing_baseline": "03.01"}, 0),
+        ({"s2:processing_baseline": "05.09"}, 1000),
+        (
+            {"asset": {"raster:bands": [{"scale": 0.0001, "offset": -0.1}]}, "earthsearch:boa_offset_applied": True},
+            1000,
+        ),
+    ],
+)
+def test_stac_item(tmp_path: Path, properties: dict[str, Any], offset: float) -> None:
+    found = resolve(f"s2_l2a={stac(tmp_path, **properties)}", Declared())
+    assert found.bands == ("B02", "B04", "B8A")
+    assert found.offset == offset
+    assert found.time == "2023-02-23T03:27:39Z"
+    assert [layer.index for layer in found.layers] == [1, 1, 2]
+
+
+# --- bad input: one line each, naming the file ---
+
+
+def fails(capsys: pytest.CaptureFixture, *args: str) -> str:
+    code = embed.main(["--checkpoint=none.pth", "--out=e.tif", *args])
+    line = capsys.readouterr().err.strip()
+    assert code == 1
+    assert "\n" not in line, line
+    return line
+
+
+def test_files_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    text = tmp_path / "notes.tif"
+    text.write_text("no raster")
+    plain = optical(tmp_path / "plain.tif", 64, 64)
+    bare = write(tmp_path / "bare.tif", surface(64, 64, 12), names=NAMES, crs=None)
+    turned = optical(tmp_path / "turned.tif", 64, 64, transform=Affine(10, 2, WEST, 2, -10, NORTH))
+    unnamed = write(tmp_path / "unnamed.tif", surface(64, 64, 12))
+    junk = write(tmp_path / "junk.tif", surface(64, 64, 3), names=("stackstac-1a", "stackstac-1a", "bands"))
+    empty = write(tmp_path / "empty.tif", np.full((2, 64, 64), -9999, np.float32), nodata=-9999, names=("VV", "VH"))
+    for argument, words in {
+        f"s2_l2a={text}": ("notes.tif", "GeoTIFF"),
+        f"s2_l2a={tmp_path / 'missing.tif'}": ("missing.tif", "no such file"),
+        f"s2_l2a={bare}": ("bare.tif", "coordinate reference system", "gdal_edit"),
+        f"s2_l2a={turned}": ("turned.tif", "rotated", "gdalwarp"),
+        f"s2_l2a={unnamed}": ("unnamed.tif", "12 bands have no names", "--bands s2_l2a="),
+        f"s2_l2a={junk}": ("junk.tif", "--bands s2_l2a="),
+        f"s1={empty}": ("empty.tif", "nothing but nodata"),
+        f"s5={plain}": ("s5", "expected one of"),
+        "s2_l2a": ("NAME=FILE",),
+        f"s2_l2a={tmp_path}/nothing.json": ("nothing.json", "STAC"),
+    }.items():
+        line = fails(capsys, f"--sensor={argument}")
+        assert all(word in line for word in words), line
+
+
+def test_wrong_band_count_and_unknown_bands(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = write(tmp_path / "x.tif", surface(64, 64, 12))
+    line = fails(capsys, f"--sensor=s2_l2a={path}", "--bands=s2_l2a=B02,B03")
+    assert "x.tif: holds 12 bands, --bands s2_l2a names 2" in line
+    line = fails(capsys, f"--sensor=s2_l2a={path}", f"--bands=s2_l2a={','.join(NAMES[:11])},B99")
+    assert "unknown bands ['B99']" in line
+
+
+def test_truncated_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = optical(tmp_path / "cut.tif", 256, 256, tiled=True, blockxsize=64, blockysize=64, compress="deflate")
+    path.write_bytes(path.read_bytes()[:-40_000])
+    line = fails(capsys, f"--sensor=s2_l2a={path}")
+    assert "cut.tif" in line
+    assert "truncated" in line or "cannot be opened" in line
+
+
+def test_units_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    share = write(tmp_path / "r.tif", (surface(64, 64, 12) / 10_000).astype(np.float32), names=NAMES)
+    whole = optical(tmp_path / "dn.tif", 64, 64)
+    db, power = radar(tmp_path / "db.tif", 64, 64), radar(tmp_path / "power.tif", 64, 64, power=True)
+    for args, remedy in (
+        ((f"--sensor=s2_l2a={share}",), "--unit s2_l2a=reflectance"),
+        ((f"--sensor=s2_l2a={whole}", "--unit=s2_l2a=reflectance"), "--unit s2_l2a=dn"),
+        ((f"--sensor=s1={power}",), "--unit s1=power"),
+        ((f"--sensor=s1={db}", "--unit=s1=power"), "--unit s1=db"),
+        ((f"--sensor=s1={db}", "--unit=s1=dn"), "expected one of ['db', 'power']"),
+    ):
+        assert remedy in fails(capsys, *args)
+
+
+def test_dark_water_is_no_reflectance(tmp_path: Path) -> None:
+    dark = np.ones((12, 64, 64), np.uint16)
+    dark[:, ::7, ::5] = 2
+    path = write(tmp_path / "water.tif", dark, names=NAMES)
+    assert resolve(f"s2_l2a={path}", Declared()).unit == "dn"
+
+
+def test_an_offset_still_inside_is_pointed_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path / "x.tif", surface(64, 64, 12) // 4 + 950, names=NAMES)
+    resolve(f"s2_l2a={path}", Declared())
+    assert "--offset s2_l2a=1000" in caplog.text
+    caplog.clear()
+    resolve(f"s2_l2a={path}", Declared(offset={"s2_l2a": 1000.0}))
+    assert not caplog.text
+
+
+def test_sensors_that_do_not_meet(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    first = optical(tmp_path / "a.tif", 64, 64)
+    second = radar(tmp_path / "b.tif", 64, 64, west=WEST + 90_000)
+    line = fails(capsys, f"--sensor=s2_l2a={first}", f"--sensor=s1={second}")
+    assert "do not meet" in line
+    assert "s1 (690000" in line
+    line = fails(capsys, f"--sensor=s2_l2a={first}", "--aoi=0,0,1,1")
+    assert "--aoi" in line
+
+
+def test_settings_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = f"--sensor=s2_l2a={optical(tmp_path / 'a.tif', 64, 64)}"
+    for args, words in (
+        (("--gsd=fine",), "--gsd fine"),
+        (("--gsd=300",), "at least 16 x 16"),
+        (("--crs=EPSG:4326",), "is not metric"),
+        (("--crs=EPSG:nonsense",), "--crs EPSG:nonsense"),
+        (("--window=100", "--overlap=33", "--stride=5"), "--overlap 33"),
+        (("--aoi=nowhere.geojson",), "holds no GeoJSON polygon"),
+        (("--mask=nowhere.tif",), "nowhere.tif"),
+        (("--offset=s2_l2a=much",), "--offset s2_l2a=much"),
+        (("--points=p.csv",), "give OUT.parquet"),
+        (("--out=e.jpg",), "unknown suffix '.jpg'"),
+    ):
+        assert words in fails(capsys, path, *args)
+
+
+def test_weights_that_do_not_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    l2a, s1 = optical(tmp_path / "a.tif", 64, 64), radar(tmp_path / "b.tif", 64, 64)
+    both = (f"--sensor=s2_l2a={l2a}", f"--sensor=s1={s1}")
+    assert "none.pth: not found" in fails(capsys, *both)
+    monkeypatch.setattr(embed, "_load", lambda args: tiny_model(fusion=False))
+    assert "no fusion" in fails(capsys, *both)
+    monkeypatch.setattr(embed, "_load", lambda args: tiny_model(sensors=("s2_l2a",)))
+    assert "--sensor s1: these weights know ['s2_l2a'] only" in fails(capsys, *both)
+
+
+class _Evil:
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path(self.target),))
+
+    def __init__(self, target: Path):
+        self.target = str(target)
+
+
+def test_hostile_and_truncated_weights(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    scene = f"--sensor=s2_l2a={optical(tmp_path / 'a.tif', 64, 64)}"
+    ran = tmp_path / "it_ran"
+    hostile = tmp_path / "hostile.pth"
+    hostile.write_bytes(pickle.dumps(_Evil(ran)))
+    code = embed.main([f"--checkpoint={hostile}", scene, f"--out={tmp_path / 'e.tif'}"])
+    line = capsys.readouterr().err.strip()
+    assert (code, ran.exists()) == (1, False)
+    assert "hostile.pth" in line
+    assert "\n" not in line
+    short = tmp_path / "short.safetensors"
+    short.write_bytes((5000).to_bytes(8, "little") + b'{"cls_token":')
+    assert embed.main([f"--checkpoint={short}", scene, f"--out={tmp_path / 'e.tif'}"]) == 1
+    line = capsys.readouterr().err.strip()
+    assert "short.safetensors" in line
+    assert "\n" not in line
+
+
+def test_a_full_disk_is_said_and_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from terrafm_jax.scenes import store
+
+    plan = Plan(Grid(grid_lib.CRS.from_string(CRS), WEST, NORTH, 10.0, 320, 320), 96, 48, 16)
+    unfinished = store.Unfinished(tmp_path / "e.tif", plan, 4, "mark")
+    blender = store.Blender(plan, 4)
+    unfinished.open(blender)
+    unfinished.save(blender, 3)
+
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(SceneError, match="No space left on device"):
+        unfinished.save(blender, 5)
+    assert store.Unfinished(tmp_path / "e.tif", plan, 4, "mark").open(store.Blender(plan, 4)) == 3
+
+
+# --- grids, windows, points ---
+
+
+def test_every_token_is_covered_by_windows() -> None:
+    crs = grid_lib.CRS.from_string(CRS)
+    for height, width in ((16, 16), (96, 300), (513, 210), (1068, 1068)):
+        for window, overlap, stride in ((96, 48, 16), (96, 0, 8), (224, 112, 16), (64, 48, 4)):
+            plan = Plan(Grid(crs, 0, 0, 10.0, height, width), window, overlap, stride, batch=4)
+            seen = np.zeros(plan.shape, int)
+            last = -1
+            for chunk in plan.chunks():
+                assert chunk.row >= last
+                last = chunk.row
+                assert len(chunk.columns) <= 4
+                for column in chunk.columns:
+                    seen[plan.tokens_of(chunk, column)] += 1
+                    assert chunk.row + chunk.height < height + 16
+                    assert column + chunk.width < width + 16
+            assert seen.min() >= 1, (height, width, window, stride)
+
+
+def test_grid_keeps_the_pixels_of_the_reference(tmp_path: Path) -> None:
+    fine = optical(tmp_path / "a.tif", 100, 100)
+    wide = radar(tmp_path / "b.tif", 90, 200, west=WEST + 205, north=NORTH - 95)
+    both = [resolve(f"s2_l2a={fine}", Declared()), resolve(f"s1={wide}", Declared())]
+    found = grid_lib.target_grid(both)
+    assert (found.x - WEST) % 10 == 0
+    assert (NORTH - found.y) % 10 == 0
+    assert found.x <= WEST + 205
+    assert found.bounds[2] >= WEST + 1000
+    assert (found.height, found.width) == (91, 80)
+
+
+def test_points_in_three_formats(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "p.csv").write_text("Lon,LAT,name\n9.5,46.1,a\n-3,2,b\n")
+    features = [
+        {"type": "Feature", "geometry": {"type": "Point", "coordinates": xy}, "properties": {"name": n}}
+        for xy, n in (((9.5, 46.1), "a"), ((-3, 2), "b"))
+    ]
+    (tmp_path / "p.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    table = pa.table({"longitude": [9.5, -3.0], "latitude": [46.1, 2.0], "name": ["a", "b"]})
+    pq.write_table(table, tmp_path / "p.parquet")
+    for name in ("p.csv", "p.geojson", "p.parquet"):
+        places, columns = points.read_points(tmp_path / name)
+        assert places.tolist() == [[9.5, 46.1], [-3.0, 2.0]]
+        assert columns["name"] == ["a", "b"]
+    for text, words in (
+        ("a,b\n1,2\n", "hold no lon"),
+        ("lon,lat\n500,2\n", "no degrees"),
+        ("lon,lat\nx,2\n", "no number"),
+    ):
+        (tmp_path / "bad.csv").write_text(text)
+        with pytest.raises(SceneError, match=words):
+            points.read_points(tmp_path / "bad.csv")
+
+
+@pytest.mark.real
+def test_real_tiles_are_neither_refused_nor_misread(real_data: Path) -> None:
+    tiles = sorted((real_data / "train_tiles").glob("terramesh_224/S2L2A/*.tif"))
+    tiles += sorted((real_data / "train_tiles").glob("s2l2a_*/**/*.tif"))
+    seen = 0
+    for path in tiles:
+        with rasterio.open(path) as source:
+            named = any(d and band_name(d, SENSORS["s2_l2a"]) for d in source.descriptions)  # or junk, or none
+        declared = Declared() if named else Declared(bands={"s2_l2a": NAMES})
+        assert resolve(f"s2_l2a={path}", declared).unit == "dn", path
+        seen += 1
+    assert seen >= 20
+    for path in sorted((real_data / "train_tiles").glob("terramesh_224/S1RTC/*.tif")):
+        acquisition = resolve(f"s1={path}", Declared(bands={"s1": ("VV", "VH")}))
+        assert acquisition.unit == "db"
+        assert inputs.UNITS["s1"][0] == "db"
