@@ -160,11 +160,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     bench.run(1)
     first = time.perf_counter() - begun
     bench.run(args.warmup)
-    seconds = timing.take_turns(bench.run) if args.turns else timing.repeat(bench.run, args.steps, args.repeats)
+    turns = timing.take_turns(bench.run) if args.turns else timing.repeat(bench.run, args.steps, args.repeats)
     result = {
         "benchmark": "peer_torch",
         **{k: v for k, v in vars(args).items() if k != "turns"},
-        **timing.summary(seconds, args.batch),
+        **timing.summary(turns, args.batch),
         "first_step_seconds": first,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         "loss": float(bench.loss),

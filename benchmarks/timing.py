@@ -7,42 +7,53 @@ in turns with the others. Whatever else slows the machine down then slows all of
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 READY, TURN = "ready", "turn"
 
 
-def repeat(run: Callable[[int], None], steps: int, repeats: int) -> list[float]:
-    """Seconds per step of ``repeats`` runs; ``run(steps)`` returns when the device has finished them."""
-    seconds = []
+class Turn(NamedTuple):
+    """Seconds per step on the clock, and of processor time of all threads of this process.
+
+    On a CPU that others use as well the second is the steadier one.
+    """
+
+    wall: float
+    cpu: float
+
+
+def repeat(run: Callable[[int], None], steps: int, repeats: int) -> list[Turn]:
+    """``repeats`` timed runs; ``run(steps)`` returns when the device has finished them."""
+    turns = []
     for _ in range(repeats):
-        begun = time.perf_counter()
+        wall, cpu = time.perf_counter(), time.process_time()
         run(steps)
-        seconds.append((time.perf_counter() - begun) / steps)
-    return seconds
+        turns.append(Turn((time.perf_counter() - wall) / steps, (time.process_time() - cpu) / steps))
+    return turns
 
 
-def take_turns(run: Callable[[int], None]) -> list[float]:
+def take_turns(run: Callable[[int], None]) -> list[Turn]:
     """Serves a comparison: announces itself, then runs as many steps as each line of stdin says, until it ends."""
-    seconds: list[float] = []
+    turns: list[Turn] = []
     print(json.dumps({READY: True}), flush=True)
     for line in sys.stdin:
-        seconds += repeat(run, int(line), 1)
-        print(json.dumps({TURN: seconds[-1]}), flush=True)
-    return seconds
+        turns += repeat(run, int(line), 1)
+        print(json.dumps({TURN: turns[-1]}), flush=True)
+    return turns
 
 
-def summary(seconds: Sequence[float], batch: int) -> dict[str, Any]:
-    """Images per second at the median and at the best repeat."""
-    median = sorted(seconds)[len(seconds) // 2]
+def summary(turns: Sequence[Turn], batch: int) -> dict[str, Any]:
+    """Images per second at the median and at the best turn, and the seconds themselves."""
     return {
-        "images_per_second": batch / median,
-        "images_per_second_best": batch / min(seconds),
-        "seconds_per_step": list(seconds),
+        "images_per_second": batch / statistics.median(t.wall for t in turns),
+        "images_per_second_best": batch / min(t.wall for t in turns),
+        "seconds_per_step": [t.wall for t in turns],
+        "cpu_seconds_per_step": [t.cpu for t in turns],
     }
 
 
@@ -50,7 +61,8 @@ class Contender:
     """A benchmark running in a process of its own, which takes turns."""
 
     def __init__(self, name: str, module: str, arguments: Sequence[str], env: dict[str, str] | None = None):
-        self.name, self.seconds = name, []
+        self.name = name
+        self.turns: list[Turn] = []
         command = [sys.executable, "-m", module, *arguments, "--turns"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         self._read(READY)
@@ -62,12 +74,12 @@ class Contender:
                 return found[key]
         raise RuntimeError(f"{self.name}: ended with exit code {self._process.wait()} before it said {key!r}")
 
-    def turn(self, steps: int) -> float:
-        """Seconds per step of this turn."""
+    def turn(self, steps: int) -> Turn:
+        """Has the process run ``steps`` steps."""
         self._process.stdin.write(f"{steps}\n")
         self._process.stdin.flush()
-        self.seconds.append(self._read(TURN))
-        return self.seconds[-1]
+        self.turns.append(Turn(*self._read(TURN)))
+        return self.turns[-1]
 
     def finish(self) -> dict[str, Any]:
         """Ends the process; its last line is the result."""

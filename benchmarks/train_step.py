@@ -172,8 +172,8 @@ def describe(spec: TrainSpec, args: argparse.Namespace, bench: Bench) -> dict[st
     }
 
 
-def speed(spec: TrainSpec, args: argparse.Namespace, seconds: Sequence[float]) -> dict[str, Any]:
-    found = timing.summary(seconds, args.batch)
+def speed(spec: TrainSpec, args: argparse.Namespace, turns: Sequence[timing.Turn]) -> dict[str, Any]:
+    found = timing.summary(turns, args.batch)
     rate = found["images_per_second"] * flops.step_flops(spec)
     peak = flops.peak_flops(jax.devices()[0].device_kind, spec.model.dtype) * jax.device_count()
     return found | {"tflops_per_second": rate / 1e12, "mfu": rate / peak if peak else None}
@@ -187,8 +187,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if args.trace:
         with jax.profiler.trace(args.trace):
             bench.run(3)
-    seconds = timing.take_turns(bench.run) if args.turns else timing.repeat(bench.run, args.steps, args.repeats)
-    result = describe(spec, args, bench) | speed(spec, args, seconds)
+    turns = timing.take_turns(bench.run) if args.turns else timing.repeat(bench.run, args.steps, args.repeats)
+    result = describe(spec, args, bench) | speed(spec, args, turns)
     print(json.dumps(result))
     return result
 
