@@ -212,8 +212,14 @@ class TerraFM(nn.Module):
           layers: blocks (0-based, negative from the end) to return as well.
         """
         images = self._checked(images)
-        normalized = {sensor: self.normalize(sensor, image, mask) for sensor, image in images.items()}
-        tokens = self.patch_embed(normalized, present)
+        return self.encode({k: self.normalize(k, x, mask) for k, x in images.items()}, present, layers)
+
+    def encode(
+        self, images: dict[str, Tensor], present: Tensor | None = None, layers: tuple[int, ...] = ()
+    ) -> Features:
+        """The same for images that are normalised already (see :meth:`normalize`)."""
+        images = self._checked(images)
+        tokens = self.patch_embed(images, present)
         patch = self.config["patch"]
         rows, columns = (int(n) // patch for n in next(iter(images.values())).shape[-2:])
         x = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], 1) + self.positions(rows, columns)
@@ -224,6 +230,21 @@ class TerraFM(nn.Module):
             if i in wanted:
                 tapped[i] = self._split(x, rows, columns)
         return Features(*self._split(x, rows, columns), tuple(tapped[i] for i in wanted))
+
+    def keep_bands(self, sensor: str, names: list[str]) -> TerraFM:
+        """Cuts the stem of ``sensor`` to the named bands, in that order, for data that lacks the others."""
+        unknown = [name for name in names if name not in self.bands[sensor]]
+        if unknown or not names:
+            raise ValueError(f"{sensor}: unknown bands {unknown}; expected some of {self.bands[sensor]}")
+        index = torch.tensor([self.bands[sensor].index(name) for name in names])
+        conv = getattr(self.patch_embed, f"conv2d_{sensor}")
+        conv.weight = nn.Parameter(conv.weight.detach()[:, index.to(conv.weight.device)].clone())
+        conv.in_channels = len(names)
+        for statistic in ("mean", "std"):
+            name = f"{sensor}_{statistic}"
+            setattr(self, name, getattr(self, name)[index.to(conv.weight.device)])
+        self.bands = {**self.bands, sensor: list(names)}
+        return self
 
     def _split(self, x: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
         x = self.norm(x)
