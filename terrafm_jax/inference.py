@@ -159,9 +159,8 @@ class Model:
                 "encode one sensor at a time"
             )
         if len({image.shape[:3] for image in images.values()}) > 1:
-            faults.append(
-                f"sensors differ in shape: { {k: v.shape for k, v in images.items()} }; warp them to one grid"
-            )
+            shapes = ", ".join(f"{k} {v.shape[:3]}" for k, v in images.items())
+            faults.append(f"sensors differ in [B, H, W]: {shapes}; warp them to one grid")
         for name, value in by_sensor.items():
             stray = sorted(set(value) - set(images)) if isinstance(value, Mapping) else []
             if stray:
