@@ -12,7 +12,7 @@ import numpy as np
 from data_prep import quality, records, tiling
 from data_prep.harmonize import Offset, snap_origin
 from data_prep.optical import optical
-from data_prep.radar import power_from, to_hundredths, warp_power
+from data_prep.radar import power_from, same_place, to_hundredths, warp_power
 from data_prep.raster import BadInput, Grid, Raster
 from data_prep.records import Group, Layer
 from data_prep.splits import BlockSplit, unit_hash
@@ -175,16 +175,16 @@ def _radar(given: SensorInput, target: Grid | None, snap: str) -> Layer:
     missing = [name for name in S1.band_names if name not in given.bands]
     if missing:
         raise BadInput(f"s1: missing band {', '.join(missing)}, found {sorted(given.bands)}")
-    stored = []
-    for name in S1.band_names:
-        raster = given.bands[name]
-        grid = snap_origin(raster.grid) if snap == "on" else raster.grid
-        target = target or grid
-        power = power_from(raster.pixels, given.unit, raster.nodata)
-        stored.append(to_hundredths(warp_power(power, grid, target)))
-    dn = np.stack(stored, axis=-1)
-    valid = (dn != S1.nodata).all(axis=-1)
-    dn[~valid] = S1.nodata
+    rasters = [given.bands[name] for name in S1.band_names]
+    grid = rasters[0].grid
+    if any(not same_place(r.grid, grid) for r in rasters):
+        raise BadInput(f"s1: VV and VH lie on different grids: {[(r.grid.crs, r.grid.shape) for r in rasters]}")
+    grid = snap_origin(grid) if snap == "on" else grid
+    power = np.stack([power_from(r.pixels, given.unit, r.nodata) for r in rasters])
+    power[:, np.isnan(power).any(axis=0)] = np.nan  # -32768 in one polarization must never pass for a value
+    target = target or grid
+    dn = np.ascontiguousarray(np.moveaxis(to_hundredths(warp_power(power, grid, target)), 0, -1))
+    valid = dn[..., 0] != S1.nodata
     group = Group(dn, valid, target)
     return Layer(given, {"10m": group}, Offset(0.0, ""))
 

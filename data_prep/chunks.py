@@ -17,19 +17,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import rasterio
 from array_record.python import array_record_module
 
 from data_prep.cell import Cell, Options, Prepared, prepare
+from data_prep.encode import encode_record
 from data_prep.harmonize import Offset
 from data_prep.raster import BadInput, first_line
-from data_prep.records import serialize
 from data_prep.stats import Tally
 from data_prep.worldcover import WorldCover
 from terrafm_jax.data.tiles import INDEX_DTYPE, SPLITS
 
 WORK = ".work"
 # Chosen by measurement on real cells, see docs/data.md.
-COMPRESSION = "zstd:1"
+COMPRESSION = "uncompressed"
 Report = Callable[[str], None]
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -163,7 +164,7 @@ class _Content:
             if tile.layout not in self.layouts:
                 self.layouts.append(tile.layout)
             tile.row["layout"] = self.layouts.index(tile.layout)
-            shards.write(tile.split, serialize(tile.record))
+            shards.write(tile.split, encode_record(tile.record))
             self.rows[tile.split].append(tile.row)
             if tile.split == SPLITS[0]:
                 self.tally.add(tile.record)
@@ -191,13 +192,14 @@ def write_chunk(job: Job, chunk: int, units: Sequence[Unit], deadly: Sequence[st
     """
     shards, content = _Shards(job, chunk), _Content()
     try:
-        for unit in units:
-            report(unit.key)
-            if unit.key in deadly:
-                content.reject(unit, "reading it ends the worker process (a crash in a decoder, or out of memory)")
-            else:
-                _one(job, unit, shards, content)
-            report("")
+        with rasterio.Env():  # once, or every open and read of a band sets up its own
+            for unit in units:
+                report(unit.key)
+                if unit.key in deadly:
+                    content.reject(unit, "reading it ends the worker process (a crash in a decoder, or out of memory)")
+                else:
+                    _one(job, unit, shards, content)
+                report("")
         shards.close()
         save(chunk_path(job, chunk), **content.arrays(shards))
     except (OSError, RuntimeError) as error:

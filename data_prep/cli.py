@@ -101,7 +101,14 @@ Planner = Callable[[Options, WorldCover], tuple[Source, list[Unit], dict[str, An
 
 def main(args: argparse.Namespace, plan: Planner, beam_options: Sequence[str] = ()) -> int:
     """Plans, prepares, reports; returns the exit code. Every expected failure is one clear message."""
-    signal.signal(signal.SIGTERM, _terminate)
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return _main(args, plan, beam_options)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _main(args: argparse.Namespace, plan: Planner, beam_options: Sequence[str]) -> int:
     try:
         options = options_of(args)
         cover = WorldCover.open(args.worldcover, args.worldcover_missing)

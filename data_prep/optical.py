@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,10 +38,11 @@ def optical(key: str, given: SensorInput, snap: str) -> Layer:
     if snap == "on" or (snap == "auto" and misplaced(grids)):
         grids = {name: snap_origin(grid) for name, grid in grids.items()}
     stacks = {name: np.stack([pixels[b] for b in bands], axis=-1) for name, bands in sensor.groups.items()}
-    empty = {name: ~stack.any(axis=-1) for name, stack in stacks.items()}
+    groups = {name: list(bands) for name, bands in sensor.groups.items()}
     for name in _dropped(sensor, given):  # B10 counts as a band of its own group
-        if pixels[name].shape == empty["60m"].shape:
-            empty["60m"] &= pixels[name] == 0
+        if pixels[name].shape == pixels[groups["60m"][0]].shape:
+            groups["60m"].append(name)
+    empty = {name: reduce(np.bitwise_or, [pixels[b] for b in bands]) == 0 for name, bands in groups.items()}
     valid = measured(empty, grids)
     by_band = {b: valid[g] for g, bands in sensor.groups.items() for b in bands}
     for name in _dropped(sensor, given):

@@ -39,14 +39,14 @@ def power_from(values: np.ndarray, unit: str, nodata: float | None) -> np.ndarra
 
 
 def warp_power(power: np.ndarray, grid: Grid, target: Grid) -> np.ndarray:
-    """Power [H, W] with NaN = nodata on ``grid`` -> float32 on ``target``.
+    """Power [..., H, W] with NaN = nodata (in all bands or none) on ``grid`` -> float32 on ``target``.
 
     Bilinear with masked, renormalized weights, widened when the target is coarser; a target pixel
     whose center lies on nodata is nodata. An equal grid returns the input untouched.
     """
     if same_place(grid, target):
         return power
-    result = np.full(target.shape, np.nan, np.float32)
+    result = np.full((*power.shape[:-2], *target.shape), np.nan, np.float32)
     reproject(
         power,
         result,

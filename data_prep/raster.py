@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,12 @@ def grid_of(source: rasterio.DatasetReader, what: str) -> Grid:
         raise BadInput(f"{what}: no georeference (CRS {source.crs}, transform {tuple(transform)[:6]})")
     if transform.b or transform.d or transform.a <= 0 or transform.e >= 0:
         raise BadInput(f"{what}: not a north-up grid, transform {tuple(transform)[:6]}")
-    return Grid(normalize_crs(source.crs.to_string()), tuple(transform)[:6], source.height, source.width)
+    return Grid(_crs_text(source.crs), tuple(transform)[:6], source.height, source.width)
+
+
+@lru_cache(maxsize=256)
+def _crs_text(crs: rasterio.CRS) -> str:
+    return normalize_crs(crs.to_string())
 
 
 def first_line(error: BaseException) -> str:

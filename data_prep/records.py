@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -112,21 +111,3 @@ def _absent(key: str) -> dict[str, Any]:
 def layout(parts: Mapping[str, Layer]) -> dict[str, list[int]]:
     """Rows and columns of every ``sensor/group`` present."""
     return {f"{k}/{n}": list(g.dn.shape[:2]) for k in SENSORS if k in parts for n, g in parts[k].groups.items()}
-
-
-@lru_cache(maxsize=1)
-def _serializer() -> tuple[Any, Any]:
-    from tensorflow_datasets.core.example_serializer import ExampleSerializer
-
-    features = tiles.features()
-    return features, ExampleSerializer(features.get_serialized_info())
-
-
-def serialize(example: dict[str, Any]) -> bytes:
-    """The record as a serialized ``tf.train.Example``, the form that TFDS keeps in ArrayRecord.
-
-    Deterministic, which ``features.serialize_example`` is not: it leaves the order of the fields to
-    the hash seed of the process.
-    """
-    features, serializer = _serializer()
-    return serializer.get_tf_example(features.encode_example(example)).SerializeToString(deterministic=True)
