@@ -107,6 +107,7 @@ class Tile:
     """One record, and what the files beside the shards need to know of it."""
 
     record: dict[str, Any]
+    parts: dict[str, Layer]
     split: str
     row: np.ndarray  # INDEX_DTYPE scalar; ``layout`` is filled in by the writer
     layout: dict[str, list[int]]
@@ -183,9 +184,8 @@ def _radar(given: SensorInput, target: Grid | None, snap: str) -> Layer:
     power = np.stack([power_from(r.pixels, given.unit, r.nodata) for r in rasters])
     power[:, np.isnan(power).any(axis=0)] = np.nan  # -32768 in one polarization must never pass for a value
     target = target or grid
-    dn = np.ascontiguousarray(np.moveaxis(to_hundredths(warp_power(power, grid, target)), 0, -1))
-    valid = dn[..., 0] != S1.nodata
-    group = Group(dn, valid, target)
+    stored = to_hundredths(warp_power(power, grid, target))
+    group = Group(tuple(stored), stored[0] != S1.nodata, target)
     return Layer(given, {"10m": group}, Offset(0.0, ""))
 
 
@@ -266,4 +266,4 @@ def _tile(
         (record["landcover"], 0, present, is_sea, lat.mean(), center_lon, max(shares[key] for key in parts)),
         INDEX_DTYPE,
     )
-    return Tile(record, split, row, records.layout(parts))
+    return Tile(record, parts, split, row, records.layout(parts))

@@ -167,7 +167,7 @@ class _Content:
             shards.write(tile.split, encode_record(tile.record))
             self.rows[tile.split].append(tile.row)
             if tile.split == SPLITS[0]:
-                self.tally.add(tile.record)
+                self.tally.add(tile.parts, tile.record["fractions"])
 
     def arrays(self, shards: _Shards) -> dict[str, np.ndarray]:
         meta = {"count": dict(shards.count), "bytes": dict(shards.bytes), "layouts": self.layouts}

@@ -37,7 +37,6 @@ def optical(key: str, given: SensorInput, snap: str) -> Layer:
     grids = _grids(key, sensor, rasters)
     if snap == "on" or (snap == "auto" and misplaced(grids)):
         grids = {name: snap_origin(grid) for name, grid in grids.items()}
-    stacks = {name: np.stack([pixels[b] for b in bands], axis=-1) for name, bands in sensor.groups.items()}
     groups = {name: list(bands) for name, bands in sensor.groups.items()}
     for name in _dropped(sensor, given):  # B10 counts as a band of its own group
         if pixels[name].shape == pixels[groups["60m"][0]].shape:
@@ -53,7 +52,8 @@ def optical(key: str, given: SensorInput, snap: str) -> Layer:
         raise BadInput(f"{key}: one value in all pixels of {', '.join(flat)}, not a measurement")
     verdict = pixel_offset(key, pixels, by_band) if given.offset is None else None
     offset = given.offset or decide_offset(given.product, verdict)
-    return Layer(given, {name: Group(stacks[name], valid[name], grids[name]) for name in stacks}, offset, verdict)
+    stored = {g: Group(tuple(pixels[b] for b in bands), valid[g], grids[g]) for g, bands in sensor.groups.items()}
+    return Layer(given, stored, offset, verdict)
 
 
 def _dropped(sensor: Sensor, given: SensorInput) -> list[str]:

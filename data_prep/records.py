@@ -23,9 +23,9 @@ _ABSENT = (2, 2)  # shape of placeholders, see tiles.features
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Bands of one resolution group: ``dn`` [H, W, bands] as stored, ``valid`` bool [H, W], their grid."""
+    """Bands of one resolution group as stored, each [H, W]; ``valid`` bool [H, W]; their grid."""
 
-    dn: np.ndarray
+    bands: tuple[np.ndarray, ...]
     valid: np.ndarray
     grid: Grid
 
@@ -52,8 +52,9 @@ class Layer:
         cut = {}
         for name, group in self.groups.items():
             part = tiling.on_grid(window, finest, group.grid)
+            fill = SENSORS["s1"].nodata if group.bands[0].dtype == np.int16 else 0
             cut[name] = Group(
-                tiling.cut(group.dn, part, SENSORS["s1"].nodata if group.dn.dtype == np.int16 else 0),
+                tuple(tiling.cut(band, part, fill) for band in group.bands),
                 tiling.cut(group.valid, part, False),
                 group.grid.window(part.row, part.col, part.height, part.width),
             )
@@ -88,7 +89,7 @@ def _present(key: str, layer: Layer, nodata: float) -> dict[str, Any]:
     }
     for name, group in layer.groups.items():
         entry[name] = {
-            "dn": np.ascontiguousarray(group.dn),
+            "dn": np.stack(group.bands, axis=-1),
             "valid": tiles.pack_valid(group.valid),
             "transform": np.asarray(group.grid.transform, np.float64),
         }
@@ -110,4 +111,4 @@ def _absent(key: str) -> dict[str, Any]:
 
 def layout(parts: Mapping[str, Layer]) -> dict[str, list[int]]:
     """Rows and columns of every ``sensor/group`` present."""
-    return {f"{k}/{n}": list(g.dn.shape[:2]) for k in SENSORS if k in parts for n, g in parts[k].groups.items()}
+    return {f"{k}/{n}": list(g.valid.shape) for k in SENSORS if k in parts for n, g in parts[k].groups.items()}

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from terrafm_jax import landcover
-from terrafm_jax.data.tiles import unpack_valid
 from terrafm_jax.sensors import SENSORS, Sensor
+
+if TYPE_CHECKING:
+    from data_prep.records import Layer
 
 PERCENTILES = (0.1, 1, 2, 5, 25, 50, 75, 95, 98, 99, 99.9)
 _LOWEST = {"uint16": -1000, "int16": -32768}  # harmonized DN go below zero
@@ -33,29 +35,25 @@ class Tally:
         self.records = dict.fromkeys(SENSORS, 0)
         self.fractions = np.zeros(landcover.NUM_CATEGORIES)
 
-    def add(self, record: Mapping[str, Any]) -> None:
-        """Counts one record."""
-        self.fractions += record["fractions"]
-        for key, sensor in SENSORS.items():
-            entry = record[key]
-            if not entry["present"]:
-                continue
+    def add(self, parts: Mapping[str, Layer], fractions: np.ndarray) -> None:
+        """Counts one tile: its layers by sensor, and its land-cover shares [NUM_CATEGORIES]."""
+        self.fractions += fractions
+        for key, layer in parts.items():
             self.records[key] += 1
-            start = round(-_LOWEST[sensor.dtype] - float(entry["offset"]))
+            sensor = SENSORS[key]
             for group, names in sensor.groups.items():
-                dn = entry[group]["dn"]
-                valid = unpack_valid(entry[group]["valid"], dn.shape[1])
-                whole = bool(valid.all())
-                for i, name in enumerate(names):
+                found = layer.groups[group]
+                whole = bool(found.valid.all())
+                for name, pixels in zip(names, found.bands, strict=True):
                     band = sensor.band_names.index(name)
-                    stored = dn[..., i].ravel() if whole else dn[..., i][valid]
+                    stored = pixels.ravel() if whole else pixels[found.valid]
                     if sensor.dtype == "int16":
-                        counts = np.bincount(stored.astype(np.int32) - _LOWEST["int16"])
-                        self.values[key][band, : len(counts)] += counts
+                        start, counts = 0, np.bincount(stored.view(np.uint16) ^ np.uint16(0x8000))  # + 32768
                     else:
+                        start = round(-_LOWEST[sensor.dtype] - layer.offset.value)
                         counts = np.bincount(stored)
-                        self.values[key][band, start : start + len(counts)] += counts
-                    self.pixels[key][band] += valid.size
+                    self.values[key][band, start : start + len(counts)] += counts
+                    self.pixels[key][band] += found.valid.size
 
     def merge(self, other: Tally) -> None:
         """Adds the counts of ``other``."""

@@ -88,15 +88,17 @@ class WorldCover:
                 f"WorldCover maps {', '.join(faults)} are not in {self.folder}; add them, list them in absent.txt, "
                 "or pass --worldcover-missing=sea"
             )
-        todo = np.ones(grid.shape, bool)
+        table = landcover.code_to_index()  # 255 is no code: unknown
+        todo: np.ndarray | None = None
         for name in needed:
             if name in self.maps:
                 codes = codes_on(self.maps[name], grid)
-                hit = todo & (codes != _OUTSIDE)
-                result[hit] = landcover.code_to_index()[codes[hit]]
-                todo &= ~hit
-        if todo.any() and any(name not in self.maps for name in needed):
-            result[todo & _inside(grid, [n for n in needed if n not in self.maps])] = landcover.SEA
+                result = table[codes] if todo is None else np.where(todo, table[codes], result)
+                todo = codes == _OUTSIDE if todo is None else todo & (codes == _OUTSIDE)
+        absent = [name for name in needed if name not in self.maps]
+        if absent:
+            sea = _inside(grid, absent)
+            result[sea if todo is None else sea & todo] = landcover.SEA
         return result
 
 
