@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from tiles_fake import fake_record, write_dataset
 
+from terrafm_jax import landcover
 from terrafm_jax.data import canvas, decode, pipeline, tiles
 from terrafm_jax.data.pipeline import iterate_split, make_loader, make_order
 from terrafm_jax.data.reader import TooManySkipped
@@ -271,6 +272,15 @@ def test_memory_of_batches_is_used_again() -> None:
     again = slabs.take(1000)
     assert again.ctypes.data == address
     assert slabs.take(1000).ctypes.data != address
+
+
+def test_open_sea_is_not_thinned_twice(tmp_path: Path) -> None:
+    sea = [fake_record(i, 12, category=landcover.SEA if i % 2 else 0) for i in range(16)]
+    data = write_dataset(tmp_path, sea)
+    paper = SamplingSpec("paper", sea_keep=0.25)
+    assert make_order(data, "train", paper, batch_size=4, seed=0).epoch_size == 10
+    (data / "summary.json").write_text(json.dumps({"left_out": {"open ocean": 392}}))
+    assert make_order(data, "train", paper, batch_size=4, seed=0).epoch_size == 16
 
 
 # --- canvases ---

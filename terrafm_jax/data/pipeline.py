@@ -10,6 +10,7 @@ With ``workers`` > 0 Grain starts Python processes: the calling script needs the
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 import grain
 import numpy as np
 from absl import flags, logging
+from etils import epath
 
 from terrafm_jax.data import canvas as canvas_lib
 from terrafm_jax.data.reader import Reader, SplitBatches, TooManySkipped, TrainBatches
@@ -151,6 +153,11 @@ def load_statistics(data_dir: Any) -> Statistics:
     return Statistics.from_json(path.read_text(), str(path))
 
 
+def _sea_is_thinned(split: Split) -> bool:
+    path = epath.Path(split.directory) / "summary.json"
+    return path.exists() and bool(json.loads(path.read_text()).get("left_out", {}).get("open ocean"))
+
+
 def make_order(
     data_dir: Any,
     split: str,
@@ -161,8 +168,16 @@ def make_order(
     sensors: Sequence[str] = SENSOR_KEYS,
     canvases: int = 4,
 ) -> Order:
-    """The order of a split; ``batch_size`` is the global one. Raises DataError, SamplingError."""
-    index, _, table = _plan(open_split(data_dir, split), sensors, canvases)
+    """The order of a split; ``batch_size`` is the global one. Raises DataError, SamplingError.
+
+    Where preparation has dropped open sea already (``summary.json`` says so), paper-like sampling keeps all
+    that is left instead of thinning it twice.
+    """
+    opened = open_split(data_dir, split)
+    index, _, table = _plan(opened, sensors, canvases)
+    if sampling.mode == "paper" and sampling.sea_keep < 1 and _sea_is_thinned(opened):
+        logging.info("%s: open sea was thinned in preparation, sea_keep = 1 here", opened.directory)
+        sampling = dataclasses.replace(sampling, sea_keep=1.0)
     return Order(index, sampling, batch_size, seed, sensors=sensors, buckets=table)
 
 
