@@ -1,6 +1,6 @@
 """``make demo``: cells, preparation, a short pretraining, what it learnt, export, pictures.
 
-    python -m terrafm_jax.demo --out demo_out [--seed 0] [--cells 300] [--steps 500]
+    python -m terrafm_jax.demo --out demo_out [--seed 0] [--cells 300] [--steps 1200]
 
 Every step runs a public command or function that real data use as well. What is there already is not
 made again, so an interrupted demo continues.
@@ -37,7 +37,7 @@ def main() -> int:
         "terrafm_jax.main", "--config=configs/demo.py", f"--workdir={run}", f"--config.data.dir={data}",
         f"--config.seed={arguments.seed}", f"--config.total_steps={arguments.steps}",
     )  # fmt: skip
-    _say(4, f"what it learnt: {PROTOCOL} on held-out tiles, label = WorldCover majority class")
+    _say(4, f"what it learnt: {PROTOCOL}, held-out tiles against other held-out tiles, label = majority class")
     evaluate(data, run, out)
     _say(5, "export")
     weights = out / "terrafm-demo.safetensors"
@@ -51,8 +51,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("demo_out"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cells", type=int, default=300, help="training cells; a cell gives four tiles")
-    parser.add_argument("--heldout", type=int, default=156, help="held-out cells, balanced over the classes")
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--heldout", type=int, default=156, help="cells to label and as many to be classified")
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     return parser.parse_args()
 
@@ -80,8 +80,8 @@ def _make_cells(to: Path, a: argparse.Namespace) -> None:
     if to.exists():
         subprocess.run(["rm", "-rf", str(to)], check=True)
     _module(
-        "data_prep.synthetic", "--out", to, "--cells", a.cells, "--heldout", a.heldout, "--seed", a.seed,
-        "--cell-size", CELL, "--workers", a.workers,
+        "data_prep.synthetic", "--out", to, "--cells", a.cells, "--heldout", a.heldout,
+        "--validation", a.heldout, "--seed", a.seed, "--cell-size", CELL, "--workers", a.workers,
     )  # fmt: skip
 
 
@@ -128,7 +128,9 @@ class Comparison:
         from terrafm_jax.evals.knn import majority_class
 
         canvases = self.config.data.canvases
-        sets = landcover_knn.TileSets(str(self.data), ("train", 0), ("holdout", 0), self.spec.sensors, 64, canvases)
+        sets = landcover_knn.TileSets(
+            str(self.data), ("validation", 0), ("holdout", 0), self.spec.sensors, 64, canvases
+        )
         gallery, queries = sets.band_statistics()
         results = {
             "majority class": majority_class(gallery.landcover, queries.landcover),
