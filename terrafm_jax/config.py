@@ -107,6 +107,7 @@ def base() -> ConfigDict:
     c.compute.scan = False  # lax.scan over blocks: compiles faster, needs more memory
     c.compute.remat = "none"  # "block" recomputes blocks in the backward pass
     c.compute.attention = "auto"
+    c.compute.reduce_dtype = "float32"  # of sums of gradients over devices; "bfloat16" halves the traffic
     c.compute.folded = True  # stems and fusion as merged products: same parameters and gradients, fewer FLOPs
 
     c.mesh = ConfigDict()
@@ -185,6 +186,7 @@ _CHOICES = {
     "model.size": ("", "s", "b", "l"),
     "views.modality_rule": ("bernoulli", "fuse_or_one", "one", "all"),
     "compute.dtype": ("float32", "bfloat16"),
+    "compute.reduce_dtype": ("float32", "bfloat16"),
 }
 _DURATIONS = (
     "total_steps", "objective.teacher_temp_warmup", "optim.warmup", "optim.freeze_last", "checkpoint.every",
@@ -342,4 +344,5 @@ def train_spec(config: ConfigDict, steps: Mapping[str, int], stats: Statistics, 
         seed=config.seed,
         total_steps=steps["total_steps"],
         microbatches=config.microbatches,
+        reduce_dtype=config.compute.reduce_dtype,
     )  # fmt: skip
