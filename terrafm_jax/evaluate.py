@@ -8,6 +8,7 @@ compare side by side. Exit codes: 0 all rows there, 1 an error or a failed row, 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 from absl import app, flags
@@ -35,6 +36,9 @@ _TILE = flags.DEFINE_integer("tile", None, "cut segmentation images into windows
 _DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "of the encoder's products; default: its own")
 _CACHE = flags.DEFINE_string("cache", None, "folder of the feature cache; none: no cache; default OUT/cache")
 _FIGURES = flags.DEFINE_bool("figures", None, "draw figures; default yes")
+_UPSTREAM = flags.DEFINE_bool(
+    "upstream_l2a_stem", None, "released weights: send L2A through the L1C stem, as the published numbers did"
+)
 _BANDS = flags.DEFINE_enum("bands", None, ["corrected", "as_labelled"], "geobench: which band order to believe")
 _PARTITION = flags.DEFINE_string("partition", None, "geobench: e.g. 0.01x_train")
 
@@ -49,7 +53,7 @@ def settings() -> dict:
         "fractions": _FRACTIONS.value and [float(f) for f in _FRACTIONS.value],
         "shots": _SHOTS.value and [int(k) for k in _SHOTS.value], "runs": _RUNS.value, "epochs": _EPOCHS.value,
         "image_size": _IMAGE_SIZE.value, "batch_size": _BATCH.value, "limit": _LIMIT.value, "tile": _TILE.value,
-        "dtype": _DTYPE.value, "cache": _CACHE.value, "figures": _FIGURES.value,
+        "upstream_l2a_stem": _UPSTREAM.value, "dtype": _DTYPE.value, "cache": _CACHE.value, "figures": _FIGURES.value,
     }  # fmt: skip
     found.update({k: v for k, v in given.items() if v is not None})
     options = dict(found.get("options", {}))
@@ -61,10 +65,20 @@ def settings() -> dict:
     return {"out": "eval_out", **{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}}
 
 
+def _cache_compilations() -> None:
+    """A second start and every further learning rate need not compile again."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.expanduser("~"), ".cache", "terrafm_jax"))
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    _cache_compilations()
     wanted = settings()
 
     from terrafm_jax.evals.datasets.base import DatasetError

@@ -7,6 +7,7 @@ request, 1 an error, with one line that says what to do, 2 wrong flags.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 from absl import app, flags
@@ -16,10 +17,20 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/finetune/X.py
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; resumed when it holds one")
 
 
+def _cache_compilations() -> None:
+    """A second start and every further learning rate need not compile again."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.expanduser("~"), ".cache", "terrafm_jax"))
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    _cache_compilations()
 
     from terrafm_jax.config import ConfigError
     from terrafm_jax.evals.datasets.base import DatasetError

@@ -14,7 +14,7 @@ from terrafm_jax.evals.features import Encoder, FeatureError, ImageBatch, prepar
 from terrafm_jax.evals.raw import fused_statistics
 from terrafm_jax.models import terrafm
 from terrafm_jax.models.spec import ModelSpec
-from terrafm_jax.sensors import SENSOR_KEYS, SENSORS, Statistics
+from terrafm_jax.sensors import SENSOR_KEYS, Statistics
 
 
 class RawStatistics:
@@ -61,12 +61,13 @@ def random_encoder(spec: ModelSpec, seed: int, image_size: int, stats: Statistic
     return Encoder(spec, params, stats, name=name or f"random init {seed}", weights_hash=digest, image_size=image_size)
 
 
-def open_encoder(text: str, image_size: int = 224, dtype: str = "") -> Any:
+def open_encoder(text: str, image_size: int = 224, dtype: str = "", upstream_l2a_stem: bool = False) -> Any:
     """Opens what a user typed after ``--checkpoint``.
 
     ``raw``: band statistics. ``random:SIZE[:SEED]`` (s, b, l): fresh weights. ``random@PATH[:SEED]``: the network and
     statistics of a checkpoint with fresh weights. Anything else is a path for ``terrafm_jax.load``. ``NAME=`` in front
-    gives the name in the tables.
+    gives the name in the tables. ``upstream_l2a_stem`` sends L2A through the L1C stem, the fault of the released code
+    under which the published numbers were measured.
     """
     name, _, rest = text.rpartition("=")
     if rest == "raw":
@@ -82,22 +83,17 @@ def open_encoder(text: str, image_size: int = 224, dtype: str = "") -> Any:
         path, seed = (path, seed) if path and seed.isdigit() else (rest.removeprefix("random@"), "0")
         found = open_encoder(path, image_size, dtype)
         return random_encoder(found.spec, int(seed), image_size, found.statistics, name)
-    return _from_weights(rest, name, image_size, dtype)
+    return _from_weights(rest, name, image_size, dtype, upstream_l2a_stem)
 
 
-def _from_weights(path: str, name: str, image_size: int, dtype: str) -> Encoder:
-    import dataclasses
-
+def _from_weights(path: str, name: str, image_size: int, dtype: str, upstream: bool) -> Encoder:
     import terrafm_jax
 
-    model = terrafm_jax.load(path)
-    spec = dataclasses.replace(model.spec, dtype=dtype) if dtype else model.spec
+    model = terrafm_jax.load(path, **({"dtype": dtype} if dtype else {}))
+    backbone, digest = model.backbone, model.weights_hash
+    if upstream:
+        embed = dict(backbone["patch_embed"])
+        embed["conv2d_s2_l2a"], embed["s2_l2a_embed"] = embed["conv2d_s2_l1c"], embed["s2_l1c_embed"]
+        backbone, digest = {**backbone, "patch_embed": embed}, hashlib.sha256(f"{digest} upstream".encode()).hexdigest()
     shown = name or path.rstrip("/").split("/")[-1]
-    return Encoder(
-        spec, model.backbone, model.stats, name=shown, weights_hash=model.weights_hash, image_size=image_size
-    )
-
-
-def sensors_text(keys: Sequence[str]) -> str:
-    """ "s1+s2_l2a" for people, with the titles of the table."""
-    return " + ".join(SENSORS[k].title for k in keys)
+    return Encoder(model.spec, backbone, model.stats, name=shown, weights_hash=digest, image_size=image_size)

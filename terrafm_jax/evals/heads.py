@@ -169,9 +169,11 @@ class _Scope:
         """Transposed 2x2 convolution of stride 2."""
         batch, h, w, c = x.shape
         if self.creating:
-            self.params[name] = _dense_init(self._next(), c, 4 * c)
-        x = _dense({"kernel": self.params[name]["kernel"], "bias": self.params[name]["bias"]}, x)
-        return x.reshape(batch, h, w, 2, 2, c).transpose(0, 1, 3, 2, 4, 5).reshape(batch, 2 * h, 2 * w, c)
+            made = _dense_init(self._next(), c, 4 * c)
+            self.params[name] = {"kernel": made["kernel"], "bias": made["bias"][:c]}
+        p = self.params[name]
+        x = jnp.matmul(x, p["kernel"]).reshape(batch, h, w, 2, 2, c) + p["bias"].reshape(1, 1, 1, 1, 1, c)
+        return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, 2 * h, 2 * w, c)
 
     def classify(self, name: str, x: Array, classes: int) -> Array:
         if self.creating:

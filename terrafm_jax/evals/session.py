@@ -59,6 +59,7 @@ class Settings:
     dtype: str = ""
     cache: str = ""
     figures: bool = True
+    upstream_l2a_stem: bool = False
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -117,7 +118,7 @@ class Session:
         self.out.mkdir(parents=True, exist_ok=True)
         done = {r["key"] for r in report.read_rows(self.rows_file) if "error" not in r}
         for text in s.checkpoints:
-            encoder = open_encoder(text, s.image_size, s.dtype)
+            encoder = open_encoder(text, s.image_size, s.dtype, s.upstream_l2a_stem)
             for dataset in datasets:
                 self._evaluate(encoder, dataset, done)
         rows = report.read_rows(self.rows_file)

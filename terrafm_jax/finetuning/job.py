@@ -80,7 +80,7 @@ class Job:
         if c.mixup and info.task not in protocols.WHOLE_IMAGE:
             raise ConfigError(f"config.mixup: {c.mixup} does not apply to {info.task}")
         total = steps_per_epoch(len(sources["train"]), c.batch_size) * c.epochs
-        adam = Adam(rate, total, round(c.warmup * total), min(c.min_rate, rate), c.weight_decay, c.clip, c.layer_decay)
+        adam = Adam(total, round(c.warmup * total), c.min_rate, c.weight_decay, c.clip, c.layer_decay)
         weights, scale = None, (0.0, 1.0)
         if c.class_weights == "balanced" and info.task in ("classification", "segmentation"):
             weights = class_weights(sources["train"], outputs, info.ignore)
@@ -88,7 +88,7 @@ class Job:
             values = np.array([float(sources["train"].read(i).target) for i in range(len(sources["train"]))])
             scale = (float(values.mean()), float(values.std()) or 1.0)
         return Plan(
-            spec, adam, self.encoder.statistics, mesh, c.batch_size, c.microbatches, c.eval_batch_size, c.epochs,
+            spec, adam, rate, self.encoder.statistics, mesh, c.batch_size, c.microbatches, c.eval_batch_size, c.epochs,
             c.seed, c.flips, c.mixup, c.label_smoothing, c.patience, weights, scale, tuple(info.classes),
             c.resamples, c.name or self.encoder.name,
         )  # fmt: skip
@@ -145,7 +145,7 @@ class Job:
 
             write_predictions(self.folder / "predictions", best, state, split, info)
         headline = protocols.headline("", info.task)
-        self.say(f"{info.name}: {headline} {result.metrics[headline]} on {split}, rate {best.plan.adam.rate:g}")
+        self.say(f"{info.name}: {headline} {result.metrics[headline]} on {split}, rate {best.plan.rate:g}")
         return row
 
     def protocol(self) -> str:

@@ -204,9 +204,11 @@ def decays(path: str, shape: tuple[int, ...]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Adam:
-    """AdamW with linear warm-up, cosine to ``min_rate``, global-norm clip and layer-wise rates."""
+    """AdamW with linear warm-up, cosine to ``min_rate``, global-norm clip and layer-wise rates.
 
-    rate: float
+    The peak rate is an argument of its methods, not a field: all rates of a sweep share one compilation.
+    """
+
     steps: int
     warmup: int
     min_rate: float = 1e-6
@@ -214,18 +216,19 @@ class Adam:
     clip: float = 1.0
     layer_decay: float = 1.0
 
-    def learning_rate(self, step: Array) -> Array:
+    def learning_rate(self, step: Array, rate: Array | float) -> Array:
         step = jnp.asarray(step, jnp.float32)
         rising = (step + 1) / max(self.warmup, 1)
         along = jnp.clip((step - self.warmup) / max(self.steps - self.warmup, 1), 0, 1)
-        cosine = self.min_rate + (self.rate - self.min_rate) * 0.5 * (1 + jnp.cos(np.pi * along))
-        return jnp.where(step < self.warmup, self.rate * rising, cosine)
+        low = jnp.minimum(self.min_rate, rate)
+        cosine = low + (rate - low) * 0.5 * (1 + jnp.cos(np.pi * along))
+        return jnp.where(step < self.warmup, rate * rising, cosine)
 
-    def update(self, spec: TuneSpec, params: Flat, grads: Flat, mu: Flat, nu: Flat, step: Array):
+    def update(self, spec: TuneSpec, params: Flat, grads: Flat, mu: Flat, nu: Flat, step: Array, rate: Array | float):
         """(params, mu, nu, norm of the gradient) after one step."""
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in grads.values()))
         factor = jnp.minimum(1.0, self.clip / (norm + 1e-6)) if self.clip else 1.0
-        lr, t = self.learning_rate(step), step.astype(jnp.float32) + 1
+        lr, t = self.learning_rate(step, rate), step.astype(jnp.float32) + 1
         out: tuple[Flat, Flat, Flat] = ({}, {}, {})
         for path, p in params.items():
             g = grads[path].astype(jnp.float32) * factor

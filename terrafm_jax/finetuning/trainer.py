@@ -24,7 +24,7 @@ from terrafm_jax.evals.metrics import Result
 from terrafm_jax.finetuning import network
 from terrafm_jax.finetuning.data import Source, steps_per_epoch
 from terrafm_jax.finetuning.network import Adam, TuneSpec
-from terrafm_jax.sensors import Statistics
+from terrafm_jax.sensors import SENSORS, Statistics
 from terrafm_jax.training.checkpoint import Checkpointer, to_host
 from terrafm_jax.training.metrics import MetricWriter
 from terrafm_jax.training.preemption import StopRequest
@@ -56,6 +56,7 @@ class Plan:
 
     spec: TuneSpec
     adam: Adam
+    rate: float
     stats: Statistics
     mesh: jax.sharding.Mesh
     batch_size: int
@@ -113,7 +114,7 @@ def make_step(plan: Plan) -> Callable[[TuneState, Any], tuple[TuneState, dict[st
         outputs, head = network.forward(spec, params, head, arrays, batch, train=True, key=for_net)
         return network.loss(spec, outputs, targets, weight, plan.smoothing), head
 
-    def step(state: TuneState, batch: Any) -> tuple[TuneState, dict[str, Array]]:
+    def step(state: TuneState, batch: Any, rate: Array) -> tuple[TuneState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(plan.seed), state.step)
         grad = jax.value_and_grad(loss_of, has_aux=True)
 
@@ -138,11 +139,12 @@ def make_step(plan: Plan) -> Callable[[TuneState, Any], tuple[TuneState, dict[st
             start = (state.head, jnp.zeros(()), zero)
             (head, value, grads), _ = jax.lax.scan(body, start, (jnp.arange(count), parts))
         grads = jax.tree.map(lambda g: g / count, grads)
-        trainable, mu, nu, norm = plan.adam.update(spec, state.trainable, grads, state.mu, state.nu, state.step)
+        trainable, mu, nu, norm = plan.adam.update(spec, state.trainable, grads, state.mu, state.nu, state.step, rate)
         new = TuneState(state.step + 1, trainable, state.frozen, mu, nu, head)
-        return new, {"loss": value / count, "grad_norm": norm, "lr": plan.adam.learning_rate(state.step)}
+        return new, {"loss": value / count, "grad_norm": norm, "lr": plan.adam.learning_rate(state.step, rate)}
 
-    return jax.jit(step, donate_argnums=0)
+    compiled = jax.jit(step, donate_argnums=0)
+    return lambda state, batch: compiled(state, batch, jnp.float32(plan.rate))
 
 
 def make_predict(plan: Plan) -> Callable[[TuneState, Any], Array]:
@@ -241,7 +243,7 @@ class Run:
         if not np.isfinite(values["loss"]):
             raise TuningError(
                 f"{self.folder}: loss is {values['loss']} at epoch {epoch}; lower config.rates (now "
-                f"{self.plan.adam.rate:g}) or look at the images. The best weights so far are kept"
+                f"{self.plan.rate:g}) or look at the images. The best weights so far are kept"
             )
         result = self.evaluate(state, "val" if "val" in self.sources else "train", resamples=0)
         score = selection(self.plan.spec.task, result)
@@ -262,36 +264,52 @@ class Run:
         self.checkpoints.save(int(state.step), state, meta)
 
     def _keep(self, state: TuneState, epoch: int, score: float) -> None:
-        """Writes ``best/``: merged weights (LoRA folded in), head statistics, and all that is needed to use them."""
+        """Writes ``best/``: the encoder as ``terrafm_jax.load`` reads it, and beside it ``head/`` (LoRA folded in)."""
         params = to_host(network.merged(self.plan.spec, state.trainable, state.frozen))
+        head = {"head": params["head"], "head_state": to_host(state.head)}
         if not self.first:
             return
         spec = self.plan.spec
-        tree = {**params, "head_state": to_host(state.head)} if state.head else params
         meta = {
             "step": int(state.step), "epoch": epoch, "score": score, "name": self.plan.name,
             "model": dataclasses.asdict(spec.model), "statistics": json.loads(self.plan.stats.to_json()),
             "finetuned": {
                 **{k: v for k, v in dataclasses.asdict(spec).items() if k != "model"},
-                "classes": list(self.plan.classes), "scale": list(self.plan.scale),
+                "classes": list(self.plan.classes), "scale": list(self.plan.scale), "bands": self._bands(),
             },
         }  # fmt: skip
-        weights.save_npz(self.folder / "best", tree, meta)
+        partial, final = self.folder / "best.partial", self.folder / "best"
+        if partial.exists():
+            partial.rmtree()
+        weights.save_npz(partial / "head", head, meta["finetuned"])
+        weights.save_npz(partial, {"backbone": params["backbone"]}, meta)
+        if final.exists():
+            final.rmtree()
+        partial.rename(final)
+
+    def _bands(self) -> dict[str, list[str]]:
+        """Bands that the data set delivers, per sensor: the tuned network expects exactly these."""
+        inputs = self.sources["train"].info.inputs
+        return {
+            k: [n for n, there in zip(SENSORS[k].band_names, inputs[k].mask, strict=True) if there]
+            for k in self.plan.spec.inputs
+        }
 
     def best_state(self, backbone: Mapping[str, Any]) -> TuneState:
         """The best weights as a state of this plan (for evaluation and prediction)."""
-        tree, _ = weights.load_npz(self.folder / "best")
+        found, head = (weights.load_npz(self.folder / "best" / f)[0] for f in ("", "head"))
         state = init_state(self.plan, backbone)
         own = {**state.frozen, **state.trainable}
-        flat = weights.flatten({k: v for k, v in tree.items() if k in ("backbone", "head")})
+        flat = weights.flatten({"backbone": found["backbone"], "head": head["head"]})
         placed = {k: jax.device_put(flat[k], own[k].sharding) for k in flat}
         # LoRA is folded into the kernels already: its factors in the fresh state are zero.
         lora = {k: v for k, v in own.items() if k.startswith("lora/")}
-        head = tree.get("head_state", {})
-        head = (
-            jax.tree.map(lambda old, new: jax.device_put(new, old.sharding), state.head, head) if head else state.head
-        )
-        return dataclasses.replace(state, trainable=lora, frozen=placed, head=head)
+        statistics = state.head
+        if head.get("head_state"):
+            statistics = jax.tree.map(
+                lambda old, new: jax.device_put(new, old.sharding), statistics, head["head_state"]
+            )
+        return dataclasses.replace(state, trainable=lora, frozen=placed, head=statistics)
 
     def outputs(self, state: TuneState, split: str):
         """(predictions, targets) batch by batch, without the padding."""
@@ -306,7 +324,7 @@ class Run:
         """Metrics of a split."""
         plan = self.plan
         draws = plan.resamples if resamples is None else resamples
-        settings = {"rate": plan.adam.rate, "mode": plan.spec.mode, "best epoch": self.best[1]}
+        settings = {"rate": plan.rate, "mode": plan.spec.mode, "best epoch": self.best[1]}
         label = plan.name
         if plan.spec.task == "segmentation":
             counts, pictures = [], []

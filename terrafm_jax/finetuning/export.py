@@ -1,0 +1,95 @@
+"""A fine-tuned network for PyTorch: ``python -m terrafm_jax.finetuning.export --workdir RUN --out FOLDER``.
+
+The folder holds the encoder as every export does, the head, and two files of code; torch alone runs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from terrafm_jax import weights
+from terrafm_jax.finetuning.tuned import Tuned
+
+MODULE_FILE, TASK_FILE, HEAD_FILE = "finetuned_terrafm.py", "task.json", "head.safetensors"
+
+
+def head_state(tuned: Tuned) -> dict[str, np.ndarray]:
+    """The head's tensors under the names of ``torch_task``; kernels [in, out] and [h, w, in, out] are turned."""
+    head, norms = tuned.head, tuned.state
+    if tuned.spec.head != "upernet":
+        found = _dense("linear", head["linear"])
+        if "norm" in norms:
+            found |= _norm("norm", head["norm"], norms["norm"])
+        return found
+    found: dict[str, np.ndarray] = {}
+    for name, params in head.items():
+        if name.startswith("aux") or name.endswith("_norm"):
+            continue
+        own = {"pools": "pools_block"}.get(name, name)
+        if name.startswith("neck"):
+            found |= _double(own, params)
+        elif name == "classes":
+            kernel = np.asarray(params["kernel"])
+            found |= {f"{own}.weight": kernel.T[:, :, None, None].copy(), f"{own}.bias": np.asarray(params["bias"])}
+        else:
+            kernel = np.asarray(params["kernel"]).transpose(3, 2, 0, 1)
+            found[f"{own}.conv.weight"] = np.ascontiguousarray(kernel)
+            found |= _norm(f"{own}.norm", head[f"{name}_norm"], norms[f"{name}_norm"])
+    return found | _norm("neck0_norm", head["neck0_norm"], norms["neck0_norm"])
+
+
+def _dense(name: str, p: dict[str, Any]) -> dict[str, np.ndarray]:
+    return {f"{name}.weight": np.asarray(p["kernel"]).T.copy(), f"{name}.bias": np.asarray(p["bias"])}
+
+
+def _norm(name: str, p: dict[str, Any], s: dict[str, Any]) -> dict[str, np.ndarray]:
+    values = {"weight": p["scale"], "bias": p["bias"], "running_mean": s["mean"], "running_var": s["var"]}
+    found = {f"{name}.{k}": np.asarray(v, np.float32) for k, v in values.items()}
+    return found | {f"{name}.num_batches_tracked": np.zeros((), np.float32)}
+
+
+def _double(name: str, p: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Ours: linear to (row, column, channel); torch's transposed convolution: [in, out, row, column]."""
+    kernel = np.asarray(p["kernel"])
+    weight = kernel.reshape(kernel.shape[0], 2, 2, -1).transpose(0, 3, 1, 2)
+    return {f"{name}.weight": np.ascontiguousarray(weight), f"{name}.bias": np.asarray(p["bias"])}
+
+
+def export(workdir: str | Path, out: Path) -> None:
+    """Writes the folder. Raises WeightsError when ``workdir`` holds no fine-tuned network."""
+    from terrafm_jax.export.formats import write_folder
+    from terrafm_jax.export.safetensors_file import write_safetensors
+
+    tuned = Tuned(workdir)
+    write_folder(tuned.loaded, out)
+    write_safetensors(out / HEAD_FILE, head_state(tuned))
+    _, recorded = weights.load_npz(tuned.folder / "head")
+    (out / TASK_FILE).write_text(json.dumps({**recorded, "layers": list(tuned.spec.layers)}, indent=2) + "\n")
+    shutil.copyfile(Path(__file__).with_name("torch_task.py"), out / MODULE_FILE)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; bad input ends in one line and exit code 1."""
+    parser = argparse.ArgumentParser("python -m terrafm_jax.finetuning.export", description=__doc__)
+    parser.add_argument("--workdir", required=True, help="of terrafm_jax.finetune")
+    parser.add_argument("--out", required=True, type=Path, help="folder")
+    args = parser.parse_args(argv)
+    try:
+        export(args.workdir, args.out)
+    except (ValueError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    print(f"written {args.out}: {', '.join(sorted(p.name for p in args.out.iterdir()))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

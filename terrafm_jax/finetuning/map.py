@@ -1,0 +1,171 @@
+"""Maps of whole scenes with a fine-tuned network: ``python -m terrafm_jax.finetuning.map --workdir RUN --sensor ...``.
+
+Runs through the scene engine: windowed reads, overlapping windows blended by their probabilities, resumable.
+Segmentation writes one class per scene pixel, image-level tasks one class (or value) per 16 px from the windows
+around it. Band 1 is the class (255: no data), band 2 its probability in percent; regression writes one float32 band.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from terrafm_jax.finetuning.tuned import Tuned
+from terrafm_jax.sensors import SENSORS
+
+NODATA = 255
+
+
+class WindowClassifier:
+    """The tuned network in the shape that ``scenes.run.Job`` expects of an encoder: tokens that carry probabilities.
+
+    A token of a segmentation network holds the probabilities of its patch x patch pixels, else those of its window.
+    """
+
+    def __init__(self, tuned: Tuned, bands: Mapping[str, Sequence[str]]):
+        tuned.check_bands(bands)
+        self.tuned, self.bands = tuned, bands
+        self.dense = tuned.spec.task == "segmentation"
+        patch = tuned.spec.model.patch
+        self.width = tuned.spec.outputs * (patch * patch if self.dense else 1)
+        self._pool = ThreadPoolExecutor(1, "terrafm-map")
+
+    def __call__(self, windows: Mapping[str, Any]) -> Future[tuple[np.ndarray, np.ndarray]]:
+        return self._pool.submit(self._run, windows)
+
+    def _run(self, windows: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        images = {}
+        for key in self.tuned.spec.inputs:
+            given = windows[key]
+            image = np.zeros((*given.values.shape[:3], len(SENSORS[key].bands)), np.float32)
+            image[..., list(SENSORS[key].indices(self.bands[key]))] = given.values
+            image[~given.valid] = np.nan
+            images[key] = image
+        scores = self.tuned(images)
+        p = self.tuned.spec.model.patch
+        batch, height, width = next(iter(images.values())).shape[:3]
+        h, w = height // p, width // p
+        if self.dense:
+            tokens = scores.reshape(batch, h, p, w, p, -1).transpose(0, 1, 3, 2, 4, 5).reshape(batch, h, w, self.width)
+        else:
+            tokens = np.broadcast_to(scores[:, None, None], (batch, h, w, self.width))
+        return np.zeros((batch, self.width), np.float32), np.ascontiguousarray(tokens, np.float32)
+
+
+def write_map(out: Path, tokens: np.ndarray, plan: Any, tuned: Tuned, tags: Mapping[str, str]) -> None:
+    """Blended tokens [rows, columns, width] as GeoTIFF, one row of tokens at a time."""
+    import rasterio
+    from rasterio.windows import Window
+
+    dense, patch = tuned.spec.task == "segmentation", tuned.spec.model.patch
+    grid = plan.grid if dense else plan.output
+    step = patch if dense else 1
+    regression = tuned.spec.task == "regression"
+    profile = {
+        "driver": "GTiff", "height": grid.height, "width": grid.width, "crs": grid.crs, "transform": grid.transform,
+        "count": 1 if regression else 2, "dtype": "float32" if regression else "uint8", "compress": "deflate",
+        "nodata": np.nan if regression else NODATA, "tiled": True, "blockxsize": 256, "blockysize": 256,
+    }  # fmt: skip
+    with rasterio.open(out, "w", **profile) as dst:
+        for row in range(len(tokens)):
+            lines = _lines(np.asarray(tokens[row]), dense, patch, tuned.spec.outputs)
+            height = min(step, grid.height - row * step)
+            if height <= 0:
+                break
+            planes = _planes(lines[:height, : grid.width], regression)
+            dst.write(planes, window=Window(0, row * step, planes.shape[2], height))
+        dst.descriptions = (tuned.spec.task,) if regression else ("class", "probability (%)")
+        dst.update_tags(classes=";".join(f"{i}={n}" for i, n in enumerate(tuned.classes)), **tags)
+
+
+def _lines(tokens: np.ndarray, dense: bool, patch: int, classes: int) -> np.ndarray:
+    """One row of tokens [columns, width] -> pixels [rows, columns, classes]."""
+    if not dense:
+        return tokens[None]
+    pixels = tokens.reshape(len(tokens), patch, patch, classes).transpose(1, 0, 2, 3)
+    return pixels.reshape(patch, len(tokens) * patch, classes)
+
+
+def _planes(scores: np.ndarray, regression: bool) -> np.ndarray:
+    if regression:
+        return scores[None, ..., 0].astype(np.float32)
+    empty = np.isnan(scores).any(-1)
+    filled = np.nan_to_num(scores, nan=0.0)
+    classes = np.where(empty, NODATA, filled.argmax(-1))
+    sure = np.where(empty, NODATA, np.round(100 * filled.max(-1)))
+    return np.stack([classes, sure]).astype(np.uint8)
+
+
+def predict_scene(
+    tuned: Tuned,
+    sensors: Sequence[str],
+    out: Path,
+    *,
+    window: int = 0,
+    overlap: int | None = None,
+    gsd: float | None = None,
+    batch: int = 8,
+    threads: int = 2,
+    declared: Any = None,
+) -> None:
+    """Maps a scene.
+
+    Args:
+      sensors: ``NAME=FILE`` as ``terrafm_jax.embed --sensor`` takes them.
+      window, overlap: pixels; the size the network was tuned at and half of it by default.
+      gsd: meters per pixel of the work grid; the finest band's by default. Should be that of the tuning images.
+
+    Raises:
+      SceneError: unreadable or unfitting files. ValueError: sensors or bands missing.
+    """
+    from terrafm_jax.scenes import run, store
+    from terrafm_jax.scenes.grid import Plan, target_grid
+    from terrafm_jax.scenes.inputs import Declared, resolve
+    from terrafm_jax.scenes.read import SceneReader
+
+    acquisitions = [resolve(text, declared or Declared()) for text in sensors]
+    grid = target_grid(acquisitions, gsd)
+    patch = tuned.spec.model.patch
+    window = window or tuned.spec.image_size or 224
+    overlap = window // 2 // patch * patch if overlap is None else overlap
+    plan = Plan(grid, window, overlap, patch, batch=batch)
+    reader = SceneReader(acquisitions, grid)
+    classify = WindowClassifier(tuned, reader.bands)
+    settings = {"sensors": list(sensors), "grid": str(grid), "window": window, "overlap": overlap}
+    mark = store.fingerprint({"weights": str(tuned.folder), **settings})
+    unfinished = store.Unfinished(out, plan, classify.width, mark)
+    run.Job(classify, reader, plan, classify.width, unfinished).run(threads=threads)
+    tags = {"TERRAFM_TUNED": str(tuned.folder), "TERRAFM_TASK": tuned.spec.task}
+    write_map(out, unfinished.tokens(), plan, tuned, tags)
+    unfinished.remove()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; bad input ends in one line and exit code 1."""
+    parser = argparse.ArgumentParser("python -m terrafm_jax.finetuning.map", description=__doc__)
+    parser.add_argument("--workdir", required=True, help="of terrafm_jax.finetune")
+    parser.add_argument("--sensor", action="append", required=True, metavar="NAME=FILE")
+    parser.add_argument("--out", required=True, type=Path, help="MAP.tif")
+    parser.add_argument("--window", type=int, default=0)
+    parser.add_argument("--overlap", type=int, default=None)
+    parser.add_argument("--gsd", type=float, default=None, help="meters a pixel")
+    parser.add_argument("--batch", type=int, default=8)
+    args = parser.parse_args(argv)
+    try:
+        how = {"window": args.window, "overlap": args.overlap, "gsd": args.gsd, "batch": args.batch}
+        predict_scene(Tuned(args.workdir), args.sensor, args.out, **how)
+    except (ValueError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    print(f"written {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""A fine-tuned network read back from its workdir, as a function of images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from terrafm_jax import weights
+from terrafm_jax.evals import heads
+from terrafm_jax.finetuning import network
+from terrafm_jax.finetuning.network import TuneSpec
+from terrafm_jax.sensors import SENSORS
+from terrafm_jax.weights import WeightsError
+
+_RECORDED = ("bands", "classes", "scale")  # of meta["finetuned"], not fields of TuneSpec
+
+
+class Tuned:
+    """Encoder and task head.
+
+    Attributes:
+      spec: what was trained. classes: names, empty for regression. bands: per sensor, the bands it expects.
+      loaded: the encoder as the usual loader reads it (statistics, provenance).
+    """
+
+    def __init__(self, path: str | Path):
+        from terrafm_jax import loader
+
+        folder = Path(path)
+        folder = folder / "best" if (folder / "best").is_dir() else folder
+        if not (folder / "head").is_dir():
+            raise WeightsError(f"{path}: holds no fine-tuned network; expected a workdir of terrafm_jax.finetune")
+        self.folder, self.loaded = folder, loader.read(str(folder))
+        head, recorded = weights.load_npz(folder / "head")
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in recorded.items() if k not in _RECORDED}
+        self.spec = TuneSpec(model=self.loaded.spec, **fields)
+        self.classes: list[str] = recorded["classes"]
+        self.bands: dict[str, list[str]] = recorded["bands"]
+        self.scale = tuple(recorded["scale"])
+        self.head, self.state = head["head"], head.get("head_state", {})
+        self._stats = {k: self.loaded.stats.arrays(k) for k in self.spec.inputs}
+        self._jit = jax.jit(self._forward, static_argnames="size")
+
+    def _forward(self, params: Any, state: Any, batch: Any, size: tuple[int, int]) -> jax.Array:
+        (logits, *_), _ = network.forward(self.spec, params, state, self._stats, batch)
+        logits = logits.astype(jnp.float32)
+        if self.spec.task == "segmentation":
+            return jax.nn.softmax(heads.resize(logits, size), axis=-1)
+        if self.spec.task == "multilabel":
+            return jax.nn.sigmoid(logits)
+        if self.spec.task == "regression":
+            return logits * self.scale[1] + self.scale[0]
+        return jax.nn.softmax(logits, axis=-1)
+
+    def mask(self, sensor: str) -> np.ndarray:
+        """bool [C] of the bands that the network was tuned on."""
+        return np.array([n in self.bands[sensor] for n in SENSORS[sensor].band_names])
+
+    def __call__(self, images: Mapping[str, np.ndarray], offset: Mapping[str, float] | None = None) -> np.ndarray:
+        """Scores of images.
+
+        Args:
+          images: per sensor float [B, H, W, C] in the sensor's unit, all canonical bands in order (those that the
+            network was not tuned on are ignored); NaN where nothing was measured.
+          offset: DN to subtract, per sensor.
+
+        Returns:
+          Probabilities [B, classes] or [B, H, W, classes], or values [B, 1].
+
+        Raises:
+          ValueError: sensors other than those it was tuned on.
+        """
+        if set(images) != set(self.spec.inputs):
+            raise ValueError(f"{self.folder}: tuned on {list(self.spec.inputs)}, given {list(images)}")
+        count = len(next(iter(images.values())))
+        batch = {
+            "images": {k: jnp.asarray(v, jnp.float32) for k, v in images.items()},
+            "bands": {k: jnp.asarray(self.mask(k)) for k in images},
+            "offset": {k: jnp.full(count, (offset or {}).get(k, 0.0), jnp.float32) for k in images},
+        }
+        params = {"backbone": self.loaded.params["backbone"], "head": self.head}
+        size = tuple(next(iter(images.values())).shape[1:3])
+        return np.asarray(self._jit(params, self.state, batch, size=size))
+
+    def check_bands(self, given: Mapping[str, Sequence[str]]) -> None:
+        """Raises ValueError naming sensors and bands that a scene lacks."""
+        faults = [f"sensor {k}" for k in self.spec.inputs if k not in given]
+        for key in self.spec.inputs:
+            lacking = [b for b in self.bands[key] if b not in given.get(key, self.bands[key])]
+            faults += [f"{key} bands {lacking}"] if lacking else []
+        if faults:
+            raise ValueError(f"the network was tuned on {self.bands}; the scene lacks {'; '.join(faults)}")

@@ -1,0 +1,402 @@
+"""Fine-tuning: what trains, layer-wise rates, LoRA, exact resume, every task, sharding, the command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import labelled_fake as fake
+import numpy as np
+import pytest
+
+from terrafm_jax import weights
+from terrafm_jax.config import ConfigError
+from terrafm_jax.evals import encoders, heads
+from terrafm_jax.evals.features import ImageBatch
+from terrafm_jax.finetuning import config as schema
+from terrafm_jax.finetuning import job as job_lib
+from terrafm_jax.finetuning import network
+from terrafm_jax.finetuning.data import Source, class_weights
+from terrafm_jax.finetuning.job import Job
+from terrafm_jax.finetuning.network import Adam, TuneSpec
+from terrafm_jax.finetuning.trainer import TuningError, init_state, make_predict, make_step, to_device
+from terrafm_jax.models.spec import ModelSpec
+from terrafm_jax.sensors import SENSORS, Statistics
+from terrafm_jax.training.sharding import ShardingError
+
+pytest.importorskip("rasterio")
+TINY = ModelSpec(
+    width=32, depth=2, heads=2, grid=2, prototypes=16, head_hidden=16, head_bottleneck=8, fusion_heads=4, drop_path=0.1
+)
+SPEC = TuneSpec(TINY, ("s2_l2a",), "classification", 3, "linear", image_size=32)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tiny_weights():
+    """``random:s`` means a tiny network here."""
+
+    def open_tiny(text, image_size=224, dtype=""):
+        return encoders.random_encoder(TINY, 0, image_size, Statistics.published(), "tiny")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job_lib, "open_encoder", open_tiny)
+        yield
+
+
+def config(folder, **overrides):
+    c = schema.base()
+    c.init_from, c.data.dir, c.image_size, c.epochs = "random:s", str(folder), 32, 5
+    c.head_norm = True
+    c.batch_size, c.eval_batch_size, c.rates, c.resamples, c.data.threads = 8, 8, (3e-3,), 20, 2
+    for key, value in overrides.items():
+        section, _, field = key.rpartition("__")
+        (c[section] if section else c)[field] = value
+    return c
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    yaml = "splits: {train: 0.6, val: 0.2, test: 0.2}\n"
+    return fake.eurosat_like(tmp_path_factory.mktemp("data") / "tiny", per_class=12, size=24, yaml=yaml)
+
+
+@pytest.fixture(scope="module")
+def straight(folder, tmp_path_factory):
+    """One run without interruption: (row, workdir); the others are compared with it."""
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    return Job(config(folder), str(workdir), quiet).run(), workdir
+
+
+def quiet(*_):
+    """No output."""
+
+
+# --- what trains ---
+
+
+@pytest.mark.parametrize(
+    ("mode", "trained"),
+    [("frozen", {"head"}), ("last", {"head", "backbone/blocks/1", "backbone/norm"}), ("lora", {"head", "lora"})],
+)
+def test_modes_train_what_they_say(mode, trained):
+    spec = dataclasses.replace(SPEC, mode=mode, last_blocks=1)
+    backbone = encoders.random_encoder(TINY, 0, 32, Statistics.published()).params
+    trainable, frozen, _ = network.init(spec, backbone, jax.random.key(0))
+    for path in trainable:
+        assert any(path.startswith(t + "/") for t in trained), path
+    assert not set(trainable) & set(frozen)
+    assert set(weights.flatten({"backbone": backbone})) <= set(trainable) | set(frozen)
+    whole, none, _ = network.init(SPEC, backbone, jax.random.key(0))
+    assert not none
+    assert set(whole) == {k for k in (*trainable, *frozen) if not k.startswith("lora/")}
+
+
+def test_lora_starts_as_the_pretrained_network_and_folds_in():
+    spec = dataclasses.replace(SPEC, mode="lora", lora_rank=2)
+    backbone = encoders.random_encoder(TINY, 0, 32, Statistics.published()).params
+    trainable, frozen, _ = network.init(spec, backbone, jax.random.key(0))
+    assert sum(k.endswith("/a") for k in trainable) == 4 * TINY.depth
+    start = weights.flatten(network.merged(spec, trainable, frozen)["backbone"])
+    np.testing.assert_array_equal(start["blocks/0/attn/qkv/kernel"], backbone["blocks"]["0"]["attn"]["qkv"]["kernel"])
+    name = "lora/blocks/1/mlp/fc1"
+    trainable[f"{name}/b"] = jnp.ones_like(trainable[f"{name}/b"])
+    after = weights.flatten(network.merged(spec, trainable, frozen)["backbone"])
+    expected = frozen["backbone/blocks/1/mlp/fc1/kernel"] + 8.0 * trainable[f"{name}/a"].sum(1, keepdims=True)
+    np.testing.assert_allclose(after["blocks/1/mlp/fc1/kernel"], jnp.broadcast_to(expected, (32, 128)), atol=1e-5)
+
+
+def test_layer_wise_rates_and_decay():
+    scales = {p: network.layer_scale(SPEC, p, 0.5) for p in (
+        "head/linear/kernel", "backbone/norm/scale", "backbone/blocks/1/attn/qkv/kernel",
+        "backbone/blocks/0/mlp/fc1/bias", "backbone/pos_embed", "backbone/patch_embed/projection/proj1/kernel",
+    )}  # fmt: skip
+    assert list(scales.values()) == [1, 1, 0.5, 0.25, 0.125, 0.125]
+    assert network.decays("backbone/blocks/0/mlp/fc1/kernel", (4, 4))
+    assert not network.decays("backbone/blocks/0/mlp/fc1/bias", (4,))
+    assert not network.decays("backbone/pos_embed", (1, 5, 4))
+
+
+def test_adam_equals_torch():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    values = {"head/linear/kernel": rng.normal(size=(4, 3)), "backbone/blocks/0/norm1/scale": rng.normal(size=4)}
+    params = {k: jnp.asarray(v, jnp.float32) for k, v in values.items()}
+    theirs = {k: torch.nn.Parameter(torch.tensor(v, dtype=torch.float32)) for k, v in values.items()}
+    adam = Adam(20, 4, 1e-6, 0.1, 1.0, layer_decay=0.5)
+    groups = [
+        {"params": [theirs["head/linear/kernel"]], "weight_decay": 0.1, "scale": 1.0},
+        {"params": [theirs["backbone/blocks/0/norm1/scale"]], "weight_decay": 0.0, "scale": 0.25},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1.0)
+    mu = nu = {k: jnp.zeros_like(v) for k, v in params.items()}
+    for step in range(8):
+        grads = {k: rng.normal(size=v.shape).astype(np.float32) for k, v in values.items()}
+        params, mu, nu, _ = adam.update(
+            SPEC, params, {k: jnp.asarray(g) for k, g in grads.items()}, mu, nu, jnp.int32(step), 1e-2
+        )
+        for k, p in theirs.items():
+            p.grad = torch.tensor(grads[k])
+        torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = float(adam.learning_rate(step, 1e-2)) * group["scale"]
+        optimizer.step()
+    for k in params:
+        np.testing.assert_allclose(params[k], theirs[k].detach().numpy(), atol=2e-5)
+    assert float(adam.learning_rate(0, 1e-2)) == pytest.approx(2.5e-3)
+    assert float(adam.learning_rate(20, 1e-2)) == pytest.approx(1e-6)
+
+
+def test_mixup_and_flips():
+    rng = np.random.default_rng(0)
+    batch = {
+        "images": {"s1": jnp.asarray(rng.normal(size=(4, 6, 6, 2)), jnp.float32)},
+        "offset": {"s1": jnp.array([0.0, 1.0, 0.0, 1.0])},
+    }
+    mixed, soft = network.mixup(jax.random.key(0), batch, jnp.arange(4) % 3, 0.5, 3)
+    np.testing.assert_allclose(soft.sum(1), 1, atol=1e-6)
+    raw = batch["images"]["s1"] - batch["offset"]["s1"][:, None, None, None]
+    np.testing.assert_allclose(mixed["images"]["s1"].sum(), raw.sum(), rtol=1e-4)  # a mixture of all, all used
+    assert not mixed["offset"]["s1"].any()
+    masks = jnp.arange(36).reshape(1, 6, 6).repeat(4, 0)
+    images = {"s1": jnp.stack([masks, masks], -1).astype(jnp.float32)}
+    flipped, labels = network.flip(jax.random.key(1), {**batch, "images": images}, masks)
+    np.testing.assert_array_equal(flipped["images"]["s1"][..., 0], labels)
+    assert len({int(x) for x in labels[:, 0, 0]} | {0, 5, 30, 35}) == 4
+    assert (labels != masks).any()
+
+
+# --- runs ---
+
+
+@pytest.mark.slow
+def test_learns_keeps_the_best_and_reports(straight):
+    row, run = straight
+    assert row["metrics"]["top1"]["value"] > 0.6
+    assert json.loads((run / "results.jsonl").read_text())["settings"]["split"] == "test"
+    lines = (run / "predictions/predictions.csv").read_text().splitlines()
+    assert lines[0] == "id,predicted,class_0,class_1,class_2"
+    assert len(lines) == 1 + np.sum(row["confusion"])
+    _, meta = weights.load_npz(run / "best")
+    assert meta["finetuned"]["classes"] == ["class_0", "class_1", "class_2"]
+    assert meta["finetuned"]["bands"] == {"s2_l2a": list(SENSORS["s2_l2a"].band_names)}
+    assert weights.load_npz(run / "best/head")[0]["head"]["linear"]["kernel"].shape == (32, 3)
+    scores = [json.loads(line).get("val_top1") for line in (run / "lr_0.003/metrics.jsonl").read_text().splitlines()]
+    assert meta["score"] == pytest.approx(max(scores))
+
+
+def same_weights(a, b):
+    for part in ("best", "best/head"):
+        first, second = (weights.flatten(weights.load_npz(folder / part)[0]) for folder in (a, b))
+        assert first.keys() == second.keys()
+        for path in first:
+            np.testing.assert_array_equal(first[path], second[path], err_msg=path)
+
+
+@pytest.mark.slow
+def test_resume_is_bitwise(folder, straight, tmp_path):
+    assert Job(config(folder, stop_at_epoch=2), str(tmp_path / "b"), quiet).run() is None
+    resumed = Job(config(folder), str(tmp_path / "b"), quiet).run()
+    assert resumed["metrics"] == straight[0]["metrics"]
+    same_weights(straight[1], tmp_path / "b")
+
+
+@pytest.mark.slow
+def test_stopping_in_the_middle_of_an_epoch_resumes_bitwise(folder, straight, tmp_path):
+    class Stop:
+        """Asks to stop at step 4, in the middle of the second epoch."""
+
+        def reached(self, step):
+            return step == 4
+
+    job = Job(config(folder), str(tmp_path / "b"), quiet)
+    sources = job.sources()
+    run = job_lib.Run(job.plan(sources, 3e-3), tmp_path / "b/lr_0.003", sources, say=quiet)
+    assert not run.train(job.encoder.params, stop=Stop())
+    assert run.checkpoints.latest() == 5
+    run.close()
+    (tmp_path / "b/config.json").write_text((straight[1] / "config.json").read_text())
+    assert Job(config(folder), str(tmp_path / "b"), quiet).run()["metrics"] == straight[0]["metrics"]
+    same_weights(straight[1], tmp_path / "b")
+
+
+@pytest.mark.slow
+def test_microbatches_give_the_same_step(folder, tmp_path):
+    job = Job(config(folder, drop_path=0.0, flips=False, head_norm=False), str(tmp_path), quiet)
+    sources = job.sources()
+    plan = job.plan(sources, 1e-3)
+    batch = to_device(plan, next(sources["train"].train(0, 1, 8, 0)))
+    results = []
+    for count in (1, 2):
+        changed = dataclasses.replace(plan, microbatches=count)
+        state, metrics = make_step(changed)(init_state(changed, job.encoder.params), batch)
+        results.append((state, float(metrics["loss"])))
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-5)
+    for path, value in results[0][0].mu.items():
+        np.testing.assert_allclose(value, results[1][0].mu[path], atol=1e-6, err_msg=path)
+
+
+@pytest.mark.slow
+def test_any_mesh_gives_the_same_step(folder, tmp_path):
+    losses = []
+    for mesh in ({"mesh__data": 8}, {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}):
+        job = Job(config(folder, drop_path=0.0, **mesh), str(tmp_path), quiet)
+        sources = job.sources()
+        plan = job.plan(sources, 1e-3)
+        state = init_state(plan, job.encoder.params)
+        step = make_step(plan)
+        for batch in sources["train"].train(0, 2, 8, 0):
+            state, metrics = step(state, to_device(plan, batch))
+        losses.append(float(metrics["loss"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    job = Job(config(folder, batch_size=9), str(tmp_path), quiet)
+    with pytest.raises(ShardingError, match="batch_size = 9 is not a multiple"):
+        job.plan(sources, 1e-3)
+
+
+@pytest.mark.slow
+def test_learning_rate_sweep_takes_the_best_on_validation(folder, tmp_path):
+    row = Job(config(folder, rates=(1e-7, 3e-3)), str(tmp_path / "run"), quiet).run()
+    assert row["settings"]["rate"] == 3e-3
+    assert (tmp_path / "run/lr_1e-07/DONE").exists()
+    assert not (tmp_path / "run/predictions").is_file()
+    with pytest.raises(ConfigError, match="belongs to a run with another config"):
+        Job(config(folder, rates=(1e-7, 3e-3), epochs=6), str(tmp_path / "run"), quiet).run()
+
+
+@pytest.mark.slow
+def test_early_stopping_counts_epochs_without_progress(folder, tmp_path):
+    said: list[str] = []
+    overrides = {"rates": (1e-9,), "epochs": 5, "patience": 1, "mode": "frozen", "head_norm": False}
+    Job(config(folder, **overrides), str(tmp_path / "run"), said.append).run()
+    assert len([s for s in said if " epoch " in s]) == 2  # the first is the best, one more without progress
+    said.clear()
+    Job(config(folder, **overrides), str(tmp_path / "run"), said.append).run()
+    assert not [s for s in said if " epoch " in s]  # a finished run is not continued
+
+
+@pytest.mark.slow
+def test_non_finite_loss_is_one_clear_error(folder, tmp_path):
+    with pytest.raises(TuningError, match=r"loss is (nan|inf) at epoch 1; lower config.rates"):
+        Job(config(folder, rates=(1e30,), clip=0.0), str(tmp_path / "run"), quiet).run()
+
+
+# --- other tasks ---
+
+
+def labelled_pairs(root, task):
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        level = i % 2
+        fake.tiff(root / "S1" / f"p{i}.tif", rng.normal(-18 + 8 * level, 1, (32, 32, 2)).astype("f4"))
+        fake.tiff(root / "S2" / f"p{i}.tif", (1500 + 1500 * level + rng.normal(0, 200, (32, 32, 3))).astype(np.uint16))
+        fake.tiff(root / "M" / f"p{i}.tif", np.full((32, 32), level, np.uint8))
+    rows = {"segmentation": "", "regression": "labels: t.csv\n", "multilabel": "labels: t.csv\n"}[task]
+    values = {"regression": ("value", lambda i: 10 + 5 * (i % 2)), "multilabel": ("labels", lambda i: "ab"[i % 2])}
+    if task in values:
+        column, text = values[task]
+        table = [f"p{i}.tif,{text(i)}" for i in range(20)]
+        (root / "t.csv").write_text("\n".join([f"file,{column}", *table]) + "\n")
+    extra = "masks: M\nclasses: [low, high]\n" if task == "segmentation" else ""
+    (root / "dataset.yaml").write_text(
+        f"task: {task}\n{rows}{extra}splits: {{train: 0.6, val: 0.2, test: 0.2}}\ninputs:\n"
+        "  s1: {folder: S1, bands: [VV, VH]}\n  s2_l2a: {folder: S2, bands: [B04, B03, B02]}\n"
+    )
+    return root
+
+
+@pytest.mark.parametrize(
+    ("task", "overrides"),
+    [
+        ("segmentation", {"mode": "frozen", "class_weights": "balanced", "rates": (3e-2,), "epochs": 2}),
+        ("segmentation", {"head": "upernet", "upernet_channels": 8, "mode": "last", "last_blocks": 1, "epochs": 1}),
+        ("multilabel", {"mode": "lora", "mixup": 0.1, "epochs": 2}),
+        ("regression", {"layer_decay": 0.75, "epochs": 2}),
+    ],
+)
+@pytest.mark.slow
+def test_every_task_and_mode_with_fused_sensors(tmp_path, task, overrides):
+    root = labelled_pairs(tmp_path / "data", task)
+    row = Job(config(root, **overrides), str(tmp_path / "run"), quiet).run()
+    assert row["inputs"] == ["s1", "s2_l2a"]
+    if task == "segmentation":
+        rasterio = pytest.importorskip("rasterio")
+        written = sorted((tmp_path / "run/predictions").glob("*.tif"))
+        assert len(written) == 4
+        with rasterio.open(written[0]) as found, rasterio.open(root / "S1" / written[0].name) as image:
+            assert (found.crs, found.transform, found.shape) == (image.crs, image.transform, image.shape)
+            assert found.tags()["classes"] == "0=low;1=high"
+        assert 0 <= row["metrics"]["miou"]["value"] <= 1
+    elif task == "multilabel":
+        assert row["metrics"]["map_micro"]["value"] >= 0.5
+    else:
+        assert row["metrics"]["rmse"]["value"] < 6  # deviation of the targets: 2.5
+
+
+@pytest.mark.slow
+def test_best_weights_predict_like_the_run(folder, straight):
+    job = Job(config(folder, head_norm=True), str(straight[1]), quiet)
+    sources = job.sources()
+    plan = job.plan(sources, 3e-3)
+    run = job_lib.Run(plan, straight[1] / "lr_0.003", sources, say=quiet)
+    state = run.best_state(job.encoder.params)
+    batch, _ = next(sources["test"].evaluate(8))
+    found = np.asarray(make_predict(plan)(state, to_device(plan, batch)))
+    encoder = encoders.open_encoder(str(straight[1] / "best"), 32)  # the usual loader reads a fine-tuned encoder
+    head = weights.load_npz(straight[1] / "best/head")[0]
+    cls, _ = encoder(ImageBatch(batch["images"], batch["bands"], batch["offset"]))
+    (logits,), _ = plan.spec.make_head().apply(head["head"], head["head_state"], heads.Features(jnp.asarray(cls)))
+    np.testing.assert_allclose(found, jax.nn.softmax(logits), atol=1e-4)
+    run.close()
+
+
+def test_batches_cover_every_epoch_once(folder):
+    (dataset,) = job_lib.open_suite("folder", folder)
+    source = Source(dataset.info, dataset.split("train"), ("s2_l2a",))
+    count = len(source)
+    rows = np.concatenate([source.rows(s, 8, seed=1) for s in range(-(-count // 8))])
+    assert set(rows) == set(range(count))
+    assert not np.array_equal(source.rows(0, 8, 1), source.rows(0, 8, 2))
+    np.testing.assert_array_equal(source.rows(5, 8, 1), source.rows(5, 8, 1))
+    np.testing.assert_allclose(class_weights(source, 3, -1), 1.0, atol=0.2)
+    source.close()
+
+
+def test_bad_configs_are_named(folder, tmp_path):
+    for overrides, message in (
+        ({"mode": "half"}, "config.mode: found 'half', expected one of"),
+        ({"rates": ()}, "config.rates"),
+        ({"microbatches": 3}, "does not divide batch_size 8"),
+        ({"data__dir": ""}, "config.data.dir: empty"),
+        ({"head": "upernet"}, "'upernet' does not do classification"),
+        ({"mixup": -1}, None),
+    ):
+        c = config(folder, **overrides)
+        if message is None:
+            continue
+        with pytest.raises((ConfigError, ValueError), match=message):
+            Job(c, str(tmp_path / "run"), quiet).run()
+    c = config(folder)
+    c.leraning_rate = 1.0
+    c.epochs = "10"
+    with pytest.raises(
+        ConfigError, match=r"(?s)config.epochs: found '10', expected int.*config.leraning_rate: unknown"
+    ):
+        Job(c, str(tmp_path / "run"), quiet)
+
+
+@pytest.mark.parametrize(
+    "name", ["classification", "quick", "segmentation_linear", "segmentation_upernet", "regression"]
+)
+def test_shipped_configs_fit_the_schema(name):
+    import importlib
+
+    module = importlib.import_module(f"configs.finetune.{name}")
+    for argument in (None, "runlocal"):
+        c = module.get_config(argument)
+        c.init_from, c.data.dir = "random:s", "somewhere"
+        schema.check(c)
+    assert "terrafm_jax.finetune" in module.__doc__
+    with pytest.raises(ConfigError, match="unknown argument 'x'"):
+        module.get_config("x")

@@ -1,0 +1,147 @@
+"""What comes after fine-tuning: reading the network back, maps of scenes, the PyTorch export against our outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import labelled_fake as fake
+import numpy as np
+import pytest
+
+from terrafm_jax import weights
+from terrafm_jax.evals.encoders import random_encoder
+from terrafm_jax.finetuning import export
+from terrafm_jax.finetuning import map as mapping
+from terrafm_jax.finetuning.network import TuneSpec
+from terrafm_jax.finetuning.tuned import Tuned
+from terrafm_jax.models.spec import ModelSpec
+from terrafm_jax.sensors import S2_L2A, Statistics
+from terrafm_jax.weights import WeightsError
+
+rasterio = pytest.importorskip("rasterio")
+TINY = ModelSpec(width=32, depth=4, heads=2, grid=2, prototypes=16, head_hidden=16, head_bottleneck=8, fusion_heads=4)
+
+
+def tuned_folder(folder, head: str, task: str, inputs=("s2_l2a",), outputs: int = 3, **fields) -> Tuned:
+    """A workdir as a finished run leaves it, with random weights and lively batch norms."""
+    spec = TuneSpec(TINY, inputs, task, outputs, head, image_size=32, upernet_channels=8, **fields)
+    backbone = jax.device_get(random_encoder(TINY, 0, 32, Statistics.published()).params)
+    params, state = spec.make_head().init(jax.random.key(1))
+    rng = np.random.default_rng(0)
+    state = jax.tree.map(lambda x: np.asarray(x) + 0.2 * rng.random(x.shape).astype(np.float32), state)
+    bands = {"s1": ["VV", "VH"], "s2_l2a": ["B02", "B03", "B04", "B08"]}
+    recorded = {
+        **{k: v for k, v in dataclasses.asdict(spec).items() if k != "model"},
+        "classes": ["a", "b", "c"][:outputs] if task != "regression" else [], "scale": [5.0, 2.0],
+        "bands": {k: bands[k] for k in inputs},
+    }  # fmt: skip
+    weights.save_npz(folder / "best/head", {"head": params, "head_state": state}, recorded)
+    meta = {"model": dataclasses.asdict(TINY), "statistics": json.loads(Statistics.published().to_json()), "step": 1}
+    weights.save_npz(folder / "best", {"backbone": backbone}, meta)
+    return Tuned(folder)
+
+
+def pixels(size: int, count: int = 2) -> np.ndarray:
+    mean, std = Statistics.published().arrays("s2_l2a")
+    return (mean + 0.5 * std * np.random.default_rng(0).normal(size=(count, size, size, 12))).astype(np.float32)
+
+
+def test_reads_back_and_ignores_other_bands(tmp_path):
+    tuned = tuned_folder(tmp_path, "linear", "classification", head_norm=True)
+    x = pixels(32)
+    scores = tuned({"s2_l2a": x})
+    assert scores.shape == (2, 3)
+    np.testing.assert_allclose(scores.sum(1), 1, atol=1e-5)
+    changed = x.copy()
+    changed[..., S2_L2A.band_names.index("B12")] = 9000
+    np.testing.assert_array_equal(scores, tuned({"s2_l2a": changed}))
+    np.testing.assert_allclose(tuned({"s2_l2a": x + 1000}, {"s2_l2a": 1000}), scores, atol=1e-4)
+    with pytest.raises(ValueError, match=r"tuned on \['s2_l2a'\], given \['s1'\]"):
+        tuned({"s1": x[..., :2]})
+    with pytest.raises(ValueError, match=r"lacks s2_l2a bands \['B08'\]"):
+        tuned.check_bands({"s2_l2a": ["B02", "B03", "B04"]})
+    with pytest.raises(WeightsError, match="holds no fine-tuned network"):
+        Tuned(tmp_path / "nothing")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("head", "task", "size"),
+    [("linear", "classification", 20), ("linear", "multilabel", 32), ("linear", "regression", 48),
+     ("patch_linear", "segmentation", 40), ("upernet", "segmentation", 32)],
+)  # fmt: skip
+def test_pytorch_export_equals_ours(tmp_path, head, task, size):
+    torch = pytest.importorskip("torch")
+    from terrafm_jax.finetuning.torch_task import FineTuned
+
+    tuned = tuned_folder(tmp_path / "run", head, task, outputs=1 if task == "regression" else 3, head_norm=True)
+    assert export.main(["--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    assert {"finetuned_terrafm.py", "modeling_terrafm.py", "task.json", "head.safetensors", "model.safetensors"} <= {
+        p.name for p in (tmp_path / "out").iterdir()
+    }
+    model = FineTuned.from_pretrained(tmp_path / "out")
+    assert model.classes == tuned.classes
+    x = pixels(size)
+    kept = [S2_L2A.band_names.index(b) for b in tuned.bands["s2_l2a"]]
+    with torch.no_grad():
+        theirs = model({"s2_l2a": torch.tensor(x[..., kept]).permute(0, 3, 1, 2)}).numpy()
+    theirs = theirs.transpose(0, 2, 3, 1) if task == "segmentation" else theirs
+    np.testing.assert_allclose(tuned({"s2_l2a": x}), theirs, rtol=1e-3, atol=2e-5)
+
+
+def test_export_without_a_network_is_one_line(tmp_path, capsys):
+    assert export.main(["--workdir", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.slow
+def test_maps_cover_the_scene_pixel_by_pixel(tmp_path):
+    tuned = tuned_folder(tmp_path / "run", "patch_linear", "segmentation")
+    scene = pixels(70, 1)[0][:, :55]
+    scene[:20, :20] = 0  # no data
+    names = tuned.bands["s2_l2a"]
+    kept = [S2_L2A.band_names.index(b) for b in names]
+    file = fake.tiff(tmp_path / "scene.tif", scene[..., kept].clip(0, 20000).astype(np.uint16), names=names)
+    out = tmp_path / "map.tif"
+    code = mapping.main(["--workdir", str(tmp_path / "run"), "--sensor", f"s2_l2a={file}", "--out", str(out)])
+    assert code == 0
+    with rasterio.open(out) as found, rasterio.open(file) as source:
+        assert (found.shape, found.crs, found.transform) == (source.shape, source.crs, source.transform)
+        classes, sure = found.read()
+        assert found.tags()["classes"] == "0=a;1=b;2=c"
+    assert (classes[:16, :16] == 255).all()
+    assert set(np.unique(classes[32:, 32:])) <= {0, 1, 2}
+    assert sure[32:, 32:].max() <= 100
+    # Without overlap a window's pixels are exactly what the network says of that window.
+    mapping.predict_scene(tuned, [f"s2_l2a={file}"], out, window=32, overlap=0)
+    window = np.zeros((1, 32, 32, 12), np.float32)
+    window[..., kept] = scene[32:64, :32][..., kept].clip(0, 20000).astype(np.uint16)
+    with rasterio.open(out) as found:
+        np.testing.assert_array_equal(found.read(1)[32:48, :16], tuned({"s2_l2a": window})[0].argmax(-1)[:16, :16])
+
+
+@pytest.mark.slow
+def test_image_level_maps_have_one_value_per_token(tmp_path):
+    tuned = tuned_folder(tmp_path / "run", "linear", "regression", outputs=1)
+    names = tuned.bands["s2_l2a"]
+    kept = [S2_L2A.band_names.index(b) for b in names]
+    scene = pixels(64, 1)[0][..., kept].clip(1, 20000).astype(np.uint16)
+    file = fake.tiff(tmp_path / "scene.tif", scene, names=names)
+    mapping.predict_scene(tuned, [f"s2_l2a={file}"], tmp_path / "map.tif", window=32, overlap=0)
+    with rasterio.open(tmp_path / "map.tif") as found:
+        values = found.read(1)
+        assert values.shape == (4, 4)
+        assert found.transform.a == 160
+    full = np.zeros((1, 32, 32, 12), np.float32)
+    full[..., kept] = scene[:32, :32]
+    np.testing.assert_allclose(values[:2, :2], tuned({"s2_l2a": full})[0, 0], rtol=1e-4)
+
+
+def test_forward_of_fused_inputs(tmp_path):
+    tuned = tuned_folder(tmp_path, "linear", "classification", inputs=("s1", "s2_l2a"))
+    radar = np.random.default_rng(1).normal(-12, 3, (2, 32, 32, 2)).astype(np.float32)
+    both = tuned({"s1": radar, "s2_l2a": pixels(32)})
+    other = tuned({"s1": radar - 6, "s2_l2a": pixels(32)})
+    assert np.abs(both - other).max() > 1e-4

@@ -1,0 +1,41 @@
+"""Every notebook runs from a clean state, shortened by its one setting; and is kept without outputs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_is_kept_without_outputs(path):
+    cells = json.loads(path.read_text())["cells"]
+    code = [c for c in cells if c["cell_type"] == "code"]
+    assert code
+    assert all(not c["outputs"] and c["execution_count"] is None for c in code)
+    assert "colab" in cells[0]["source"] or any("colab" in line for line in cells[0]["source"])
+    assert "pip" in "".join(code[0]["source"])
+    assert path.stat().st_size < 40_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_runs_from_clean_state(path, tmp_path, monkeypatch):
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("torch")
+    monkeypatch.setenv("TERRAFM_QUICK", "1")
+    monkeypatch.setenv("TERRAFM_NOTEBOOK_DIR", str(tmp_path))
+    for name in ("TERRAFM_CHECKPOINT", "TERRAFM_WEIGHTS"):
+        monkeypatch.delenv(name, raising=False)
+    notebook = nbformat.read(path, as_version=4)
+    client = nbclient.NotebookClient(
+        notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": path.parent}}
+    )
+    client.execute()
+    outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
+    assert not [o for o in outputs if o.output_type == "error"]
+    pictures = [o for o in outputs if "image/png" in o.get("data", {})]
+    assert pictures or path.stem == "4_weights"
