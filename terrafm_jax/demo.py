@@ -164,7 +164,7 @@ class Comparison:
         for name, backbone in self.backbones.items():
             patches, present = tile_patches(without_mask(batch), self.spec.sensors, self.arrays, size=size)
             found[name] = np.asarray(encode(self.spec, backbone, patches, present).patches)
-        return images, found, [landcover.CATEGORIES[k].title.split(" ")[0] for k in batch["landcover"]]
+        return images, found, [landcover.NAMES[k] for k in batch["landcover"]]
 
 
 def without_mask(batch: Mapping[str, Any]) -> dict[str, Any]:
