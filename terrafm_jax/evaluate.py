@@ -29,6 +29,8 @@ _SHOTS = flags.DEFINE_list("shots", None, "labels per class, e.g. 1,5,10")
 _SEEDS = flags.DEFINE_integer("seeds", None, "repetitions where labels are drawn")
 _RUNS = flags.DEFINE_integer("runs", None, "repetitions of a probe; default: as its protocol says")
 _EPOCHS = flags.DEFINE_integer("epochs", None, "epochs of probes instead of the published ones (rows are labelled)")
+_FOLDS = flags.DEFINE_integer("folds", None, "cross-validate over all splits in so many folds (one class per sample)")
+_REPEATS = flags.DEFINE_integer("repeats", None, "repetitions of the cross-validation; default 10")
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", None, "network input in px, 0 for the images' own; default 224")
 _BATCH = flags.DEFINE_integer("batch_size", None, "images at once; default 32")
 _LIMIT = flags.DEFINE_integer("limit", None, "samples per split at most (rows are labelled)")
@@ -52,7 +54,8 @@ def settings() -> dict:
         "protocols": _PROTOCOL.value, "names": _NAMES.value, "inputs": _INPUTS.value, "seeds": _SEEDS.value,
         "fractions": _FRACTIONS.value and [float(f) for f in _FRACTIONS.value],
         "shots": _SHOTS.value and [int(k) for k in _SHOTS.value], "runs": _RUNS.value, "epochs": _EPOCHS.value,
-        "image_size": _IMAGE_SIZE.value, "batch_size": _BATCH.value, "limit": _LIMIT.value, "tile": _TILE.value,
+        "image_size": _IMAGE_SIZE.value, "folds": _FOLDS.value, "repeats": _REPEATS.value,
+        "batch_size": _BATCH.value, "limit": _LIMIT.value, "tile": _TILE.value,
         "upstream_l2a_stem": _UPSTREAM.value, "dtype": _DTYPE.value, "cache": _CACHE.value, "figures": _FIGURES.value,
     }  # fmt: skip
     found.update({k: v for k, v in given.items() if v is not None})

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from terrafm_jax.evals import knn, linear, segmentation
+from terrafm_jax.evals import crossval, knn, linear, segmentation
 from terrafm_jax.evals.datasets.base import DatasetInfo, few_shot, label_fraction
 from terrafm_jax.evals.heads import upernet_layers
 from terrafm_jax.evals.linear import Split
@@ -133,6 +133,34 @@ def run(
         f" (epochs={options.epochs})" if options.epochs and protocol not in knn.PROTOCOLS else ""
     )
     return dataclasses.replace(result, settings=settings, protocol=label)
+
+
+def run_folds(
+    protocol: str,
+    whole: Extracted,
+    info: DatasetInfo,
+    options: Options,
+    folds: int,
+    repeats: int,
+    *,
+    scale: bool = False,
+) -> Result:
+    """Repeated stratified cross-validation of a protocol over all samples of a data set.
+
+    Raises ProtocolError unless every sample has one class.
+    """
+    if info.task != "classification":
+        raise ProtocolError(f"--folds: needs one class per sample, {info.name} is {info.task}")
+    inner = dataclasses.replace(options, resamples=0)
+
+    def classify(train: np.ndarray, test: np.ndarray) -> np.ndarray:
+        parts = {k: Extracted(whole.cls[r], whole.targets[r], []) for k, r in (("train", train), ("test", test))}
+        return run(protocol, parts, info, inner, scale=scale).predictions
+
+    predictions = crossval.cross_validate(classify, whole.targets, folds=folds, repeats=repeats, seed=options.seed)
+    label = f"{protocol}/1, {folds}-fold x {repeats}"
+    settings = {"folds": folds}
+    return crossval.result(label, predictions, whole.targets, len(info.classes), settings, options.resamples)
 
 
 def _shorter(protocol: Any, options: Options) -> Any:

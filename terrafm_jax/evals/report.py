@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from terrafm_jax.evals import metrics
+from terrafm_jax.evals import crossval, metrics
 from terrafm_jax.evals.datasets.base import DatasetInfo, Sample, canonical
 from terrafm_jax.evals.protocols import headline
 from terrafm_jax.evals.published import published
@@ -102,19 +102,41 @@ def paired_table(rows: Sequence[Row], folder: Path) -> str:
             groups[(r["dataset"], *_setting(r), tuple(r["inputs"]), r["seed"])].append(r)
     lines = []
     for (dataset, protocol, fraction, shots, inputs, seed), found in sorted(groups.items()):
+        where = f"{dataset}, {protocol}, {_amount(fraction, shots)}, {'+'.join(inputs)}, seed {seed}"
         for i, a in enumerate(found):
             for b in found[i + 1 :]:
+                d = _paired_folds(a, b, folder)
                 first, second = (_metric(r, folder) for r in (a, b))
+                if d is not None:
+                    lines.append(_difference(a, b, where, "top1", d))
+                    continue
                 if first is None or second is None or first[1] != second[1]:
                     continue
                 name = "top1" if a["task"] == "classification" else "f1_micro"
                 d = metrics.paired_difference(first[0], second[0], first[1], resamples=500)[name]
-                what = f"{dataset}, {protocol}, {_amount(fraction, shots)}, {'+'.join(inputs)}, seed {seed}"
-                text = f"{100 * d.value:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
-                lines.append(f"| {b['model']} − {a['model']} | {what} | {name} {text} |")
+                lines.append(_difference(a, b, where, name, d))
     if not lines:
         return ""
     return "\n".join(["## Paired differences\n", "| models | where | points |", "|---|---|---|", *lines, ""])
+
+
+def _difference(a: Row, b: Row, where: str, name: str, d: metrics.Interval) -> str:
+    text = f"{100 * d.value:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
+    return f"| {b['model']} − {a['model']} | {where} | {name} {text} |"
+
+
+def _paired_folds(a: Row, b: Row, folder: Path) -> metrics.Interval | None:
+    """Of cross-validated rows: each sample's share of right answers, paired."""
+    shares = []
+    for row in (a, b):
+        path = folder / "predictions" / f"{row['key']}.npz"
+        if not path.exists():
+            return None
+        with np.load(path, allow_pickle=False) as f:
+            if "right" not in f:
+                return None
+            shares.append(f["right"])
+    return crossval.paired(*shares) if shares[0].shape == shares[1].shape else None
 
 
 def _metric(row: Row, folder: Path) -> tuple[metrics.Metric, int] | None:

@@ -1,7 +1,7 @@
 """Small labelled sets and scenes cut from Major-TOM cells: for notebooks and trials where no labelled data is at hand.
 
-Works on the output of ``python -m data_prep.synthetic`` as on real Major-TOM Core folders with WorldCover maps. Labels are
-the WorldCover majority of each crop, so numbers on them say that things work, not how good a model is.
+Works on the output of ``python -m data_prep.synthetic`` as on real Major-TOM Core folders with WorldCover maps.
+Labels are the WorldCover majority of each crop: numbers on them say that things work, not how good a model is.
 """
 
 from __future__ import annotations

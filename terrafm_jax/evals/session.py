@@ -35,6 +35,7 @@ class Settings:
         empty: every sensor alone and, with fusion weights, all together.
       fractions, shots, seeds: label amounts and their repetitions. Seeds count only where something is drawn.
       limit: samples per split at most (0: all), for trying things out; such rows are labelled.
+      folds, repeats: above 0, all splits together are cross-validated (classification only) instead.
       tile: cut segmentation images into windows of so many pixels (0: whole).
       cache: folder of features; empty: ``OUT/cache``; ``none``: no cache.
     """
@@ -55,6 +56,8 @@ class Settings:
     batch_size: int = 32
     limit: int = 0
     tile: int = 0
+    folds: int = 0
+    repeats: int = 10
     resamples: int = 1000
     dtype: str = ""
     cache: str = ""
@@ -159,7 +162,8 @@ class Session:
         s = self.settings
         prints = [dataset.fingerprint(k, keys) for k in dataset.splits]
         text = json.dumps([
-            encoder.weights_hash, encoder.image_size, prints, protocol, dataclasses.asdict(options), s.limit, s.dtype
+            encoder.weights_hash, encoder.image_size, prints, protocol, dataclasses.asdict(options), s.limit, s.dtype,
+            (s.folds, s.repeats) if s.folds else 0,
         ])  # fmt: skip
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 
@@ -172,7 +176,12 @@ class Session:
         for name in dataset.splits:
             shown = self.progress(f"{encoder.name} · {info.name} · {'+'.join(keys)} · {name}")
             splits[name] = store.extract(encoder, dataset, name, request, self.cache, shown)
-        result = protocols.run(protocol, splits, info, options, patch=encoder.patch, scale=encoder.standardize)
+        if s.folds:
+            whole = store.joined(list(splits.values()))
+            result = protocols.run_folds(protocol, whole, info, options, s.folds, s.repeats, scale=encoder.standardize)
+            splits = {"test": whole}
+        else:
+            result = protocols.run(protocol, splits, info, options, patch=encoder.patch, scale=encoder.standardize)
         self._keep(encoder, dataset, keys, options, key, result, splits["test"], time.monotonic() - start)
 
     def _keep(self, encoder, dataset, keys, options, key, result: Result, test, seconds: float) -> None:
@@ -191,7 +200,7 @@ class Session:
             count = len(result.predictions)
             np.savez_compressed(
                 folder / f"{key}.npz", predictions=result.predictions, targets=test.targets[:count],
-                ids=np.array(test.ids[:count]),
+                ids=np.array(test.ids[:count]), **({"right": result.scores} if self.settings.folds else {}),
             )  # fmt: skip
         self._append(row)
         headline = protocols.headline(result.protocol.split("/")[0], info.task)
@@ -247,6 +256,8 @@ class Session:
 
     def _errors(self, row, dataset: Dataset, predictions, targets, ids: list[str], name: str) -> None:
         """Pictures of what went wrong; reads only the samples it shows."""
+        if self.settings.folds:
+            return  # samples come from all splits, each tested several times
         test, info = dataset.split("test"), dataset.info
         place = {sample: i for i, sample in enumerate(test.ids)}
         path = self.out / "figures" / f"errors-{name}.png"

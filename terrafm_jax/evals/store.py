@@ -167,6 +167,12 @@ def _assemble(dataset: Dataset, ids: list[str], chunks: list[dict[str, np.ndarra
     return Extracted(np.concatenate([c["cls"] for c in chunks]), targets, ids, rows("maps"), rows("after"))
 
 
+def joined(parts: Sequence[Extracted]) -> Extracted:
+    """Several splits of whole-image features as one."""
+    ids = [i for p in parts for i in p.ids]
+    return Extracted(np.concatenate([p.cls for p in parts]), np.concatenate([p.targets for p in parts]), ids)
+
+
 # --- cutting large images -------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,57 @@
+"""Repeated stratified cross-validation and its paired intervals."""
+
+from __future__ import annotations
+
+import labelled_fake as fake
+import numpy as np
+import pytest
+
+from terrafm_jax.evals import crossval
+from terrafm_jax.evals.session import Session, Settings
+
+
+def test_folds_are_stratified_and_cover_everything():
+    y = np.repeat([0, 1, 2], [20, 11, 4])
+    fold = crossval.stratified_folds(y, 5, seed=0)
+    np.testing.assert_array_equal(np.bincount(fold), 7)
+    assert {tuple(sorted(np.bincount(fold[y == 0]))), tuple(sorted(np.bincount(fold[y == 1])))} == {
+        (4,) * 5,
+        (2, 2, 2, 2, 3),
+    }
+    assert not np.array_equal(fold, crossval.stratified_folds(y, 5, seed=1))
+    for _, train, test in crossval.splits(y, 5, 2):
+        assert not set(train) & set(test)
+        assert len(train) + len(test) == len(y)
+    with pytest.raises(ValueError, match="folds = 1"):
+        crossval.stratified_folds(y, 1, 0)
+
+
+def test_intervals_and_pairs():
+    y = np.arange(200) % 2
+    predictions = crossval.cross_validate(
+        lambda train, test: np.where(test % 10 == 0, 1 - y[test], y[test]), y, repeats=3
+    )
+    found = crossval.result("x", predictions, y, 2, {}, 500)
+    assert found.top1 == pytest.approx(0.9)
+    assert found.metrics["top1"].low < 0.9 < found.metrics["top1"].high
+    assert found.macro == pytest.approx(0.9)
+    assert found.confusion.sum() == 600
+    worse = found.scores.copy()
+    worse[1::20] = 0
+    d = crossval.paired(found.scores, worse)
+    assert d.value == pytest.approx(-0.05)
+    assert d.low < -0.05 < d.high < 0
+    assert crossval.paired(worse, worse).high == 0
+
+
+def test_session_cross_validates_all_splits(tmp_path):
+    pytest.importorskip("rasterio")
+    fake.eurosat_like(tmp_path / "tiny", per_class=8)
+    settings = Settings(
+        checkpoints=("raw",), suite="folder", data=str(tmp_path / "tiny"), out=str(tmp_path / "out"), image_size=32,
+        protocols=("torchgeo-bench-knn5",), folds=4, repeats=2, resamples=50,
+    )  # fmt: skip
+    (row,) = Session(settings, say=lambda text: None).run()
+    assert row["protocol"] == "torchgeo-bench-knn5/1, 4-fold x 2"
+    assert np.sum(row["confusion"]) == 2 * 24
+    assert row["settings"]["samples"] == 24
