@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from views_fake import STATS, fake_batch, views_of
+from views_fake import STATS, fake_batch, jitted_views, views_of
 
 from terrafm_jax.sensors import SENSOR_KEYS
 from terrafm_jax.ssl.views import ViewSpec, make_views
@@ -134,3 +134,15 @@ def test_a_batch_with_wrong_columns_is_named() -> None:
     batch["present"] = batch["present"][:, :1]
     with pytest.raises(ValueError, match="batch present: 1 columns, expected 3"):
         make_views(SPEC, STATS, batch, jax.random.key(0))
+
+
+def test_columns_are_the_same_values_in_another_order() -> None:
+    batch, key = fake_batch(2, 60, hole=0.1), jax.random.key(3)
+    for locals_ in (3, 0):
+        spec = ViewSpec(**{**SPEC.__dict__, "locals": locals_})
+        ordered = jax.jit(lambda b, spec=spec: make_views(spec, STATS, b, key, layout="columns"))(batch)
+        for plain, columns in zip(jitted_views(spec, batch, key), ordered, strict=True):
+            for name, x in plain.patches.items():
+                size, views, h, w, width = x.shape
+                wanted = np.asarray(x).reshape(size, views, h, w, 8, 8, width // 64).transpose(0, 1, 2, 5, 3, 6, 4)
+                np.testing.assert_allclose(columns.patches[name], wanted.reshape(size, views, h, 8, w, width // 8), atol=1e-6)

@@ -31,6 +31,21 @@ def expected_view(batch: dict, key: str, i: int, box: np.ndarray, flip: np.ndarr
     return result
 
 
+def group_views(entry: dict, mean: float, std: float, boxes: np.ndarray, flips: np.ndarray, out: int) -> np.ndarray:
+    """One group of sample 0 cut to [V, out, out, bands] by the package, normalised with one mean and std."""
+    bands = entry["dn"].shape[-1]
+
+    @jax.jit
+    def cut(entry: dict) -> jax.Array:
+        stats = (np.full(bands, mean, np.float32), np.full(bands, std, np.float32))
+        values, mask = resample.masked_values(entry, 1.0, *stats, jnp.zeros(1), jnp.float32)
+        corners, mirrored = jnp.asarray(boxes, jnp.float32)[None], jnp.asarray(flips)[None]
+        planes = resample.resample_group(values, mask, entry, corners, mirrored, out, 8)
+        return resample.to_patches([planes], tuple(range(bands)), 8)
+
+    return unpatch(np.asarray(cut(entry)), 8)[0]
+
+
 CASES = {
     "plain": {},
     "small extent on a canvas": {"canvas": 84},
@@ -112,12 +127,7 @@ def test_agrees_with_torch_away_from_the_edges_of_the_box(box: tuple[float, ...]
     want = torch.nn.functional.interpolate(
         torch.from_numpy(crop.copy()), size=(out, out), mode="bilinear", antialias=True, align_corners=False
     )[0].permute(1, 2, 0)
-    values = resample.masked_values(
-        entry, 1.0, np.full(4, 2.0, np.float32), np.ones(4, np.float32), jnp.zeros(1), "float32"
-    )
-    boxes, flips = jnp.asarray(whole, jnp.float32)[None, None], jnp.zeros((1, 1, 2), bool)
-    got = resample.resample_group(values, entry, boxes, flips, out, 8)
-    got = unpatch(np.asarray(got).reshape(1, 1, 4, 4, -1), 8)[0, 0] * 4.0  # mean 2, std 1: x / 4
+    got = group_views(entry, 2.0, 1.0, [whole], [(False, False)], out)[0] * 4.0  # normalised: x / 4
     rim = 2
     np.testing.assert_allclose(got[rim:-rim, rim:-rim], want.numpy()[rim:-rim, rim:-rim], rtol=1e-4, atol=0.1)
 
@@ -147,21 +157,14 @@ def test_agrees_with_gdal_on_a_real_tile(real_data) -> None:
             "geometry": jnp.asarray([[0, rows, 0, cols]], jnp.float32),
             "extent": jnp.asarray([[rows, cols]], jnp.int32),
         }
-        one = np.ones(1, np.float32)
-        values = resample.masked_values(entry, 1.0, 2 * one, one, jnp.zeros(1), "float32")
-        got = resample.resample_group(values, entry, jnp.asarray(box)[None, None], jnp.zeros((1, 1, 2), bool), out, 8)
-        got = unpatch(np.asarray(got).reshape(1, 1, 4, 4, -1), 8)[0, 0, ..., 0] * 4.0
+        got = group_views(entry, 2.0, 1.0, [box], [(False, False)], out)[0, ..., 0] * 4.0
         np.testing.assert_allclose(got, want, rtol=2e-3, err_msg=name)
 
 
 def test_flips_mirror_the_view() -> None:
     entry = {k: jnp.asarray(v) for k, v in fake_batch(1, 60, hole=0.2)["s2_l2a"]["20m"].items()}
-    one = np.ones(6, np.float32)
-    values = resample.masked_values(entry, 1.0, one, one * 2000, jnp.zeros(1), "float32")
-    boxes = jnp.asarray([[[0.1, 0.2, 0.8, 0.7]] * 4], jnp.float32)
-    flips = jnp.asarray([[[False, False], [True, False], [False, True], [True, True]]])
-    got = resample.resample_group(values, entry, boxes, flips, 32, 8)
-    plain, down, across, both = unpatch(np.asarray(got).reshape(1, 4, 4, 4, -1), 8)[0]
+    flips = [(False, False), (True, False), (False, True), (True, True)]
+    plain, down, across, both = group_views(entry, 1.0, 2000.0, [(0.1, 0.2, 0.8, 0.7)] * 4, flips, 32)
     np.testing.assert_allclose(down, plain[::-1], atol=1e-5)
     np.testing.assert_allclose(across, plain[:, ::-1], atol=1e-5)
     np.testing.assert_allclose(both, plain[::-1, ::-1], atol=1e-5)

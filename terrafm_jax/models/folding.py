@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from terrafm_jax.models.columns import stem_product
 from terrafm_jax.models.layers import expand, linear
 from terrafm_jax.models.spec import ModelSpec
 
@@ -89,12 +90,12 @@ def _row(row: Array, kernel: Array, bias: Array | None, spec: ModelSpec) -> Arra
 
 
 def embed(spec: ModelSpec, folded: Folded, patches: Mapping[str, Array], present: Array | None) -> Array:
-    """Patches per sensor [B, h, w, p*p*C] -> tokens [B, h, w, d]; ``present`` is bool [B, M] or None."""
+    """Patches per sensor (either layout of ``columns``) -> tokens [B, h, w, d]; ``present``: bool [B, M] or None."""
     if len(patches) == 1:
         ((sensor, x),) = patches.items()
-        core = _normalize(linear(x, *folded.value[sensor], spec), spec)
+        core = _normalize(stem_product(x, *folded.value[sensor], spec), spec)
     elif not spec.fusion:
-        values = {sensor: linear(x, *folded.value[sensor], spec) for sensor, x in patches.items()}
+        values = {sensor: stem_product(x, *folded.value[sensor], spec) for sensor, x in patches.items()}
         core = _normalize(select(values, present), spec)
     else:
         core = _fuse(spec, folded, patches, present)
@@ -120,9 +121,9 @@ def _fuse(spec: ModelSpec, folded: Folded, patches: Mapping[str, Array], present
     queries, heads = spec.queries, spec.fusion_heads
     values, scores = [], []
     for sensor, x in patches.items():
-        value = linear(x, *folded.value[sensor], spec)
+        value = stem_product(x, *folded.value[sensor], spec)
         values.append(value.reshape(*value.shape[:-1], heads, -1))
-        score = linear(x, *folded.score[sensor], spec, out_dtype=spec.stat_dtype)
+        score = stem_product(x, *folded.score[sensor], spec, out_dtype=spec.stat_dtype)
         scores.append(score.reshape(*score.shape[:-1], queries, heads))
     weights = _sensor_weights(scores, present)
     mean, inverse, logits = _moments(values, weights, folded, spec)

@@ -15,6 +15,7 @@ from flax import nnx
 from jax import Array
 
 from terrafm_jax.models import folding
+from terrafm_jax.models.columns import stem_product
 from terrafm_jax.models.layers import LayerNorm, Linear, expand, precision, trunc_normal, uniform_fan_in
 from terrafm_jax.models.spec import ModelSpec
 
@@ -111,14 +112,14 @@ class PatchEmbed(nnx.Module):
         """Follows the published order of operations, one product after another.
 
         Args:
-          patches: per sensor [B, h, w, p*p*C].
+          patches: per sensor [B, h, w, p*p*C], or the other layout of ``models.columns``.
           present: bool [B, M] over the keys of ``patches``, or None when all are there. Without fusion
             weights it names one sensor a sample.
         """
         tokens = []
         for sensor, x in patches.items():
             kernel, bias = self.stem(sensor)
-            tokens.append(folding.linear(x, kernel, bias, self.spec))
+            tokens.append(stem_product(x, kernel, bias, self.spec))
         projection = self.projection
         if len(tokens) == 1:
             fused = projection.norm_input(projection.proj1(tokens[0]))

@@ -24,19 +24,21 @@ MIN_WEIGHT = 1e-3  # smallest share of the filter's weight on valid pixels that 
 REACH = 1.0  # stored pixels beyond the array's edge up to which the edge value is continued (shifted grids)
 
 
-def triangle_weights(start: Array, stop: Array, flip: Array, out: int, size: int, extent: Array) -> Array:
+def triangle_weights(start: Array, stop: Array, flip: Array, order: np.ndarray, size: int, extent: Array) -> Array:
     """Weights of the triangle filter along one axis; every row sums to about 1, less where cut off.
 
     Args:
       start, stop: float32 [B, V], edges of the box in pixel-edge coordinates of the stored array.
       flip: bool [B, V], reverse the output.
-      out: output pixels; size: length of the stored axis.
+      order: int [out], which output pixel every row of the weights is for: a permutation of 0 .. out - 1.
+      size: length of the stored axis.
       extent: int32 [B], stored pixels that exist; what lies beyond gets no weight.
 
     Returns:
       float32 [B, V, out, size].
     """
-    position = (jnp.arange(out, dtype=jnp.float32)[None, None, :] + 0.5) / out
+    out = len(order)
+    position = jnp.asarray((order + 0.5) / out, jnp.float32)[None, None, :]
     position = jnp.where(flip[..., None], 1.0 - position, position)
     center = start[..., None] + (stop - start)[..., None] * position
     inside = jnp.clip(center, 0.0, extent[:, None, None].astype(jnp.float32))
@@ -57,8 +59,8 @@ def unpack_bits(packed: Array, width: int) -> Array:
 
 def masked_values(
     entry: dict[str, Array], scale: float, mean: np.ndarray, std: np.ndarray, offset: Array, dtype: Any
-) -> Array:
-    """Normalised values around their mean, zero where nodata, and the mask as one more band.
+) -> tuple[Array, Array]:
+    """Normalised values around their mean, zero where nodata, and the mask.
 
     Everything up to the cast happens in float32: DN minus offset needs more digits than bfloat16 has.
 
@@ -69,41 +71,55 @@ def masked_values(
       offset: float32 [B], in the sensor's unit.
 
     Returns:
-      dtype [B, H, bands + 1, W]: bands before columns, so that both products contract a plain axis.
+      values [B, bands, H, W] and mask [B, H, W], both of ``dtype``: planes, so that the products run
+      over plain matrices whose rows fill the vector lanes of an accelerator.
     """
-    valid = unpack_bits(entry["valid"], entry["dn"].shape[2])[..., None]
+    valid = unpack_bits(entry["valid"], entry["dn"].shape[2])
     values = entry["dn"].astype(jnp.float32) * scale
     mean, std = (jnp.asarray(a, jnp.float32)[None, None, None, :] for a in (mean, std))
     values = sensors.normalize(values, mean, std, offset[:, None, None, None]) - FILL
-    values = jnp.concatenate([jnp.where(valid, values, 0.0), valid.astype(jnp.float32)], axis=-1)
-    return values.astype(dtype).transpose(0, 1, 3, 2)
+    values = jnp.where(valid[..., None], values, 0.0).astype(dtype)
+    return values.transpose(0, 3, 1, 2), valid.astype(dtype)
 
 
-def resample_group(values: Array, entry: dict[str, Array], boxes: Array, flips: Array, out: int, patch: int) -> Array:
-    """Resamples one resolution group of a batch to every view's grid, in patch layout.
+def resample_group(
+    values: Array, mask: Array, entry: dict[str, Array], boxes: Array, flips: Array, out: int, patch: int
+) -> Array:
+    """Resamples one resolution group of a batch to every view's grid.
+
+    Columns come out as (column in patch, patch): so the patch becomes a row of its own by a move of
+    whole vectors when the planes turn into patches. That, planes instead of interleaved bands, and the
+    intermediate stored with the output rows last, make views on TPU 12 times cheaper (see docs).
 
     Args:
-      values: [B, H, bands + 1, W] from :func:`masked_values`; its dtype is that of the products.
+      values, mask: from :func:`masked_values`; their dtype is that of the products.
       entry: ``geometry``, ``extent`` of the group.
       boxes: float32 [B, V, 4]; flips: bool [B, V, 2] (up-down, left-right).
       out: output pixels per side; patch: pixels per side of a patch.
 
     Returns:
-      float32 [B, V, h, w, patch, patch, bands].
+      dtype of ``values`` [B, V, bands, out (patch, row in patch), out (column in patch, patch)].
     """
     dtype = values.dtype
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    rows = np.arange(out)
+    columns = rows.reshape(out // patch, patch).T.reshape(-1)
     top, bottom, left, right = to_pixels(entry["geometry"], boxes)
-    rows, cols = entry["extent"][:, 0], entry["extent"][:, 1]
-    down = triangle_weights(top, bottom, flips[..., 0], out, values.shape[1], rows).astype(dtype)
-    across = triangle_weights(left, right, flips[..., 1], out, values.shape[3], cols).astype(dtype)
-    grid = (*down.shape[:2], out // patch, patch)
-    down, across = down.reshape(*grid, -1), across.reshape(*grid, -1)
-    lines = jnp.einsum("bvhiy,bycx->bvhicx", down, values, precision=precision)
-    both = jnp.einsum("bvhicx,bvwjx->bvhwijc", lines, across, precision=precision, preferred_element_type=jnp.float32)
-    weight = both[..., -1:]
-    enough = weight > MIN_WEIGHT
-    return jnp.where(enough, both[..., :-1] / jnp.where(enough, weight, 1.0), 0.0) + FILL
+    extent = entry["extent"]
+    down = triangle_weights(top, bottom, flips[..., 0], rows, mask.shape[1], extent[:, 0]).astype(dtype)
+    across = triangle_weights(left, right, flips[..., 1], columns, mask.shape[2], extent[:, 1]).astype(dtype)
+
+    size, views = boxes.shape[:2]
+    down = down.reshape(size, views * out, -1)  # one flat axis of output rows fills the vector lanes
+
+    def both_ways(planes: Array) -> Array:
+        lines = jnp.einsum("bmy,bpyx->bpxm", down, planes, precision=precision)
+        lines = lines.reshape(*lines.shape[:3], views, out)
+        return jnp.einsum("bvqx,bpxvr->bvprq", across, lines, precision=precision, preferred_element_type=jnp.float32)
+
+    weight = both_ways(mask[:, None])
+    share = jnp.where(weight > MIN_WEIGHT, 1.0 / jnp.maximum(weight, MIN_WEIGHT), 0.0)
+    return (both_ways(values) * share + FILL).astype(dtype)
 
 
 def resample_sensor(
@@ -114,6 +130,7 @@ def resample_sensor(
     views: list[tuple[Array, Array, int]],
     patch: int,
     dtype: Any,
+    layout: str = "patches",
 ) -> list[Array]:
     """Cuts all views of one sensor out of its stored groups.
 
@@ -123,21 +140,42 @@ def resample_sensor(
       views: per output size (boxes [B, V, 4], flips [B, V, 2], pixels per side).
 
     Returns:
-      Per output size dtype [B, V, h, w, patch * patch * C], bands in canonical order.
+      Per output size the patches of :func:`to_patches`, bands in canonical order.
     """
     sensor = sensors.SENSORS[key]
     mean, std = (np.asarray(a, np.float32) for a in stats)
     collected: list[list[Array]] = [[] for _ in views]
     for group, names in sensor.groups.items():
         bands = list(sensor.indices(names))
-        values = masked_values(entry[group], sensor.scale, mean[bands], std[bands], offset, dtype)
+        values, mask = masked_values(entry[group], sensor.scale, mean[bands], std[bands], offset, dtype)
         for out, (boxes, flips, size) in zip(collected, views, strict=True):
-            out.append(resample_group(values, entry[group], boxes, flips, size, patch).astype(dtype))
-    return [_interleave(groups, sensor.group_order) for groups in collected]
+            out.append(resample_group(values, mask, entry[group], boxes, flips, size, patch))
+    return [to_patches(groups, sensor.group_order, patch, layout) for groups in collected]
 
 
-def _interleave(groups: list[Array], order: tuple[int, ...]) -> Array:
-    """Groups [B, V, h, w, p, p, bands] -> [B, V, h, w, p * p * C] in canonical order of the bands."""
-    planes = [group[..., i : i + 1] for group in groups for i in range(group.shape[-1])]
-    merged = jnp.concatenate([planes[i] for i in order], axis=-1)
-    return merged.reshape(*merged.shape[:4], -1)
+def to_patches(groups: list[Array], order: tuple[int, ...], patch: int, layout: str = "patches") -> Array:
+    """Turns planes into patches.
+
+    Args:
+      groups: each [B, V, bands, out, out], as :func:`resample_group` gives them.
+      order: canonical order of the bands in the concatenation of the groups.
+      layout: ``patches`` or ``columns``, see ``views.make_views``.
+
+    Returns:
+      ``patches``: [B, V, h, w, patch * patch * C], last axis (row, column, band).
+      ``columns``: [B, V, h, patch, w, C * patch], the fourth axis the column inside the patch, the last one
+      (band, row). A TPU gets there by one transposition of matrices that fill its vector lanes; moving
+      16-wide rows and 12 bands into place for ``patches`` takes longer than all of the resampling.
+    """
+    planes = [group[:, :, i : i + 1] for group in groups for i in range(group.shape[2])]
+    merged = jnp.concatenate([planes[i] for i in order], axis=2)
+    size, views, bands, out, _ = merged.shape
+    side = out // patch
+    if layout == "patches":
+        merged = merged.reshape(size * views, bands, side, patch, patch, side).transpose(0, 2, 5, 3, 4, 1)
+        return merged.reshape(size, views, side, side, patch * patch * bands)
+    merged = merged.reshape(size * views, bands, side, patch, out).transpose(0, 2, 4, 1, 3)
+    # Without the barrier the compiler merges this with the transpositions of the reader and picks a layout
+    # with the batch in the vector lanes.
+    merged = jax.lax.optimization_barrier(merged.reshape(size * views, side, out, bands * patch))
+    return merged.reshape(size, views, side, patch, side, bands * patch)

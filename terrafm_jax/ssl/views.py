@@ -150,7 +150,12 @@ def draw_views(
 
 
 def make_views(
-    spec: ViewSpec, stats: Mapping[str, tuple[np.ndarray, np.ndarray]], batch: Mapping[str, Any], key: Array
+    spec: ViewSpec,
+    stats: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    batch: Mapping[str, Any],
+    key: Array,
+    *,
+    layout: str = "patches",
 ) -> tuple[ViewSet, ViewSet]:
     """Draws and cuts the global and the local views of a batch.
 
@@ -160,6 +165,9 @@ def make_views(
       stats: per configured sensor mean and std [C] in the sensor's unit, of harmonised values.
       batch: as described in ``data/tiles.py``; tiles may be windows, with shifted geometry.
       key: threefry key, e.g. ``fold_in(seed, step)``.
+      layout: ``patches``, or ``columns`` [B, V, h, patch, w, C * patch] (column in the patch before the patch,
+        last axis (band, row in the patch)), the same values in an order that is cheaper to make on TPU.
+        ``encode`` takes both.
 
     Returns:
       (global, local) view sets; with ``locals = 0`` the local one has V = 0.
@@ -173,7 +181,9 @@ def make_views(
     offsets = _columns(spec, batch["offset"], "offset")
     patches: list[dict[str, Array]] = [{} for _ in kinds]
     for i, name in enumerate(spec.sensors):
-        cut = resample_sensor(name, batch[name], stats[name], offsets[:, i], grids, spec.patch, jnp.dtype(spec.dtype))
+        cut = resample_sensor(
+            name, batch[name], stats[name], offsets[:, i], grids, spec.patch, jnp.dtype(spec.dtype), layout
+        )
         for out, value in zip(patches, cut, strict=True):
             out[name] = value
     sets = [ViewSet(p, s, t, b, f) for p, (b, f, s, t) in zip(patches, draws, strict=True)]
@@ -184,5 +194,10 @@ def _empty(spec: ViewSpec, like: ViewSet) -> ViewSet:
     """A view set of no local views, so that callers need no special case."""
     side = spec.local_size // spec.patch
     none = jax.tree.map(lambda x: x[:, :0], like)
-    patches = {k: jnp.zeros((x.shape[0], 0, side, side, x.shape[-1]), x.dtype) for k, x in like.patches.items()}
+
+    def no_patches(x: Array) -> Array:
+        middle = (side, side) if x.ndim == 5 else (side, spec.patch, side)
+        return jnp.zeros((x.shape[0], 0, *middle, x.shape[-1]), x.dtype)
+
+    patches = {k: no_patches(x) for k, x in like.patches.items()}
     return none._replace(patches=patches)

@@ -203,7 +203,9 @@ def _loss_and_gradients(
     view_key, drop_key = jax.random.split(key)
     stats = {name: spec.stats.arrays(name) for name in spec.model.sensors}
     with jax.named_scope("views"):
-        global_views, local_views = make_views(spec.views, stats, batch, view_key)
+        # The layout that a TPU makes cheaply; elsewhere the plain one is.
+        layout = "columns" if spec.model.backend == "tpu" else "patches"
+        global_views, local_views = make_views(spec.views, stats, batch, view_key, layout=layout)
     with jax.named_scope("teacher"):
         weights = gather_params(mesh, state.teacher, kernel_dtype)
         tokens = _class_tokens(spec.model, weights["backbone"], global_views, global_views.teacher, None)

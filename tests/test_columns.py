@@ -1,0 +1,48 @@
+"""The encoder gives the same features and gradients for both layouts of the patches."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from terrafm_jax.models.spec import ModelSpec
+from terrafm_jax.models.terrafm import encode, init_params
+
+TINY = {"width": 48, "depth": 1, "heads": 2, "fusion_heads": 4, "grid": 2, "prototypes": 8, "patch": 8}
+
+
+def as_columns(x: jax.Array, p: int) -> jax.Array:
+    """[B, h, w, p * p * C] -> [B, h, p, w, C * p]."""
+    size, h, w, _ = x.shape
+    return x.reshape(size, h, w, p, p, -1).transpose(0, 1, 4, 2, 5, 3).reshape(size, h, p, w, -1)
+
+
+@pytest.mark.parametrize("folded", [True, False])
+@pytest.mark.parametrize("sensors", [("s1", "s2_l2a"), ("s2_l2a",)])
+def test_both_layouts_give_the_same_features_and_gradients(folded: bool, sensors: tuple[str, ...]) -> None:
+    spec = ModelSpec(**TINY, folded=folded)
+    params = init_params(spec, jax.random.key(0))["backbone"]
+    keys = jax.random.split(jax.random.key(1), 2)
+    plain = {s: jax.random.normal(k, (3, 2, 3, spec.patch_features(s))) for s, k in zip(sensors, keys, strict=False)}
+    columns = {s: as_columns(x, spec.patch) for s, x in plain.items()}
+    present = jnp.asarray([[s in sensors for s in spec.sensors]] * 3)
+
+    @jax.jit
+    def loss(params: dict, patches: dict) -> tuple[jax.Array, jax.Array]:
+        features = encode(spec, params, patches, present)
+        return jnp.sum(features.cls**2) + jnp.sum(features.patches**3), features.patches
+
+    one, two = (jax.value_and_grad(loss, has_aux=True)(params, x) for x in (plain, columns))
+    assert one[0][1].shape == (3, 2, 3, 48)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), one, two)
+
+
+def test_wrong_shapes_are_named_in_either_layout() -> None:
+    spec = ModelSpec(**TINY)
+    params = init_params(spec, jax.random.key(0))["backbone"]
+    with pytest.raises(ValueError, match="s1: patches have 64 values; expected 128"):
+        encode(spec, params, {"s1": jnp.zeros((1, 2, 8, 2, 8))})
+    with pytest.raises(ValueError, match="equal B, h, w"):
+        encode(spec, params, {"s1": jnp.zeros((1, 2, 2, 128)), "s2_l2a": jnp.zeros((1, 2, 8, 3, 96))})

@@ -1,0 +1,50 @@
+"""The picture of the first batch's views."""
+
+from __future__ import annotations
+
+import numpy as np
+from etils import epath
+from PIL import Image
+from views_fake import fake_batch, views_of
+
+from terrafm_jax.models.terrafm import patchify
+from terrafm_jax.sensors import SENSORS
+from terrafm_jax.ssl.views import ViewSpec
+from terrafm_jax.training import pictures
+
+SPEC = ViewSpec(globals=2, locals=3, global_size=32, local_size=16, patch=8)
+
+
+def test_unpatchify_inverts_patchify() -> None:
+    image = np.random.default_rng(0).normal(size=(1, 24, 16, 12)).astype(np.float32)
+    np.testing.assert_array_equal(pictures.unpatchify(np.asarray(patchify(image, 8))[0], 8), image[0])
+
+
+def test_colors_are_those_of_the_bands() -> None:
+    image = np.zeros((2, 2, 12), np.float32)
+    image[0, :, SENSORS["s2_l2a"].band_names.index("B04")] = 1.0  # red
+    image[1, :, SENSORS["s2_l2a"].band_names.index("B02")] = 2.0  # blue, beyond the scale
+    rgb = pictures.as_rgb("s2_l2a", image)
+    assert rgb.dtype == np.uint8
+    np.testing.assert_array_equal(rgb[:, 0], [[255, 0, 0], [0, 0, 255]])
+    radar = pictures.as_rgb("s1", np.full((1, 1, 2), [1.0, 0.25], np.float32))
+    np.testing.assert_array_equal(radar[0, 0], [255, 63, 255])
+
+
+def test_sheet_shows_every_view_and_grays_what_no_network_saw(tmp_path) -> None:
+    sets = views_of(SPEC, fake_batch(6, 60))
+    path = epath.Path(tmp_path) / "views.png"
+    pictures.save_views(path, sets, SPEC)
+    sheet = np.asarray(Image.open(path))
+    cell, gap, text = pictures._CELL, pictures._GAP, pictures._TEXT
+    assert sheet.shape[1] == 5 * (cell + gap) + gap
+    block = 3 * (cell + text) + 2 * gap
+    assert sheet.shape[0] == 4 * block
+    for row in range(4):
+        for column in range(5):
+            views, v = (sets[0], column) if column < 2 else (sets[1], column - 2)
+            for i in range(3):
+                top, left = row * block + i * (cell + text) + text, gap + column * (cell + gap)
+                tile = sheet[top : top + cell, left : left + cell]
+                seen = views.student[row, v, i] or (column < 2 and views.teacher[row, v, i])
+                assert (np.unique(tile).tolist() == [0xD8]) != bool(seen)
