@@ -7,6 +7,7 @@ the majority of a tile rather than the borders between its parts.
 from __future__ import annotations
 
 import itertools
+from functools import lru_cache
 
 import numpy as np
 from scipy.fft import fft2, ifft2, next_fast_len
@@ -31,15 +32,21 @@ def _gabor(wavelength: float, angle: float) -> np.ndarray:
 BANK = [[_gabor(w, np.pi * k / ANGLES) for k in range(ANGLES)] for w in WAVELENGTHS]
 
 
+@lru_cache(maxsize=2)
+def _spectra(n: int) -> np.ndarray:
+    """Spectra [wavelengths, angles, n, n] of the oriented filters."""
+    return np.stack([[fft2(wave, (n, n)) for wave in filters] for filters in BANK]).astype(np.complex64)
+
+
 def _oriented(values: np.ndarray) -> np.ndarray:
     """Energy [wavelengths, angles, h, w] of the oriented filters."""
     n = next_fast_len(max(values.shape) + max(f.shape[0] for f in BANK[-1]))
-    spectrum = fft2(values, (n, n))
+    spectra = _spectra(n) * fft2(values, (n, n))
     energy = np.empty((len(BANK), ANGLES, *values.shape), np.float32)
     for i, filters in enumerate(BANK):
         for k, wave in enumerate(filters):
             r = wave.shape[0] // 2
-            response = ifft2(spectrum * fft2(wave, (n, n)))[r : r + values.shape[0], r : r + values.shape[1]]
+            response = ifft2(spectra[i, k])[r : r + values.shape[0], r : r + values.shape[1]]
             energy[i, k] = np.abs(response) ** 2
     return energy
 
