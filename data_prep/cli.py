@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.cell import Options
-from data_prep.chunks import WORK, DiskFull, Job, Source, SourceUnavailable, Unit
+from data_prep.chunks import COMPRESSIONS, WORK, DiskFull, Job, Source, SourceUnavailable, Unit
 from data_prep.raster import BadInput
 from data_prep.run import PrepareError, prepare_all
 from data_prep.splits import BlockSplit, read_splits
@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, require: str, snap: str, s
     parser.add_argument("--no-landcover-map", action="store_true", help="do not store the land-cover map of each tile")
     parser.add_argument("--workers", type=int, default=1, help="processes (1: this one)")
     parser.add_argument("--cells-per-shard", type=int, default=32)
+    parser.add_argument("--compression", choices=COMPRESSIONS, default=COMPRESSIONS[0], help="of the shards")
     parser.add_argument(
         "--tolerate", type=float, default=0.0, help="share of cells that may be rejected with exit code 0"
     )
@@ -115,7 +116,7 @@ def _main(args: argparse.Namespace, plan: Planner, beam_options: Sequence[str]) 
         source, units, seen = plan(options, cover)
         if not units:
             raise ValueError(f"no cell to prepare: {seen}")
-        job = Job(source, cover, options, str(args.out))
+        job = Job(source, cover, options, str(args.out), args.compression)
         summary = prepare_all(
             job, units, workers=args.workers, chunk_size=args.cells_per_shard, plan=seen, runner=args.runner,
             beam_options=beam_options,

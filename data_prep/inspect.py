@@ -62,8 +62,7 @@ class DataSet:
     def sampling(self) -> dict[str, Order]:
         """Sampling mode -> the order it makes of the training split, or of the first split there is."""
         index = next(iter(self.index.values()))
-        thinned = "open ocean" in self.summary.get("left_out", {})
-        keep = 1.0 if thinned else SamplingSpec().sea_keep
+        keep = 1.0 if self.summary.get("sea_keep", 1.0) < 1 else SamplingSpec().sea_keep  # never thin twice
         specs = {mode: SamplingSpec(mode=mode, sea_keep=keep) for mode in MODES}
         return {mode: Order(index, spec, 64, 0, buckets=np.zeros(256, np.int64)) for mode, spec in specs.items()}
 

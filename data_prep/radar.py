@@ -11,6 +11,7 @@ from rasterio.crs import CRS
 from rasterio.enums import Resampling
 from rasterio.warp import reproject
 
+from data_prep import tiling
 from data_prep.raster import Grid
 from terrafm_jax.sensors import S1
 
@@ -42,10 +43,16 @@ def warp_power(power: np.ndarray, grid: Grid, target: Grid) -> np.ndarray:
     """Power [..., H, W] with NaN = nodata (in all bands or none) on ``grid`` -> float32 on ``target``.
 
     Bilinear with masked, renormalized weights, widened when the target is coarser; a target pixel
-    whose center lies on nodata is nodata. An equal grid returns the input untouched.
+    whose center lies on nodata is nodata. An equal grid returns the input untouched, one that is shifted
+    by whole pixels is cut or padded without any arithmetic.
     """
     if same_place(grid, target):
         return power
+    shift = whole_shift(grid, target)
+    if shift is not None:
+        window = tiling.Window(*shift, *target.shape)
+        planes = power.reshape(-1, *grid.shape)
+        return np.stack([tiling.cut(p, window, np.nan) for p in planes]).reshape(*power.shape[:-2], *target.shape)
     result = np.full((*power.shape[:-2], *target.shape), np.nan, np.float32)
     reproject(
         power,
@@ -67,6 +74,15 @@ def same_place(grid: Grid, other: Grid, tolerance: float = 1e-3) -> bool:
         return False
     step = abs(grid.transform[0])
     return all(abs(a - b) <= tolerance * step for a, b in zip(grid.bounds(), other.bounds(), strict=True))
+
+
+def whole_shift(grid: Grid, other: Grid, tolerance: float = 1e-3) -> tuple[int, int] | None:
+    """(rows, columns) from the origin of ``grid`` to that of ``other``, None unless they share all pixel edges."""
+    (a, _, c, _, e, f), (oa, _, oc, _, oe, of) = grid.transform, other.transform
+    rows, cols = (of - f) / e, (oc - c) / a
+    drift = max(abs(oa / a - 1) * other.width, abs(oe / e - 1) * other.height)
+    off = max(abs(rows - round(rows)), abs(cols - round(cols)), drift)
+    return (round(rows), round(cols)) if grid.crs == other.crs and off <= tolerance else None
 
 
 def to_hundredths(power: np.ndarray) -> np.ndarray:

@@ -90,7 +90,7 @@ def prepare_all(
                         write_chunk(job, i, chunks[i], (), lambda key: bar.step(not key))
                 else:
                     _Pool(job, chunks, workers, bar).run(todo)
-        summary = finalize(job, len(chunks), {**plan, "digest": digest["digest"]})
+        summary = finalize(job, len(chunks), {**plan, "sea_keep": job.options.sea_keep, "digest": digest["digest"]})
     return summary
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import rasterio
 
-from data_prep.radar import power_from, to_hundredths, warp_power
+from data_prep.radar import power_from, to_hundredths, warp_power, whole_shift
 from data_prep.raster import Grid
 
 UTM = "EPSG:32632"
@@ -31,6 +31,16 @@ def test_nodata_of_power_and_decibels():
 def test_equal_grids_are_not_resampled():
     power = np.random.default_rng(0).gamma(2, 0.05, (24, 24)).astype(np.float32)
     assert warp_power(power, _grid(10.0, 24), _grid(10.0, 24)) is power
+
+
+def test_whole_pixel_shifts_copy_pixels():
+    power = np.random.default_rng(0).gamma(2, 0.05, (2, 24, 24)).astype(np.float32)
+    found = warp_power(power, _grid(10.0, 24), _grid(10.0, 20, left=600_030.0, top=5_399_950.0))
+    assert (found[:, :19, :] == power[:, 5:24, 3:23]).all()
+    assert np.isnan(found[:, 19]).all(), "beyond the source"
+    assert whole_shift(_grid(10.0, 24), _grid(10.0, 24, left=600_004.0)) is None
+    assert whole_shift(_grid(10.0, 24), _grid(10.0, 24, crs="EPSG:32633")) is None
+    assert whole_shift(_grid(10.0, 1068), _grid(10.007, 1068)) is None, "0.7 % of pixel size is seven pixels at the end"
 
 
 def test_shrinking_averages_power_and_leaves_nodata_out():
