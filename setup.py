@@ -23,7 +23,14 @@ CORE = [
     "tensorflow-datasets>=4.9.10",
     "tqdm>=4.66",
 ]
-DATA = ["fsspec[http]>=2024.2", "huggingface_hub>=0.24", "matplotlib>=3.8", "pyarrow>=15", "rasterio>=1.4", "scipy>=1.11"]
+DATA = [
+    "fsspec[http]>=2024.2",
+    "huggingface_hub>=0.24",
+    "matplotlib>=3.8",
+    "pyarrow>=15",
+    "rasterio>=1.4",
+    "scipy>=1.11",
+]
 EVAL = [
     "h5py>=3.10",
     "matplotlib>=3.8",

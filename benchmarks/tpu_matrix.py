@@ -114,8 +114,8 @@ def load() -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """Markdown."""
     lines = [
-        "| step | topology | images a chip | GiB of HBM | step ms | communication ms (exposed) | views | program / formula"
-        " FLOPs | MFU | images/s a chip |",
+        "| step | topology | images a chip | GiB of HBM | step ms | communication ms (exposed) | views"
+        " | program / formula FLOPs | MFU | images/s a chip |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, r in results.items():

@@ -145,4 +145,6 @@ def test_columns_are_the_same_values_in_another_order() -> None:
             for name, x in plain.patches.items():
                 size, views, h, w, width = x.shape
                 wanted = np.asarray(x).reshape(size, views, h, w, 8, 8, width // 64).transpose(0, 1, 2, 5, 3, 6, 4)
-                np.testing.assert_allclose(columns.patches[name], wanted.reshape(size, views, h, 8, w, width // 8), atol=1e-6)
+                np.testing.assert_allclose(
+                    columns.patches[name], wanted.reshape(size, views, h, 8, w, width // 8), atol=1e-6
+                )
