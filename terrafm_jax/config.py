@@ -146,6 +146,7 @@ def small(c: ConfigDict) -> ConfigDict:
     c.model.prototypes, c.model.head_hidden, c.model.head_bottleneck, c.model.fusion_heads = 128, 64, 32, 4
     c.views.global_size, c.views.local_size, c.views.locals = 64, 32, 2
     c.data.workers = 0
+    c.mesh.data, c.mesh.fsdp, c.mesh.tensor = -1, 1, 1
     c.optim.warmup, c.optim.freeze_last, c.objective.teacher_temp_warmup = "1", "1", "2"
     c.checkpoint.every, c.checkpoint.keep_every, c.checkpoint.teacher_every = "2", "0", "0"
     c.log.every, c.log.tensorboard = "1", False
