@@ -58,8 +58,14 @@ def scene_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m terrafm_jax.embed", description=__doc__, formatter_class=_Help)
     add = parser.add_argument
     add("--checkpoint", required=True, help="workdir, checkpoint, hub folder, .pth or .safetensors")
-    add("--sensor", action="append", required=True, metavar="NAME=FILE", help="s2_l2a, s2_l1c or s1; FILE: a raster, "
-        "several by comma, a folder of bands, a SAFE folder, a STAC item; again with the same NAME: another date")
+    add(
+        "--sensor",
+        action="append",
+        required=True,
+        metavar="NAME=FILE",
+        help="s2_l2a, s2_l1c or s1; FILE: a raster, "
+        "several by comma, a folder of bands, a SAFE folder, a STAC item; again with the same NAME: another date",
+    )
     add("--out", required=True, type=Path, help="OUT.tif, OUT.zarr or OUT.parquet")
     add("--bands", action="append", default=[], metavar="NAME=B02,B03,...", help="band names of an unnamed raster")
     add("--unit", action="append", default=[], metavar="NAME=UNIT", help="dn or reflectance; db or power")
@@ -68,8 +74,12 @@ def scene_parser() -> argparse.ArgumentParser:
     add("--gsd", default="", help="meters a pixel; 'pretraining' is 20, what the model saw; default: the finest band's")
     add("--crs", default="", help="metric CRS of the output, e.g. EPSG:32631; default: that of the first sensor")
     add("--window", type=int, default=224, help="pixels per side that the encoder sees at once")
-    add("--overlap", type=int, default=None, help="pixels that neighbors share; default: half a window (tokens), "
-        "0 (OUT.parquet)")
+    add(
+        "--overlap",
+        type=int,
+        default=None,
+        help="pixels that neighbors share; default: half a window (tokens), 0 (OUT.parquet)",
+    )
     add("--stride", type=int, default=16, help="pixels between tokens: 16, or 8, 4, 2, 1 for denser grids")
     add("--aoi", default="", help="GeoJSON polygon or WEST,SOUTH,EAST,NORTH: what to embed")
     add("--mask", action="append", default=[], help="raster (0 = leave out) or scl=FILE[:classes]")

@@ -159,6 +159,21 @@ def test_step_and_seed_decide_the_draws() -> None:
     assert loss(0) != loss(1)
 
 
+def test_step_that_is_not_finite_changes_nothing() -> None:
+    spec, mesh = tiny(), one_device()
+    step = run(spec, mesh, 0)[2]
+    state = init_state(spec, mesh)
+    before = jax.device_get(state)
+    batch = batches(spec, 1)[0]
+    batch["offset"][3] = np.nan
+    after, metrics = step(state, make_batch(mesh, batch))
+    assert not np.isfinite(metrics["loss"])
+    assert metrics["update_skipped"] == 1
+    assert int(after.step) == 1
+    for a, b in zip(*map(jax.tree.leaves, (before.replace(step=0), after.replace(step=0))), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_metrics_are_complete(reference) -> None:
     _, metrics = reference
     wanted = {
@@ -191,7 +206,8 @@ def test_microbatches_without_randomness_equal_the_whole_batch() -> None:
     parts, part_metrics, _ = run(
         dataclasses.replace(fixed, microbatches=2), make_mesh(data=4, devices=jax.devices()[:4]), 2
     )
-    assert_states_close(jax.device_get(whole), jax.device_get(parts))
+    # Adam divides a gradient by its own size, so where it is near zero few digits survive (seen: 1.3e-3).
+    assert_states_close(jax.device_get(whole), jax.device_get(parts), rtol=5e-3)
     for name in ("loss", "teacher_entropy", "grad_norm", "class_share/tree"):
         np.testing.assert_allclose(metrics[name], part_metrics[name], rtol=1e-4, err_msg=name)
 

@@ -290,12 +290,12 @@ def train_step(
     """One update. Pure; see ``data/tiles.py`` for the batch. ``mesh`` says where parameters live, if they are split.
 
     The order is DINO's: loss with the centers before this batch, AdamW, then the teacher's EMA of the new
-    student, then the centers.
+    student, then the centers. A step whose loss or gradient is not finite leaves all of them as they were.
 
     Returns:
       The new state and fp32 scalars, means over the global batch: loss, kl, teacher_entropy,
       marginal_entropy, feature_std, center_norm, center_frequent_norm, center_distance, grad_norm (unclipped),
-      grad_norm_{backbone,head,max}, grad_clipped, lr, weight_decay, momentum, teacher_temp,
+      grad_norm_{backbone,head,max}, grad_clipped, update_skipped, lr, weight_decay, momentum, teacher_temp,
       sensors_per_view_{student,teacher}, class_share/NAME and class_entropy/NAME (nan where absent).
     """
     step, goal = state.step, spec.objective
@@ -309,7 +309,14 @@ def train_step(
         params, moments, optim_metrics = optimizer.update(grads, state.opt_state, state.params, step)
         teacher = ema(state.teacher, params, rate)
         centers = move_centers(state.centers, sums, momentum=goal.center_momentum)
-    metrics |= optim_metrics | center_metrics(centers)
+        # One sample that overflows must not end the run: such a step changes nothing but the count.
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optim_metrics["grad_norm"])
+        params, teacher, moments, centers = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, teacher, moments, centers),
+            (state.params, state.teacher, state.opt_state, state.centers),
+        )
+    metrics |= optim_metrics | center_metrics(centers) | {"update_skipped": 1.0 - finite.astype(jnp.float32)}
     metrics |= {"teacher_temp": teacher_temp, "momentum": 1.0 - rate}
     return TrainState(step + 1, params, teacher, moments, centers), _named(metrics)
 
