@@ -80,7 +80,8 @@ class Checkpointer:
         return found["state"], found["meta"]
 
     def close(self) -> None:
-        self._manager.close()
+        """Waits for what is being written and stops. Raises CheckpointError."""
+        self._guard(self._manager.close)
 
     def _guard(self, action: Any) -> None:
         try:
