@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,19 @@ from terrafm_jax.ssl.modalities import draw_modalities, subset_probabilities, su
 from terrafm_jax.ssl.views import ViewSpec, draw_views
 
 DRAWS = 30_000
+SMALL = ViewSpec(globals=2, locals=2, global_size=16, local_size=8, patch=8, box_tries=2)
+BOX = {"aspect": (0.75, 4 / 3), "min_valid": 0.5}
 ALPHA = 1e-4  # seeds are fixed: a test either always passes or never
+
+
+@functools.partial(jax.jit, static_argnames=("views", "tries", "scale"))
+def _boxes(key: jax.Array, batch: dict, *, views: int, tries: int, scale: tuple[float, float]) -> tuple:
+    return draw_boxes(key, batch, SENSOR_KEYS, batch["present"], views=views, tries=tries, scale=scale, **BOX)
+
+
+def drawn_boxes(seed: int, batch: dict, **kwargs) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes [B, V, 4] and valid shares [B, V, S]."""
+    return jax.device_get(_boxes(jax.random.key(seed), batch, **kwargs))
 
 
 def chi_square(observed: np.ndarray, expected: np.ndarray) -> float:
@@ -160,10 +174,7 @@ def test_boxes_stay_inside_a_window_that_keeps_the_tiles_geometry() -> None:
     covered, ratio = covered_range(batch, SENSOR_KEYS, batch["present"])
     np.testing.assert_allclose(covered[0], [0.5, 0.25, 1.0, 0.75], atol=1e-6)
     np.testing.assert_allclose(ratio, 1.0)
-    box, share = draw_boxes(
-        jax.random.key(0), batch, SENSOR_KEYS, batch["present"],
-        views=4, tries=2, scale=(0.1, 0.9), aspect=(0.75, 4 / 3), min_valid=0.5,
-    )  # fmt: skip
+    box, share = drawn_boxes(0, batch, views=4, tries=2, scale=(0.1, 0.9))
     assert np.all(box[..., :2] >= covered[:, None, :2] - 1e-6)
     assert np.all(box[..., 2:] <= covered[:, None, 2:] + 1e-6)
     area = np.prod(box[..., 2:] - box[..., :2], axis=-1)
@@ -211,10 +222,7 @@ def half_invalid(size: int) -> dict:
 
 
 def drawn_share(batch: dict, tries: int, scale: tuple[float, float]) -> np.ndarray:
-    _, share = draw_boxes(
-        jax.random.key(5), batch, SENSOR_KEYS, batch["present"],
-        views=4, tries=tries, scale=scale, aspect=(0.75, 4 / 3), min_valid=0.5,
-    )  # fmt: skip
+    _, share = drawn_boxes(5, batch, views=4, tries=tries, scale=scale)
     return np.asarray(share).min(-1)
 
 
@@ -227,12 +235,9 @@ def test_boxes_below_half_valid_are_redrawn() -> None:
 
 def test_the_first_valid_candidate_is_taken_else_the_best() -> None:
     batch = half_invalid(200)
-    kwargs = {"scale": (0.05, 0.2), "aspect": (0.75, 4 / 3)}
-    taken, _ = draw_boxes(
-        jax.random.key(5), batch, SENSOR_KEYS, batch["present"], views=2, tries=3, min_valid=0.5, **kwargs
-    )
+    taken, _ = drawn_boxes(5, batch, views=2, tries=3, scale=(0.05, 0.2))
     covered, ratio = covered_range(batch, SENSOR_KEYS, batch["present"])
-    candidates = propose_boxes(jax.random.key(5), covered, ratio, 6, **kwargs)
+    candidates = propose_boxes(jax.random.key(5), covered, ratio, 6, (0.05, 0.2), BOX["aspect"])
     share = np.asarray(valid_share(batch, SENSOR_KEYS, candidates)).min(-1).reshape(200, 2, 3)
     candidates = np.asarray(candidates).reshape(200, 2, 3, 4)
     fallbacks = 0
@@ -250,8 +255,7 @@ def test_absent_sensors_neither_spoil_boxes_nor_are_drawn() -> None:
     for group in batch["s2_l1c"].values():
         group["dn"][:], group["valid"][:], group["geometry"][:], group["extent"][:] = 0, 0, 0, 0
     batch["present"][:, 1] = False
-    spec = ViewSpec(globals=2, locals=2, global_size=16, local_size=8, patch=8, box_tries=2)
-    for views in views_of(spec, batch):
+    for views in views_of(SMALL, batch):
         assert not views.student[..., 1].any()
         assert not views.teacher[..., 1].any()
         assert views.student.any(-1).all()
@@ -260,22 +264,20 @@ def test_absent_sensors_neither_spoil_boxes_nor_are_drawn() -> None:
 
 
 def test_a_sensor_that_is_nodata_in_the_box_is_not_drawn() -> None:
-    batch = fake_batch(32, 60)
+    batch = fake_batch(16, 60)
     batch["s1"]["10m"]["valid"][:] = 0  # present in the record, but not a single measurement
-    spec = ViewSpec(globals=2, locals=0, global_size=8, local_size=8, patch=8)
-    views, _ = views_of(spec, batch)
+    views, _ = views_of(SMALL, batch)
     assert not views.student[..., 0].any()
     assert views.student[..., 1:].any(-1).all()
 
 
 def test_a_record_without_anything_does_not_break_the_batch() -> None:
-    batch = fake_batch(2, 60)
+    batch = fake_batch(16, 60)
     batch["present"][0] = False
     for key in SENSOR_KEYS:
         for group in batch[key].values():
             for name in ("dn", "valid", "geometry", "extent"):
                 group[name][0] = 0
-    spec = ViewSpec(globals=1, locals=1, global_size=8, local_size=8, patch=8)
-    for views in views_of(spec, batch):
+    for views in views_of(SMALL, batch):
         assert views.student.any(-1).all()
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(views))
