@@ -47,7 +47,7 @@ def tiny_weights():
 
 def config(folder, **overrides):
     c = schema.base()
-    c.init_from, c.data.dir, c.image_size, c.epochs = "random:s", str(folder), 32, 5
+    c.init_from, c.data.dir, c.image_size, c.epochs = "random:s", str(folder), 32, 6
     c.head_norm = True
     c.batch_size, c.eval_batch_size, c.rates, c.resamples, c.data.threads = 8, 8, (3e-3,), 20, 2
     for key, value in overrides.items():
@@ -262,7 +262,7 @@ def test_learning_rate_sweep_takes_the_best_on_validation(folder, tmp_path):
     assert (tmp_path / "run/lr_1e-07/DONE").exists()
     assert not (tmp_path / "run/predictions").is_file()
     with pytest.raises(ConfigError, match="belongs to a run with another config"):
-        Job(config(folder, rates=(1e-7, 3e-3), epochs=6), str(tmp_path / "run"), quiet).run()
+        Job(config(folder, rates=(1e-7, 3e-3), epochs=7), str(tmp_path / "run"), quiet).run()
 
 
 @pytest.mark.slow
