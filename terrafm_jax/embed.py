@@ -19,6 +19,7 @@ import json
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("terrafm_jax").setLevel(logging.INFO)
     logging.getLogger("rasterio").setLevel(logging.CRITICAL)
+    # rasterio warns about the arrays that it warps; files without a georeference are an error of ours.
+    warnings.filterwarnings("ignore", message="Dataset has no geotransform")
     command = argv.pop(0) if argv and argv[0] in COMMANDS else "scene"
     args = {"scene": scene_parser, "change": change_parser, "search": search_parser, "picture": picture_parser}[
         command

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import rasterio
+from affine import Affine
 from rasterio.errors import RasterioError
 from rasterio.shutil import copy as raster_copy
 from rasterio.warp import transform as transform_points
@@ -26,6 +27,7 @@ from terrafm_jax.scenes.grid import Grid
 DTYPES = ("float32", "float16", "int8")
 FORMATS = {".tif": "cog", ".tiff": "cog", ".zarr": "zarr", ".parquet": "parquet", ".geoparquet": "parquet"}
 INT8_NODATA = -128
+_OVERVIEW_EDGE = 512  # overviews end when the longer side fits
 _BLOCK_BYTES = 64 << 20  # a pixel-interleaved block holds all bands and is decoded whole
 
 
@@ -73,43 +75,44 @@ def encode_values(values: np.ndarray, dtype: str, step: np.ndarray | None) -> np
 
 
 def write_cog(out: Path, tokens: np.ndarray, grid: Grid, meta: Meta, dtype: str = "float32") -> None:
-    """Tokens [rows, columns, d] as a COG with one band per feature.
+    """Tokens [rows, columns, d] as a COG with one band per feature and averaged overviews.
 
     float16 is stored as 32-bit TIFF samples of 16 bits (NBITS = 16); int8 carries its scale per band.
-    Memory stays at a few blocks (GDAL's cache is limited), whatever the size.
+    Memory stays at a few blocks (GDAL's cache is limited), whatever the size. The overviews are ours: GDAL's
+    own go band by band and would decode every pixel-interleaved block once per band.
     """
     rows, columns, bands = tokens.shape
     size = block_size(bands, {"float32": 4, "float16": 2, "int8": 1}[dtype])
     step = scales(tokens) if dtype == "int8" else None
     stored = "int8" if dtype == "int8" else "float32"
-    half = {"nbits": 16} if dtype == "float16" else {}
-    plain = out.with_name(out.name + ".partial.tif")
-    temporary = out.with_name(out.name + ".tmp")
-    cache = max(64, 2 * size * size * bands * np.dtype(stored).itemsize >> 20)
+    options = {
+        "driver": "GTiff", "count": bands, "dtype": stored, "crs": grid.crs, "interleave": "pixel", "tiled": True,
+        "blockxsize": size, "blockysize": size, "nodata": INT8_NODATA if step is not None else np.nan,
+        "bigtiff": "IF_SAFER", **({"nbits": 16} if dtype == "float16" else {}),
+    }  # fmt: skip
+    plain, temporary = out.with_name(out.name + ".partial.tif"), out.with_name(out.name + ".tmp")
+    files = [plain]
     try:
-        with rasterio.Env(GDAL_CACHEMAX=cache, GDAL_NUM_THREADS=2):
-            with rasterio.open(
-                plain, "w", driver="GTiff", height=rows, width=columns, count=bands, dtype=stored,
-                crs=grid.crs, transform=grid.transform, nodata=INT8_NODATA if step is not None else np.nan,
-                tiled=True, blockxsize=size, blockysize=size, interleave="pixel", bigtiff="IF_SAFER", **half,
-            ) as file:  # fmt: skip
+        with rasterio.Env(GDAL_CACHEMAX=max(64, 2 * size * size * bands * np.dtype(stored).itemsize >> 20)):
+            with rasterio.open(plain, "w", height=rows, width=columns, transform=grid.transform, **options) as file:
                 for window in _blocks(rows, columns, size):
-                    part = np.asarray(tokens[window.row_off : window.row_off + window.height,
-                                             window.col_off : window.col_off + window.width])  # fmt: skip
+                    part = np.asarray(tokens[window.toslices()])
                     part = encode_values(part, "float32" if dtype == "float16" else dtype, step)
                     file.write(np.ascontiguousarray(np.moveaxis(part, -1, 0)), window=window)
                 file.descriptions = meta.bands
                 file.update_tags(**meta.tags)
                 if step is not None:
                     file.scales = tuple(float(s) for s in step)
-            options = {"blocksize": size, "compress": "deflate", "level": 6, "bigtiff": "IF_SAFER"}
-            options |= {"overview_resampling": "average", "predictor": "yes"} | ({"nbits": 16} if half else {})
-            raster_copy(plain, temporary, driver="COG", **options)
+            while max(_shape(files[-1])) > _OVERVIEW_EDGE:
+                files.append(_overview(files[-1], size, options))
+            copied = {"blocksize": size, "compress": "deflate", "level": 1, "bigtiff": "IF_SAFER", "predictor": "yes"}
+            copied |= {"nbits": 16} if dtype == "float16" else {}
+            raster_copy(plain, temporary, driver="COG", overviews="auto", num_threads=2, **copied)
         os.replace(temporary, out)
     except (RasterioError, OSError) as error:
         raise SceneError(f"{out}: cannot be written ({first_line(error)}); free space and start again") from None
     finally:
-        for path in (plain, temporary):
+        for path in (*files, temporary):
             path.unlink(missing_ok=True)
 
 
@@ -117,6 +120,38 @@ def _blocks(rows: int, columns: int, size: int) -> Iterator[Window]:
     for row in range(0, rows, size):
         for column in range(0, columns, size):
             yield Window(column, row, min(size, columns - column), min(size, rows - row))
+
+
+def _shape(path: Path) -> tuple[int, int]:
+    with rasterio.open(path) as file:
+        return file.shape
+
+
+def _overview(below: Path, size: int, options: Mapping[str, Any]) -> Path:
+    """Half the resolution of a file, mean of the valid pixels, beside it as ``.ovr`` (GDAL chains them)."""
+    path = below.with_name(below.name + ".ovr")
+    with rasterio.open(below) as source:
+        rows, columns = (-(-n // 2) for n in source.shape)
+        transform = Affine(2 * source.transform.a, 0, source.transform.c, 0, 2 * source.transform.e, source.transform.f)
+        with rasterio.open(path, "w", height=rows, width=columns, transform=transform, **options) as target:
+            for window in _blocks(*source.shape, size):  # one block of the source is a quarter of one of the target
+                values = source.read(window=window)
+                place = Window(window.col_off // 2, window.row_off // 2, -(-window.width // 2), -(-window.height // 2))
+                target.write(_halved(values), window=place)
+    return path
+
+
+def _halved(values: np.ndarray) -> np.ndarray:
+    """Mean over 2 x 2 valid pixels of [bands, H, W]; int8 keeps its scale, -128 is nodata."""
+    whole = values.astype(np.float32)
+    if values.dtype == np.int8:
+        whole[values == INT8_NODATA] = np.nan
+    whole = np.pad(whole, ((0, 0), (0, whole.shape[1] % 2), (0, whole.shape[2] % 2)), constant_values=np.nan)
+    quads = np.stack([whole[:, i::2, j::2] for i in (0, 1) for j in (0, 1)])
+    valid = np.isfinite(quads)
+    with np.errstate(invalid="ignore"):
+        mean = np.where(valid, quads, 0).sum(0) / valid.sum(0)  # 0 / 0: NaN, nodata
+    return encode_values(mean, "int8", np.float32(1)) if values.dtype == np.int8 else mean.astype(np.float32)
 
 
 # --- Zarr ----------------------------------------------------------------------------------------
