@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import struct
@@ -60,7 +61,15 @@ def scales(tokens: np.ndarray, rows: int = 64) -> np.ndarray:
     for at in range(0, len(tokens), rows):
         part = np.abs(np.asarray(tokens[at : at + rows]))
         peak = np.fmax(peak, np.nan_to_num(part, nan=0.0).max((0, 1)))
+        _release(tokens)
     return np.where(peak > 0, peak / 127.0, 1.0).astype(np.float32)
+
+
+def _release(tokens: np.ndarray) -> None:
+    """Gives the pages of a mapped file back at once: they would count as memory until somebody needs them."""
+    mapped = getattr(tokens, "_mmap", None)
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def encode_values(values: np.ndarray, dtype: str, step: np.ndarray | None) -> np.ndarray:
@@ -99,6 +108,7 @@ def write_cog(out: Path, tokens: np.ndarray, grid: Grid, meta: Meta, dtype: str 
                     part = np.asarray(tokens[window.toslices()])
                     part = encode_values(part, "float32" if dtype == "float16" else dtype, step)
                     file.write(np.ascontiguousarray(np.moveaxis(part, -1, 0)), window=window)
+                    _release(tokens)
                 file.descriptions = meta.bands
                 file.update_tags(**meta.tags)
                 if step is not None:
@@ -222,6 +232,7 @@ def _zarr_array(
         full = np.full(tuple(chunks), np.nan if stored.kind == "f" else fill, stored)
         full[tuple(slice(0, n) for n in part.shape)] = encode_values(part, dtype, step) if dtype else part
         (folder / (".".join(map(str, index)) or "0")).write_bytes(zlib.compress(full.tobytes(), 1))
+        _release(data)
 
 
 # --- GeoParquet ----------------------------------------------------------------------------------
