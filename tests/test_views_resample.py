@@ -38,10 +38,10 @@ def group_views(entry: dict, mean: float, std: float, boxes: np.ndarray, flips: 
     @jax.jit
     def cut(entry: dict) -> jax.Array:
         stats = (np.full(bands, mean, np.float32), np.full(bands, std, np.float32))
-        values, mask = resample.masked_values(entry, 1.0, *stats, jnp.zeros(1), jnp.float32)
+        planes, mask = resample.masked_planes(entry, 1.0, *stats, jnp.zeros(1), jnp.float32)
         corners, mirrored = jnp.asarray(boxes, jnp.float32)[None], jnp.asarray(flips)[None]
-        planes = resample.resample_group(values, mask, entry, corners, mirrored, out, 8)
-        return resample.to_patches([planes], tuple(range(bands)), 8)
+        planes = resample.resample_group(planes, mask, entry, corners, mirrored, out, 8)
+        return resample.to_patches(planes, 8)
 
     return unpatch(np.asarray(cut(entry)), 8)[0]
 

@@ -98,7 +98,9 @@ class Job:
 
         Returns the row of results.jsonl, or None when it was stopped early (start again to continue).
         """
-        workdir_lib.claim(self.workdir, self.config, write=jax.process_index() == 0)
+        recipe = self.config.copy_and_resolve_references()
+        del recipe.stop_at_epoch  # says how far to go now, not what the run is
+        workdir_lib.claim(self.workdir, recipe, write=jax.process_index() == 0)
         sources, stop = self.sources(), StopRequest()
         shown = ", ".join(f"{k} {len(s)}" for k, s in sources.items())
         self.say(f"{self.dataset.info.name} ({self.dataset.info.task}): {shown}; inputs {'+'.join(self.inputs)}")

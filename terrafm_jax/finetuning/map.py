@@ -52,6 +52,8 @@ class WindowClassifier:
         batch, height, width = next(iter(images.values())).shape[:3]
         h, w = height // p, width // p
         if self.dense:
+            measured = np.any([windows[key].valid for key in self.tuned.spec.inputs], axis=0)
+            scores = np.where(measured[..., None], scores, np.nan)
             tokens = scores.reshape(batch, h, p, w, p, -1).transpose(0, 1, 3, 2, 4, 5).reshape(batch, h, w, self.width)
         else:
             tokens = np.broadcast_to(scores[:, None, None], (batch, h, w, self.width))
@@ -140,7 +142,8 @@ def predict_scene(
     settings = {"sensors": list(sensors), "grid": str(grid), "window": window, "overlap": overlap}
     mark = store.fingerprint({"weights": str(tuned.folder), **settings})
     unfinished = store.Unfinished(out, plan, classify.width, mark)
-    run.Job(classify, reader, plan, classify.width, unfinished).run(threads=threads)
+    ground = 1e-6 if classify.dense else 0.5  # dense maps know of every pixel whether it was measured
+    run.Job(classify, reader, plan, classify.width, unfinished, min_ground=ground).run(threads=threads)
     tags = {"TERRAFM_TUNED": str(tuned.folder), "TERRAFM_TASK": tuned.spec.task}
     write_map(out, unfinished.tokens(), plan, tuned, tags)
     unfinished.remove()

@@ -187,7 +187,7 @@ class Plan:
     pixel of ``stride`` scene pixels around its center. The last token of an axis starts at or before the
     last ``patch`` pixels rounded up to a whole stride: where the scene is not divisible by the patch, it
     reaches up to patch - 1 pixels beyond the edge, which are mirrored for the encoder, and it counts as
-    valid if at least half of its own ground was measured.
+    valid if at least half of its ground within the scene was measured.
     """
 
     grid: Grid

@@ -49,7 +49,7 @@ class Work:
       chunk: the windows.
       kept: positions in ``chunk.columns`` of the windows that hold any valid pixel.
       windows: pixels of those, padded to a constant batch by repeating the last one.
-      valid: bool [kept, h, w] tokens of which at least half the ground was measured.
+      valid: bool [kept, h, w] tokens of whose ground within the scene enough was measured.
     """
 
     chunk: Chunk
@@ -58,18 +58,23 @@ class Work:
     valid: np.ndarray
 
 
-def prepare(reader: SceneReader, plan: Plan, chunk: Chunk) -> Work:
+def prepare(reader: SceneReader, plan: Plan, chunk: Chunk, min_ground: float = 0.5) -> Work:
     """Reads the pixels under a chunk once and cuts its windows out of them."""
     left = chunk.columns[0]
     strip = reader.read(chunk.row, left, chunk.height, chunk.columns[-1] + chunk.width - left)
     any_valid = np.any([p.valid for p in strip.values()], axis=0)
-    own = any_valid.copy()  # mirrored pixels beyond the edge are no ground
-    own[max(0, plan.grid.height - chunk.row) :] = False
-    own[:, max(0, plan.grid.width - left) :] = False
+    ground = np.zeros_like(any_valid)  # mirrored pixels beyond the edge are none
+    ground[: max(0, plan.grid.height - chunk.row), : max(0, plan.grid.width - left)] = True
+    own = any_valid & ground
     cuts = [slice(c - left, c - left + chunk.width) for c in chunk.columns]
     kept = tuple(i for i, cut in enumerate(cuts) if own[:, cut].any())
     p = plan.patch
-    shares = [own[:, cuts[i]].reshape(chunk.height // p, p, chunk.width // p, p).mean((1, 3)) for i in kept]
+
+    def per_token(pixels: np.ndarray, cut: slice) -> np.ndarray:
+        return pixels[:, cut].reshape(chunk.height // p, p, chunk.width // p, p).sum((1, 3))
+
+    shares = [per_token(own, cuts[i]) / np.maximum(per_token(ground, cuts[i]), 1) for i in kept]
+    enough = np.array(shares).reshape(len(kept), -1, chunk.width // p) >= min_ground
     padded = [*kept, *[kept[-1]] * (plan.batch - len(kept))] if kept else []
     windows = {
         key: Pixels(
@@ -78,16 +83,18 @@ def prepare(reader: SceneReader, plan: Plan, chunk: Chunk) -> Work:
         for key, pixels in strip.items()
         if padded
     }
-    return Work(chunk, kept, windows, np.array(shares).reshape(len(kept), -1, chunk.width // p) >= 0.5)
+    return Work(chunk, kept, windows, enough)
 
 
-def read_ahead(reader: SceneReader, plan: Plan, chunks: Sequence[Chunk], threads: int) -> Iterator[Work]:
+def read_ahead(
+    reader: SceneReader, plan: Plan, chunks: Sequence[Chunk], threads: int, min_ground: float
+) -> Iterator[Work]:
     """Work in order, prepared by threads a few chunks ahead."""
     pool = ThreadPoolExecutor(threads, "terrafm-scene")
     waiting: collections.deque[Future[Work]] = collections.deque()
     try:
         for chunk in chunks:
-            waiting.append(pool.submit(prepare, reader, plan, chunk))
+            waiting.append(pool.submit(prepare, reader, plan, chunk, min_ground))
             if len(waiting) > 2 * threads:
                 yield waiting.popleft().result()
         while waiting:
@@ -106,6 +113,7 @@ class Job:
       width: features per token.
       unfinished: where finished rows and snapshots go.
       inside: bool [rows, columns] of the output: tokens to keep; None = all.
+      min_ground: share of a token's ground within the scene that has to be measured, above 0.
       progress: called with the number of windows done since the last call.
     """
 
@@ -118,10 +126,11 @@ class Job:
         unfinished: Unfinished,
         *,
         inside: np.ndarray | None = None,
+        min_ground: float = 0.5,
         progress: Callable[[int], None] = lambda windows: None,
     ):
         self._encode, self._reader, self._plan, self._unfinished = encode, reader, plan, unfinished
-        self._inside, self._progress = inside, progress
+        self._inside, self._progress, self._min_ground = inside, progress, min_ground
         self._chunks = plan.chunks()
         self._before = [0, *np.cumsum([len(c.columns) for c in self._chunks]).tolist()]
         self._blender = Blender(plan, width)
@@ -144,7 +153,8 @@ class Job:
         self.summary.resumed = self._before[first]
         self._progress(self.summary.resumed)
         began = saved = time.perf_counter()
-        with _signals() as stop, closing(read_ahead(self._reader, self._plan, self._chunks[first:], threads)) as ahead:
+        left = read_ahead(self._reader, self._plan, self._chunks[first:], threads, self._min_ground)
+        with _signals() as stop, closing(left) as ahead:
             pending: tuple[Work, Future[tuple[np.ndarray, np.ndarray]] | None] | None = None
             while True:
                 waited = time.perf_counter()
