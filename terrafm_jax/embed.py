@@ -20,6 +20,7 @@ import logging
 import sys
 import time
 import warnings
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ from typing import Any
 import numpy as np
 
 from terrafm_jax.scenes.errors import SceneError
+from terrafm_jax.scenes.flags import pairs, parse
 
-COMMANDS = ("change", "search", "picture")
 _say = logging.getLogger("terrafm_jax.embed").info
 
 
@@ -40,10 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("rasterio").setLevel(logging.CRITICAL)
     # rasterio warns about the arrays that it warps; files without a georeference are an error of ours.
     warnings.filterwarnings("ignore", message="Dataset has no geotransform")
-    command = argv.pop(0) if argv and argv[0] in COMMANDS else "scene"
-    args = {"scene": scene_parser, "change": change_parser, "search": search_parser, "picture": picture_parser}[
-        command
-    ]().parse_args(argv)
+    command, args = parse(argv, __doc__)
     from terrafm_jax.scenes.run import Stopped
 
     try:
@@ -54,118 +52,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-# --- flags ---------------------------------------------------------------------------------------
-
-
-def scene_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m terrafm_jax.embed", description=__doc__, formatter_class=_Help)
-    add = parser.add_argument
-    add("--checkpoint", required=True, help="workdir, checkpoint, hub folder, .pth or .safetensors")
-    add(
-        "--sensor",
-        action="append",
-        required=True,
-        metavar="NAME=FILE",
-        help="s2_l2a, s2_l1c or s1; FILE: a raster, "
-        "several by comma, a folder of bands, a SAFE folder, a STAC item; again with the same NAME: another date",
-    )
-    add("--out", required=True, type=Path, help="OUT.tif, OUT.zarr or OUT.parquet")
-    add("--bands", action="append", default=[], metavar="NAME=B02,B03,...", help="band names of an unnamed raster")
-    add("--unit", action="append", default=[], metavar="NAME=UNIT", help="dn or reflectance; db or power")
-    add("--offset", action="append", default=[], metavar="NAME=DN", help="baseline offset still inside (1000 or 0)")
-    add("--nodata", action="append", default=[], metavar="NAME=VALUE", help="nodata value that files do not declare")
-    add("--gsd", default="", help="meters a pixel; 'pretraining' is 20, what the model saw; default: the finest band's")
-    add("--crs", default="", help="metric CRS of the output, e.g. EPSG:32631; default: that of the first sensor")
-    add("--window", type=int, default=224, help="pixels per side that the encoder sees at once")
-    add(
-        "--overlap",
-        type=int,
-        default=None,
-        help="pixels that neighbors share; default: half a window (tokens), 0 (OUT.parquet)",
-    )
-    add("--stride", type=int, default=16, help="pixels between tokens: 16, or 8, 4, 2, 1 for denser grids")
-    add("--aoi", default="", help="GeoJSON polygon or WEST,SOUTH,EAST,NORTH: what to embed")
-    add("--mask", action="append", default=[], help="raster (0 = leave out) or scl=FILE[:classes]")
-    add("--use-scl", action="store_true", help="leave out clouds and shadows by each date's own SCL (SAFE, STAC)")
-    add("--composite", default="first", choices=("first", "median", "mean"), help="of several dates, per valid pixel")
-    add("--points", type=Path, default=None, help="CSV, GeoJSON or Parquet with lon, lat: embed these places only")
-    add("--dtype", default="float32", choices=("float32", "float16", "int8"), help="of the output (OUT.tif, OUT.zarr)")
-    add("--compute", default="", choices=("", "float32", "bfloat16"), help="of the encoder; default: the model's")
-    add("--upstream-l2a-stem", action="store_true", help="the released code's fault: L2A through the stem of L1C")
-    add("--batch", type=int, default=16, help="windows at once")
-    add("--threads", type=int, default=2, help="reading threads")
-    add("--save-seconds", type=float, default=30.0, help="between snapshots of an unfinished job")
-    add("--dry-run", action="store_true", help="say windows, memory and time, and stop")
-    return parser  # fmt: skip
-
-
-def change_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m terrafm_jax.embed change", description="1 - cosine of two dates")
-    parser.add_argument("first", type=Path)
-    parser.add_argument("second", type=Path)
-    parser.add_argument("--out", required=True, type=Path)
-    return parser
-
-
-def search_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m terrafm_jax.embed search", description="places that look alike")
-    parser.add_argument("files", nargs="+", type=Path, help="outputs to search, GeoTIFF or GeoParquet")
-    parser.add_argument("--query", required=True, type=Path, help="GeoTIFF output that holds the place")
-    parser.add_argument("--point", required=True, type=_lonlat, metavar="LON,LAT")
-    parser.add_argument("--k", type=int, default=20)
-    parser.add_argument("--out", required=True, type=Path, help="HITS.csv or HITS.geojson")
-    return parser
-
-
-def picture_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m terrafm_jax.embed picture", description="an embedding as a picture")
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--out", required=True, type=Path, help="PNG")
-    parser.add_argument("--similar-to", type=_lonlat, default=None, metavar="LON,LAT", help="default: PCA as RGB")
-    return parser
-
-
-class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    pass
-
-
-def _lonlat(text: str) -> tuple[float, float]:
-    lon, lat = text.split(",")
-    return float(lon), float(lat)
-
-
-def _pairs(name: str, given: Sequence[str], convert: Any) -> dict[str, Any]:
-    """``["s1=db"]`` -> ``{"s1": "db"}`` with canonical sensor keys. Raises SceneError."""
-    from terrafm_jax.sensors import SensorError, sensor
-
-    found = {}
-    for text in given:
-        key, _, value = text.partition("=")
-        try:
-            found[sensor(key).key] = convert(value)
-        except (SensorError, ValueError) as error:
-            raise SceneError(f"--{name} {text}: expected SENSOR=VALUE ({error})") from None
-    return found
-
-
 # --- the commands --------------------------------------------------------------------------------
 
 
 def run_scene(args: argparse.Namespace) -> None:
     """Plans, loads the weights, embeds, writes."""
-    from terrafm_jax.scenes import output
+    from terrafm_jax.scenes import output, read
     from terrafm_jax.scenes.grid import Plan, read_aoi, target_grid
     from terrafm_jax.scenes.inputs import Declared, resolve
-    from terrafm_jax.scenes.read import SceneReader, read_mask
 
     kind = output.format_of(args.out)
+    if not args.dry_run:
+        make_folder(args.out)
     if args.points and kind != "parquet":
         raise SceneError(f"--out {args.out}: --points writes Parquet; give OUT.parquet")
     declared = Declared(
-        bands=_pairs("bands", args.bands, lambda v: tuple(v.split(","))),
-        unit=_pairs("unit", args.unit, str),
-        offset=_pairs("offset", args.offset, float),
-        nodata=_pairs("nodata", args.nodata, float),
+        bands=pairs("bands", args.bands, lambda v: tuple(v.split(","))),
+        unit=pairs("unit", args.unit, str),
+        offset=pairs("offset", args.offset, float),
+        nodata=pairs("nodata", args.nodata, float),
     )
     acquisitions = [resolve(text, declared) for text in args.sensor]
     aoi = read_aoi(args.aoi) if args.aoi else None
@@ -173,8 +78,8 @@ def run_scene(args: argparse.Namespace) -> None:
     overlap = args.overlap if args.overlap is not None else 0 if kind == "parquet" else args.window // 32 * 16
     batch = _batch(args.batch)
     plan = Plan(grid, args.window, overlap, args.stride, batch=batch)
-    masks = [read_mask(text) for text in args.mask]
-    reader = SceneReader(acquisitions, grid, composite=args.composite, masks=masks, use_classes=args.use_scl)
+    masks = [read.read_mask(text) for text in args.mask]
+    reader = read.SceneReader(acquisitions, grid, composite=args.composite, masks=masks, use_classes=args.use_scl)
     model = _load(args)
 
     from terrafm_jax.scenes.encoder import WindowEncoder
@@ -182,12 +87,21 @@ def run_scene(args: argparse.Namespace) -> None:
     encoder = WindowEncoder(model, reader.bands, batch)
     tags = provenance(model, reader, plan, args)
     _say_plan(plan, reader, encoder, args)
+    inside = None if aoi is None else read.inside(aoi, plan.output)
     if args.dry_run:
-        _dry_run(plan, reader, encoder)
+        _dry_run(plan, reader, encoder, inside)
     elif args.points:
         _points(args, plan, reader, encoder, tags)
     else:
-        _whole(args, kind, plan, reader, encoder, tags, aoi)
+        _whole(args, kind, plan, reader, encoder, tags, inside)
+
+
+def make_folder(out: Path) -> None:
+    """The folder of an output, before the work and not after it."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SceneError(f"--out {out}: its folder cannot be made ({error.strerror}); choose another") from None
 
 
 def _gsd(text: str) -> float | None:
@@ -261,17 +175,19 @@ def _say_plan(plan: Any, reader: Any, encoder: Any, args: argparse.Namespace) ->
         _say("note: pretraining crops spanned 12 to 28 m a pixel, this is %g m; see --gsd pretraining", plan.grid.gsd)
 
 
-def _dry_run(plan: Any, reader: Any, encoder: Any) -> None:
+def _dry_run(plan: Any, reader: Any, encoder: Any, inside: Any) -> None:
     """Times two batches on the middle of the scene and scales up."""
     from terrafm_jax.scenes.run import prepare
     from terrafm_jax.scenes.store import Blender
 
-    chunks = plan.chunks()
+    every = plan.chunks()
+    chunks = [c for c in every if inside is None or any(inside[plan.tokens_of(c, x)].any() for x in c.columns)]
     began = time.perf_counter()
-    work = next((w for c in chunks[len(chunks) // 2 :] + chunks if (w := prepare(reader, plan, c)).kept), None)
+    tried = (prepare(reader, plan, c, inside=inside) for c in chunks[len(chunks) // 2 :] + chunks)
+    work = next((w for w in tried if w.kept), None)
     reading = time.perf_counter() - began
     if work is None:
-        raise SceneError("--dry-run: the scene holds no valid pixel; check --mask and --nodata")
+        raise SceneError("--dry-run: the scene holds no valid pixel; check --mask, --nodata and --aoi")
     encoder(work.windows).result()  # compiles
     began = time.perf_counter()
     encoder(work.windows).result()
@@ -280,33 +196,32 @@ def _dry_run(plan: Any, reader: Any, encoder: Any) -> None:
     pixels = sum(p.values.nbytes + p.valid.nbytes for p in work.windows.values())
     memory = blender.sums.nbytes + 8 * pixels + 64e6 * 3
     disk = plan.shape[0] * plan.shape[1] * encoder.width * 4
-    _say("dry run: %d windows in %d batches, about %.1f s reading and %.1f s encoding on %d device(s)", plan.count(),
-        len(chunks), reading * len(chunks), encoding * len(chunks), encoder.devices)  # fmt: skip
+    _say("dry run: %d windows in %d batches, about %.1f s reading and %.1f s encoding on %d device(s)",
+        sum(len(c.columns) for c in chunks), len(chunks), reading * len(chunks), encoding * len(chunks),
+        encoder.devices)  # fmt: skip
     _say("memory about %.0f MB beside the weights; unfinished result %.0f MB on disk", memory / 1e6, disk / 1e6)
 
 
 def _points(args: argparse.Namespace, plan: Any, reader: Any, encoder: Any, tags: Any) -> None:
     from terrafm_jax.scenes import points
-    from terrafm_jax.scenes.grid import Plan
     from terrafm_jax.scenes.run import vectors_at
 
     places, columns = points.read_points(args.points)
-    one = Plan(plan.grid, plan.window, plan.overlap, plan.stride, batch=encoder.devices)
+    xy = points.to_grid(places, plan.grid)
     with _Progress(len(places), "place") as progress:
-        patches, cls = vectors_at(encoder, reader, one, points.to_grid(places, plan.grid), encoder.width, progress)
+        patches, cls = vectors_at(encoder, reader, plan, xy, encoder.width, progress, args.threads)
     points.write_points(args.out, places, columns, patches, cls, tags)
     empty = int(np.isnan(patches[:, 0]).sum())
     _say("%d places, %d without data -> %s", len(places), empty, args.out)
 
 
-def _whole(args: argparse.Namespace, kind: str, plan: Any, reader: Any, encoder: Any, tags: Any, aoi: Any) -> None:
-    from terrafm_jax.scenes import output, read, run, store
+def _whole(args: argparse.Namespace, kind: str, plan: Any, reader: Any, encoder: Any, tags: Any, inside: Any) -> None:
+    from terrafm_jax.scenes import output, run, store
 
-    files = {p: (Path(p).stat().st_size, Path(p).stat().st_mtime_ns) for d in reader.dates.values() for a in d
-             for p in a.paths if Path(p).exists()}  # fmt: skip
-    mark = store.fingerprint({"tags": tags, "files": files, "batch": plan.batch, "grid": str(plan.grid)})
-    unfinished = store.Unfinished(args.out, plan, encoder.width, mark)
-    inside = read.inside(aoi, plan.output) if aoi is not None else None
+    files = {p: (Path(p).stat().st_size, Path(p).stat().st_mtime_ns) for p in reader.paths if Path(p).exists()}
+    area = None if inside is None else zlib.crc32(inside.tobytes())
+    mark = {"tags": tags, "files": files, "batch": plan.batch, "grid": str(plan.grid), "area": area}
+    unfinished = store.Unfinished(args.out, plan, encoder.width, store.fingerprint(mark))
     with _Progress(plan.count(), "window") as progress:
         job = run.Job(encoder, reader, plan, encoder.width, unfinished, inside=inside, progress=progress)
         summary = job.run(threads=args.threads, save_seconds=args.save_seconds)
@@ -343,6 +258,7 @@ def _write_windows(out: Path, plan: Any, reader: Any, unfinished: Any, meta: Any
 def run_change(args: argparse.Namespace) -> None:
     from terrafm_jax.scenes.analyze import change
 
+    make_folder(args.out)
     shares = change(args.first, args.second, args.out)
     _say("change %s -> %s", {k: round(v, 4) for k, v in shares.items()}, args.out)
 
@@ -350,6 +266,7 @@ def run_change(args: argparse.Namespace) -> None:
 def run_search(args: argparse.Namespace) -> None:
     from terrafm_jax.scenes import analyze
 
+    make_folder(args.out)
     query = analyze.vector_at(args.query, *args.point)
     with analyze.open_tokens(args.query) as source:
         weights = source.tags()[analyze.WEIGHTS_TAG]
@@ -362,6 +279,7 @@ def run_search(args: argparse.Namespace) -> None:
 def run_picture(args: argparse.Namespace) -> None:
     from terrafm_jax.scenes import analyze
 
+    make_folder(args.out)
     if args.similar_to:
         analyze.similarity_picture(args.file, *args.similar_to, args.out)
     else:

@@ -11,9 +11,11 @@ import numpy as np
 import rasterio
 from rasterio.transform import from_origin
 
+from terrafm_jax import embed
 from terrafm_jax.inference import Model
 from terrafm_jax.loader import Loaded
 from terrafm_jax.models import ModelSpec, init_params
+from terrafm_jax.scenes.analyze import open_tokens, read_tokens
 from terrafm_jax.sensors import SENSORS, Statistics
 
 WEST, NORTH = 600_000.0, 5_100_000.0
@@ -90,3 +92,15 @@ def radar(path: Path, rows: int = 300, columns: int = 330, power: bool = False, 
     db = (surface(rows, columns, 2, seed=1).astype(np.float32) - 1500) / 200 - np.array([12.0, 18.0])[:, None, None]
     data = 10 ** (db / 10) if power else db
     return write(path, data.astype(np.float32), names=("VV", "VH"), **options)
+
+
+def call(*args: Any, out: Path, sensors: dict[str, Any] | None = None, window: int = 96) -> int:
+    """Runs the command as a user would; its exit code."""
+    given = [f"--sensor={k}={v}" for k, v in (sensors or {}).items()]
+    return embed.main(["--checkpoint=x", *given, f"--out={out}", f"--window={window}", "--batch=8", *map(str, args)])
+
+
+def tokens(path: Path) -> np.ndarray:
+    """float32 [rows, columns, d] of an output."""
+    with open_tokens(path) as source:
+        return read_tokens(source)

@@ -15,7 +15,7 @@ from rasterio.crs import CRS
 from rasterio.warp import transform
 
 from terrafm_jax import embed
-from terrafm_jax.scenes import analyze, output
+from terrafm_jax.scenes import analyze, flags, output
 from terrafm_jax.scenes.grid import Grid
 
 GRID = Grid(CRS.from_epsg(32632), 600_000.0, 5_100_000.0, 160.0, 40, 50)
@@ -109,6 +109,14 @@ def test_search_by_brute_force(tmp_path: Path, tokens: np.ndarray) -> None:
     scores = analyze.unit(tokens) @ analyze.unit(tokens[8, 8])
     best = np.sort(scores[np.isfinite(scores)])[::-1][:30]
     assert np.allclose([h["similarity"] for h in hits], best, atol=1e-4)
+
+
+def test_western_longitudes_are_no_flags() -> None:
+    given = ["search", "a.tif", "--query", "a.tif", "--point", "-3.1,40", "--out", "h.csv"]
+    assert flags.parse(given, "")[1].point == (-3.1, 40.0)
+    assert flags.parse(["picture", "a.tif", "--similar-to", "-3,-4", "--out=p.png"], "")[1].similar_to == (-3.0, -4.0)
+    scene = ["--checkpoint=x", "--sensor=s1=x.tif", "--out=e.tif", "--aoi", "-3,40,-2.5,41"]
+    assert flags.parse(scene, "") == ("scene", flags.parse([*scene[:3], "--aoi=-3,40,-2.5,41"], "")[1])
 
 
 def test_places_without_data_are_said(tmp_path: Path, tokens: np.ndarray, capsys: Any) -> None:

@@ -1,25 +1,20 @@
-"""Embedding of whole scenes, end to end through the command: places, seams, resuming, formats."""
+"""Embedding of whole scenes, end to end through the command: places, seams, edges, masks, sensors, dates."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import rasterio
-from scenes_fake import CRS, NORTH, WEST, optical, radar, surface, tiny_model, write
+from scenes_fake import CRS, NORTH, WEST, call, optical, radar, surface, tiny_model, tokens, write
 
 from terrafm_jax import embed
 from terrafm_jax.inference import Model
 from terrafm_jax.scenes import grid as grid_lib
-from terrafm_jax.scenes import inputs, output, read, run, store
-from terrafm_jax.scenes.encoder import WindowEncoder
+from terrafm_jax.scenes import inputs, read
 from terrafm_jax.scenes.grid import Plan
 from terrafm_jax.sensors import SENSORS
 
@@ -37,18 +32,6 @@ def _loaded(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return optical(tmp_path_factory.mktemp("scene") / "l2a.tif")
-
-
-def call(*args: Any, out: Path, sensors: dict[str, Path] | None = None, window: int = 96) -> int:
-    given = [f"--sensor={k}={v}" for k, v in (sensors or {}).items()]
-    return embed.main(["--checkpoint=x", *given, f"--out={out}", f"--window={window}", "--batch=8", *map(str, args)])
-
-
-def tokens(path: Path) -> np.ndarray:
-    from terrafm_jax.scenes.analyze import open_tokens, read_tokens
-
-    with open_tokens(path) as source:
-        return read_tokens(source)
 
 
 # --- geometry ---
@@ -161,14 +144,27 @@ def test_blending_weights_sum_to_one_inside() -> None:
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(96, 96), (100, 97), (40, 200), (16, 16), (111, 127)])
-def test_sizes_not_divisible_by_the_patch(tmp_path: Path, rows: int, columns: int) -> None:
-    source = optical(tmp_path / "s.tif", rows, columns)
+def test_scenes_not_divisible_by_the_patch_are_covered_to_the_edge(tmp_path: Path, rows: int, columns: int) -> None:
     out = tmp_path / "e.tif"
+    assert call(out=out, sensors={"s2_l2a": optical(tmp_path / "s.tif", rows, columns)}) == 0
+    found = tokens(out)
+    assert found.shape[:2] == (-(-rows // 16), -(-columns // 16))
+    assert np.isfinite(found).all()
+
+
+def test_a_token_counts_if_half_of_its_ground_within_the_scene_was_measured(tmp_path: Path) -> None:
+    data = surface(100, 104, 12)  # the last row of tokens has 4 px of ground, the last column 8 px
+    data[:, 98:, :48] = 0  # half of those 4 rows
+    data[:, 97:, 48:80] = 0  # three of them
+    data[:, :48, 100:] = 0  # half of the 8 columns
+    data[:, 48:80, 99:] = 0  # five of them
+    data[:, :8, :16] = 0  # half of a whole token
+    data[:, :9, 16:32] = 0  # more than half
+    out = tmp_path / "e.tif"
+    source = write(tmp_path / "s.tif", data, names=SENSORS["s2_l2a"].band_names)
     assert call(out=out, sensors={"s2_l2a": source}) == 0
-    # A token counts if at least half of its own ground was measured.
-    down, across = (np.full(-(-n // 16), 1.0) for n in (rows, columns))
-    down[-1], across[-1] = ((rows - 1) % 16 + 1) / 16, ((columns - 1) % 16 + 1) / 16
-    assert np.array_equal(np.isfinite(tokens(out)).all(-1), down[:, None] * across >= 0.5)
+    missing = {(6, 3), (6, 4), (3, 6), (4, 6), (0, 1)}
+    assert {tuple(at) for at in np.argwhere(~np.isfinite(tokens(out)).all(-1)).tolist()} == missing
 
 
 def test_nodata_and_masks_stay_nodata(tmp_path: Path) -> None:
@@ -218,6 +214,31 @@ def test_area_of_interest_cuts_and_masks(scene: Path, tmp_path: Path) -> None:
     box = tmp_path / "box.tif"
     assert call(f"--aoi={west},{south},{east},{north}", out=box, sensors={"s2_l2a": scene}) == 0
     assert min(tokens(box).shape[:2]) in (6, 7, 8)
+
+
+def test_windows_outside_of_the_area_are_not_even_read(scene: Path, tmp_path: Path, caplog: Any) -> None:
+    import pyarrow.parquet as pq
+
+    # An L of two arms, one window wide each: its box holds 3 x 3 windows, the L meets 5 of them.
+    x, y = WEST + 50, NORTH - 50
+    ring = [
+        (x, y),
+        (x + 860, y),
+        (x + 860, y - 1980),
+        (x + 2880, y - 1980),
+        (x + 2880, y - 2840),
+        (x, y - 2840),
+        (x, y),
+    ]
+    lons, lats = rasterio.warp.transform(CRS, "EPSG:4326", *zip(*ring, strict=True))
+    shape = {"type": "Polygon", "coordinates": [list(zip(lons, lats, strict=True))]}
+    path = tmp_path / "l.geojson"
+    path.write_text(json.dumps(shape))
+    out = tmp_path / "w.parquet"
+    with caplog.at_level("INFO"):
+        assert call(f"--aoi={path}", out=out, sensors={"s2_l2a": scene}) == 0
+    assert len(pq.read_table(out)) == 5
+    assert "5 windows encoded, 4 empty" in caplog.text
 
 
 # --- several sensors, samplings, dates ---
@@ -341,220 +362,6 @@ def test_geographic_rasters_go_to_utm(tmp_path: Path) -> None:
     assert center[3] == pytest.approx(46.0, abs=0.003)
 
 
-# --- interruption ---
-
-
-def _job(scene: Path, out: Path, model: Model, batch: int = 8) -> tuple[run.Job, store.Unfinished]:
-    acquisition = inputs.resolve(f"s2_l2a={scene}", inputs.Declared())
-    reader = read.SceneReader([acquisition], grid_lib.target_grid([acquisition]))
-    plan = Plan(reader.grid, 96, 48, 16, batch=batch)
-    unfinished = store.Unfinished(out, plan, 24, "mark")
-    return run.Job(WindowEncoder(model, reader.bands, batch), reader, plan, 24, unfinished), unfinished
-
-
-def test_an_interrupted_job_ends_with_the_same_bytes(scene: Path, tmp_path: Path, model: Model) -> None:
-    whole, unfinished = _job(scene, tmp_path / "whole.tif", model)
-    summary = whole.run()
-    assert summary.encoded == summary.windows
-    expected, cls = unfinished.rows_path.read_bytes(), unfinished.cls_path.read_bytes()
-    stops = 0
-    for after in (1, 2, 1, 1, None):
-        job, unfinished = _job(scene, tmp_path / "parts.tif", model)
-        if after is None:
-            assert job.run().resumed > 0
-        else:
-            with pytest.raises(run.Stopped, match="goes on from there"):
-                job.run(stop_after=after)
-            stops += 1
-    assert stops == 4
-    assert unfinished.rows_path.read_bytes() == expected
-    assert unfinished.cls_path.read_bytes() == cls
-
-
-def test_a_job_killed_between_snapshots_goes_on(scene: Path, tmp_path: Path, model: Model) -> None:
-    whole, unfinished = _job(scene, tmp_path / "whole.tif", model)
-    whole.run()
-    expected = unfinished.rows_path.read_bytes()
-    job, unfinished = _job(scene, tmp_path / "parts.tif", model)
-    with pytest.raises(run.Stopped):
-        job.run(stop_after=2)
-    # Rows written after the last snapshot, as a kill leaves them: they must be overwritten.
-    with np.load(unfinished.folder / "snapshot.npz") as saved:
-        first = int(saved["first"])
-    assert first == 6
-    unfinished.write_rows(first, np.full((3, 21, 24), 7.0))
-    job, unfinished = _job(scene, tmp_path / "parts.tif", model)
-    job.run(save_seconds=0)
-    assert unfinished.rows_path.read_bytes() == expected
-
-
-def test_other_settings_do_not_resume(scene: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    out = tmp_path / "e.tif"
-    acquisition = inputs.resolve(f"s2_l2a={scene}", inputs.Declared())
-    plan = Plan(grid_lib.target_grid([acquisition]), 96, 48, 16, batch=8)
-    other = store.Unfinished(out, plan, 24, "other")
-    blender = store.Blender(plan, 24)
-    other.open(blender)
-    other.save(blender, 1)
-    assert call(out=out, sensors={"s2_l2a": scene}) == 1
-    assert "belongs to other inputs" in capsys.readouterr().err
-
-
-# --- formats ---
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
-def test_formats_hold_the_same_numbers(scene: Path, tmp_path: Path, dtype: str, model: Model) -> None:
-    exact = tmp_path / "exact.tif"
-    assert call(out=exact, sensors={"s2_l2a": scene}) == 0
-    expected = tokens(exact)
-    tolerance = {"float32": 0, "float16": 2e-3, "int8": np.nanmax(np.abs(expected)) / 127 * 0.51}[dtype]
-    cog = tmp_path / "e.tif"
-    assert call(f"--dtype={dtype}", out=cog, sensors={"s2_l2a": scene}) == 0
-    assert np.array_equal(np.isnan(tokens(cog)), np.isnan(expected))
-    assert np.nanmax(np.abs(tokens(cog) - expected)) <= tolerance
-    zarr = tmp_path / "e.zarr"
-    assert call(f"--dtype={dtype}", out=zarr, sensors={"s2_l2a": scene}) == 0
-    header = json.loads((zarr / "embedding" / ".zarray").read_text())
-    assert np.dtype(header["dtype"]) == np.dtype(dtype)
-    with rasterio.open(f'ZARR:"{zarr}":/embedding') as found:  # GDAL's reader, not ours
-        stored = np.moveaxis(found.read(), 0, 0)
-    assert stored.size == expected.size
-    assert json.loads((zarr / ".zattrs").read_text())["TERRAFM_WEIGHTS"] == model.weights_hash
-
-
-def test_windows_as_geoparquet(scene: Path, tmp_path: Path) -> None:
-    import pyarrow.parquet as pq
-    import shapely
-
-    out = tmp_path / "w.parquet"
-    assert call(out=out, sensors={"s2_l2a": scene}) == 0
-    table = pq.read_table(out)
-    assert set(table.column_names) == {
-        "unique_id", "embedding", "timestamp", "product_id", "grid_cell", "grid_row_u", "grid_col_r", "geometry",
-        "centre_lat", "centre_lon", "utm_footprint", "utm_crs", "pixel_bbox",
-    }  # fmt: skip
-    assert len(table) == 16
-    assert len(set(table["unique_id"].to_pylist())) == 16
-    geo = json.loads(table.schema.metadata[b"geo"])
-    assert geo["columns"]["geometry"]["encoding"] == "WKB"
-    left, top, right, bottom = table["pixel_bbox"][0].as_py()
-    assert (right - left, bottom - top) == (96, 96)
-    shape = shapely.from_wkb(table["geometry"][0].as_py())
-    x, y = WEST + (left + 48) * 10, NORTH - (top + 48) * 10
-    (lon,), (lat,) = rasterio.warp.transform(CRS, "EPSG:4326", [x], [y])
-    assert shape.centroid.x == pytest.approx(lon, abs=1e-5)
-    assert shape.centroid.y == pytest.approx(lat, abs=1e-5)
-    assert table["centre_lat"][0].as_py() == pytest.approx(lat, abs=1e-9)
-    assert np.asarray(table["embedding"][0].as_py()).shape == (24,)
-
-
-def test_blocks_of_many_bands_stay_small() -> None:
-    for bands, itemsize in ((768, 4), (1024, 4), (768, 1), (24, 4)):
-        size = output.block_size(bands, itemsize)
-        assert size % 16 == 0
-        assert size * size * bands * itemsize < 64 << 20
-
-
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_overviews_are_means_of_valid_pixels(tmp_path: Path, dtype: str) -> None:
-    tokens_ = np.random.default_rng(0).normal(size=(40, 1100, 3)).astype(np.float32)
-    tokens_[:5, :7] = np.nan
-    grid = grid_lib.Grid(rasterio.crs.CRS.from_string(CRS), WEST, NORTH, 160.0, 40, 1100)
-    out = tmp_path / "e.tif"
-    output.write_cog(out, tokens_, grid, output.Meta(("a", "b", "c"), {}), dtype)
-    with rasterio.open(out) as found:
-        assert found.overviews(1) == [2, 4]
-        assert found.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG"
-        step = np.array(found.scales)[:, None, None] if dtype == "int8" else 1.0
-    with rasterio.open(out, overview_level=0) as found:
-        half = found.read().astype(np.float32)
-        assert found.shape == (20, 550)
-    quads = tokens_.reshape(20, 2, 550, 2, 3).transpose(4, 0, 2, 1, 3).reshape(3, 20, 550, 4)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # quads without any value
-        expected = np.nanmean(quads, -1)
-    nodata = np.isnan(expected)
-    assert np.array_equal(nodata, half == -128 if dtype == "int8" else np.isnan(half))
-    assert np.abs(half * step - expected)[~nodata].max() <= (0.04 if dtype == "int8" else 1e-6)
-
-
-@pytest.mark.slow
-def test_memory_of_writing_and_of_reading_one_band(tmp_path: Path) -> None:
-    # 600 x 700 tokens of 192 features are 320 MB; writing and reading one band must stay far below.
-    code = """
-import resource, sys
-from pathlib import Path
-import numpy as np, rasterio
-from rasterio.crs import CRS
-from terrafm_jax.scenes import output
-from terrafm_jax.scenes.grid import Grid
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-folder = Path(sys.argv[1])
-if sys.argv[2] == "write":
-    with open(folder / "t.f32", "wb") as file:
-        for row in range(600):
-            file.write((np.arange(700 * 192, dtype=np.float32) % 977 - row).tobytes())
-    before = peak()
-    tokens = np.memmap(folder / "t.f32", np.float32, "r", shape=(600, 700, 192))
-    grid = Grid(CRS.from_epsg(32632), 0, 0, 160.0, 600, 700)
-    output.write_cog(folder / "t.tif", tokens, grid, output.Meta(("f",) * 192, {}), sys.argv[3])
-else:
-    before = peak()
-    with rasterio.Env(GDAL_CACHEMAX=64), rasterio.open(folder / "t.tif") as file:
-        assert file.read(17).shape == (600, 700)
-        assert file.overviews(1) == [2]
-print(peak() - before)
-"""
-    for args, limit in ((("write", "float32"), 280), (("read", ""), 160)):
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path), *args], capture_output=True, text=True, check=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert float(done.stdout) < limit, (args, done.stdout)
-
-
-# --- points, dry run ---
-
-
-def test_vectors_at_points(scene: Path, tmp_path: Path) -> None:
-    import pyarrow.parquet as pq
-
-    xy = [(WEST + 1600, NORTH - 1600), (WEST + 20, NORTH - 20), (WEST - 9000, NORTH)]
-    lons, lats = rasterio.warp.transform(CRS, "EPSG:4326", *zip(*xy, strict=True))
-    path = tmp_path / "p.csv"
-    path.write_text(
-        "name,lon,lat\n" + "\n".join(f"p{i},{a},{b}" for i, (a, b) in enumerate(zip(lons, lats, strict=True)))
-    )
-    out = tmp_path / "p.parquet"
-    assert call(f"--points={path}", out=out, sensors={"s2_l2a": scene}) == 0
-    table = pq.read_table(out)
-    assert table["name"].to_pylist() == ["p0", "p1", "p2"]
-    vectors = np.array(table["embedding"].to_pylist())
-    assert np.isfinite(vectors[:2]).all()
-    assert np.isnan(vectors[2]).all(), "outside of the scene"
-    # One window around the place: the four tokens at its middle.
-    part = tmp_path / "part.tif"
-    with rasterio.open(scene) as source:
-        window = rasterio.windows.Window(160 - 48, 160 - 48, 96, 96)
-        write(
-            part, source.read(window=window), names=SENSORS["s2_l2a"].band_names, west=WEST + 1120, north=NORTH - 1120
-        )
-    alone = tmp_path / "alone.tif"
-    assert call(out=alone, sensors={"s2_l2a": part}) == 0
-    assert np.allclose(vectors[0], tokens(alone)[2:4, 2:4].mean((0, 1)), atol=1e-3)
-
-
-def test_dry_run_says_what_it_would_take(scene: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    out = tmp_path / "e.tif"
-    with caplog.at_level("INFO"):
-        assert call("--dry-run", out=out, sensors={"s2_l2a": scene}) == 0
-    for word in ("windows", "memory", "s encoding", "19 x 21 tokens"):
-        assert word in caplog.text
-    assert not out.exists()
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.real
 def test_real_tiles_are_embedded_without_seams(real_data: Path, tmp_path: Path) -> None:
     base = real_data / "train_tiles" / "terramesh_224"
@@ -571,5 +378,6 @@ def test_real_tiles_are_embedded_without_seams(real_data: Path, tmp_path: Path) 
     assert call(out=cell, sensors={"s2_l2a": native}, window=224) == 0
     values = tokens(cell)
     plan = Plan(grid_lib.Grid(rasterio.crs.CRS.from_string(CRS), 0, 0, 10.0, 1068, 1068), 224, 112, 16)
-    found = [b for b in grid_lib.borders(plan) if b < values.shape[1] - 1]
-    assert max(_jump(values[:-1, :-1], found, axis) for axis in (0, 1)) <= 1.05
+    assert np.isfinite(values).all()
+    found = [b for b in grid_lib.borders(plan) if b < values.shape[1]]
+    assert max(_jump(values, found, axis) for axis in (0, 1)) <= 1.05

@@ -1,9 +1,8 @@
-"""Inputs of scene embedding: names, products, units, and bad input, each a one-line error with a remedy."""
+"""Inputs of scene embedding: names of bands, SAFE and STAC products, grids, places, real tiles."""
 
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
-from affine import Affine
-from scenes_fake import CRS, NORTH, WEST, optical, radar, surface, tiny_model, write
+from scenes_fake import CRS, NORTH, WEST, call, optical, radar, surface, tiny_model, tokens, write
 
 from terrafm_jax import embed
 from terrafm_jax.scenes import grid as grid_lib
@@ -59,6 +57,8 @@ def safe(folder: Path, offset: str | None = "-1000", level: str = "L2A") -> Path
             write(images / f"R{gsd}m" / f"T48QUE_20230223T032739_{band.name}_{gsd}m.tif", data, gsd=gsd)
     write(images / "R20m" / "T48QUE_20230223T032739_SCL_20m.tif", np.full((1, 48, 48), 4, np.uint8), gsd=20)
     write(images / "R10m" / "T48QUE_20230223T032739_TCI_10m.tif", np.zeros((3, 96, 96), np.uint8))
+    for name in ("MSK_DETFOO_B02", "MSK_QUALIT_B02", "MSK_CLDPRB_20m"):  # sorts before IMG_DATA, to be a trap
+        write(root / "GRANULE" / "L2A_T48QUE_A031" / "AUX_QI" / f"{name}.tif", np.ones((1, 96, 96), np.uint8))
     text = f'<BOA_ADD_OFFSET band_id="0">{offset}</BOA_ADD_OFFSET>' if offset else ""
     (root / "MTD_MSIL2A.xml").write_text(f"<n>{text}</n>")
     return root
@@ -79,6 +79,33 @@ def test_safe_product(tmp_path: Path) -> None:
         resolve(f"s2_l1c={root}", Declared())
     shutil.rmtree(root)
     assert resolve(f"s2_l2a={safe(tmp_path, None)}", Declared()).offset == 1000, "from the baseline N0509"
+
+
+def test_products_are_embedded_by_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A SAFE folder and a STAC item of the same pixels and offset give the same tokens."""
+    monkeypatch.setattr(embed, "_load", lambda args: tiny_model())
+    root = safe(tmp_path)
+    outs = [tmp_path / "safe.tif", tmp_path / "stac.tif", tmp_path / "clear.tif"]
+    assert call(out=outs[0], sensors={"s2_l2a": root}) == 0
+    assets = {
+        band.name: {"href": str(next(root.rglob(f"*_{band.name}_{band.gsd}m.tif"))), "eo:bands": [{"name": band.name}]}
+        for band in SENSORS["s2_l2a"].bands
+    }
+    scl = np.full((1, 48, 48), 4, np.uint8)
+    scl[:, :, 24:] = 9
+    assets["scl"] = {"href": str(write(next(root.rglob("*SCL*")), scl, gsd=20))}
+    item = {"type": "Feature", "id": PRODUCT, "properties": {"s2:processing_baseline": "05.09"}, "assets": assets}
+    (tmp_path / "item.json").write_text(json.dumps(item))
+    assert call(out=outs[1], sensors={"s2_l2a": tmp_path / "item.json"}) == 0
+    assert call("--use-scl", out=outs[2], sensors={"s2_l2a": tmp_path / "item.json"}) == 0
+    found = [tokens(out) for out in outs]
+    assert found[0].shape == (6, 6, 24)
+    assert np.array_equal(found[0], found[1])
+    assert np.isfinite(found[2][:, :3]).all()
+    assert np.isnan(found[2][:, 3:]).all()
+    with rasterio.open(outs[0]) as source:
+        (date,) = json.loads(source.tags()["TERRAFM_SOURCES"])["s2_l2a"]
+    assert (date["offset"], date["product"], date["time"]) == (1000, PRODUCT, "2023-02-23T03:27:39Z")
 
 
 def test_own_classification_takes_clouds_out(tmp_path: Path) -> None:
@@ -138,169 +165,16 @@ def test_stac_item(tmp_path: Path, properties: dict[str, Any], offset: float) ->
     assert [layer.index for layer in found.layers] == [1, 1, 2]
 
 
-# --- bad input: one line each, naming the file ---
-
-
-def fails(capsys: pytest.CaptureFixture, *args: str) -> str:
-    code = embed.main(["--checkpoint=none.pth", "--out=e.tif", *args])
-    line = capsys.readouterr().err.strip()
-    assert code == 1
-    assert "\n" not in line, line
-    return line
-
-
-def test_files_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    text = tmp_path / "notes.tif"
-    text.write_text("no raster")
-    plain = optical(tmp_path / "plain.tif", 64, 64)
-    bare = write(tmp_path / "bare.tif", surface(64, 64, 12), names=NAMES, crs=None)
-    turned = optical(tmp_path / "turned.tif", 64, 64, transform=Affine(10, 2, WEST, 2, -10, NORTH))
-    unnamed = write(tmp_path / "unnamed.tif", surface(64, 64, 12))
-    junk = write(tmp_path / "junk.tif", surface(64, 64, 3), names=("stackstac-1a", "stackstac-1a", "bands"))
-    empty = write(tmp_path / "empty.tif", np.full((2, 64, 64), -9999, np.float32), nodata=-9999, names=("VV", "VH"))
-    for argument, words in {
-        f"s2_l2a={text}": ("notes.tif", "GeoTIFF"),
-        f"s2_l2a={tmp_path / 'missing.tif'}": ("missing.tif", "no such file"),
-        f"s2_l2a={bare}": ("bare.tif", "coordinate reference system", "gdal_edit"),
-        f"s2_l2a={turned}": ("turned.tif", "rotated", "gdalwarp"),
-        f"s2_l2a={unnamed}": ("unnamed.tif", "12 bands have no names", "--bands s2_l2a="),
-        f"s2_l2a={junk}": ("junk.tif", "--bands s2_l2a="),
-        f"s1={empty}": ("empty.tif", "nothing but nodata"),
-        f"s5={plain}": ("s5", "expected one of"),
-        "s2_l2a": ("NAME=FILE",),
-        f"s2_l2a={tmp_path}/nothing.json": ("nothing.json", "STAC"),
-    }.items():
-        line = fails(capsys, f"--sensor={argument}")
-        assert all(word in line for word in words), line
-
-
-def test_wrong_band_count_and_unknown_bands(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    path = write(tmp_path / "x.tif", surface(64, 64, 12))
-    line = fails(capsys, f"--sensor=s2_l2a={path}", "--bands=s2_l2a=B02,B03")
-    assert "x.tif: holds 12 bands, --bands s2_l2a names 2" in line
-    line = fails(capsys, f"--sensor=s2_l2a={path}", f"--bands=s2_l2a={','.join(NAMES[:11])},B99")
-    assert "unknown bands ['B99']" in line
-
-
-def test_truncated_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    path = optical(tmp_path / "cut.tif", 256, 256, tiled=True, blockxsize=64, blockysize=64, compress="deflate")
-    path.write_bytes(path.read_bytes()[:-40_000])
-    line = fails(capsys, f"--sensor=s2_l2a={path}")
-    assert "cut.tif" in line
-    assert "truncated" in line or "cannot be opened" in line
-
-
-def test_units_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    share = write(tmp_path / "r.tif", (surface(64, 64, 12) / 10_000).astype(np.float32), names=NAMES)
-    whole = optical(tmp_path / "dn.tif", 64, 64)
-    db, power = radar(tmp_path / "db.tif", 64, 64), radar(tmp_path / "power.tif", 64, 64, power=True)
-    for args, remedy in (
-        ((f"--sensor=s2_l2a={share}",), "--unit s2_l2a=reflectance"),
-        ((f"--sensor=s2_l2a={whole}", "--unit=s2_l2a=reflectance"), "--unit s2_l2a=dn"),
-        ((f"--sensor=s1={power}",), "--unit s1=power"),
-        ((f"--sensor=s1={db}", "--unit=s1=power"), "--unit s1=db"),
-        ((f"--sensor=s1={db}", "--unit=s1=dn"), "expected one of ['db', 'power']"),
-    ):
-        assert remedy in fails(capsys, *args)
-
-
-def test_dark_water_is_no_reflectance(tmp_path: Path) -> None:
-    dark = np.ones((12, 64, 64), np.uint16)
-    dark[:, ::7, ::5] = 2
-    path = write(tmp_path / "water.tif", dark, names=NAMES)
-    assert resolve(f"s2_l2a={path}", Declared()).unit == "dn"
-
-
-def test_an_offset_still_inside_is_pointed_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = write(tmp_path / "x.tif", surface(64, 64, 12) // 4 + 950, names=NAMES)
-    resolve(f"s2_l2a={path}", Declared())
-    assert "--offset s2_l2a=1000" in caplog.text
-    caplog.clear()
-    resolve(f"s2_l2a={path}", Declared(offset={"s2_l2a": 1000.0}))
-    assert not caplog.text
-
-
-def test_sensors_that_do_not_meet(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    first = optical(tmp_path / "a.tif", 64, 64)
-    second = radar(tmp_path / "b.tif", 64, 64, west=WEST + 90_000)
-    line = fails(capsys, f"--sensor=s2_l2a={first}", f"--sensor=s1={second}")
-    assert "do not meet" in line
-    assert "s1 (690000" in line
-    line = fails(capsys, f"--sensor=s2_l2a={first}", "--aoi=0,0,1,1")
-    assert "--aoi" in line
-
-
-def test_settings_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    path = f"--sensor=s2_l2a={optical(tmp_path / 'a.tif', 64, 64)}"
-    for args, words in (
-        (("--gsd=fine",), "--gsd fine"),
-        (("--gsd=300",), "at least 16 x 16"),
-        (("--crs=EPSG:4326",), "is not metric"),
-        (("--crs=EPSG:nonsense",), "--crs EPSG:nonsense"),
-        (("--window=100", "--overlap=33", "--stride=5"), "--overlap 33"),
-        (("--aoi=nowhere.geojson",), "holds no GeoJSON polygon"),
-        (("--mask=nowhere.tif",), "nowhere.tif"),
-        (("--offset=s2_l2a=much",), "--offset s2_l2a=much"),
-        (("--points=p.csv",), "give OUT.parquet"),
-        (("--out=e.jpg",), "unknown suffix '.jpg'"),
-    ):
-        assert words in fails(capsys, path, *args)
-
-
-def test_weights_that_do_not_fit(
-    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    l2a, s1 = optical(tmp_path / "a.tif", 64, 64), radar(tmp_path / "b.tif", 64, 64)
-    both = (f"--sensor=s2_l2a={l2a}", f"--sensor=s1={s1}")
-    assert "none.pth: not found" in fails(capsys, *both)
-    monkeypatch.setattr(embed, "_load", lambda args: tiny_model(fusion=False))
-    assert "no fusion" in fails(capsys, *both)
-    monkeypatch.setattr(embed, "_load", lambda args: tiny_model(sensors=("s2_l2a",)))
-    assert "--sensor s1: these weights know ['s2_l2a'] only" in fails(capsys, *both)
-
-
-class _Evil:
-    def __reduce__(self) -> Any:
-        return (Path.touch, (Path(self.target),))
-
-    def __init__(self, target: Path):
-        self.target = str(target)
-
-
-def test_hostile_and_truncated_weights(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    scene = f"--sensor=s2_l2a={optical(tmp_path / 'a.tif', 64, 64)}"
-    ran = tmp_path / "it_ran"
-    hostile = tmp_path / "hostile.pth"
-    hostile.write_bytes(pickle.dumps(_Evil(ran)))
-    code = embed.main([f"--checkpoint={hostile}", scene, f"--out={tmp_path / 'e.tif'}"])
-    line = capsys.readouterr().err.strip()
-    assert (code, ran.exists()) == (1, False)
-    assert "hostile.pth" in line
-    assert "\n" not in line
-    short = tmp_path / "short.safetensors"
-    short.write_bytes((5000).to_bytes(8, "little") + b'{"cls_token":')
-    assert embed.main([f"--checkpoint={short}", scene, f"--out={tmp_path / 'e.tif'}"]) == 1
-    line = capsys.readouterr().err.strip()
-    assert "short.safetensors" in line
-    assert "\n" not in line
-
-
-def test_a_full_disk_is_said_and_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from terrafm_jax.scenes import store
-
-    plan = Plan(Grid(grid_lib.CRS.from_string(CRS), WEST, NORTH, 10.0, 320, 320), 96, 48, 16)
-    unfinished = store.Unfinished(tmp_path / "e.tif", plan, 4, "mark")
-    blender = store.Blender(plan, 4)
-    unfinished.open(blender)
-    unfinished.save(blender, 3)
-
-    def full(*args: Any, **options: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(np, "savez", full)
-    with pytest.raises(SceneError, match="No space left on device"):
-        unfinished.save(blender, 5)
-    assert store.Unfinished(tmp_path / "e.tif", plan, 4, "mark").open(store.Blender(plan, 4)) == 3
+def test_stac_item_of_sentinel_1(tmp_path: Path) -> None:
+    for name in ("vv", "vh"):
+        write(tmp_path / f"{name}.tif", np.full((1, 64, 64), 0.05, np.float32))
+    assets = {name: {"href": f"./{name}.tif", "roles": ["data"]} for name in ("vh", "vv")}
+    item = {"type": "Feature", "id": "S1A_IW_GRDH_rtc", "properties": {"datetime": "2023-01-02T00:00:00Z"}}
+    (tmp_path / "s1.json").write_text(json.dumps({**item, "assets": assets}))
+    found = resolve(f"s1={tmp_path / 's1.json'}", Declared(unit={"s1": "power"}))
+    assert (found.bands, found.offset, found.time) == (("VV", "VH"), 0, "2023-01-02T00:00:00Z")
+    values = read.SceneReader([found], grid_lib.target_grid([found])).read(0, 0, 32, 32)["s1"].values
+    assert values == pytest.approx(10 * np.log10(0.05), abs=1e-4)
 
 
 # --- grids, windows, points ---

@@ -153,11 +153,11 @@ def read_aoi(text: str) -> dict[str, Any]:
         crs = data.get("crs", {}).get("properties", {}).get("name", "EPSG:4326").replace("OGC:1.3:CRS84", "EPSG::4326")
         if not polygons:
             raise KeyError("polygon")
+        rings = [r for p in polygons for r in (p["coordinates"] if p["type"] == "MultiPolygon" else [p["coordinates"]])]
+        shape = {"type": "MultiPolygon", "coordinates": rings}
+        return shape if "4326" in crs else transform_geom(CRS.from_user_input(crs), "EPSG:4326", shape)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SceneError(f"--aoi {text}: holds no GeoJSON polygon ({first_line(error)})") from None
-    rings = [r for p in polygons for r in (p["coordinates"] if p["type"] == "MultiPolygon" else [p["coordinates"]])]
-    shape = {"type": "MultiPolygon", "coordinates": rings}
-    return shape if "4326" in crs else transform_geom(CRS.from_user_input(crs), "EPSG:4326", shape)
 
 
 # --- windows and tokens --------------------------------------------------------------------------

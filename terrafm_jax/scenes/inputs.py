@@ -88,6 +88,11 @@ def open_raster(path: Any) -> rasterio.DatasetReader:
         raise SceneError(
             f"{name}: not a raster that can be opened ({what}); give a GeoTIFF, JPEG 2000 or VRT"
         ) from None
+    if source.crs is None and source.gcps[0]:
+        source.close()
+        raise SceneError(
+            f"{name}: is in radar geometry (ground control points only); give a terrain-corrected (RTC) product"
+        )
     if source.crs is None:
         source.close()
         raise SceneError(f"{name}: has no coordinate reference system; assign one with gdal_edit.py -a_srs EPSG:...")
@@ -128,7 +133,7 @@ def resolve(argument: str, declared: Declared) -> Acquisition:
         offset=declared.offset.get(sensor.key, found.offset),
         nodata=declared.nodata.get(sensor.key),
     )
-    check(found)
+    check(found, declared=sensor.key in declared.unit)
     return found
 
 
@@ -197,16 +202,30 @@ def ordered(layers: Mapping[str, Layer], sensor: Sensor, what: str) -> tuple[Lay
 # --- checks before the work ----------------------------------------------------------------------
 
 
-def check(acquisition: Acquisition) -> None:
-    """Opens every file, reads a sample of every band and compares it with the declared unit. Raises SceneError."""
+def check(acquisition: Acquisition, *, declared: bool = False) -> None:
+    """Opens every file, reads a sample of every band and compares it with the unit.
+
+    Args:
+      declared: the user named the unit: it wins over appearances, only values that it cannot hold are refused.
+
+    Raises:
+      SceneError: a file is unreadable or empty, or its values are in another unit.
+    """
     samples = {layer.band: sample(layer, acquisition.nodata) for layer in acquisition.layers}
     values = np.concatenate(list(samples.values()))
     if not values.size:
         raise SceneError(f"{acquisition.paths[0]}: holds nothing but nodata; give another file or date")
     if acquisition.sensor == "s1":
-        _check_radar(acquisition, values)
+        _check_radar(acquisition, values, declared)
     else:
-        _check_optical(acquisition, samples, values)
+        _check_optical(acquisition, samples, values, declared)
+
+
+def _doubt(text: str, declared: bool) -> None:
+    """What looks wrong stops the job, unless the user said that it is right."""
+    if not declared:
+        raise SceneError(text)
+    _log.warning("%s; taken as declared", text)
 
 
 def sample(layer: Layer, nodata: float | None = None) -> np.ndarray:
@@ -233,41 +252,37 @@ def broken(error: BaseException) -> str:
     return f"cannot be read to the end ({first_line(error)}); it is truncated or damaged, fetch it again"
 
 
-def _check_radar(acquisition: Acquisition, values: np.ndarray) -> None:
-    median, low = float(np.median(values)), float(np.percentile(values, 1))
-    if acquisition.unit == "db" and low >= 0:
-        raise SceneError(
-            f"{acquisition.paths[0]}: values from {low:.4g} with median {median:.4g} are linear power, not dB; "
-            "pass --unit s1=power"
-        )
+def _check_radar(acquisition: Acquisition, values: np.ndarray, declared: bool) -> None:
+    path, median, low = acquisition.paths[0], float(np.median(values)), float(np.percentile(values, 1))
     if acquisition.unit == "power" and median < 0:
-        raise SceneError(
-            f"{acquisition.paths[0]}: median {median:.4g} is below zero, so this is dB and not power; pass --unit s1=db"
-        )
-    if acquisition.unit == "db" and not -60 < median < 20:
-        raise SceneError(f"{acquisition.paths[0]}: median {median:.4g} is no backscatter in dB; check --unit s1=")
+        raise SceneError(f"{path}: median {median:.4g} is below zero, so this is dB and not power; pass --unit s1=db")
+    if acquisition.unit == "db" and low >= 0:
+        text = f"{path}: values from {low:.4g} with median {median:.4g} look like linear power, not dB"
+        _doubt(f"{text}; pass --unit s1=power (or --unit s1=db if they are dB)", declared)
+    elif acquisition.unit == "db" and not -60 < median < 20:
+        text = f"{path}: median {median:.4g} looks like no backscatter in dB"
+        _doubt(f"{text}; pass --nodata s1=VALUE or the --unit", declared)
 
 
-def _check_optical(acquisition: Acquisition, samples: Mapping[str, np.ndarray], values: np.ndarray) -> None:
-    high = float(np.percentile(values, 99.5))
-    fractional = bool(np.any(values != np.round(values)))
-    if acquisition.unit == "dn" and fractional and high < 5:
-        raise SceneError(
-            f"{acquisition.paths[0]}: fractional values up to {high:.3g} are reflectance, not DN; "
-            f"pass --unit {acquisition.sensor}=reflectance"
-        )
-    if acquisition.unit == "reflectance" and high > 20:
-        raise SceneError(
-            f"{acquisition.paths[0]}: values up to {high:.4g} are DN, not reflectance; "
-            f"pass --unit {acquisition.sensor}=dn"
-        )
+def _check_optical(
+    acquisition: Acquisition, samples: Mapping[str, np.ndarray], values: np.ndarray, declared: bool
+) -> None:
+    path, key, unit = acquisition.paths[0], acquisition.sensor, acquisition.unit
+    high, low = float(np.percentile(values, 99.5)), float(values.min())
+    if unit == "reflectance" and high > 20:
+        raise SceneError(f"{path}: values up to {high:.4g} are DN, not reflectance; pass --unit {key}=dn")
+    if unit == "dn" and high < 5 and bool(np.any(values != np.round(values))):
+        text = f"{path}: fractional values up to {high:.3g} look like reflectance, not DN"
+        _doubt(f"{text}; pass --unit {key}=reflectance (or --unit {key}=dn if they are DN)", declared)
+    if low < (-0.3 if unit == "reflectance" else -3000):
+        _log.warning("%s: holds values down to %.4g; if that is nodata, pass --nodata %s=%g", path, low, key, low)
     darkest = min((np.percentile(v[v > 0], 1) for v in samples.values() if np.any(v > 0)), default=0.0)
     # Measured: at most 586 without the offset, 893 to 1123 with it, above 1300 nothing can be said.
-    plain = acquisition.sensor == "s2_l2a" and acquisition.unit == "dn" and not acquisition.offset
+    plain = key == "s2_l2a" and unit == "dn" and not acquisition.offset
     if plain and 750 < darkest <= 1300:
         _log.warning(
             "%s: the darkest pixels stand at %.0f DN, as if the baseline offset were still inside; "
             "if so, pass --offset s2_l2a=1000",
-            acquisition.paths[0],
+            path,
             darkest,
         )

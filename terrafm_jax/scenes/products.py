@@ -23,7 +23,8 @@ def baseline_offset(product: str) -> float:
 
 def from_folder(folder: Path, sensor: Sensor) -> Acquisition:
     """A SAFE product, or a folder whose file names end in bands or whose rasters name their bands."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in RASTERS)
+    # Quality masks (QI_DATA/MSK_DETFOO_B02.jp2) end in band names too.
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in RASTERS and not p.name.startswith("MSK_"))
     safe = folder.suffix.upper() == ".SAFE" or any(folder.glob("MTD_MSI*.xml"))
     layers: dict[str, Layer] = {}
     classes = ""

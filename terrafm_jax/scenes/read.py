@@ -7,6 +7,8 @@ kernel when it shrinks), renormalised over valid pixels; Sentinel-1 in linear po
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 import threading
 import warnings
 from collections import defaultdict
@@ -27,10 +29,13 @@ from terrafm_jax.scenes.grid import Grid
 from terrafm_jax.scenes.inputs import Acquisition, Layer, broken, open_raster
 from terrafm_jax.sensors import SENSORS
 
+_log = logging.getLogger(__name__)
+
 COMPOSITES = ("first", "median", "mean")
 # Scene classification of Level 2A: no data, saturated, cloud shadow, medium and high cloud, cirrus, snow stays.
 SCL_INVALID = (0, 1, 3, 8, 9, 10)
 _POWER_FLOOR = 1e-6  # -60 dB
+_LARGEST = {"s1": (1e7, "power"), "s2_l1c": (65_535.0, "DN"), "s2_l2a": (65_535.0, "DN")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +93,13 @@ class SceneReader:
             self.dates[acquisition.sensor].append(acquisition)
         self.bands = {key: _common_bands(dates) for key, dates in self.dates.items()}
         self._local = threading.local()
+
+    @property
+    def paths(self) -> list[str]:
+        """Every file that the pixels and the mask come from."""
+        dates = [date for dates in self.dates.values() for date in dates]
+        classes = [date.classes for date in dates if self._classes and date.classes]
+        return [p for date in dates for p in date.paths] + classes + [mask.path for mask in self._masks]
 
     def read(self, row: int, column: int, height: int, width: int) -> dict[str, Pixels]:
         """Every sensor on height x width pixels from (row, column) on; beyond the grid's edges pixels are mirrored.
@@ -239,7 +251,8 @@ def _measured(data: np.ndarray, date: Acquisition, declared: Sequence[float | No
     """Harmonised DN or linear power, NaN where nothing was measured; float32 [bands, H, W].
 
     Sentinel-2: nodata is zero (or the declared value) in all bands at once; zero in some bands is dark
-    ground. Sentinel-1: any band without a finite, positive power.
+    ground. Sentinel-1: any band without a finite, positive power. Values that the unit cannot hold are no
+    measurement either: a job of hours should not end over one.
     """
     bad = ~np.isfinite(data)
     for i, value in enumerate(declared):
@@ -254,7 +267,16 @@ def _measured(data: np.ndarray, date: Acquisition, declared: Sequence[float | No
         bad |= (data == 0).all(0)
         data = data * 10_000.0 if date.unit == "reflectance" else data
         data = data - date.offset
-    return np.where(bad.any(0), np.float32(np.nan), data).astype(np.float32)
+    limit, unit = _LARGEST[date.sensor]
+    impossible = ~bad & (np.abs(data) > limit)
+    if impossible.any():
+        _say_once(f"{date.paths[0]}: holds values beyond {limit:g}, which cannot be {unit}; they count as nodata")
+    return np.where((bad | impossible).any(0), np.float32(np.nan), data).astype(np.float32)
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    _log.warning(text)
 
 
 def _offset(transform: Any, grid: Grid) -> tuple[int, int] | None:

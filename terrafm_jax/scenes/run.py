@@ -43,13 +43,13 @@ class Summary:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """A chunk with its pixels: the windows that hold anything, and which tokens were measured.
+    """A chunk with its pixels: the windows worth encoding, and which of their tokens count.
 
     Attributes:
       chunk: the windows.
-      kept: positions in ``chunk.columns`` of the windows that hold any valid pixel.
-      windows: pixels of those, padded to a constant batch by repeating the last one.
-      valid: bool [kept, h, w] tokens of whose ground within the scene enough was measured.
+      kept: positions in ``chunk.columns`` of the windows with any token that counts.
+      windows: pixels of those, padded to a constant batch by repeating the last one; empty if there are none.
+      valid: bool [kept, h, w] tokens that are wanted and of whose ground within the scene enough was measured.
     """
 
     chunk: Chunk
@@ -58,23 +58,28 @@ class Work:
     valid: np.ndarray
 
 
-def prepare(reader: SceneReader, plan: Plan, chunk: Chunk, min_ground: float = 0.5) -> Work:
-    """Reads the pixels under a chunk once and cuts its windows out of them."""
-    left = chunk.columns[0]
+def prepare(
+    reader: SceneReader, plan: Plan, chunk: Chunk, min_ground: float = 0.5, inside: np.ndarray | None = None
+) -> Work:
+    """Reads the pixels under a chunk once and cuts its windows out of them; min_ground and inside as in Job."""
+    p, left = plan.patch, chunk.columns[0]
+    tokens = (len(chunk.columns), chunk.height // p, chunk.width // p)
+    wanted = np.ones(tokens, bool)
+    if inside is not None:
+        wanted = np.stack([inside[plan.tokens_of(chunk, column)] for column in chunk.columns])
+    if not wanted.any():
+        return Work(chunk, (), {}, wanted[:0])
     strip = reader.read(chunk.row, left, chunk.height, chunk.columns[-1] + chunk.width - left)
-    any_valid = np.any([p.valid for p in strip.values()], axis=0)
-    ground = np.zeros_like(any_valid)  # mirrored pixels beyond the edge are none
+    measured = np.any([pixels.valid for pixels in strip.values()], axis=0)
+    ground = np.zeros_like(measured)  # mirrored pixels beyond the edge are none
     ground[: max(0, plan.grid.height - chunk.row), : max(0, plan.grid.width - left)] = True
-    own = any_valid & ground
     cuts = [slice(c - left, c - left + chunk.width) for c in chunk.columns]
-    kept = tuple(i for i, cut in enumerate(cuts) if own[:, cut].any())
-    p = plan.patch
 
-    def per_token(pixels: np.ndarray, cut: slice) -> np.ndarray:
-        return pixels[:, cut].reshape(chunk.height // p, p, chunk.width // p, p).sum((1, 3))
+    def per_token(pixels: np.ndarray) -> np.ndarray:
+        return np.stack([pixels[:, cut].reshape(tokens[1], p, tokens[2], p).sum((1, 3)) for cut in cuts])
 
-    shares = [per_token(own, cuts[i]) / np.maximum(per_token(ground, cuts[i]), 1) for i in kept]
-    enough = np.array(shares).reshape(len(kept), -1, chunk.width // p) >= min_ground
+    valid = wanted & (per_token(measured & ground) >= min_ground * np.maximum(per_token(ground), 1))
+    kept = tuple(np.flatnonzero(valid.any((1, 2))).tolist())
     padded = [*kept, *[kept[-1]] * (plan.batch - len(kept))] if kept else []
     windows = {
         key: Pixels(
@@ -83,18 +88,16 @@ def prepare(reader: SceneReader, plan: Plan, chunk: Chunk, min_ground: float = 0
         for key, pixels in strip.items()
         if padded
     }
-    return Work(chunk, kept, windows, enough)
+    return Work(chunk, kept, windows, valid[list(kept)])
 
 
-def read_ahead(
-    reader: SceneReader, plan: Plan, chunks: Sequence[Chunk], threads: int, min_ground: float
-) -> Iterator[Work]:
+def read_ahead(chunks: Sequence[Chunk], threads: int, prepared: Callable[[Chunk], Work]) -> Iterator[Work]:
     """Work in order, prepared by threads a few chunks ahead."""
     pool = ThreadPoolExecutor(threads, "terrafm-scene")
     waiting: collections.deque[Future[Work]] = collections.deque()
     try:
         for chunk in chunks:
-            waiting.append(pool.submit(prepare, reader, plan, chunk, min_ground))
+            waiting.append(pool.submit(prepared, chunk))
             if len(waiting) > 2 * threads:
                 yield waiting.popleft().result()
         while waiting:
@@ -112,7 +115,8 @@ class Job:
       plan: windows and output grid.
       width: features per token.
       unfinished: where finished rows and snapshots go.
-      inside: bool [rows, columns] of the output: tokens to keep; None = all.
+      inside: bool [rows, columns] of the output: tokens that are wanted; windows without any are not even read.
+        None = all.
       min_ground: share of a token's ground within the scene that has to be measured, above 0.
       progress: called with the number of windows done since the last call.
     """
@@ -129,8 +133,8 @@ class Job:
         min_ground: float = 0.5,
         progress: Callable[[int], None] = lambda windows: None,
     ):
-        self._encode, self._reader, self._plan, self._unfinished = encode, reader, plan, unfinished
-        self._inside, self._progress, self._min_ground = inside, progress, min_ground
+        self._encode, self._plan, self._unfinished, self._progress = encode, plan, unfinished, progress
+        self._prepare = lambda chunk: prepare(reader, plan, chunk, min_ground, inside)
         self._chunks = plan.chunks()
         self._before = [0, *np.cumsum([len(c.columns) for c in self._chunks]).tolist()]
         self._blender = Blender(plan, width)
@@ -153,8 +157,7 @@ class Job:
         self.summary.resumed = self._before[first]
         self._progress(self.summary.resumed)
         began = saved = time.perf_counter()
-        left = read_ahead(self._reader, self._plan, self._chunks[first:], threads, self._min_ground)
-        with _signals() as stop, closing(left) as ahead:
+        with _signals() as stop, closing(read_ahead(self._chunks[first:], threads, self._prepare)) as ahead:
             pending: tuple[Work, Future[tuple[np.ndarray, np.ndarray]] | None] | None = None
             while True:
                 waited = time.perf_counter()
@@ -188,11 +191,7 @@ class Job:
         if features is not None:
             cls, patches = (f[: len(work.kept)] for f in features.result())
             for i, position in enumerate(work.kept):
-                column = work.chunk.columns[position]
-                valid = work.valid[i]
-                if self._inside is not None:
-                    valid = valid & self._inside[self._plan.tokens_of(work.chunk, column)]
-                self._blender.add(work.chunk, column, patches[i], valid)
+                self._blender.add(work.chunk, work.chunk.columns[position], patches[i], work.valid[i])
             every = np.full((len(work.chunk.columns), cls.shape[1]), np.nan, np.float32)
             every[list(work.kept)] = cls
             self._unfinished.write_cls(self._before[self._done], every)
@@ -233,7 +232,13 @@ def _signals() -> Iterator[list[int]]:
 
 
 def vectors_at(
-    encode: Encode, reader: SceneReader, plan: Plan, points: np.ndarray, width: int, progress: Callable[[int], None]
+    encode: Encode,
+    reader: SceneReader,
+    plan: Plan,
+    points: np.ndarray,
+    width: int,
+    progress: Callable[[int], None],
+    threads: int = 2,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features at places: one window is centered on every place, so that no place lies at a border.
 
@@ -248,21 +253,35 @@ def vectors_at(
     grid, p = plan.grid, plan.patch
     side = min(plan.window, grid.height // p * p, grid.width // p * p)
     found = np.full((2, len(points), width), np.nan, np.float32)
-    for i, (x, y) in enumerate(points):
-        down, across = (grid.y - y) / grid.gsd, (x - grid.x) / grid.gsd
-        if 0 <= down <= grid.height and 0 <= across <= grid.width:
-            row = int(np.clip(round(down) - side // 2, 0, grid.height - side))
-            column = int(np.clip(round(across) - side // 2, 0, grid.width - side))
-            work = prepare(reader, plan, Chunk(row, (column,), side, side))
-            if work.kept:
-                cls, patches = (f[0] for f in encode(work.windows).result())
-                weight = _bilinear((down - row) / p, side // p)[:, None] * _bilinear((across - column) / p, side // p)
-                weight = weight * work.valid[0]
-                found[1, i] = cls
-                if weight.sum() > 0:
-                    found[0, i] = np.tensordot(weight, patches, 2) / weight.sum()
-        progress(1)
+    at = np.stack([grid.y - points[:, 1], points[:, 0] - grid.x], 1) / grid.gsd  # pixels down and across
+    limits = np.array([grid.height, grid.width])
+    inside = np.flatnonzero(((at >= 0) & (at <= limits)).all(1))
+    corners = np.clip(np.round(at[inside]).astype(int) - side // 2, 0, limits - side)
+    chunks = [Chunk(row, (column,), side, side) for row, column in corners.tolist()]
+    progress(len(points) - len(inside))
+    one, batch = dataclasses.replace(plan, batch=1), min(plan.batch, max(len(chunks), 1))
+    with closing(read_ahead(chunks, threads, lambda chunk: prepare(reader, one, chunk))) as works:
+        for first in range(0, len(chunks), batch):
+            places = inside[first : first + batch]
+            group = [(place, work) for place, work in zip(places, works, strict=False) if work.kept]
+            if group:
+                for (place, work), cls, patches in zip(group, *encode(_together(group, batch)).result(), strict=False):
+                    down, across = (at[place] - (work.chunk.row, work.chunk.columns[0])) / p
+                    weight = _bilinear(down, side // p)[:, None] * _bilinear(across, side // p) * work.valid[0]
+                    found[1, place] = cls
+                    if weight.sum() > 0:
+                        found[0, place] = np.tensordot(weight, patches, 2) / weight.sum()
+            progress(len(places))
     return found[0], found[1]
+
+
+def _together(group: Sequence[tuple[int, Work]], batch: int) -> dict[str, Pixels]:
+    """The windows of several places, padded to one size by repeating the last."""
+    padded = [work.windows for _, work in [*group, *[group[-1]] * (batch - len(group))]]
+    return {
+        key: Pixels(np.concatenate([w[key].values for w in padded]), np.concatenate([w[key].valid for w in padded]))
+        for key in padded[0]
+    }
 
 
 def _bilinear(at: float, count: int) -> np.ndarray:

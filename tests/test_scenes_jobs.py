@@ -1,0 +1,256 @@
+"""Whole-scene jobs: interruption, formats on disk, places, dry run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from scenes_fake import CRS, NORTH, WEST, call, optical, tiny_model, tokens, write
+
+from terrafm_jax import embed
+from terrafm_jax.inference import Model
+from terrafm_jax.scenes import grid as grid_lib
+from terrafm_jax.scenes import inputs, output, read, run, store
+from terrafm_jax.scenes.encoder import WindowEncoder
+from terrafm_jax.scenes.grid import Plan
+from terrafm_jax.sensors import SENSORS
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return tiny_model()
+
+
+@pytest.fixture(autouse=True)
+def _loaded(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embed, "_load", lambda args: model)
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return optical(tmp_path_factory.mktemp("scene") / "l2a.tif")
+
+
+# --- interruption ---
+
+
+def _job(scene: Path, out: Path, model: Model, batch: int = 8) -> tuple[run.Job, store.Unfinished]:
+    acquisition = inputs.resolve(f"s2_l2a={scene}", inputs.Declared())
+    reader = read.SceneReader([acquisition], grid_lib.target_grid([acquisition]))
+    plan = Plan(reader.grid, 96, 48, 16, batch=batch)
+    unfinished = store.Unfinished(out, plan, 24, "mark")
+    return run.Job(WindowEncoder(model, reader.bands, batch), reader, plan, 24, unfinished), unfinished
+
+
+def test_an_interrupted_job_ends_with_the_same_bytes(scene: Path, tmp_path: Path, model: Model) -> None:
+    whole, unfinished = _job(scene, tmp_path / "whole.tif", model)
+    summary = whole.run()
+    assert summary.encoded == summary.windows
+    expected, cls = unfinished.rows_path.read_bytes(), unfinished.cls_path.read_bytes()
+    stops = 0
+    for after in (1, 2, 1, 1, None):
+        job, unfinished = _job(scene, tmp_path / "parts.tif", model)
+        if after is None:
+            assert job.run().resumed > 0
+        else:
+            with pytest.raises(run.Stopped, match="goes on from there"):
+                job.run(stop_after=after)
+            stops += 1
+    assert stops == 4
+    assert unfinished.rows_path.read_bytes() == expected
+    assert unfinished.cls_path.read_bytes() == cls
+
+
+def test_a_job_killed_between_snapshots_goes_on(scene: Path, tmp_path: Path, model: Model) -> None:
+    whole, unfinished = _job(scene, tmp_path / "whole.tif", model)
+    whole.run()
+    expected = unfinished.rows_path.read_bytes()
+    job, unfinished = _job(scene, tmp_path / "parts.tif", model)
+    with pytest.raises(run.Stopped):
+        job.run(stop_after=2)
+    # Rows written after the last snapshot, as a kill leaves them: they must be overwritten.
+    with np.load(unfinished.folder / "snapshot.npz") as saved:
+        first = int(saved["first"])
+    assert first == 6
+    unfinished.write_rows(first, np.full((3, 21, 24), 7.0))
+    job, unfinished = _job(scene, tmp_path / "parts.tif", model)
+    job.run(save_seconds=0)
+    assert unfinished.rows_path.read_bytes() == expected
+
+
+def test_other_settings_do_not_resume(scene: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "e.tif"
+    acquisition = inputs.resolve(f"s2_l2a={scene}", inputs.Declared())
+    plan = Plan(grid_lib.target_grid([acquisition]), 96, 48, 16, batch=8)
+    other = store.Unfinished(out, plan, 24, "other")
+    blender = store.Blender(plan, 24)
+    other.open(blender)
+    other.save(blender, 1)
+    assert call(out=out, sensors={"s2_l2a": scene}) == 1
+    assert "belongs to other inputs" in capsys.readouterr().err
+
+
+# --- formats ---
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_formats_hold_the_same_numbers(scene: Path, tmp_path: Path, dtype: str, model: Model) -> None:
+    exact = tmp_path / "exact.tif"
+    assert call(out=exact, sensors={"s2_l2a": scene}) == 0
+    expected = tokens(exact)
+    tolerance = {"float32": 0, "float16": 2e-3, "int8": np.nanmax(np.abs(expected)) / 127 * 0.51}[dtype]
+    cog = tmp_path / "e.tif"
+    assert call(f"--dtype={dtype}", out=cog, sensors={"s2_l2a": scene}) == 0
+    assert np.array_equal(np.isnan(tokens(cog)), np.isnan(expected))
+    assert np.nanmax(np.abs(tokens(cog) - expected)) <= tolerance
+    zarr = tmp_path / "e.zarr"
+    assert call(f"--dtype={dtype}", out=zarr, sensors={"s2_l2a": scene}) == 0
+    header = json.loads((zarr / "embedding" / ".zarray").read_text())
+    assert np.dtype(header["dtype"]) == np.dtype(dtype)
+    with rasterio.open(f'ZARR:"{zarr}":/embedding') as found:  # GDAL's reader, not ours
+        stored = np.moveaxis(found.read(), 0, 0)
+    assert stored.size == expected.size
+    assert json.loads((zarr / ".zattrs").read_text())["TERRAFM_WEIGHTS"] == model.weights_hash
+
+
+def test_windows_as_geoparquet(scene: Path, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+    import shapely
+
+    out = tmp_path / "w.parquet"
+    assert call(out=out, sensors={"s2_l2a": scene}) == 0
+    table = pq.read_table(out)
+    assert set(table.column_names) == {
+        "unique_id", "embedding", "timestamp", "product_id", "grid_cell", "grid_row_u", "grid_col_r", "geometry",
+        "centre_lat", "centre_lon", "utm_footprint", "utm_crs", "pixel_bbox",
+    }  # fmt: skip
+    assert len(table) == 16
+    assert len(set(table["unique_id"].to_pylist())) == 16
+    geo = json.loads(table.schema.metadata[b"geo"])
+    assert geo["columns"]["geometry"]["encoding"] == "WKB"
+    left, top, right, bottom = table["pixel_bbox"][0].as_py()
+    assert (right - left, bottom - top) == (96, 96)
+    shape = shapely.from_wkb(table["geometry"][0].as_py())
+    x, y = WEST + (left + 48) * 10, NORTH - (top + 48) * 10
+    (lon,), (lat,) = rasterio.warp.transform(CRS, "EPSG:4326", [x], [y])
+    assert shape.centroid.x == pytest.approx(lon, abs=1e-5)
+    assert shape.centroid.y == pytest.approx(lat, abs=1e-5)
+    assert table["centre_lat"][0].as_py() == pytest.approx(lat, abs=1e-9)
+    assert np.asarray(table["embedding"][0].as_py()).shape == (24,)
+
+
+def test_blocks_of_many_bands_stay_small() -> None:
+    for bands, itemsize in ((768, 4), (1024, 4), (768, 1), (24, 4)):
+        size = output.block_size(bands, itemsize)
+        assert size % 16 == 0
+        assert size * size * bands * itemsize < 64 << 20
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_overviews_are_means_of_valid_pixels(tmp_path: Path, dtype: str) -> None:
+    tokens_ = np.random.default_rng(0).normal(size=(40, 1100, 3)).astype(np.float32)
+    tokens_[:5, :7] = np.nan
+    grid = grid_lib.Grid(rasterio.crs.CRS.from_string(CRS), WEST, NORTH, 160.0, 40, 1100)
+    out = tmp_path / "e.tif"
+    output.write_cog(out, tokens_, grid, output.Meta(("a", "b", "c"), {}), dtype)
+    with rasterio.open(out) as found:
+        assert found.overviews(1) == [2, 4]
+        assert found.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG"
+        step = np.array(found.scales)[:, None, None] if dtype == "int8" else 1.0
+    with rasterio.open(out, overview_level=0) as found:
+        half = found.read().astype(np.float32)
+        assert found.shape == (20, 550)
+    quads = tokens_.reshape(20, 2, 550, 2, 3).transpose(4, 0, 2, 1, 3).reshape(3, 20, 550, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # quads without any value
+        expected = np.nanmean(quads, -1)
+    nodata = np.isnan(expected)
+    assert np.array_equal(nodata, half == -128 if dtype == "int8" else np.isnan(half))
+    assert np.abs(half * step - expected)[~nodata].max() <= (0.04 if dtype == "int8" else 1e-6)
+
+
+@pytest.mark.slow
+def test_memory_of_writing_and_of_reading_one_band(tmp_path: Path) -> None:
+    # 600 x 700 tokens of 192 features are 320 MB; writing and reading one band must stay far below.
+    code = """
+import resource, sys
+from pathlib import Path
+import numpy as np, rasterio
+from rasterio.crs import CRS
+from terrafm_jax.scenes import output
+from terrafm_jax.scenes.grid import Grid
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+folder = Path(sys.argv[1])
+if sys.argv[2] == "write":
+    with open(folder / "t.f32", "wb") as file:
+        for row in range(600):
+            file.write((np.arange(700 * 192, dtype=np.float32) % 977 - row).tobytes())
+    before = peak()
+    tokens = np.memmap(folder / "t.f32", np.float32, "r", shape=(600, 700, 192))
+    grid = Grid(CRS.from_epsg(32632), 0, 0, 160.0, 600, 700)
+    output.write_cog(folder / "t.tif", tokens, grid, output.Meta(("f",) * 192, {}), sys.argv[3])
+else:
+    before = peak()
+    with rasterio.Env(GDAL_CACHEMAX=64), rasterio.open(folder / "t.tif") as file:
+        assert file.read(17).shape == (600, 700)
+        assert file.overviews(1) == [2]
+print(peak() - before)
+"""
+    for args, limit in ((("write", "float32"), 280), (("read", ""), 160)):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path), *args], capture_output=True, text=True, check=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert float(done.stdout) < limit, (args, done.stdout)
+
+
+# --- points, dry run ---
+
+
+def test_vectors_at_points(scene: Path, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    places = [(WEST + 1600, NORTH - 1600), (WEST + 20, NORTH - 20), (WEST - 9000, NORTH)]
+    xy = places * 4  # more than a batch
+    lons, lats = rasterio.warp.transform(CRS, "EPSG:4326", *zip(*xy, strict=True))
+    path = tmp_path / "p.csv"
+    path.write_text(
+        "name,lon,lat\n" + "\n".join(f"p{i},{a},{b}" for i, (a, b) in enumerate(zip(lons, lats, strict=True)))
+    )
+    out = tmp_path / "p.parquet"
+    assert call(f"--points={path}", out=out, sensors={"s2_l2a": scene}) == 0
+    table = pq.read_table(out)
+    assert table["name"].to_pylist() == [f"p{i}" for i in range(12)]
+    for column in ("embedding", "class_token"):
+        vectors = np.array(table[column].to_pylist()).reshape(4, 3, -1)
+        assert np.isfinite(vectors[:, :2]).all()
+        assert np.isnan(vectors[:, 2]).all(), "outside of the scene"
+        assert np.allclose(vectors[1:, :2], vectors[:1, :2], atol=1e-4)
+        assert np.abs(vectors[0, 0] - vectors[0, 1]).max() > 1e-2
+    # One window around the place: the four tokens at its middle.
+    part = tmp_path / "part.tif"
+    with rasterio.open(scene) as source:
+        window = rasterio.windows.Window(160 - 48, 160 - 48, 96, 96)
+        write(
+            part, source.read(window=window), names=SENSORS["s2_l2a"].band_names, west=WEST + 1120, north=NORTH - 1120
+        )
+    alone = tmp_path / "alone.tif"
+    assert call(out=alone, sensors={"s2_l2a": part}) == 0
+    assert np.allclose(table["embedding"][0].as_py(), tokens(alone)[2:4, 2:4].mean((0, 1)), atol=1e-3)
+
+
+def test_dry_run_says_what_it_would_take(scene: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    out = tmp_path / "e.tif"
+    with caplog.at_level("INFO"):
+        assert call("--dry-run", out=out, sensors={"s2_l2a": scene}) == 0
+    for word in ("windows", "memory", "s encoding", "19 x 21 tokens"):
+        assert word in caplog.text
+    assert not out.exists()
+    assert not list(tmp_path.iterdir())
