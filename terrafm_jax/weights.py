@@ -66,6 +66,9 @@ def save_npz(folder: Any, params: Mapping[str, Any], meta: Mapping[str, Any]) ->
 
 
 def _replace(path: Any, content: Any) -> None:
+    if "://" in str(path):  # object stores write whole objects or none
+        path.write_bytes(bytes(content))
+        return
     partial = path.parent / f"{path.name}.partial"
     partial.write_bytes(bytes(content))
     partial.rename(path) if not path.exists() else partial.replace(path)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from terrafm_jax.data import tiles
+from terrafm_jax.data import shards, tiles
 
 
 class DataError(ValueError):
@@ -53,7 +53,7 @@ class Split:
         path = epath.Path(self.directory) / f"index_{self.name}.npy"
         if not path.exists():
             raise DataError(f"{path} is missing; prepare the data set again")
-        if "://" in str(path):
+        if shards.is_remote(path):
             with path.open("rb") as file:
                 index = np.load(file, allow_pickle=False)
         else:
@@ -78,9 +78,7 @@ def open_split(data_dir: Any, name: str) -> Split:
     """Reads ``dataset_info.json`` and checks that every shard exists.
 
     ``data_dir`` may be the folder that holds ``dataset_info.json`` or a parent of the only one below
-    it (TFDS nests ``name/version``). Folder listings go through etils, so ``gs://`` works where etils
-    can reach it; the shards themselves are opened by array_record, whose wheels on PyPI read local
-    (also mounted) files only.
+    it (TFDS nests ``name/version``), on disk or in a bucket that etils can reach (extra ``[gcs]``).
 
     Raises:
       DataError: no such data set or split, another file format, or shards are missing (all are named).
@@ -165,10 +163,15 @@ class Records:
         return RecordError(int(number), self.split.files[shard], position, reason)
 
     def read(self, number: int) -> bytes:
-        """The bytes of one record. Raises RecordError if the shard or the record is damaged."""
+        """The bytes of one record.
+
+        Raises RecordError if the shard or the record is damaged, FetchError if a bucket does not give the shard.
+        """
         shard, position = self.place(number)
         try:
             return self._reader(shard).read([position])[0]
+        except shards.FetchError:
+            raise
         except Exception as error:  # array_record raises bare RuntimeError, IndexError, ...: all mean damage
             raise self.error(number, _one_line(error)) from error
 
@@ -188,6 +191,8 @@ class Records:
         from array_record.python import array_record_module
 
         path = f"{self.split.directory.rstrip('/')}/{self.split.files[shard]}"
+        if shards.is_remote(path):
+            path = str(shards.local_copy(path))
         try:
             reader = array_record_module.ArrayRecordReader(
                 path, "readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=32768

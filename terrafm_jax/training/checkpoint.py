@@ -30,7 +30,9 @@ class Checkpointer:
     """
 
     def __init__(self, workdir: str, keep_last: int = 2, keep_every: int = 0):
-        self.folder = epath.Path(workdir).absolute() / "checkpoints"
+        folder = epath.Path(workdir)
+        # absolute() would prefix a bucket's path with the working directory
+        self.folder = (folder if "://" in str(workdir) else folder.absolute()) / "checkpoints"
         self._manager = ocp.CheckpointManager(
             self.folder,
             item_names=("state", "meta"),

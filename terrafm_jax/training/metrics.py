@@ -40,9 +40,7 @@ class MetricWriter:
         if self._remote and self._path.exists():
             self._lines = self._path.read_text().splitlines()
         if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(epath.Path(workdir) / "tensorboard"))
+            self._board = _board(str(epath.Path(workdir) / "tensorboard"))
         if wandb_project:
             try:
                 import wandb
@@ -75,6 +73,18 @@ class MetricWriter:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _board(folder: str) -> Any:
+    from tensorboardX import SummaryWriter
+
+    try:
+        return SummaryWriter(folder)
+    except Exception as error:
+        if "://" not in folder:
+            raise
+        log.warning("%s: TensorBoard's writer cannot write there (%s): metrics.jsonl alone", folder, error)
+        return None
 
 
 def _plain(value: Any) -> Any:
