@@ -7,8 +7,9 @@
 # --devices D     fake CPU devices in each (default 1; 0: the GPUs of this machine, one process each)
 # --module M      Python module to run (default terrafm_jax.main)
 # --dry-run       print the commands
-# A process that dies takes the others down; the job is started again on exit code 42 (preempted) and, up to
-# MAX_RESTARTS times, on any other failure. SIGTERM and SIGINT are passed on and end the restarting.
+# A process that dies takes the others down (SIGTERM, after GRACE seconds SIGKILL: 20); the job is started again on
+# exit code 42 (preempted) and, up to MAX_RESTARTS times, on any other failure. SIGTERM and SIGINT are passed on and
+# end the restarting.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/lib.sh
@@ -76,7 +77,7 @@ once() {
     start_process "$port" "$i" "$@" &
     children+=($!)
   done
-  local left=("${children[@]}") still pid
+  local left=("${children[@]}") still pid deadline=
   while [ "${#left[@]}" -gt 0 ]; do
     still=()
     for pid in "${left[@]}"; do
@@ -89,10 +90,18 @@ once() {
       if [ "$code" != 0 ] && [ "$first" = 0 ]; then
         first=$code
         # After a preemption the others are saving the same checkpoint: let them finish.
-        [ "$code" = "$PREEMPTED" ] || { log "a process ended with $code: stopping the others" && kill "${children[@]}" 2>/dev/null || true; }
+        if [ "$code" != "$PREEMPTED" ]; then
+          log "a process ended with $code: stopping the others"
+          kill "${children[@]}" 2>/dev/null || true
+          deadline=$((SECONDS + ${GRACE:-20}))
+        fi
       fi
     done
     left=("${still[@]}")
+    # SIGTERM asks for a checkpoint, which nobody can write any more where the lost process held a part of the state.
+    if [ -n "$deadline" ] && [ "$SECONDS" -ge "$deadline" ] && [ "${#left[@]}" -gt 0 ]; then
+      kill -s KILL "${left[@]}" 2>/dev/null || true
+    fi
     sleep 0.2
   done
   children=()

@@ -8,12 +8,11 @@ person; ``config.exit_code_preempted`` after SIGTERM with a checkpoint (a launch
 from __future__ import annotations
 
 import os
-import sys
 
 from absl import app, flags
 from ml_collections import config_flags
 
-from terrafm_jax.startup import parse_flags, start_jax, start_logging
+from terrafm_jax.startup import fail, parse_flags, start_jax, start_logging
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/X.py[:argument]")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run, local or gs://; resumed when it holds one")
@@ -25,9 +24,15 @@ def _read_weights(path: str) -> dict:
     return read_params(path)
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")
+
+
 def main(_argv: list[str]) -> None:
     start_logging()
     start_jax()
+
+    import jax
 
     from terrafm_jax.data.reader import TooManySkipped
     from terrafm_jax.evals.during_training import during_training
@@ -41,8 +46,15 @@ def main(_argv: list[str]) -> None:
         # Faults of config, data, sensors and mesh are ValueErrors whose message says what to do.
         if os.environ.get("TERRAFM_TRACEBACK"):
             raise
-        print(f"error: {e}", file=sys.stderr)
-        raise SystemExit(1) from None
+        fail(str(e))
+    except jax.errors.JaxRuntimeError as e:
+        if jax.process_count() == 1:
+            raise
+        # Collectives break off when the process at their other end is gone.
+        fail(
+            f"the step broke off, as it does when another process of the job ends: {_first_line(e)}. "
+            "Started again, the run resumes from its newest checkpoint"
+        )
     raise SystemExit(outcome.exit_code)
 
 

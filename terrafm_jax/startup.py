@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+from typing import NoReturn
 
 from absl import flags
 
@@ -16,6 +17,9 @@ _CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "pretend to have so many C
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "join the other processes of the job (jax.distributed)")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where the launcher does not tell")
 _PROCESSES = flags.DEFINE_integer("processes", None, "number of processes, where the launcher does not tell")
+# Seconds without a sign of life after which a process counts as dead and the others end, too. JAX waits for 100.
+_HEARTBEAT = 30
+
 _PROCESS = flags.DEFINE_integer("process", None, "index of this process, where the launcher does not tell")
 
 
@@ -57,4 +61,21 @@ def start_jax() -> None:
         cache = os.path.join(os.path.expanduser("~"), ".cache", "terrafm_jax")
         jax.config.update("jax_compilation_cache_dir", cache)
     if _DISTRIBUTED.value:
-        jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+        jax.distributed.initialize(
+            _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, heartbeat_timeout_seconds=_HEARTBEAT
+        )
+
+
+def fail(message: str) -> NoReturn:
+    """Prints the message and ends with code 1; in a job of several processes at once, so that the others notice.
+
+    A regular exit would first wait for the others at a barrier, while they wait for this one in a step.
+    """
+    import jax
+
+    if jax.process_count() == 1:
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(1) from None
+    print(f"error: process {jax.process_index()} of {jax.process_count()}: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)

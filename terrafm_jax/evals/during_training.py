@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -37,9 +37,14 @@ class LandCoverKnn:
         stats = {name: spec.stats.arrays(name) for name in spec.model.sensors}
         self._encode = tile_encoder(spec.model, stats, size=spec.views.global_size)
 
-    def __call__(self, step: int, state: Any) -> Iterator[tuple[str, Any]]:
+    def __call__(self, step: int, state: Any, poll: Callable[[], None]) -> Iterator[tuple[str, Any]]:
         backbone = _on_this_host(state.teacher["backbone"])
-        gallery, queries = self.sets.encode(lambda batch: self._encode(backbone, _arrays(batch)))
+
+        def encode(batch: Any) -> Any:
+            poll()  # a notice of preemption leaves less time than a gallery takes
+            return self._encode(backbone, _arrays(batch))
+
+        gallery, queries = self.sets.encode(encode)
         found = landcover_knn.score(gallery, queries, self.protocol)
         yield "knn_protocol", found.protocol
         yield "knn_top1", found.top1

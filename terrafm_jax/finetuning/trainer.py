@@ -231,7 +231,7 @@ class Run:
                 return True, state
             if at_end and stop_at_epoch and epoch >= stop_at_epoch and step + 1 < last:
                 return False, state
-            if stop is not None and stop.reached(step) and step + 1 < last:
+            if stop is not None and stop.reached() and step + 1 < last:
                 if not at_end:
                     self._save(state)
                 return False, state

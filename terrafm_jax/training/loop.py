@@ -27,15 +27,16 @@ from terrafm_jax.training import workdir as workdir_lib
 from terrafm_jax.training.checkpoint import Checkpointer, to_host
 from terrafm_jax.training.meter import Compiled, Meter, due
 from terrafm_jax.training.metrics import MetricWriter, Progress, timed
-from terrafm_jax.training.preemption import StopRequest
+from terrafm_jax.training.preemption import Interrupted, StopRequest
 from terrafm_jax.training.sharding import make_mesh
 from terrafm_jax.training.state import TrainState, with_weights
 from terrafm_jax.training.step import TrainSpec, abstract_state, draw_views, init_state, make_batch, parameter_table
 
 log = logging.getLogger(__name__)
 
-# An evaluator gets (step, state) and yields (name, value).
-Evaluator = Callable[[int, TrainState], Iterator[tuple[str, float]]]
+# An evaluator gets (step, state, poll) and yields (name, value). It calls poll() at every batch, equally often on
+# every process, and lets the Interrupted pass that it raises when the job is told to stop.
+Evaluator = Callable[[int, TrainState, Callable[[], None]], Iterator[tuple[str, float]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +99,12 @@ def train(
     # --- state: (1) the newest checkpoint of the workdir, (2) weights of init_from, (3) random ---
     checkpoints = Checkpointer(workdir, config.checkpoint.keep_last, run.steps["checkpoint.keep_every"])
     skipped: dict[str, int] = {}
+    evaluated = None  # the step whose evaluation an earlier start has done
     if checkpoints.latest() is not None:
         state, meta = checkpoints.restore(abstract_state(run.spec, run.mesh))
         skipped = meta.get("skipped", {})
-        say.line(f"resumed step {int(state.step)} of {checkpoints.folder}")
+        evaluated = int(state.step) if meta.get("evaluated", True) else None
+        say.line(f"resumed step {int(state.step)} of {checkpoints.folder}; {report.goodput_line(workdir)}")
     else:
         state = init_state(run.spec, run.mesh)
         if config.init_from:
@@ -115,7 +118,7 @@ def train(
     tools = Tools(run, checkpoints, writer, loader, Progress(start, run.total, enabled=run.first), StopRequest())
     try:
         with jax.set_mesh(run.mesh):
-            return _loop(tools, state, start, evaluators(run) if evaluators else ())
+            return _loop(tools, state, start, evaluators(run) if evaluators else (), evaluated)
     finally:
         tools.close()
 
@@ -182,9 +185,11 @@ class Tools:
     progress: Progress
     stop: StopRequest
 
-    def save(self, state: TrainState, step: int) -> None:
+    def save(self, state: TrainState, step: int, evaluated: bool) -> None:
+        """Starts to write a checkpoint. ``evaluated`` False: the next start has to evaluate this step again."""
         meta = {
             "step": step,
+            "evaluated": evaluated,
             "example": step * self.run.config.batch_size,
             "skipped": self.loader.skipped,
             "model": dataclasses.asdict(self.run.spec.model),
@@ -213,7 +218,9 @@ class Tools:
         self.checkpoints.close()
 
 
-def _loop(tools: Tools, state: TrainState, start: int, evaluators: Sequence[Evaluator]) -> Outcome:
+def _loop(
+    tools: Tools, state: TrainState, start: int, evaluators: Sequence[Evaluator], evaluated: int | None
+) -> Outcome:
     run, steps = tools.run, tools.run.steps
     step_fn = Compiled(run, tools.progress)
     meter = Meter(run, tools)
@@ -222,17 +229,17 @@ def _loop(tools: Tools, state: TrainState, start: int, evaluators: Sequence[Eval
     for step in range(start, run.stop + 1):
         # --- the state before step `step`: evaluate, save, stop ---
         last = step == run.stop
-        if evaluators and due(step, steps["knn.every"], last and step == run.total) and step != (start or None):
+        whole = True
+        if evaluators and due(step, steps["knn.every"], last and step == run.total) and step != evaluated:
             meter.flush()
             with timed(meter.seconds, "evaluation"):
-                for evaluate in evaluators:
-                    tools.writer.write(step, dict(evaluate(step, state)))
-        preempted = tools.stop.reached(step)
+                whole = _evaluate(tools, evaluators, step, state)
+        preempted = tools.stop.reached()
         if step != saved and step > 0 and (due(step, steps["checkpoint.every"], last or preempted)):
             meter.flush()  # a state that came of non-finite losses must not replace a good one
             if not meter.nonfinite:
                 with timed(meter.seconds, "checkpoint"):
-                    tools.save(state, step)
+                    tools.save(state, step, whole)
                 saved = step
         if step > 0 and due(step, steps["checkpoint.teacher_every"], last) and not meter.nonfinite:
             tools.export_teacher(state, step)
@@ -250,13 +257,25 @@ def _loop(tools: Tools, state: TrainState, start: int, evaluators: Sequence[Eval
         meter.push(step + 1, metrics)
     meter.flush()
     tools.checkpoints.wait()
-    return _finish(tools, step, preempted and step < run.stop)
+    return _finish(tools, step, preempted and (step < run.stop or not whole))
+
+
+def _evaluate(tools: Tools, evaluators: Sequence[Evaluator], step: int, state: TrainState) -> bool:
+    """Writes what the evaluators find. False: told to stop in the middle; nothing of the interrupted one is written."""
+    try:
+        for evaluate in evaluators:
+            tools.writer.write(step, dict(evaluate(step, state, tools.stop.poll)))
+    except Interrupted:
+        tools.progress.line(f"step {step}: told to stop while evaluating; the next start evaluates this step again")
+        return False
+    return True
 
 
 def _finish(tools: Tools, step: int, preempted: bool) -> Outcome:
     run = tools.run
     if run.first:
         report.write(run.workdir)
+        tools.progress.line(report.goodput_line(run.workdir))
     if preempted and not tools.stop.by_person:
         tools.progress.line(f"stopped by a signal at step {step}, checkpoint written; start again to resume")
         return Outcome(step, False, run.config.exit_code_preempted)

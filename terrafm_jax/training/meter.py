@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from terrafm_jax.training import flops
-from terrafm_jax.training.metrics import Progress
+from terrafm_jax.training.metrics import Progress, timed
 from terrafm_jax.training.state import TrainState
 from terrafm_jax.training.step import make_step
+from terrafm_jax.training.watch import Watch
 
 if TYPE_CHECKING:
     from terrafm_jax.training.loop import Run, Tools
@@ -62,6 +63,7 @@ class Meter:
         self._flops = flops.step_flops(run.spec) * run.config.batch_size
         self._peak = flops.peak_flops(jax.devices()[0].device_kind, run.spec.model.dtype) * jax.device_count()
         self._mark, self._mark_step = time.monotonic(), None
+        self._watch = Watch(run.mesh)
 
     def push(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         self.flush()
@@ -73,7 +75,8 @@ class Meter:
             return
         step, metrics = self._pending
         self._pending = None
-        values = jax.device_get(metrics)
+        with timed(self.seconds, "device"):
+            values = jax.device_get(metrics)
         finite = all(math.isfinite(float(values[k])) for k in ("loss", "grad_norm"))
         self.nonfinite = 0 if finite else self.nonfinite + 1
         if not finite or due(step, self._run.steps["log.every"], step in (1, self._run.stop)):
@@ -91,6 +94,7 @@ class Meter:
     def _log(self, step: int, values: Mapping[str, Any]) -> None:
         now = time.monotonic()
         row: dict[str, Any] = dict(values)
+        warnings: list[str] = []
         if self._mark_step is not None and step > self._mark_step:
             elapsed, count = now - self._mark, step - self._mark_step
             row["seconds_per_step"] = elapsed / count
@@ -99,6 +103,8 @@ class Meter:
             if self._peak:
                 row["mfu"] = count * self._flops / elapsed / self._peak
             row |= {f"{name}_share": spent / elapsed for name, spent in self.seconds.items()}
+            warnings = self._watch.interval(elapsed, count, self.seconds)
+            row |= {"warnings": warnings} if warnings else {}
         row["skipped"] = sum(self._tools.loader.skipped.values())
         self._tools.writer.write(step, row)
         speed = row.get("images_per_second")
@@ -108,4 +114,6 @@ class Meter:
             f"entropy {float(values['teacher_entropy']):.2f} grad {float(values['grad_norm']):.3f}{pace}"
             f" left {self._tools.progress.eta()}"
         )
+        for text in warnings:
+            self._tools.progress.line(f"step {step}: {text}")
         self._mark, self._mark_step, self.seconds = now, step, {}

@@ -8,17 +8,23 @@ import types
 import jax
 
 
+class Interrupted(Exception):
+    """Raised by :meth:`StopRequest.poll` in the middle of work that can be done again."""
+
+
 class StopRequest:
     """Turns signals into a flag that every process reads the same at the same step.
 
     One process: SIGTERM and SIGINT set the flag; a second SIGINT interrupts at once. Several
     processes: the preemption service of ``jax.distributed`` catches SIGTERM on any of them and lets
-    all agree on a step; SIGINT is passed on to it as SIGTERM.
+    all agree on one of the next calls of :meth:`reached`; SIGINT is passed on to it as SIGTERM. So every
+    process has to make the same calls in the same order, at every step and at every batch of an evaluation.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self._several = jax.process_count() > 1
+        self._calls, self._agreed = 0, False
         self._before: dict[signal.Signals, object] = {}
         for number in (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._caught)
@@ -30,16 +36,24 @@ class StopRequest:
         if self._several:
             signal.raise_signal(signal.SIGTERM)
 
-    def reached(self, step: int) -> bool:
-        """True once all processes have agreed to stop at ``step``; every process must ask at every step."""
+    def reached(self) -> bool:
+        """True from the call on at which all processes have agreed to stop."""
         if not self._several:
             return self.signal is not None
+        if self._agreed:
+            return True
         from jax.experimental import multihost_utils
 
-        if multihost_utils.reached_preemption_sync_point(step):
+        self._calls += 1
+        if multihost_utils.reached_preemption_sync_point(self._calls):
             self.signal = self.signal or signal.SIGTERM
-            return True
-        return False
+            self._agreed = True
+        return self._agreed
+
+    def poll(self) -> None:
+        """Raises Interrupted once :meth:`reached`; for work that takes longer than a step."""
+        if self.reached():
+            raise Interrupted
 
     @property
     def by_person(self) -> bool:

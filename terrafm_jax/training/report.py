@@ -113,6 +113,20 @@ def goodput(rows: Sequence[Mapping[str, Any]]) -> Goodput:
     return Goodput(starts=len(parts), **total)
 
 
+def goodput_line(workdir: Any) -> str:
+    """Goodput over all starts of a workdir as one line for the log; "" where nothing (readable) was logged."""
+    try:
+        spent = goodput(read_rows(workdir))
+    except OSError:
+        return ""
+    if not spent.wall:
+        return ""
+    lost = sorted(((s, n) for n, s in dataclasses.asdict(spent).items() if n not in ("steps", "starts")), reverse=True)
+    most = ", ".join(f"{name} {seconds / spent.wall:.0%}" for seconds, name in lost[:2] if seconds)
+    starts = f"{spent.starts} start{'s' * (spent.starts != 1)}"
+    return f"goodput {spent.share:.0%} of {clock(spent.wall)} over {starts}" + (f" (lost: {most})" if most else "")
+
+
 def _one_run(rows: Sequence[Mapping[str, Any]], kept: float) -> dict[str, float]:
     """Seconds of one start by kind; steps above ``kept`` were repeated later."""
     found = dict.fromkeys(("steps", "repeated", "data", "checkpoint", "evaluation", "startup"), 0.0)
@@ -246,6 +260,8 @@ def warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     spread = [v for _, v in series(rows, "feature_std")[-3:]]
     if spread and max(spread) < 0.05:
         found.append(f"Class tokens hardly differ (feature_std {spread[-1]:.3f}): the teacher has collapsed")
+    for row in [row for row in rows if "loss" in row][-1:]:
+        found += map(str, row.get("warnings", ()))
     broken = sum(isinstance(row.get("loss"), str) for row in rows)
     if broken:
         found.append(f"{broken} logged losses were not finite")

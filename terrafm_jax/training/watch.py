@@ -1,0 +1,101 @@
+"""Warnings about speed while training runs: slow input, processes that keep the others waiting, sudden slowness."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+SLOW_INPUT = 0.05  # share of the wall time
+STRAGGLER = 0.05  # share of the wall time that a process works on its own longer than the median process
+SLOWER = 1.5  # times the usual seconds a step
+REMEMBERED = 20  # intervals that make "usual"
+REPEAT = 10  # a warning that stays true is said again after so many intervals
+
+
+def slow_input(data_share: float) -> str:
+    """Warning where waiting for batches takes too much of the time, else ""."""
+    if data_share <= SLOW_INPUT:
+        return ""
+    return (
+        f"slow input: {data_share:.0%} of the time went into waiting for batches; more config.data.workers, "
+        "config.data.cache or config.data.echo (docs/input.md)"
+    )
+
+
+def stragglers(own: Sequence[float], elapsed: float) -> str:
+    """Warning naming the processes that others wait for, else "".
+
+    Args:
+      own: per process the seconds it spent on its own: waiting for its input and in Python, not for the devices.
+      elapsed: seconds of the interval.
+    """
+    median = float(np.median(own))
+    late = [(p, s - median) for p, s in enumerate(own) if s - median > STRAGGLER * elapsed]
+    if not late or elapsed <= 0:
+        return ""
+    worst = ", ".join(f"process {p} (+{s / elapsed:.0%})" for p, s in sorted(late, key=lambda x: -x[1])[:4])
+    return f"stragglers: the others wait for {worst}: look at the input and the load of these hosts"
+
+
+def sudden(seconds: float, earlier: Sequence[float]) -> str:
+    """Warning where a step takes much longer than it usually did, else ""; needs five earlier intervals."""
+    if len(earlier) < 5 or seconds <= SLOWER * (usual := float(np.median(earlier))):
+        return ""
+    return f"slow: {seconds:.2f} s a step, {seconds / usual:.1f} times the usual {usual:.2f} s"
+
+
+class Watch:
+    """Judges each logged interval; the figures of all processes arrive one interval late, so nothing waits for them."""
+
+    def __init__(self, mesh: Mesh):
+        self._devices = mesh.devices.reshape(-1)
+        self._sent: tuple[jax.Array, float] | None = None
+        self._earlier: list[float] = []
+        self._said: dict[str, int] = {}
+        self._interval = 0
+
+    def interval(self, elapsed: float, steps: int, spent: Mapping[str, float]) -> list[str]:
+        """Warnings about ``steps`` steps that took ``elapsed`` seconds; every process calls it at the same steps.
+
+        ``spent``: seconds of this process by part, as ``Meter`` counts them.
+        """
+        self._interval += 1
+        busy = sum(spent.get(name, 0.0) for name in ("checkpoint", "evaluation"))
+        stepping = max(elapsed - busy, 1e-9)
+        pace = stepping / steps
+        found = {
+            "input": slow_input(spent.get("data", 0.0) / elapsed),
+            "straggler": self._compare(max(0.0, stepping - spent.get("device", 0.0)), stepping),
+            "sudden": sudden(pace, self._earlier),
+        }
+        self._earlier = [*self._earlier, pace][-REMEMBERED:]
+        return [text for kind, text in found.items() if text and self._is_news(kind)]
+
+    def _is_news(self, kind: str) -> bool:
+        last = self._said.get(kind)
+        if last is not None and self._interval - last < REPEAT:
+            return False
+        self._said[kind] = self._interval
+        return True
+
+    def _compare(self, own: float, elapsed: float) -> str:
+        """Sends this interval's figure round and judges the one before."""
+        if jax.process_count() == 1:
+            return ""
+        before, self._sent = self._sent, (self._gather(own), elapsed)
+        if before is None:
+            return ""
+        seconds = np.asarray(before[0].addressable_data(0))
+        by_process = {d.process_index: s for d, s in zip(self._devices, seconds, strict=True)}
+        return stragglers([float(by_process[p]) for p in sorted(by_process)], before[1])
+
+    def _gather(self, own: float) -> jax.Array:
+        """float32 [devices] on every device, ``own`` of the process each belongs to."""
+        line = Mesh(self._devices, ("all",), axis_types=(jax.sharding.AxisType.Auto,))
+        split, whole = NamedSharding(line, P("all")), NamedSharding(line, P())
+        mine = np.full(len(line.local_devices), own, np.float32)
+        return jax.jit(lambda x: x, out_shardings=whole)(jax.make_array_from_process_local_data(split, mine))
