@@ -1,10 +1,11 @@
 """The matrix of docs/scaling.md: the train step compiled for every chip type, model and size, no TPU needed.
 
     python -m benchmarks.tpu_matrix [--only REGEX] [--force]      # compiles what the JSON lacks
-    python -m benchmarks.tpu_matrix --table                       # prints the JSON as markdown
+    python -m benchmarks.tpu_matrix --table                       # prints the JSON as markdown tables
 
 Each entry runs in a process of its own and is written to benchmarks/results/tpu_matrix.json at once, so the
-script may be stopped and started at will. An entry takes minutes to half an hour of one core.
+script may be stopped and started at will. An entry takes minutes to half an hour of one core; --minutes limits
+the whole call.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,29 +37,31 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    """The comparison points of the naive step first, then models, sizes and slices."""
-    scan = ("--config.compute.scan=True",)
+    """The comparison with the naive step first, then the paper's batches (1024 for B, 2048 for L), most telling first.
+
+    Scanned layers compile several times faster; the estimate is of the scanned program, which is a little slower
+    than the unrolled one.
+    """
+    scan, remat = ("--config.compute.scan=True",), ("--config.compute.remat=block",)
     found = []
     for topology, images in (("v5e:4x4", 16), ("v5p:2x2x2", 32)):
-        found += [Entry("naive", topology, images, "naive"), Entry("B", topology, images)]
-    for topology in ("v4:2x2x2", "v6e:4x4"):
-        found.append(Entry("B", topology, 16))
-    for topology, images in (("v4:4x4x4", 16), ("v5e:8x8", 16), ("v5p:4x4x4", 16), ("v6e:8x8", 16)):
-        found.append(Entry("B scan", topology, images, "vitb", scan))
-    for topology in ("v5e:16x16", "v6e:16x16", "v5p:4x8x8", "v4:4x8x8", "2*v5e:8x8", "2*v5p:4x4x4"):
-        found.append(Entry("B scan", topology, 8, "vitb", scan))
-    for topology in ("v4:4x4x4", "v5p:4x4x4", "v6e:8x8", "v5p:4x8x8", "2*v5p:4x4x4"):
-        found.append(Entry("L scan", topology, 16, "vitl", scan))
-    found.append(Entry("L scan, remat", "v5e:16x16", 8, "vitl", (*scan, "--config.compute.remat=block")))
-    return found
+        found += [Entry("B scan", topology, images, "vitb", scan), Entry("naive", topology, images, "naive")]
+    found += [Entry("L scan", "v5p:4x4x8", 16, "vitl", scan)]
+    found += [Entry("B scan", t, 16, "vitb", scan) for t in ("v5e:8x8", "v6e:8x8", "v4:4x4x4", "v5p:4x4x4")]
+    found += [Entry("B scan", t, 8, "vitb", scan) for t in ("2*v5e:8x8", "2*v5p:4x4x4")]
+    found += [Entry("L scan", t, 16, "vitl", scan) for t in ("v6e:8x16", "v4:4x4x8", "2*v5p:4x4x4")]
+    found += [Entry("L scan, remat", "v5e:8x16", 16, "vitl", (*scan, *remat))]
+    found += [Entry("B scan", t, 4, "vitb", scan) for t in ("v5e:16x16", "v6e:16x16", "v5p:4x8x8", "v4:4x8x8")]
+    found += [Entry("B scan", t, 16, "vitb", scan) for t in ("v4:2x2x2", "v5e:2x4", "v6e:2x4")]
+    return [*found, Entry("B", "v5e:4x4", 16), Entry("B", "v5p:2x2x2", 32)]
 
 
 def key(entry: Entry) -> str:
     return f"{entry.name} | {entry.topology} | {entry.images}"
 
 
-def compile_entry(entry: Entry) -> dict[str, Any]:
-    """The report of one entry; {"error": ...} where compiling failed."""
+def compile_entry(entry: Entry, limit: float) -> dict[str, Any]:
+    """The report of one entry; {"error": ...} where compiling failed or took longer than ``limit`` seconds."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "report.json"
         if entry.model == "naive":
@@ -67,7 +71,10 @@ def compile_entry(entry: Entry) -> dict[str, Any]:
                 sys.executable, "-m", "terrafm_jax.aot", f"--config=configs/{entry.model}.py", f"--json={out}",
                 f"--topology={entry.topology}", f"--images_per_chip={entry.images}", *entry.config,
             ]  # fmt: skip
-        done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+        try:
+            done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=limit)
+        except subprocess.TimeoutExpired:
+            return {"error": f"not compiled within {limit:.0f} s"}
         if not out.exists():
             return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1][:500]}
         return json.loads(out.read_text())
@@ -111,28 +118,71 @@ def load() -> dict[str, Any]:
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
+def speedup(results: dict[str, Any], name: str) -> float | None:
+    """MFU over that of the naive step on the same topology with as many images; None where it was not compiled."""
+    _, topology, images = name.split(" | ")
+    naive = results.get(f"naive | {topology} | {images}", {})
+    return results[name]["mfu"] / naive["mfu"] if "mfu" in naive else None
+
+
 def table(results: dict[str, Any]) -> str:
     """Markdown."""
     lines = [
-        "| step | topology | images a chip | GiB of HBM | step ms | communication ms (exposed) | views"
-        " | program / formula FLOPs | MFU | images/s a chip |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| step | topology | images a chip | HBM GiB | step ms | floor ms | views | wire MB (least) "
+        "| wire ms shown, hidden | program / formula FLOPs | MFU | over naive | images/s a chip |",
+        "| --- | --- |" + " ---: |" * 11,
     ]
     for name, r in results.items():
         title, topology, images = name.split(" | ")
         if "error" in r:
-            lines.append(f"| {title} | {topology} | {images} | {r['error'][:80]} |" + " |" * 6)
+            lines.append(f"| {title} | {topology} | {images} | {r['error'][:80]} |" + " |" * 9)
             continue
-        kinds = r["seconds_by_kind"]
-        wire = (kinds.get("collective", 0) + kinds.get("dcn", 0)) * 1e3
         memory = f"{r['memory']['peak'] / 2**30:.1f} of {r['memory']['hbm'] / 2**30:.0f}" if "memory" in r else ""
+        memory += "" if r.get("fits", True) else " (does not fit)"
         views = f"{r['views_share']:.1%}" if "views_share" in r else ""
-        ratio = r["flops"]["program"] / r["flops"]["formula"]
-        speed = r["images_per_chip"] / r["step_seconds"]
+        wire = shown = ""
+        if "collectives" in r:
+            total = sum(c["bytes"] for c in r["collectives"])
+            wire = f"{total / 1e6:.0f} ({r['gradient_bytes'] / 1e6:.0f})"
+            seconds = [1e3 * sum(c[f"{k}_seconds"] for c in r["collectives"]) for k in ("exposed", "hidden")]
+            shown = f"{seconds[0]:.1f}, {seconds[1]:.1f}"
+        ratio = speedup(results, name)
         lines.append(
-            f"| {title} | {topology} | {images} | {memory} | {r['step_seconds'] * 1e3:.1f} | {wire:.1f} | {views} | "
-            f"{ratio:.2f} | {r['mfu']:.1%} | {speed:.0f} |"
+            f"| {title} | {topology} | {images} | {memory} | {r['step_seconds'] * 1e3:.1f} | "
+            f"{r['floor_seconds'] * 1e3:.1f} | {views} | {wire} | {shown} | "
+            f"{r['flops']['program'] / r['flops']['formula']:.2f} | {r['mfu']:.1%} | "
+            f"{f'{ratio:.2f}' if ratio else ''} | {r['images_per_chip'] / r['step_seconds']:.0f} |"
         )
+    return "\n".join(lines)
+
+
+def parts(results: dict[str, Any]) -> str:
+    """Markdown: where the time of each step goes, in per cent, by part of the step and by kind of work."""
+    found = {name: r for name, r in results.items() if "seconds_by_scope" in r}
+    scopes, kinds = (
+        list(dict.fromkeys(k for r in found.values() for k in r[f"seconds_by_{what}"])) for what in ("scope", "kind")
+    )
+    lines = ["| step | " + " | ".join([*scopes, *kinds]) + " |", "| --- |" + " ---: |" * (len(scopes) + len(kinds))]
+    for name, r in found.items():
+        shares = [r["seconds_by_scope"].get(k, 0.0) for k in scopes] + [r["seconds_by_kind"].get(k, 0.0) for k in kinds]
+        cells = [f"{s / r['step_seconds']:.1%}" for s in shares]
+        lines.append(f"| {name.replace(' | ', ', ')} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def chip_hours(results: dict[str, Any]) -> str:
+    """Markdown: the paper's recipes at each estimate of B and L (150 and 200 epochs of 1.53 million tiles)."""
+    from terrafm_jax.tpu.scaling import paper_recipes
+
+    recipes = {r.name: r for r in paper_recipes()}
+    lines = ["| step | chips | chip-hours | days |", "| --- | ---: | ---: | ---: |"]
+    for name, r in results.items():
+        recipe = recipes.get(name.split(" ")[0])
+        if recipe is None or "error" in r:
+            continue
+        hours = recipe.images / (r["images_per_chip"] / r["step_seconds"]) / 3600
+        title = name.replace(" | ", ", ")
+        lines.append(f"| {title} | {r['chips']} | {hours:,.0f} | {hours / r['chips'] / 24:.1f} |")
     return "\n".join(lines)
 
 
@@ -140,22 +190,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="regular expression on 'name | topology | images'")
     parser.add_argument("--force", action="store_true", help="compile entries again")
+    parser.add_argument("--minutes", type=float, default=24 * 60, help="stop after so long")
     parser.add_argument("--table", action="store_true", help="print the table and stop")
     parser.add_argument("--naive", nargs=3, metavar=("TOPOLOGY", "IMAGES", "FILE"), help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.naive:
         Path(a.naive[2]).write_text(json.dumps(compile_naive(a.naive[0], int(a.naive[1]))))
         return
-    results = load()
+    results, end = load(), time.monotonic() + 60 * a.minutes
     for entry in () if a.table else entries():
         name = key(entry)
         if not re.search(a.only, name) or (name in results and "error" not in results[name] and not a.force):
             continue
+        if end - time.monotonic() < 30:
+            break
         print(f"{name} ...", file=sys.stderr, flush=True)
-        results = {**load(), name: compile_entry(entry)}
+        results = {**load(), name: compile_entry(entry, end - time.monotonic())}
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    print(table(results))
+    print("\n\n".join((table(results), parts(results), chip_hours(results))))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,20 @@ def test_tile_bytes_by_hand():
     assert scaling.tile_bytes(compression=2) == scaling.tile_bytes() / 2
 
 
+def test_a_pod_stays_under_half_a_gigabyte_a_host():
+    """Four v5e chips at 55 % of 197 TF/s and 455 GFLOP an image ask for 952 tiles of 7.6 MB a second."""
+    images, whole, echo = scaling.echo_needed(B, CHIPS["v5e"])
+    assert images == pytest.approx(4 * 0.55 * 197e12 / 455e9, rel=0.01)
+    assert whole == images * scaling.tile_bytes()
+    assert echo == 16
+    for recipe in (B, L):
+        for chip in CHIPS.values():
+            _, whole, echo = scaling.echo_needed(recipe, chip)
+            assert whole / echo <= scaling.HOST_BYTES
+            assert echo == 1 or 2 * whole / echo > scaling.HOST_BYTES
+    assert scaling.input_table().count("\n") == 9
+
+
 @pytest.mark.parametrize("chip", list(CHIPS))
 def test_every_size_has_a_slice(chip):
     for chips in scaling.SIZES:
@@ -82,3 +96,31 @@ def test_chip_hours():
 def test_table_has_one_line_a_size():
     rows = scaling.weak_scaling(B, "v6e", 16)
     assert len(scaling.table(rows).splitlines()) == len(rows) + 2
+
+
+def test_matrix_tables_compare_with_the_naive_step():
+    """Two entries on one topology, and one that failed."""
+    from benchmarks import tpu_matrix
+
+    def entry(mfu, **more):
+        return {
+            "mfu": mfu, "chips": 16, "images_per_chip": 16, "step_seconds": 0.08, "floor_seconds": 0.05,
+            "flops": {"program": 2.0, "formula": 1.6}, **more,
+        }  # fmt: skip
+
+    whole = entry(
+        0.5, memory={"peak": 2**33, "hbm": 2**34}, fits=True, views_share=0.04, gradient_bytes=5e8,
+        collectives=[{"bytes": 6e8, "exposed_seconds": 2e-3, "hidden_seconds": 1e-3}],
+        seconds_by_scope={"views": 0.0032, "rest": 0.0768}, seconds_by_kind={"compute": 0.078, "collective": 0.002},
+    )  # fmt: skip
+    results = {
+        "B scan | v5e:4x4 | 16": whole, "naive | v5e:4x4 | 16": entry(0.4), "L scan | v4:4x4x8 | 16": {"error": "x"},
+    }  # fmt: skip
+    assert tpu_matrix.speedup(results, "B scan | v5e:4x4 | 16") == pytest.approx(1.25)
+    table = tpu_matrix.table(results).splitlines()
+    row = "| 8.0 of 16 | 80.0 | 50.0 | 4.0% | 600 (500) | 2.0, 1.0 | 1.25 | 50.0% | 1.25 | 200 |"
+    assert table[2] == f"| B scan | v5e:4x4 | 16 {row}"
+    assert len({line.count("|") for line in table}) == 1
+    assert tpu_matrix.parts(results).splitlines()[2] == "| B scan, v5e:4x4, 16 | 4.0% | 96.0% | 97.5% | 2.5% |"
+    (hours,) = tpu_matrix.chip_hours(results).splitlines()[2:]
+    assert hours == f"| B scan, v5e:4x4, 16 | 16 | {150 * 1_530_000 / 200 / 3600:,.0f} | 0.8 |"

@@ -215,6 +215,33 @@ def weak_scaling(recipe: Recipe, chip: str, images: int, **options: float) -> li
     return [step_time(recipe, standard_topology(chip, chips), images, **options) for chips in SIZES]
 
 
+HOST_BYTES = 0.5e9  # bytes/s that a host reads from a bucket and decodes beside its other work
+
+
+def echo_needed(recipe: Recipe, chip: Chip, mfu: float = 0.55) -> tuple[float, float, int]:
+    """Input of one host with four chips: (images/s, bytes/s of whole tiles, view sets per tile to stay in HOST_BYTES).
+
+    The last is the smallest power of two: the value for ``config.data.echo``.
+    """
+    images = 4 * chip.flops * mfu / recipe.flops
+    whole = images * tile_bytes()
+    return images, whole, 2 ** max(0, math.ceil(math.log2(whole / HOST_BYTES)))
+
+
+def input_table() -> str:
+    """Markdown."""
+    lines = [
+        "| model | chip | images/s a host | GB/s of whole tiles | `data.echo` | GB/s a host |",
+        "|" + " ---: |" * 6,
+    ]
+    for recipe in paper_recipes():
+        for name, chip in CHIPS.items():
+            images, whole, echo = echo_needed(recipe, chip)
+            cells = (recipe.name, name, f"{images:,.0f}", f"{whole / 1e9:.1f}", echo, f"{whole / echo / 1e9:.2f}")
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
 def table(rows: list[StepTime]) -> str:
     """Markdown."""
     lines = [
@@ -234,6 +261,7 @@ def table(rows: list[StepTime]) -> str:
 
 
 def main() -> None:
+    print(input_table())
     for recipe in paper_recipes():
         for chip in CHIPS:
             print(f"\n### {recipe.name}, {chip}: the paper's batch of {recipe.batch}\n")
