@@ -319,14 +319,15 @@ def test_dates_are_composited_by_valid_pixels(tmp_path: Path, composite: str) ->
     for i, value in enumerate(values):
         data = np.full((12, 64, 64), value, np.uint16)
         data[:, :32] = 0 if i == 0 else data[:, :32]
+        data[:, 60:] = 0
         dates.append(write(tmp_path / f"{i}.tif", data, names=SENSORS["s2_l2a"].band_names))
     acquisitions = [inputs.resolve(f"s2_l2a={d}", inputs.Declared()) for d in dates]
     reader = read.SceneReader(acquisitions, grid_lib.target_grid(acquisitions), composite=composite)
     found = reader.read(0, 0, 64, 64)["s2_l2a"]
     top, bottom = {"first": (3000, 1000), "median": (2300, 1600), "mean": (2300, 5600 / 3)}[composite]
-    assert found.valid.all()
+    assert np.array_equal(found.valid, np.broadcast_to(np.arange(64)[:, None] < 60, (64, 64)))
     assert found.values[:32] == pytest.approx(top)
-    assert found.values[32:] == pytest.approx(bottom, rel=1e-5)
+    assert found.values[32:60] == pytest.approx(bottom, rel=1e-5)
 
 
 def test_units_end_in_the_same_features(tmp_path: Path) -> None:
@@ -346,11 +347,12 @@ def test_units_end_in_the_same_features(tmp_path: Path) -> None:
         assert np.allclose(tokens(outs[0]), tokens(outs[1]), atol=2e-3), flag
 
 
-def test_geographic_rasters_go_to_utm(tmp_path: Path) -> None:
-    degrees = 8.983e-5
+@pytest.mark.parametrize("across", [8.983e-5, 8.983e-5 / 0.695])
+def test_geographic_rasters_go_to_utm(tmp_path: Path, across: float) -> None:
+    # Pixels as high as 10 m; as wide in degrees, or as wide in meters.
     source = write(
-        tmp_path / "geo.tif", surface(160, 160, 12), crs="EPSG:4326", gsd=degrees, west=9.0, north=46.0,
-        names=SENSORS["s2_l2a"].band_names,
+        tmp_path / "geo.tif", surface(160, 160, 12), crs="EPSG:4326", names=SENSORS["s2_l2a"].band_names,
+        transform=rasterio.Affine(across, 0, 9.0, 0, -8.983e-5, 46.0),
     )  # fmt: skip
     out = tmp_path / "e.tif"
     assert call(out=out, sensors={"s2_l2a": source}) == 0

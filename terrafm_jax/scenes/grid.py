@@ -93,7 +93,8 @@ def _finest(acquisition: Acquisition) -> tuple[str, float]:
     sizes = {}
     for path in acquisition.paths:
         with open_raster(path) as source:
-            sizes[path] = float(source.transform.a)
+            # Degrees of latitude are the same length everywhere, those of longitude are not.
+            sizes[path] = float(source.transform.a if source.crs.is_projected else -source.transform.e)
     path = min(sizes, key=sizes.__getitem__)
     return path, sizes[path]
 
@@ -106,7 +107,7 @@ def _utm(crs: CRS, bounds: Any) -> CRS:
 
 
 def _meters(degrees: float) -> float:
-    """A pixel of a geographic raster in meters (along the meridian), rounded to 10 m where it is close."""
+    """Degrees of latitude in meters, rounded to 10 m where it is close."""
     size = degrees * 111_320.0
     return round(size / 10) * 10.0 if abs(size / 10 - round(size / 10)) < 0.08 and size > 5 else size
 

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import logging
 import threading
-import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -130,10 +129,7 @@ class SceneReader:
                 hole = np.isnan(values).any(-1)
                 values[hole] = other[hole]
         else:
-            whole = np.stack([np.where(np.isnan(s).any(-1, keepdims=True), np.nan, s) for s in stack])
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)  # pixels without any date stay NaN
-                values = (np.nanmedian if self._composite == "median" else np.nanmean)(whole, axis=0)
+            values = _middle(np.stack(stack), self._composite)
         valid = ~np.isnan(values).any(-1)
         if key == "s1":
             values = 10.0 * np.log10(np.maximum(values, _POWER_FLOOR))
@@ -221,6 +217,23 @@ class SceneReader:
             found = self._classes_on(mask.path, grid)
             keep &= ~np.isin(found, mask.classes) if mask.classes else found != 0
         return keep
+
+
+def _middle(dates: np.ndarray, how: str) -> np.ndarray:
+    """Median or mean of the valid dates of [dates, H, W, bands] per pixel; NaN where there is none.
+
+    NumPy's nanmedian warns of empty pixels, and silencing warnings is not safe in threads.
+    """
+    measured = ~np.isnan(dates).any(-1)
+    count = measured.sum(0)
+    if how == "mean":
+        total = np.where(measured[..., None], dates, 0.0).sum(0, dtype=np.float64)
+        found = total / np.maximum(count, 1)[..., None]
+    else:
+        ranked = np.sort(np.where(measured[..., None], dates, np.inf), axis=0)
+        ends = np.stack([np.maximum(count - 1, 0) // 2, np.minimum(count // 2, len(dates) - 1)])
+        found = np.take_along_axis(ranked, ends[..., None], 0).mean(0)
+    return np.where((count > 0)[..., None], found, np.nan).astype(np.float32)
 
 
 def _common_bands(dates: Sequence[Acquisition]) -> tuple[str, ...]:
