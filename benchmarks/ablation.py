@@ -109,7 +109,7 @@ def score_run(bench: Bench, workdir: Path, config: Mapping[str, Any]) -> dict[st
     """bool [N] by input, of a run's teacher."""
     arrays, meta = weights.load_npz(weights.newest_teacher(workdir))
     spec = ModelSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["model"].items()})
-    size = config["views"]["global_size"]
+    size = config["views.global_size"]
     return {
         name: bench.encoder(spec, arrays["backbone"], sensor, size)
         for name, sensor in INPUTS.items()
@@ -216,11 +216,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     runs = {(row, seed): train(args, row, seed) for seed in args.seeds for row in args.rows}
     bench = Bench(args.data, args.queries)
-    config = json.loads((next(iter(runs.values())) / "config_resolved.json").read_text(encoding="utf-8"))
+    config = json.loads((next(iter(runs.values())) / "config_resolved.json").read_text(encoding="utf-8"))["config"]
     scored = {key: score_run(bench, workdir, config) for key, workdir in runs.items()}
     _, meta = weights.load_npz(weights.newest_teacher(runs[args.rows[-1], args.seeds[0]]))
     spec = ModelSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["model"].items()})
-    found = baselines(bench, spec, args.seeds, config["views"]["global_size"])
+    found = baselines(bench, spec, args.seeds, config["views.global_size"])
     for row in args.rows:
         for given in INPUTS:
             rights = [scored[row, seed][given] for seed in args.seeds if given in scored[row, seed]]

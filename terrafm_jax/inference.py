@@ -17,11 +17,11 @@ from terrafm_jax import units as units_lib
 from terrafm_jax import weights
 from terrafm_jax.loader import Loaded
 from terrafm_jax.models import Features, ModelSpec, patchify, terrafm
-from terrafm_jax.sensors import SENSOR_KEYS, SENSORS, Sensor, SensorError, normalize
+from terrafm_jax.sensors import NORMALIZED_MEAN, SENSOR_KEYS, SENSORS, Sensor, SensorError, normalize
 
 log = logging.getLogger(__name__)
 
-FILL = 0.5  # the normalised value of the mean: what a pixel without a measurement gets, as in training
+FILL = NORMALIZED_MEAN  # what a pixel without a measurement gets, as in training
 MIN_SIDE = 16
 _UPSTREAM_STEM = "s2_l1c"  # the stem that upstream's code takes for every 12-band input
 

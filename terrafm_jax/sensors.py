@@ -176,6 +176,9 @@ def band_name(name: str, of: Sensor | None = None) -> str | None:
     return None
 
 
+NORMALIZED_MEAN = 0.5  # what `normalize` makes of the mean
+
+
 def normalize(values: Any, mean: Any, std: Any, offset: Any = 0.0) -> Any:
     """The one normalisation: ``(values - offset - (mean - 2 std)) / (4 std)``, without clipping.
 

@@ -11,6 +11,7 @@ import pytest
 
 from terrafm_jax import weights
 from terrafm_jax.models import ModelSpec, Prepared, encode, init_params, prepare
+from terrafm_jax.sensors import NORMALIZED_MEAN
 
 SPEC = ModelSpec(width=32, depth=1, heads=2, patch=4, grid=4, fusion_heads=8, prototypes=8, head_hidden=8)
 forward = jax.jit(encode, static_argnums=0)
@@ -87,6 +88,15 @@ def test_absent_sensors_change_nothing(folded):
     np.testing.assert_allclose(
         forward(spec, backbone, x, present).cls, forward(spec, backbone, two).cls, rtol=0, atol=2e-6
     )
+
+
+def test_the_mean_image_starts_without_a_response():
+    params = init_params(SPEC, jax.random.key(3))["backbone"]["patch_embed"]
+    for sensor in SPEC.sensors:
+        stem = params[f"conv2d_{sensor}"]
+        response = np.full(len(stem["kernel"]), NORMALIZED_MEAN) @ np.asarray(stem["kernel"], np.float64) + stem["bias"]
+        np.testing.assert_allclose(response, 0, atol=1e-5)
+        assert np.abs(stem["bias"]).max() > 0.1
 
 
 def test_order_of_the_dict_does_not_matter():

@@ -18,15 +18,21 @@ from terrafm_jax.models import folding
 from terrafm_jax.models.columns import stem_product
 from terrafm_jax.models.layers import LayerNorm, Linear, expand, precision, trunc_normal, uniform_fan_in
 from terrafm_jax.models.spec import ModelSpec
+from terrafm_jax.sensors import NORMALIZED_MEAN
 
 
 class Stem(nnx.Module):
-    """A convolution with kernel = stride = patch, as a matrix product: kernel [p*p*C, 3d]."""
+    """A convolution with kernel = stride = patch, as a matrix product: kernel [p*p*C, 3d].
+
+    The bias starts at minus the kernel's response to the mean image. Normalised values lie around 0.5, not 0; with a
+    random bias that constant outweighs what differs between patches, tokens start out nearly alike, and small models
+    spend hundreds of steps near collapse (docs/experiments.md).
+    """
 
     def __init__(self, spec: ModelSpec, sensor: str, *, rngs: nnx.Rngs):
         fan_in = spec.patch_features(sensor)
         self.kernel = nnx.Param(uniform_fan_in(rngs.params(), (fan_in, spec.stem_width), fan_in))
-        self.bias = nnx.Param(uniform_fan_in(rngs.params(), (spec.stem_width,), fan_in))
+        self.bias = nnx.Param(-NORMALIZED_MEAN * self.kernel[...].sum(0))
 
 
 class Projection(nnx.Module):

@@ -19,7 +19,7 @@ from jax import Array
 from terrafm_jax import sensors
 from terrafm_jax.ssl.boxes import to_pixels
 
-FILL = 0.5  # the normalised value of the mean: what a pixel without any measurement gets
+FILL = sensors.NORMALIZED_MEAN  # what a pixel without any measurement gets
 MIN_WEIGHT = 1e-3  # smallest share of the filter's weight on valid pixels that yields a value
 REACH = 1.0  # stored pixels beyond the array's edge up to which the edge value is continued (shifted grids)
 
