@@ -133,6 +133,8 @@ def base() -> ConfigDict:
     c.knn.test_examples = 5000
     c.knn.batch_size = 256
     c.knn.protocol = "galileo-knn20"
+    c.knn.labelled = ""  # folder of labelled images to evaluate as well, with the same protocol (docs/evaluation.md)
+    c.knn.suite = "folder"  # what that folder is: a suite of terrafm_jax.evaluate
 
     c.profile = ConfigDict()
     c.profile.start, c.profile.stop = 0, 0  # steps between which a profiler trace is written

@@ -8,11 +8,12 @@ compare side by side. Exit codes: 0 all rows there, 1 an error or a failed row, 
 from __future__ import annotations
 
 import logging
-import os
 import sys
 
 from absl import app, flags
 from ml_collections import config_flags
+
+from terrafm_jax.xla import cache_compilations
 
 config_flags.DEFINE_config_file("config", None, "configs/eval/X.py: values for the flags below; a flag given wins")
 _CHECKPOINT = flags.DEFINE_multi_string(
@@ -68,20 +69,12 @@ def settings() -> dict:
     return {"out": "eval_out", **{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}}
 
 
-def _cache_compilations() -> None:
-    """A second start and every further learning rate need not compile again."""
-    import jax
-
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.expanduser("~"), ".cache", "terrafm_jax"))
-
-
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     logging.getLogger("absl").setLevel(logging.ERROR)
-    _cache_compilations()
+    cache_compilations()
     wanted = settings()
 
     from terrafm_jax.evals.datasets.base import DatasetError

@@ -7,22 +7,15 @@ request, 1 an error, with one line that says what to do, 2 wrong flags.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 
 from absl import app, flags
 from ml_collections import config_flags
 
+from terrafm_jax.xla import cache_compilations
+
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/finetune/X.py[:argument]")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; resumed when it holds one")
-
-
-def _cache_compilations() -> None:
-    """A second start and every further learning rate need not compile again."""
-    import jax
-
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.expanduser("~"), ".cache", "terrafm_jax"))
 
 
 def main(argv: list[str]) -> None:
@@ -30,7 +23,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     logging.getLogger("absl").setLevel(logging.ERROR)
-    _cache_compilations()
+    cache_compilations()
 
     from terrafm_jax.config import ConfigError
     from terrafm_jax.evals.datasets.base import DatasetError

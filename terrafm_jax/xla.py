@@ -1,4 +1,4 @@
-"""One XLA flag that results depend on, set before the first computation.
+"""One XLA flag that results depend on, set before the first computation, and the folder of compiled programs.
 
 jaxlib 0.10.2 and 0.11 hand some reductions on CPU to a library (``__ynn_fusion``) that returns silently
 wrong, thread-dependent sums: https://github.com/jax-ml/jax/issues/39103; the fused embedding of this
@@ -26,3 +26,11 @@ def avoid_wrong_sums() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if (0, 10, 2) <= version < (0, 12) and FLAG not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {FLAG}=".strip()
+
+
+def cache_compilations() -> None:
+    """Keeps compiled programs in the user's cache: a second start need not compile again."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.expanduser("~"), ".cache", "terrafm_jax"))

@@ -260,6 +260,21 @@ def test_a_failing_data_set_does_not_stop_the_others(tmp_path):
     assert any("error" not in r for r in rows)
 
 
+def test_one_percent_partitions_stand_beside_published_one_percent(tmp_path):
+    from terrafm_jax.evals.datasets import geobench as gb
+
+    labels = [0, 1, 2, 0, 1, 2, 0, 1, 2]
+    fake.geobench(tmp_path / "gb", "m-eurosat", "classification_v1.0", gb._S2_13, labels)
+    found = settings(tmp_path, checkpoints=("raw",), suite="geobench", data=str(tmp_path / "gb"),
+                     protocols=("galileo-knn20",), options={"partition": "0.01x_train"}, figures=False)  # fmt: skip
+    (row,) = Session(found, say=lambda text: None).run()
+    assert row["fraction"] == 0.01
+    assert "partition 0.01x_train" in row["note"]
+    text = (tmp_path / "out/results.md").read_text()
+    assert "59.3" in text
+    assert "94.2" not in text
+
+
 def test_report_shows_published_rows_beside_ours(tmp_path):
     row = {"key": "k", "model": "ours", "weights": "w", "suite": "geobench", "dataset": "m-eurosat",
            "inputs": ["s2_l1c"], "task": "classification", "image_size": 224, "protocol": "galileo-knn20/1",
@@ -269,6 +284,13 @@ def test_report_shows_published_rows_beside_ours(tmp_path):
     assert "| ours | s2_l1c | 224 | 50.0 [40.0, 60.0] | 50.0 [40.0, 60.0] |" in text
     assert "| *TerraFM-B (published)* |  |  | 94.2 | 55.1 |" in text
     assert "- m-eurosat: bands=corrected" in text
+    other = {**row, "key": "m", "note": "bands=as_labelled; wrong", "weights": "w"}
+    both = report.markdown([row, other, {**row, "key": "n", "seed": 1}])
+    assert "| ours (bands=as_labelled) | s2_l1c | 224 | 50.0 [" in both  # never averaged with the other reading
+    assert "| ours (bands=corrected) | s2_l1c | 224 | 50.0 ± 0.0 (n=2) |" in both
+    renamed = report.markdown([row, {**row, "key": "o", "weights": "another"}])
+    assert "| ours (w) |" in renamed
+    assert "| ours (anothe) |" in renamed
     unknown = report.markdown([{**row, "dataset": "eurosat-120"}])
     assert "published" not in unknown  # never beside a data set it was not measured on
 

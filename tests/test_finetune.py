@@ -37,7 +37,7 @@ SPEC = TuneSpec(TINY, ("s2_l2a",), "classification", 3, "linear", image_size=32)
 def tiny_weights():
     """``random:s`` means a tiny network here."""
 
-    def open_tiny(text, image_size=224, dtype=""):
+    def open_tiny(text, image_size=224, dtype="", upstream_l2a_stem=False):
         return encoders.random_encoder(TINY, 0, image_size, Statistics.published(), "tiny")
 
     with pytest.MonkeyPatch.context() as patch:
@@ -399,5 +399,9 @@ def test_shipped_configs_fit_the_schema(name):
         c.init_from, c.data.dir = "random:s", "somewhere"
         schema.check(c)
     assert "terrafm_jax.finetune" in module.__doc__
+    job = object.__new__(Job)
+    job.config = module.get_config()
+    named = {"classification": "galileo-finetune/1", "segmentation_upernet": "upernet-finetune/1"}
+    assert job.protocol() == named.get(name, f"finetune: {job.config.mode}, {job.config.epochs} epochs")
     with pytest.raises(ConfigError, match="unknown argument 'x'"):
         module.get_config("x")

@@ -95,5 +95,5 @@ def _from_weights(path: str, name: str, image_size: int, dtype: str, upstream: b
         embed = dict(backbone["patch_embed"])
         embed["conv2d_s2_l2a"], embed["s2_l2a_embed"] = embed["conv2d_s2_l1c"], embed["s2_l1c_embed"]
         backbone, digest = {**backbone, "patch_embed": embed}, hashlib.sha256(f"{digest} upstream".encode()).hexdigest()
-    shown = name or path.rstrip("/").split("/")[-1]
+    shown = name or path.rstrip("/").split("/")[-1] + (", L2A through the L1C stem" if upstream else "")
     return Encoder(model.spec, backbone, model.stats, name=shown, weights_hash=digest, image_size=image_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -96,17 +97,23 @@ def fit(
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Trains len(seeds) x len(rates) probes at once; returns features [n, d] -> logits [seeds, rates, n, outputs]."""
     task = task_of(train.targets)
-    head = heads.linear_head(train.features.shape[1], outputs, affine=protocol.affine)
-    count, batch = len(train.features), min(protocol.batch, len(train.features))
-    per_epoch = -(-count // batch)
-    curve = schedule(protocol, per_epoch * protocol.epochs)
-    adam = optax.scale_by_adam() if protocol.optimizer == "adamw" else optax.trace(0.9)
-    x, y = (
-        jnp.asarray(train.features),
-        jnp.asarray(train.targets.astype(np.float32 if task != "classification" else int)),
+    train_all, logits = _programs(protocol, task, train.features.shape[1], outputs)
+    y = jnp.asarray(train.targets.astype(np.float32 if task != "classification" else int))
+    fitted = train_all(jnp.asarray(train.features), y, jnp.asarray(rates, jnp.float32), jnp.asarray(seeds))
+    return lambda rows: np.concatenate(
+        [np.asarray(logits(fitted, jnp.asarray(rows[i : i + 4096]))) for i in range(0, len(rows), 4096)], axis=2
     )
 
-    def one(rate: Array, seed: Array) -> tuple[Any, Any]:
+
+@functools.lru_cache(maxsize=32)  # the folds of a cross-validation share one compilation
+def _programs(protocol: ProbeProtocol, task: str, width: int, outputs: int) -> tuple[Callable, Callable]:
+    head = heads.linear_head(width, outputs, affine=protocol.affine)
+    adam = optax.scale_by_adam() if protocol.optimizer == "adamw" else optax.trace(0.9)
+
+    def one(x: Array, y: Array, rate: Array, seed: Array) -> tuple[Any, Any]:
+        count, batch = len(x), min(protocol.batch, len(x))
+        per_epoch = -(-count // batch)
+        curve = schedule(protocol, per_epoch * protocol.epochs)
         key = jax.random.key(seed)
         params, state = head.init(jax.random.fold_in(key, 0))
 
@@ -134,19 +141,13 @@ def fit(
         (params, state, _, _), _ = jax.lax.scan(epoch, start, jnp.arange(protocol.epochs))
         return params, state
 
-    over_rates = jax.vmap(one, in_axes=(0, None))
-    fitted = jax.jit(jax.vmap(over_rates, in_axes=(None, 0)))(jnp.asarray(rates, jnp.float32), jnp.asarray(seeds))
+    def single(params: Any, state: Any, rows: Array) -> Array:
+        return head.apply(params, state, heads.Features(rows))[0][0]
 
-    @jax.jit
-    def logits(fitted, rows):
-        def single(params, state):
-            return head.apply(params, state, heads.Features(rows))[0][0]
-
-        return jax.vmap(jax.vmap(single))(*fitted)
-
-    return lambda rows: np.concatenate(
-        [np.asarray(logits(fitted, jnp.asarray(rows[i : i + 4096]))) for i in range(0, len(rows), 4096)], axis=2
-    )
+    over_rates = jax.vmap(one, in_axes=(None, None, 0, None))
+    train_all = jax.jit(jax.vmap(over_rates, in_axes=(None, None, None, 0)))
+    logits = jax.jit(lambda fitted, rows: jax.vmap(jax.vmap(single, (0, 0, None)), (0, 0, None))(*fitted, rows))
+    return train_all, logits
 
 
 def _scores(task: str, logits: np.ndarray) -> np.ndarray:

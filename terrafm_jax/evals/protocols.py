@@ -147,11 +147,13 @@ def run_folds(
 ) -> Result:
     """Repeated stratified cross-validation of a protocol over all samples of a data set.
 
+    A probe runs once per fold, whatever its protocol says: the repetitions draw anew already.
+
     Raises ProtocolError unless every sample has one class.
     """
     if info.task != "classification":
         raise ProtocolError(f"--folds: needs one class per sample, {info.name} is {info.task}")
-    inner = dataclasses.replace(options, resamples=0)
+    inner = dataclasses.replace(options, resamples=0, runs=1)
 
     def classify(train: np.ndarray, test: np.ndarray) -> np.ndarray:
         parts = {k: Extracted(whole.cls[r], whole.targets[r], []) for k, r in (("train", train), ("test", test))}

@@ -83,7 +83,7 @@ def _table(setting: tuple[str, float, int], rows: Sequence[Row]) -> str:
     lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     groups: dict[tuple, list[Row]] = defaultdict(list)
     for r in rows:
-        groups[(r["model"], "+".join(r["inputs"]), r["image_size"])].append(r)
+        groups[(r["model"] + _variant(r, rows), "+".join(r["inputs"]), r["image_size"])].append(r)
     for (model, inputs, size), found in sorted(groups.items()):
         cells = [_cell([r for r in found if r["dataset"] == d], metric[d]) for d in datasets]
         lines.append("| " + " | ".join([model, inputs, str(size or "own"), *cells]) + " |")
@@ -92,6 +92,16 @@ def _table(setting: tuple[str, float, int], rows: Sequence[Row]) -> str:
         cells = [f"{fits[d]:.1f}" if d in fits else "–" for d in datasets]
         lines.append("| " + " | ".join([f"*{model} (published)*", "", "", *cells]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _variant(row: Row, rows: Sequence[Row]) -> str:
+    """What sets a row apart from others of its name: different weights, or another reading of the data set."""
+    parts = []
+    if len({r["weights"] for r in rows if r["model"] == row["model"]}) > 1:
+        parts.append(row["weights"][:6])
+    if len({r.get("note") for r in rows if r["dataset"] == row["dataset"]}) > 1:
+        parts.append((row.get("note") or "").split(";")[0])
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def paired_table(rows: Sequence[Row], folder: Path) -> str:

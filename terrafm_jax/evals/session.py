@@ -189,7 +189,8 @@ class Session:
         row = {
             "key": key, "model": encoder.name, "weights": encoder.weights_hash, "suite": self.settings.suite,
             "dataset": info.name, "task": info.task, "inputs": list(keys), "image_size": encoder.image_size,
-            "protocol": result.protocol, "fraction": options.fraction, "shots": options.shots, "seed": options.seed,
+            "protocol": result.protocol, "fraction": info.share * options.fraction, "shots": options.shots,
+            "seed": options.seed,
             "metrics": report.as_entry(result.metrics), "per_class": result.per_class, "classes": list(info.classes),
             "confusion": result.confusion, "settings": result.settings, "note": self._note(dataset, keys),
             "seconds": round(seconds, 2),
@@ -240,8 +241,8 @@ class Session:
         report.bars(rows, self.out / "figures" / "scores.png")
         report.radar(rows, self.out / "figures" / "radar.png")
         for row in rows:
-            whole = "error" not in row and row["fraction"] == 1 and not row["shots"]
-            if whole and row["dataset"] in datasets:
+            known = "error" not in row and row["dataset"] in datasets
+            if known and row["fraction"] == datasets[row["dataset"]].info.share and not row["shots"]:
                 self._figures(row, datasets[row["dataset"]])
 
     def _figures(self, row: dict[str, Any], dataset: Dataset) -> None:

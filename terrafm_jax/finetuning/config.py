@@ -28,6 +28,7 @@ def base() -> ConfigDict:
     c.seed = 0
     c.init_from = ""  # PATH, random:SIZE[:SEED] or random@PATH[:SEED], as evaluate's --checkpoint
     c.name = ""  # in the tables; empty: from init_from
+    c.upstream_l2a_stem = False  # released weights: L2A through the L1C stem, as the published numbers did
     c.allow_config_change = False
     c.stop_at_epoch = 0  # > 0: checkpoint and exit there
 

@@ -140,6 +140,7 @@ class DatasetInfo:
       inputs: by key ("s2_l2a", "s1"); several are fused when the model can.
       ignore: label that does not count in segmentation.
       note: printed with the results: band order used, what was cut, traps.
+      share: of the published train split that this opening holds (1 % partitions of GEO-Bench).
       unit: of a regression target.
     """
 
@@ -151,6 +152,7 @@ class DatasetInfo:
     note: str = ""
     unit: str = ""
     licence: str = ""
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:

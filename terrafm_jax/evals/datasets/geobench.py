@@ -116,14 +116,22 @@ def _open(folder: Path, name: str, bands: str, partition: str) -> Dataset:
     if spec.radar:
         inputs["s1"] = Input("s1", tuple(b for _, b in spec.radar), "linear", level="GRD sigma0, Lee-filtered")
     order = f"bands={'corrected' if corrected else 'as_labelled'}"
+    part = "" if partition == "default" else f"partition {partition}"
     info = DatasetInfo(
-        name, spec.task, _class_names(folder, spec.classes), inputs, note="; ".join(t for t in (order, spec.note) if t)
-    )
+        name, spec.task, _class_names(folder, spec.classes), inputs, share=_share(partition),
+        note="; ".join(t for t in (order, part, spec.note) if t),
+    )  # fmt: skip
     chosen = files.need(folder / f"{partition}_partition.json", "a GEO-Bench partition", f"found {_partitions(folder)}")
     parts = json.loads(chosen.read_text())
     reader = _Reader(folder, spec)
     splits = {new: reader.split(parts[old]) for old, new in (("train", "train"), ("valid", "val"), ("test", "test"))}
     return Dataset(info, splits)
+
+
+def _share(partition: str) -> float:
+    """Of the train labels: 0.01 for ``0.01x_train``."""
+    found = re.fullmatch(r"(\d+\.\d+)x_train", partition)
+    return float(found[1]) if found else 1.0
 
 
 def _partitions(folder: Path) -> list[str]:
