@@ -1,6 +1,6 @@
 """Reading speed: records to host batches, against a plain file read and a PyTorch loader of GeoTIFFs.
 
-    python -m benchmarks.input_pipeline [--data DIR | --tiles N --side PX --compression zstd:1] [--seconds S]
+    python -m benchmarks.input_pipeline [--data DIR | --tiles N --side PX --compression uncompressed] [--seconds S]
 
 Everything is measured on one core in one run, on files that are in the page cache; the last line is JSON.
 
@@ -261,7 +261,9 @@ def main() -> None:
     parser.add_argument("--data", default="", help="prepared data set; default: one is written for the occasion")
     parser.add_argument("--tiles", type=int, default=48)
     parser.add_argument("--side", type=int, default=534, help="pixels at 10 m, a multiple of 6")
-    parser.add_argument("--compression", default="zstd:1", help="of the ArrayRecord: uncompressed, zstd:1, brotli:1")
+    parser.add_argument(
+        "--compression", default="uncompressed", help="of the ArrayRecord, as data_prep writes it; zstd:1, brotli:1"
+    )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=6.0, help="per measurement")
     parser.add_argument("--geotiffs", type=int, default=16, help="tiles written as GeoTIFF")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from data_prep import quality, records, tiling
+from data_prep.ground import Rival, share_ground
 from data_prep.harmonize import Offset, snap_origin
 from data_prep.optical import optical
 from data_prep.radar import power_from, same_place, to_hundredths, warp_power
@@ -21,6 +23,7 @@ from terrafm_jax import landcover
 from terrafm_jax.data.tiles import EXTENT_ORDER, INDEX_DTYPE, SPLITS
 from terrafm_jax.sensors import S1, SENSOR_KEYS
 
+SHARED = "shares ground with another split"
 MAX_DISTANCE = 0.2  # degrees of latitude between where a cell is said to lie and where its pixels lie
 
 
@@ -46,6 +49,11 @@ class SensorInput:
     cloud_percent: float | None = None
     offset: Offset | None = None
 
+    @cached_property
+    def cloud(self) -> tuple[float, str]:
+        """Cloud share of the cell and its source, the same for all its tiles."""
+        return quality.cloud_share(self.cloud_mask, self.cloud_percent)
+
 
 @dataclasses.dataclass
 class Cell:
@@ -58,6 +66,7 @@ class Cell:
       split: fixed split, or None: by footprint.
       center: (lat, lon) that the metadata claim, or None.
       landcover: WorldCover codes of the cell itself, in place of the 3 degree maps.
+      rivals: cells nearby of another listed split, with a Grid each, that keep the ground they share.
     """
 
     name: str
@@ -66,6 +75,7 @@ class Cell:
     split: str | None = None
     center: tuple[float, float] | None = None
     landcover: Raster | None = None
+    rivals: Sequence[Rival] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,11 +125,16 @@ class Tile:
 
 @dataclasses.dataclass
 class Prepared:
-    """Tiles of a cell, how many were left out and why, and offsets where product id and pixels disagree."""
+    """Tiles of a cell, how many were left out and why.
+
+    ``notes``: offsets where product id and pixels disagree; ``shared``: cells whose listed split keeps ground
+    that a tile would have covered, too.
+    """
 
     tiles: list[Tile]
     dropped: Counter[str]
     notes: list[str]
+    shared: set[str]
 
 
 def prepare(cell: Cell, cover: WorldCover, options: Options) -> Prepared:
@@ -136,15 +151,16 @@ def prepare(cell: Cell, cover: WorldCover, options: Options) -> Prepared:
     height, width = tiling.whole(finest.height, native), tiling.whole(finest.width, native)
     categories = _categories(cell, cover, finest)
     sea = ocean(categories)
-    tiles = []
+    tiles: list[Tile] = []
+    shared: set[str] = set()
     for window in tiling.windows(height, width, options.tile_size, options.stride):
-        tile = _tile(cell, layers, finest, window, categories, sea, options)
+        tile = _tile(cell, layers, finest, window, categories, sea, options, shared)
         if isinstance(tile, Tile):
             tiles.append(tile)
         else:
             dropped[tile] += 1
     notes = [f"{key} {x.given.product}: {x.offset.source}" for key, x in layers.items() if x.offset.conflict]
-    return Prepared(tiles, dropped, notes)
+    return Prepared(tiles, dropped, notes, shared)
 
 
 def _layers(cell: Cell, options: Options, dropped: Counter[str]) -> dict[str, Layer]:
@@ -228,13 +244,18 @@ def _tile(
     categories: np.ndarray,
     sea: np.ndarray,
     options: Options,
+    shared: set[str],
 ) -> Tile | str:
-    """The tile of one window, or the reason why there is none."""
+    """The tile of one window, or the reason why there is none; adds the rivals it gives way to to ``shared``."""
     grid = finest.window(window.row, window.col, window.height, window.width)
     lon, lat = lonlat_outline(grid)
     split = cell.split or options.blocks.split(lon, lat)
     if split is None:
         return "straddles splits"
+    rivals = [r for r in cell.rivals if r.split != split and share_ground(grid, r.footprint)]
+    if rivals:
+        shared |= {f"{cell.name} ({split}) gives way to {r.cell} ({r.split})" for r in rivals}
+        return SHARED
     name = cell.name if cell.number == 0 else f"{cell.name}/p{cell.number}"
     tile_id = f"{name}/{window.name}"
     is_sea = is_ocean(tiling.cut(sea, window, False))

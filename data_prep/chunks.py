@@ -24,6 +24,7 @@ from array_record.python import array_record_module
 
 from data_prep.cell import Cell, Options, Prepared, prepare
 from data_prep.encode import encode_record
+from data_prep.ground import Rival
 from data_prep.harmonize import Offset
 from data_prep.raster import BadInput, first_line
 from data_prep.stats import Tally
@@ -45,7 +46,7 @@ class SourceUnavailable(RuntimeError):
     """The source does not answer (network, permissions); nothing is wrong with the cell."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Unit:
     """One cell to prepare, as the plan knows it.
 
@@ -55,6 +56,7 @@ class Unit:
       products: (sensor, product id) pairs.
       split: the fixed split, or None.
       outlook: split that its position lets expect, ``mixed`` or ``unknown``; chunks do not mix them.
+      rivals: cells of listed splits nearby that keep the ground they share with this one.
     """
 
     cell: str
@@ -63,6 +65,7 @@ class Unit:
     products: tuple[tuple[str, str], ...] = ()
     split: str | None = None
     outlook: str = "unknown"
+    rivals: tuple[Rival, ...] = ()
 
     @property
     def key(self) -> str:
@@ -155,6 +158,7 @@ class _Content:
         self.rejected: list[tuple[str, str, str]] = []
         self.dropped: Counter[str] = Counter()
         self.notes: list[tuple[str, str]] = []
+        self.shared: set[str] = set()
 
     def reject(self, unit: Unit, reason: str) -> None:
         self.rejected.append((unit.key, " ".join(product for _, product in unit.products), reason))
@@ -162,6 +166,7 @@ class _Content:
     def add(self, unit: Unit, prepared: Prepared, shards: _Shards) -> None:
         self.dropped.update(prepared.dropped)
         self.notes += [(unit.key, note) for note in prepared.notes]
+        self.shared |= prepared.shared
         for tile in prepared.tiles:
             if tile.layout not in self.layouts:
                 self.layouts.append(tile.layout)
@@ -174,6 +179,7 @@ class _Content:
     def arrays(self, shards: _Shards) -> dict[str, np.ndarray]:
         meta = {"count": dict(shards.count), "bytes": dict(shards.bytes), "layouts": self.layouts}
         meta |= {"rejected": self.rejected, "dropped": dict(self.dropped), "notes": self.notes}
+        meta["shared"] = sorted(self.shared)
         index = {f"index_{split}": np.array(found, INDEX_DTYPE) for split, found in self.rows.items()}
         return {"meta": np.array(json.dumps(meta)), **index, **self.tally.arrays()}
 

@@ -30,7 +30,7 @@ RUNNERS = ("local", "DirectRunner", "FlinkRunner", "SparkRunner", "DataflowRunne
 
 def add_arguments(parser: argparse.ArgumentParser, *, require: str, snap: str, sea_keep: float = 0.02) -> None:
     """Adds the flags that do not depend on the source."""
-    parser.add_argument("--out", required=True, type=Path, help="folder of the prepared data set")
+    parser.add_argument("--out", required=True, type=_folder, help="folder of the prepared data set, local or mounted")
     parser.add_argument("--worldcover", required=True, help="folder of ESA WorldCover maps, or 'none'")
     parser.add_argument("--worldcover-missing", choices=("error", "sea"), default="error")
     parser.add_argument("--tile-size", type=int, default=534, help="pixels at 10 m, a multiple of 6 (default 534)")
@@ -54,6 +54,16 @@ def add_arguments(parser: argparse.ArgumentParser, *, require: str, snap: str, s
     parser.add_argument("--bbox", type=float, nargs=4, metavar=("W", "S", "E", "N"), default=None)
     parser.add_argument("--runner", choices=RUNNERS, default="local", help="local processes or an Apache Beam runner")
     parser.epilog = EXIT_CODES
+
+
+def _folder(text: str) -> Path:
+    """A folder of the file system. Raises ArgumentTypeError on URLs, which Path would turn into odd local folders."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text}: shards are written to a local or mounted folder (array_record knows no others, and locks and "
+            "renames need a file system); mount the bucket, or prepare locally and copy the finished folder"
+        )
+    return Path(text)
 
 
 def options_of(args: argparse.Namespace) -> Options:
@@ -171,6 +181,9 @@ def report(summary: dict[str, Any], directory: Path) -> str:
     if summary["left_out"]:
         lines.append("  left out: " + ", ".join(f"{n} {reason}" for reason, n in summary["left_out"].items()))
     lines.append(f"  lost between splits: {100 * summary['lost_between_splits']:.2f} % of the tiles")
+    if summary.get("cells_sharing_ground"):
+        lines.append(f"  {summary['cells_sharing_ground']} pairs of cells in different splits SHARE GROUND:")
+        lines += [f"    {text}" for text in summary["cells_sharing_ground_examples"][:5]]
     if summary["offset_conflicts"]:
         lines.append(f"  {summary['offset_conflicts']} products whose id and pixels disagree on the offset")
     if summary["rejected"]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,7 @@ def _integers(values: list[int]) -> tuple[Parts, int]:
     return [data], len(data)
 
 
+@lru_cache(maxsize=4096)
 def _varint(value: int) -> bytes:
     found = bytearray()
     while value >= 0x80:

@@ -26,9 +26,10 @@ from rasterio.errors import RasterioError
 from rasterio.warp import transform_bounds
 from rasterio.windows import Window
 
-from data_prep import cli
+from data_prep import cli, ground
 from data_prep.cell import Cell, Options, SensorInput
 from data_prep.chunks import Source, Unit
+from data_prep.ground import Place
 from data_prep.harmonize import Offset
 from data_prep.raster import BadInput, Grid, Raster, first_line, grid_of, open_raster
 from data_prep.scenes import CLOUD_MASK, LANDCOVER, Scene, SceneFile, from_folder, from_manifest
@@ -57,7 +58,8 @@ class GeoTiffs:
             if files:
                 sensors[key] = self._sensor(key, files, target if block is not None else None)
         cover = [f for f in scene.files if f.sensor == LANDCOVER]
-        return Cell(unit.cell, sensors, unit.number, unit.split, None, _landcover(cover, target) if cover else None)
+        codes = _landcover(cover, target) if cover else None
+        return Cell(unit.cell, sensors, unit.number, unit.split, None, codes, unit.rivals)
 
     def _sensor(self, key: str, files: Sequence[SceneFile], area: Grid | None) -> SensorInput:
         rasters: dict[str, Raster] = {}
@@ -185,14 +187,15 @@ def blocks(grid: Grid, options: Options) -> list[tuple[int, int, int, int] | Non
     ]
 
 
-def units_of(scene: Scene, options: Options, split: str | None) -> tuple[list[Unit], tuple[float, float] | None]:
-    """The units of a scene, and its center (lat, lon) if its header can be read."""
+def units_of(scene: Scene, options: Options, split: str | None) -> tuple[list[Unit], Place]:
+    """The units of a scene, and where it lies if its header can be read."""
     products = tuple({(f.sensor, f.product): None for f in scene.files if f.sensor != LANDCOVER and f.product})
     try:
         grid = _finest_grid(scene)
         lon, lat = lonlat_outline(grid)
     except (BadInput, rasterio.errors.CRSError):  # it will be rejected when it is read
-        return [Unit(scene.cell, scene.number, (scene, None), products, split, split or "unknown")], None
+        unit = Unit(scene.cell, scene.number, (scene, None), products, split, split or "unknown")
+        return [unit], Place(scene.cell, split, None, 0.0, None)
     found = []
     for block in blocks(grid, options):
         name = scene.cell if block is None else f"{scene.cell}@r{block[0]}_c{block[1]}"
@@ -200,7 +203,8 @@ def units_of(scene: Scene, options: Options, split: str | None) -> tuple[list[Un
         expected = options.blocks.splits(*area)
         outlook = split or (expected.pop() if len(expected) == 1 else "mixed")
         found.append(Unit(name, scene.number, (scene, block), products, split, outlook))
-    return found, (float(lat.mean()), float(lon.mean()))
+    center = (float(lat.mean()), (float(lon.mean()) + 180.0) % 360.0 - 180.0)
+    return found, Place(scene.cell, split, center, ground.radius(grid), grid)
 
 
 def plan(args: argparse.Namespace, options: Options, cover: WorldCover) -> tuple[Source, list[Unit], dict[str, Any]]:
@@ -220,13 +224,17 @@ def plan(args: argparse.Namespace, options: Options, cover: WorldCover) -> tuple
         scenes, skipped = from_folder(root)
     scenes = [s for s in scenes if all(any(f.sensor == key for f in s.files) for key in options.require)]
     planned = [units_of(scene, options, scene.split) for scene in scenes]
-    centers = [center for _, center in planned]
+    centers = [place.center for _, place in planned]
     keep, fixed = cli.chosen_cells([s.cell for s in scenes], centers, args)
+    chosen = [
+        (found, dataclasses.replace(place, split=scene.split or fixed.get(scene.cell)))
+        for scene, (found, place), kept in zip(scenes, planned, keep, strict=True)
+        if kept
+    ]
     units = []
-    for scene, (found, _), kept in zip(scenes, planned, keep, strict=True):
-        split = scene.split or fixed.get(scene.cell)
-        if kept:
-            units += [dataclasses.replace(u, split=split, outlook=split or u.outlook) for u in found]
+    for (found, place), near in zip(chosen, ground.rivals([place for _, place in chosen]), strict=True):
+        split = place.split
+        units += [dataclasses.replace(u, split=split, outlook=split or u.outlook, rivals=near) for u in found]
     own_map = {s.cell for s in scenes if any(f.sensor == LANDCOVER for f in s.files)}
     cli.check_maps(
         cover, [c for s, c, k in zip(scenes, centers, keep, strict=True) if k and c and s.cell not in own_map]

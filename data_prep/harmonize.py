@@ -172,7 +172,7 @@ def _empty_on(empty: np.ndarray, grid: Grid, target: Grid) -> np.ndarray:
         rows = np.clip(_index(f, e, gf, ge, dy, target.height), 0, grid.height - 1)
         for dx in centers:
             cols = np.clip(_index(c, a, gc, ga, dx, target.width), 0, grid.width - 1)
-            result |= empty[np.ix_(rows, cols)]
+            result |= empty.take(rows, axis=0).take(cols, axis=1)
     return result
 
 

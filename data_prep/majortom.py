@@ -12,21 +12,27 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import heapq
+import itertools
 import re
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
-from data_prep import cli, parquet
+from data_prep import cli, ground, parquet
 from data_prep.cell import Cell, Options, SensorInput
 from data_prep.chunks import Source, Unit
-from data_prep.raster import BadInput, Raster, decode, normalize_crs
+from data_prep.ground import Place, Rival
+from data_prep.raster import BadInput, Grid, Raster, decode, normalize_crs
 from data_prep.times import iso_time
 from data_prep.worldcover import WorldCover
 from terrafm_jax.sensors import SENSOR_KEYS, SENSORS
 
 FOLDERS = {"s1": "Core-S1RTC", "s2_l1c": "Core-S2L1C", "s2_l2a": "Core-S2L2A"}
+RADIUS = 8.0  # km, half the diagonal of a cell (10.68 km a side) and some more
 KINDS = {"s1": "RTC gamma0", "s2_l1c": "L1C", "s2_l2a": "L2A"}
 _COLUMNS = (
     "grid_cell", "product_id", "timestamp", "cloud_cover", "centre_lat", "centre_lon", "crs", "parquet_url",
@@ -51,40 +57,62 @@ class Row:
     orbit: str
 
 
+def _row(
+    same: dict[str, str], cell: Any, product: Any, time: Any, cloud: Any, lat: Any, lon: Any, crs: Any, file: Any,
+    row: Any, orbit: Any,
+) -> Row:  # fmt: skip
+    """One line of the metadata, in the order of ``_COLUMNS``."""
+
+    def text(value: str) -> str:
+        return same.setdefault(value, value)
+
+    return Row(
+        cell=text(str(cell)),
+        product=text(str(product)),
+        time=text(iso_time(time)),
+        cloud=cloud,
+        lat=lat,
+        lon=lon,
+        crs=text(normalize_crs(str(crs or ""))),
+        file=text(str(file).rsplit("/", 1)[-1]),
+        row=int(row),
+        orbit=text(str(orbit or "")),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class MajorTom:
     """A folder or URL that holds the Major-TOM Core collections."""
 
     source: str
 
-    def rows(self, key: str) -> list[Row]:
-        """All products of one sensor, [] where the source does not have it. Raises ValueError on missing columns."""
+    def rows(self, key: str, same: dict[str, str] | None = None) -> list[Row]:
+        """All products of one sensor, [] where the source does not have it. Raises ValueError on missing columns.
+
+        ``same`` holds the texts that many rows share (cell, product, time, file), across calls.
+        """
         url = f"{self.source}/{FOLDERS[key]}/metadata.parquet"
         table = parquet.read_table(url, _COLUMNS)
         if table is None:
             return []
-        missing = [name for name in _NEEDED if name not in table]
+        missing = [name for name in _NEEDED if name not in table.column_names]
         if missing:
-            raise ValueError(f"{url}: columns {missing} are missing, found {sorted(table)}")
-        count = len(table["grid_cell"])
-        columns = {name: table.get(name) or [None] * count for name in _COLUMNS}
-        return [
-            Row(
-                cell=str(cell),
-                product=str(product),
-                time=iso_time(time),
-                cloud=cloud,
-                lat=lat,
-                lon=lon,
-                crs=normalize_crs(str(crs or "")),
-                file=str(file).rsplit("/", 1)[-1],
-                row=int(row),
-                orbit=str(orbit or ""),
-            )
-            for cell, product, time, cloud, lat, lon, crs, file, row, orbit in zip(
-                *(columns[name] for name in _COLUMNS), strict=True
-            )
-        ]
+            raise ValueError(f"{url}: columns {missing} are missing, found {sorted(table.column_names)}")
+        same = {} if same is None else same
+        found: list[Row] = []
+        for batch in table.to_batches(max_chunksize=65536):  # Python objects of all rows at once would take gigabytes
+            columns = batch.to_pydict()
+            absent = [None] * batch.num_rows
+            values = zip(*(columns.get(name, absent) for name in _COLUMNS), strict=True)
+            found += [_row(same, *line) for line in values]
+        return found
+
+    def at_hand(self, key: str, rows: Sequence[Row]) -> list[Row]:
+        """The rows whose part lies in a local folder, where some parts may have been downloaded and others not."""
+        if parquet.is_remote(self.source):
+            return list(rows)
+        parts = {path.name for path in Path(self.source, FOLDERS[key], "images").glob("*.parquet")}
+        return [row for row in rows if row.file in parts]
 
     def read(self, unit: Unit) -> Cell:
         """Reads and decodes one cell. Raises BadInput, chunks.SourceUnavailable."""
@@ -92,7 +120,8 @@ class MajorTom:
         sensors = {key: self._sensor(key, row) for key, row in rows.items()}
         anchor = next(iter(rows.values()))
         center = None if anchor.lat is None or anchor.lon is None else (anchor.lat, anchor.lon)
-        return Cell(unit.cell, sensors, unit.number, unit.split, center)
+        near = [dataclasses.replace(r, footprint=_footprint(self.source, *r.footprint)) for r in unit.rivals]
+        return Cell(unit.cell, sensors, unit.number, unit.split, center, rivals=[r for r in near if r.footprint])
 
     def _sensor(self, key: str, row: Row) -> SensorInput:
         sensor = SENSORS[key]
@@ -129,6 +158,18 @@ class MajorTom:
             raise BadInput(f"{key}: wrong CRS, metadata say {row.crs}, the bands {', '.join(wrong)}")
 
 
+@lru_cache(maxsize=1024)
+def _footprint(source: str, key: str, row: Row) -> Grid | None:
+    """Where a cell lies, with a margin of one pixel (origins may be snapped); None if it cannot be read."""
+    band = "vv" if key == "s1" else "B09"  # the smallest
+    try:
+        values = parquet.read_row(f"{source}/{FOLDERS[key]}/images/{row.file}", row.row, [band])
+        grid = decode(values.get(band) or b"", f"{key} {row.cell} {band}").grid
+    except BadInput:  # it will be rejected when its turn comes
+        return None
+    return grid.window(-1, -1, grid.height + 2, grid.width + 2)
+
+
 def join(rows: dict[str, list[Row]], require: Sequence[str]) -> tuple[list[dict[str, Row]], dict[str, int]]:
     """Joins the products of each cell into acquisitions.
 
@@ -140,24 +181,29 @@ def join(rows: dict[str, list[Row]], require: Sequence[str]) -> tuple[list[dict[
       One dict sensor -> row per unit to prepare, and the counts for the summary.
     """
     counts: Counter[str] = Counter()
-    cells: dict[str, dict[str, list[Row]]] = defaultdict(lambda: {key: [] for key in SENSOR_KEYS})
-    for key, found in rows.items():
-        seen = set()
-        for row in sorted(found, key=lambda r: (r.cell, r.product, r.file, r.row)):
-            if (row.cell, row.product) in seen:
-                counts[f"duplicates_{key}"] += 1
-                continue
-            seen.add((row.cell, row.product))
-            cells[row.cell][key].append(row)
     units = []
-    for cell in sorted(cells):
-        for unit in _acquisitions(cells[cell]):
+    streams = [_by_cell(order, rows[key], key, counts) for order, key in enumerate(SENSOR_KEYS) if key in rows]
+    for _, group in itertools.groupby(heapq.merge(*streams), key=lambda entry: entry[0]):
+        found: dict[str, list[Row]] = {key: [] for key in SENSOR_KEYS}
+        found |= {SENSOR_KEYS[order]: those for _, order, those in group}
+        counts["cells"] += 1
+        for unit in _acquisitions(found):
             if all(key in unit for key in require):
                 units.append(unit)
             else:
                 counts["without_required_sensors"] += 1
-    counts["cells"] = len(cells)
     return units, dict(counts)
+
+
+def _by_cell(order: int, rows: Iterable[Row], key: str, counts: Counter[str]) -> Iterator[tuple[str, int, list[Row]]]:
+    """(cell, ``order``, its rows) in order of the cell, each (cell, product) once."""
+    ordered = sorted(rows, key=lambda r: (r.cell, r.product, r.file, r.row))
+    for cell, group in itertools.groupby(ordered, key=lambda r: r.cell):
+        first: dict[str, Row] = {}
+        for row in group:
+            if first.setdefault(row.product, row) is not row:
+                counts[f"duplicates_{key}"] += 1
+        yield cell, order, list(first.values())
 
 
 def _acquisitions(found: dict[str, list[Row]]) -> Iterable[dict[str, Row]]:
@@ -202,26 +248,46 @@ def _days_apart(time: str, other: str) -> float:
 def plan(args: argparse.Namespace, options: Options, cover: WorldCover) -> tuple[Source, list[Unit], dict[str, Any]]:
     """Units of a Major-TOM source. Raises ValueError: nothing there, WorldCover maps missing."""
     source = MajorTom(str(args.source).rstrip("/"))
-    rows = {key: source.rows(key) for key in SENSOR_KEYS}
+    same: dict[Any, Any] = {}
+    rows = {key: source.rows(key, same) for key in SENSOR_KEYS}
     if not any(rows.values()):
         raise ValueError(
             f"--source {source.source}: none of {[f'{f}/metadata.parquet' for f in FOLDERS.values()]} is there"
         )
+    without: Counter[str] = Counter()
+    for key, listed in rows.items():
+        rows[key] = source.at_hand(key, listed)
+        if len(rows[key]) < len(listed):
+            without[f"rows_without_part_{key}"] = len(listed) - len(rows[key])
+            print(
+                f"{FOLDERS[key]}: {len(listed) - len(rows[key])} of {len(listed)} rows lie in parts that are not in "
+                "images/ and are left out", file=sys.stderr,
+            )  # fmt: skip
     joined, seen = join(rows, options.require)
+    del rows, listed
     anchors = [next(iter(unit.values())) for unit in joined]
     centers = [None if r.lat is None or r.lon is None else (float(r.lat), float(r.lon)) for r in anchors]
     keep, fixed = cli.chosen_cells([r.cell for r in anchors], centers, args)
-    units, numbers = [], Counter[str]()
+    picked, numbers = [], Counter[str]()
     for unit, anchor, center, kept in zip(joined, anchors, centers, keep, strict=True):
-        number = numbers[anchor.cell]
-        numbers[anchor.cell] += 1
         if kept:
-            split = fixed.get(anchor.cell)
-            expected = split or cli.outlook(center, options.blocks)
-            products = tuple((key, row.product) for key, row in unit.items())
-            units.append(Unit(anchor.cell, number, unit, products, split, expected))
+            picked.append((unit, anchor, center, numbers[anchor.cell]))
+        numbers[anchor.cell] += 1
+    near: Iterable[tuple[Rival, ...]] = itertools.repeat((), len(picked))
+    if fixed:
+        lie = [
+            Place(anchor.cell, fixed[anchor.cell], center, RADIUS, (next(iter(unit)), anchor))
+            for unit, anchor, center, _ in picked
+        ]
+        near = ground.rivals(lie)
+    units = []
+    for (unit, anchor, center, number), those in zip(picked, near, strict=True):
+        split = fixed.get(anchor.cell)
+        expected = split or cli.outlook(center, options.blocks)
+        products = tuple(same.setdefault(pair, pair) for key, row in unit.items() if (pair := (key, row.product)))
+        units.append(Unit(anchor.cell, number, unit, products, split, expected, those))
     cli.check_maps(cover, [c for c, k in zip(centers, keep, strict=True) if k and c])
-    return source, units, {**seen, "units": len(units)}
+    return source, units, {**seen, **without, "units": len(units)}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -23,14 +23,14 @@ def is_remote(url: str) -> bool:
     return "://" in url and not url.startswith("file://")
 
 
-def read_table(url: str, columns: Sequence[str]) -> dict[str, list[Any]] | None:
-    """Those of ``columns`` that the file has, as lists; None if there is no such file. Raises ValueError."""
+def read_table(url: str, columns: Sequence[str]) -> pa.Table | None:
+    """Those of ``columns`` that the file has; None if there is no such file. Raises ValueError."""
 
-    def read() -> dict[str, list[Any]]:
+    def read() -> pa.Table:
         with fsspec.open(url, "rb").open() as file:
             source = pq.ParquetFile(file)
             names = [name for name in columns if name in source.schema_arrow.names]
-            return source.read(columns=names).to_pydict()
+            return source.read(columns=names)
 
     try:
         return _retried(read, url)

@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from data_prep.inspect import DataSet
 
 SPLIT_COLORS = dict(zip(SPLITS, ("#3b6fb6", "#e08214", "#b2182b"), strict=True))
+NODATA = "#ff00ff"
+VIEWS = (
+    "Sentinel-2: B04, B03, B02",
+    "Sentinel-2: B08, B04, B03",
+    "Sentinel-1: VV, VH, VV-VH",
+    "land cover: WorldCover",
+)
 _SAMPLE = 64  # records that the band histograms are made of
 
 
@@ -27,7 +34,7 @@ def draw_all(data: DataSet, out: Path, tiles: int) -> dict[str, str]:
     class_histogram(data, out / "classes.png")
     made["classes.png"] = "Land cover before and after sampling"
     quick_looks(data, out / "tiles.png", tiles)
-    made["tiles.png"] = "Tiles: true color, false color (B08, B04, B03), Sentinel-1 (VV, VH, VV-VH), WorldCover"
+    made["tiles.png"] = "Tiles: true color, false color, Sentinel-1 (fixed ranges of dB), WorldCover in its own colors"
     records = [data.record(*place) for place in _places(data, _SAMPLE)]
     for key in SENSORS:
         if any(r[key]["present"] for r in records):
@@ -75,10 +82,12 @@ def world_map(data: DataSet, path: Path) -> None:
     spans = float(np.ptp(rows["lon"])), float(np.ptp(rows["lat"]))
     small = spans[0] < 40 and spans[1] < 30
     figure, axes = plt.subplots(3 if small else 2, 1, figsize=(11, 16 if small else 11), constrained_layout=True)
-    size = float(np.clip(3000 / max(len(rows), 1), 0.3, 14))
+    size = float(np.clip(20_000 / max(len(rows), 1), 0.5, 24))
     order = np.argsort(-np.bincount(split, minlength=len(names))[split], kind="stable")  # rare splits on top
     colors = np.array([SPLIT_COLORS[n] for n in names])[split]
-    axes[0].scatter(rows["lon"][order], rows["lat"][order], s=size, c=colors[order], linewidths=0)
+    axes[0].scatter(
+        rows["lon"][order], rows["lat"][order], s=size, c=colors[order], linewidths=0.1, edgecolors="#333333"
+    )
     _legend(axes[0], [(f"{n} ({len(data.index[n])})", SPLIT_COLORS[n]) for n in names])
     _world(axes[0], "split")
     _class_map(axes[1], rows, size)
@@ -95,7 +104,7 @@ def world_map(data: DataSet, path: Path) -> None:
 
 def _class_map(axis: Axes, rows: np.ndarray, size: float) -> None:
     colors = np.array([c.color for c in landcover.CATEGORIES])[rows["landcover"]]
-    axis.scatter(rows["lon"], rows["lat"], s=size, c=colors, linewidths=0.1, edgecolors="#666666")
+    axis.scatter(rows["lon"], rows["lat"], s=size, c=colors, linewidths=0.15, edgecolors="#333333")
     counts = np.bincount(rows["landcover"], minlength=landcover.NUM_CATEGORIES)
     shown = [i for i in np.argsort(-counts, kind="stable") if counts[i]]
     _legend(axis, [(f"{landcover.CATEGORIES[i].title} ({counts[i]})", landcover.CATEGORIES[i].color) for i in shown])
@@ -124,7 +133,10 @@ def class_histogram(data: DataSet, path: Path) -> None:
     plt = _plt()
     orders = data.sampling()
     natural = orders.pop("uniform").natural_histogram()
-    shares = {"records": natural, **{f"drawn: {mode}": order.expected_histogram() for mode, order in orders.items()}}
+    shares = {
+        f"records ({next(iter(data.splits))})": natural,
+        **{f"drawn: {mode}": order.expected_histogram() for mode, order in orders.items()},
+    }
     shown = [i for i in range(landcover.NUM_CATEGORIES) if natural[i] > 0]
     figure, axis = plt.subplots(figsize=(11, 4.5), constrained_layout=True)
     width = 0.8 / len(shares)
@@ -158,15 +170,31 @@ def quick_looks(data: DataSet, path: Path, count: int) -> None:
     )
     for axis in axes.flat:
         axis.set_axis_off()
+    shown: set[int] = set()
     for i, (split, number) in enumerate(places):
         record = data.record(split, number)
         line = axes[i // columns, 4 * (i % columns) : 4 * (i % columns) + 4]
-        for axis, picture in zip(line, views(record), strict=True):
-            if picture is not None:
+        for axis, picture, name in zip(line, views(record), VIEWS, strict=True):
+            if picture is None:
+                axis.text(0.5, 0.5, f"no {name.split(':')[0]}", fontsize=7, color="#777777", ha="center", va="center")
+            else:
                 axis.imshow(picture, interpolation="nearest")
+            if i < columns:
+                box = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1.5}
+                axis.text(0.02, 0.02, name, fontsize=6, transform=axis.transAxes, bbox=box)
         title = landcover.CATEGORIES[record["landcover"]].title
         line[0].set_title(f"{record['tile_id']}  {title}", fontsize=7, loc="left")
+        shown |= set(np.unique(record["landcover_map"]).tolist())
+    entries = [(landcover.CATEGORIES[c].title, landcover.CATEGORIES[c].color) for c in sorted(shown)]
+    _patches(figure, [*entries, ("no measurement", NODATA)])
     _save(figure, path)
+
+
+def _patches(figure: Any, entries: list[tuple[str, str]]) -> None:
+    from matplotlib.patches import Patch
+
+    handles = [Patch(facecolor=color, edgecolor="#555555", linewidth=0.5, label=title) for title, color in entries]
+    figure.legend(handles=handles, loc="outside lower center", ncols=7, fontsize=8, frameon=False)
 
 
 def views(record: dict[str, Any]) -> list[np.ndarray | None]:
@@ -183,28 +211,31 @@ def views(record: dict[str, Any]) -> list[np.ndarray | None]:
 
 
 def _optical(entry: dict[str, Any], key: str, bands: tuple[str, ...]) -> np.ndarray:
+    """Percentiles 2..98 of the valid pixels to 0..1; the visible bands share one scale, or colors would lie."""
     names = SENSORS[key].groups["10m"]
     dn = np.asarray(entry["10m"]["dn"], np.float32)[..., [names.index(b) for b in bands]] - entry["offset"]
-    return _stretch(dn, unpack_valid(entry["10m"]["valid"], dn.shape[1]), glare=2.2)
+    valid = unpack_valid(entry["10m"]["valid"], dn.shape[1])
+    shown = dn[valid] if valid.any() else dn.reshape(-1, dn.shape[-1])
+    low, middle, high = np.percentile(shown, (2, 50, 98), axis=0)
+    high = np.minimum(high, 2.2 * middle + 600.0)  # clouds must not blacken the ground
+    span = np.maximum(high - low, 500.0)  # nor may noise of a uniform tile pass for structure
+    visible = [i for i, band in enumerate(bands) if band != "B08"]
+    span[visible] = span[visible].max()
+    return _scaled(dn, low, low + span, valid)
 
 
 def _radar(entry: dict[str, Any]) -> np.ndarray:
+    """Fixed ranges of decibels, so that tiles compare with each other."""
     decibel = np.asarray(entry["10m"]["dn"], np.float32) * SENSORS["s1"].scale
     composite = np.stack([decibel[..., 0], decibel[..., 1], decibel[..., 0] - decibel[..., 1]], -1)
-    return _stretch(composite, unpack_valid(entry["10m"]["valid"], decibel.shape[1]))
+    low, high = np.array([-22.0, -29.0, 0.0]), np.array([-1.0, -7.0, 15.0])
+    return _scaled(composite, low, high, unpack_valid(entry["10m"]["valid"], decibel.shape[1]))
 
 
-def _stretch(values: np.ndarray, valid: np.ndarray, glare: float | None = None) -> np.ndarray:
-    """Percentiles 2..98 of the valid pixels to 0..1 per channel; pixels without a measurement are magenta.
-
-    ``glare`` caps the upper end at so many medians (plus 600 DN), so that clouds do not blacken the ground.
-    """
-    shown = values[valid] if valid.any() else values.reshape(-1, values.shape[-1])
-    low, middle, high = np.percentile(shown, (2, 50, 98), axis=0)
-    if glare is not None:
-        high = np.minimum(high, glare * middle + 600.0)
-    result = np.clip((values - low) / np.maximum(high - low, 1e-6), 0, 1)
-    result[~valid] = (1.0, 0.0, 1.0)
+def _scaled(values: np.ndarray, low: np.ndarray, high: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """``low``..``high`` to 0..1 per channel; pixels without a measurement get the color NODATA."""
+    result = np.clip((values - low) / (high - low), 0, 1)
+    result[~valid] = [part / 255 for part in bytes.fromhex(NODATA[1:])]
     return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
 
 import numpy as np
 
@@ -43,7 +44,7 @@ def cloud_share(mask: np.ndarray | None, percent: float | None) -> tuple[float, 
     """
     stated = None if percent is None or not np.isfinite(percent) else float(percent) / 100.0
     if mask is not None and mask.size:
-        share = float(np.isin(mask, CLOUD_CODES).mean())
+        share = float(reduce(np.logical_or, [mask == code for code in CLOUD_CODES]).mean())
         if share > 0 or stated is None:
             return share, "cloud mask"
         return stated, "metadata (cloud mask empty)"

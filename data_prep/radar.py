@@ -88,7 +88,10 @@ def whole_shift(grid: Grid, other: Grid, tolerance: float = 1e-3) -> tuple[int, 
 def to_hundredths(power: np.ndarray) -> np.ndarray:
     """Power with NaN -> int16 hundredths of dB, nodata -32768; exact to 0.005 dB."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        decibel = np.rint(np.float32(1000.0) * np.log10(power))
-    stored = np.clip(np.nan_to_num(decibel, nan=_LOWEST), _LOWEST, _HIGHEST).astype(np.int16)
+        decibel = np.log10(power)
+        decibel *= np.float32(1000.0)
+        np.rint(decibel, out=decibel)
+        np.clip(decibel, _LOWEST, _HIGHEST, out=decibel)
+        stored = decibel.astype(np.int16)
     stored[np.isnan(power)] = S1.nodata
     return stored

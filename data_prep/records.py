@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_prep import quality, tiling
+from data_prep import tiling
 from data_prep.harmonize import Offset
 from data_prep.raster import Grid
 from terrafm_jax import landcover
@@ -74,7 +74,7 @@ def record(
 
 def _present(key: str, layer: Layer, nodata: float) -> dict[str, Any]:
     given = layer.given
-    cloud, cloud_source = quality.cloud_share(given.cloud_mask, given.cloud_percent) if key != "s1" else (np.nan, "")
+    cloud, cloud_source = given.cloud if key != "s1" else (np.nan, "")
     entry: dict[str, Any] = {
         "present": True,
         "product": given.product,

@@ -25,9 +25,10 @@ from typing import Any
 import numpy as np
 from rasterio.warp import transform_bounds
 
-from data_prep import cli
+from data_prep import cli, ground
 from data_prep.cell import Cell, Options, SensorInput
 from data_prep.chunks import Source, SourceUnavailable, Unit
+from data_prep.ground import Place
 from data_prep.raster import BadInput, Grid, Raster, first_line, normalize_crs
 from data_prep.scenes import kind_of
 from data_prep.tiling import UNIT
@@ -49,7 +50,8 @@ class Stac:
         """Loads one block. Raises BadInput, SourceUnavailable."""
         ids, grid = unit.where
         sensors = {key: self._sensor(key, [self.items[i] for i in names], grid) for key, names in ids.items()}
-        return Cell(unit.cell, {k: v for k, v in sensors.items() if v is not None}, unit.number, unit.split)
+        found = {key: given for key, given in sensors.items() if given is not None}
+        return Cell(unit.cell, found, unit.number, unit.split, rivals=unit.rivals)
 
     def _sensor(self, key: str, items: list[dict[str, Any]], block: Grid) -> SensorInput | None:
         sensor = SENSORS[key]
@@ -256,10 +258,15 @@ def plan(args: argparse.Namespace, options: Options, cover: WorldCover) -> tuple
             centers.append((float(lat.mean()), float(lon.mean())))
     keep, fixed = cli.chosen_cells([u.cell for u in units], centers, args)
     cli.check_maps(cover, [c for c, k in zip(centers, keep, strict=True) if k])
-    kept = [
-        dataclasses.replace(u, split=fixed.get(u.cell), outlook=fixed.get(u.cell) or u.outlook)
-        for u, k in zip(units, keep, strict=True)
+    chosen = [u for u, k in zip(units, keep, strict=True) if k]
+    places = [
+        Place(u.cell, fixed.get(u.cell), c, ground.radius(u.where[1]), u.where[1])
+        for u, c, k in zip(units, centers, keep, strict=True)
         if k
+    ]
+    kept = [
+        dataclasses.replace(u, split=p.split, outlook=p.split or u.outlook, rivals=near)
+        for u, p, near in zip(chosen, places, ground.rivals(places), strict=True)
     ]
     seen = {f"items_{key}": len(group) for key, group in items.items()}
     return Stac(everything, args.sign), kept, {**seen, **skipped, "units": len(kept)}

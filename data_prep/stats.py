@@ -46,22 +46,13 @@ class Tally:
                 whole = bool(found.valid.all())
                 for name, pixels in zip(names, found.bands, strict=True):
                     band = sensor.band_names.index(name)
-                    stored = pixels.ravel() if whole else pixels[found.valid]
+                    stored = pixels if whole else pixels[found.valid]
                     if sensor.dtype == "int16":
-                        start, counts = 0, np.bincount(stored.view(np.uint16) ^ np.uint16(0x8000))  # + 32768
+                        start, stored = 0, stored.view(np.uint16) ^ np.uint16(0x8000)  # + 32768
                     else:
                         start = round(-_LOWEST[sensor.dtype] - layer.offset.value)
-                        counts = np.bincount(stored)
-                    self.values[key][band, start : start + len(counts)] += counts
+                    np.add.at(self.values[key][band, start:], stored.astype(np.intp).ravel(), 1)
                     self.pixels[key][band] += found.valid.size
-
-    def merge(self, other: Tally) -> None:
-        """Adds the counts of ``other``."""
-        for key in SENSORS:
-            self.values[key] += other.values[key]
-            self.pixels[key] += other.pixels[key]
-            self.records[key] += other.records[key]
-        self.fractions += other.fractions
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Sparse form for ``numpy.savez``."""
@@ -73,16 +64,13 @@ class Tally:
             result[f"{key}_pixels"] = np.append(self.pixels[key], self.records[key])
         return result
 
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Tally:
-        """The inverse of :meth:`arrays`."""
-        tally = cls()
-        tally.fractions += arrays["fractions"]
+    def add_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Adds what another tally's :meth:`arrays` holds; only bins that occur are touched."""
+        self.fractions += arrays["fractions"]
         for key in SENSORS:
-            tally.values[key].ravel()[arrays[f"{key}_where"]] = arrays[f"{key}_count"]
-            tally.pixels[key] += arrays[f"{key}_pixels"][:-1]
-            tally.records[key] = int(arrays[f"{key}_pixels"][-1])
-        return tally
+            self.values[key].ravel()[arrays[f"{key}_where"]] += arrays[f"{key}_count"]
+            self.pixels[key] += arrays[f"{key}_pixels"][:-1]
+            self.records[key] += int(arrays[f"{key}_pixels"][-1])
 
     def to_json(self, classes: Mapping[str, Mapping[str, int]], source: str) -> str:
         """The text of ``statistics.json``; ``sensors.Statistics.from_json`` reads mean and std of it.

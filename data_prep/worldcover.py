@@ -34,10 +34,10 @@ class MissingMaps(BadInput):
 
 @dataclasses.dataclass(frozen=True)
 class WorldCover:
-    """A folder (or URL) of WorldCover maps.
+    """A folder of WorldCover maps.
 
     Attributes:
-      folder: where the maps are, in any GDAL path form; None: land cover is unknown everywhere.
+      folder: where the maps are; None: land cover is unknown everywhere.
       maps: name of the 3 degree map (``N39W075``) -> path.
       absent: maps known not to exist (open sea); listed in ``absent.txt`` beside the maps.
       missing_is_sea: take every map that is not there for open sea.
@@ -53,6 +53,8 @@ class WorldCover:
         """Lists the maps of a folder. Raises ValueError where the folder has none."""
         if folder is None or str(folder) in ("", "none"):
             return cls(None, {})
+        if "://" in str(folder):
+            raise ValueError(f"--worldcover {folder}: expected a local or mounted folder of maps, not a URL")
         maps: dict[str, tuple[str, str]] = {}
         for path in sorted(Path(folder).rglob("*.tif")):
             found = _NAME.fullmatch(path.name)
@@ -148,6 +150,20 @@ def lonlat(crs: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return lon, lat
 
 
+def project(crs: str, lon: np.ndarray, lat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Degrees -> coordinates of ``crs``, float64. Raises BadInput where that has no place for them."""
+    if crs == "EPSG:4326":
+        return lon, lat
+    try:
+        x, y = transform_points(_crs("EPSG:4326"), _crs(crs), list((lon + 180.0) % 360.0 - 180.0), list(lat))
+    except RasterioError as error:
+        raise BadInput(f"CRS {crs!r} cannot be used ({first_line(error)})") from error
+    x, y = np.asarray(x), np.asarray(y)
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise BadInput(f"{lon.mean():.2f} E {lat.mean():.2f} N lies outside of CRS {crs!r}")
+    return x, y
+
+
 @lru_cache(maxsize=256)
 def _crs(text: str) -> CRS:
     return CRS.from_user_input(text)
@@ -220,9 +236,10 @@ def ocean(categories: np.ndarray) -> np.ndarray:
     water = categories == landcover.WATER
     if not sea.any() or not water.any():
         return sea
-    labels, _ = ndimage.label(sea | water, structure=np.ones((3, 3), bool))
-    connected = np.unique(labels[sea])
-    return np.isin(labels, connected[connected > 0])
+    labels, count = ndimage.label(sea | water, structure=np.ones((3, 3), bool))
+    connected = np.zeros(count + 1, bool)
+    connected[labels[sea]] = True
+    return connected[labels]
 
 
 def is_ocean(ocean_mask: np.ndarray) -> bool:

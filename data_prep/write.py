@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.cell import SHARED
 from data_prep.chunks import WORK, Job, chunk_path, shard_path, sync
 from data_prep.stats import Tally
 from terrafm_jax import landcover
@@ -74,6 +75,7 @@ class _Merged:
         self.dropped: Counter[str] = Counter()
         self.rejected: list[tuple[str, str, str]] = []
         self.notes: list[tuple[str, str]] = []
+        self.shared: set[str] = set()
         self._rows: dict[str, list[np.ndarray]] = {split: [] for split in tiles.SPLITS}
 
     def add(self, chunk: int) -> None:
@@ -88,12 +90,13 @@ class _Merged:
                     self._rows[split].append(rows)
                     self.shards[split].append(chunk)
                     self.lengths[split].append(len(rows))
-            self.tally.merge(Tally.from_arrays(arrays))
+            self.tally.add_arrays(arrays)
         self.count.update(meta["count"])
         self.bytes.update(meta["bytes"])
         self.dropped.update(meta["dropped"])
         self.rejected += [tuple(row) for row in meta["rejected"]]
         self.notes += [tuple(note) for note in meta["notes"]]
+        self.shared.update(meta["shared"])
 
     def _layout(self, layout: dict[str, list[int]]) -> int:
         if layout not in self.layouts:
@@ -128,13 +131,15 @@ class _Merged:
             n for reason, n in self.dropped.items() if " in a cell" not in reason
         )
         conflicts = sorted({note for _, note in self.notes})  # once per product
-        straddling = self.dropped.get("straddles splits", 0)
+        straddling = self.dropped.get("straddles splits", 0) + self.dropped.get(SHARED, 0)
         return {
             **plan,
             "tiles": dict(self.count),
             "bytes": sum(self.bytes.values()),
             "left_out": dict(sorted(self.dropped.items())),
             "lost_between_splits": round(straddling / tiles_seen, 6) if tiles_seen else 0.0,
+            "cells_sharing_ground": len(self.shared),
+            "cells_sharing_ground_examples": sorted(self.shared)[:50],
             "rejected": len(self.rejected),
             "rejected_reasons": dict(sorted(Counter(_kind(r[2]) for r in self.rejected).items())),
             "offset_conflicts": len(conflicts),

@@ -244,6 +244,22 @@ def test_wrong_arguments_are_named_before_any_work(source: Path, tmp_path: Path,
     assert not (tmp_path / "x").exists()
 
 
+def test_parts_that_were_not_downloaded_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Neither rejected nor asked for their land cover; a cell keeps the sensors whose parts are there."""
+    rows, metadata = make_cells(4)
+    for key, cell in (("s2_l2a", 3), ("s1", 2), ("s1", 3)):
+        metadata[key][cell]["parquet_url"] = "https://example.org/images/part_00007.parquet"
+    metadata["s2_l2a"][3] |= {"centre_lat": -30.0, "centre_lon": 100.0}
+    write_majortom(tmp_path, rows, metadata)
+    for west in (9, 12):
+        worldcover(tmp_path / "worldcover", west, 48, np.full((30, 30), 10))
+    assert prepare(tmp_path, tmp_path / "out", "--tile-size", "48") == 0
+    assert [r["s1"]["present"] for r in records(tmp_path / "out")] == [True, True, False]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["rows_without_part_s2_l2a"], summary["rows_without_part_s1"]) == (1, 2)
+    assert "Core-S1RTC: 2 of 4 rows" in capsys.readouterr().err
+
+
 def test_another_job_does_not_touch_a_finished_data_set(
     source: Path, prepared: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -1,0 +1,121 @@
+"""Ground that cells of different splits share, where the splits are listed and not drawn over blocks.
+
+A list may put neighbors into different splits, and neighboring cells of Major-TOM overlap by up to 680 m;
+manifests may hold the same place under several names. Planning finds the cells that lie close enough, and
+each tile is then compared with their exact footprints: the evaluation split keeps the ground.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy.spatial import cKDTree
+
+from data_prep.raster import BadInput, Grid
+from data_prep.worldcover import lonlat_outline, project
+from terrafm_jax.data.tiles import SPLITS
+
+EARTH = 6371.0  # km
+
+
+@dataclasses.dataclass(frozen=True)
+class Rival:
+    """A cell of another listed split close by. ``footprint``: a Grid, or what the source makes one of."""
+
+    cell: str
+    split: str
+    footprint: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a planned cell lies: (lat, lon) of its center, half its diagonal in km, and see :class:`Rival`."""
+
+    cell: str
+    split: str | None
+    center: tuple[float, float] | None
+    radius: float
+    footprint: Any
+
+
+def rivals(places: Sequence[Place]) -> list[tuple[Rival, ...]]:
+    """For each place the cells nearby whose split outranks its own (see :func:`outranks`)."""
+    found: list[tuple[Rival, ...]] = [() for _ in places]
+    listed = [i for i, p in enumerate(places) if p.split and p.center]
+    if not listed or (len({places[i].split for i in listed}) < 2 and len(listed) == len(places)):
+        return found
+    tree = cKDTree(_on_sphere([places[i].center for i in listed]))
+    widest = max(places[i].radius for i in listed)
+    for i, place in enumerate(places):
+        if place.center is None:
+            continue
+        (point,) = _on_sphere([place.center])
+        near = sorted(listed[j] for j in tree.query_ball_point(point, (place.radius + widest) / EARTH))
+        those = [places[j] for j in near if outranks(places[j].split, place.split)]
+        found[i] = tuple(Rival(p.cell, str(p.split), p.footprint) for p in those)
+    return found
+
+
+def outranks(other: str | None, own: str | None) -> bool:
+    """Whether ground shared by a cell of the listed split ``other`` is lost to ``own`` (None: drawn by block).
+
+    Among listed splits the later one of ``tiles.SPLITS`` keeps it, so that training loses tiles and
+    evaluation does not; tiles that no list names give way to every list.
+    """
+    if other is None:
+        return False
+    return own is None or SPLITS.index(other) > SPLITS.index(own)
+
+
+def radius(grid: Grid) -> float:
+    """Half the diagonal of a footprint in km, on the generous side."""
+    lon, lat = lonlat_outline(grid)
+    corners = _on_sphere(list(zip(lat.tolist(), lon.tolist(), strict=True)))
+    middle = corners.mean(axis=0)
+    return 1.01 * EARTH * float(np.sqrt(((corners - middle) ** 2).sum(axis=1)).max()) + 0.1
+
+
+def share_ground(grid: Grid, other: Grid) -> bool:
+    """Whether two footprints overlap by more than half a pixel of ``grid``; touching edges do not count.
+
+    Across coordinate systems the outline of ``other`` is projected and taken as convex (it is, to some
+    meters); separating axes decide.
+    """
+    left, bottom, right, top = grid.bounds()
+    slack = 0.5 * abs(grid.transform[0])
+    if grid.crs == other.crs:
+        west, south, east, north = other.bounds()
+        return min(right, east) - max(left, west) > slack and min(top, north) - max(bottom, south) > slack
+    try:
+        x, y = project(grid.crs, *_ring(other))
+    except BadInput:  # so far away that it has no place in this system
+        return False
+    box = np.array([(left, bottom), (right, bottom), (right, top), (left, top)])
+    ring = np.stack([x, y], axis=1)
+    edges = np.roll(ring, -1, axis=0) - ring
+    normals = np.concatenate([np.eye(2), np.stack([-edges[:, 1], edges[:, 0]], axis=1)])
+    normals /= np.linalg.norm(normals, axis=1, keepdims=True)
+    a, b = box @ normals.T, ring @ normals.T
+    return bool((np.minimum(a.max(0), b.max(0)) - np.maximum(a.min(0), b.min(0)) > slack).all())
+
+
+def _ring(grid: Grid, steps: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """Longitudes and latitudes along the outline, in order."""
+    lon, lat = lonlat_outline(grid, steps)
+    n = steps + 1  # lonlat_outline: bottom, top, left, right
+    bottom, top, left, right = (slice(i * n, (i + 1) * n) for i in range(4))
+
+    def walk(values: np.ndarray) -> np.ndarray:
+        sides = (values[bottom], values[right], values[top][::-1], values[left][::-1])
+        return np.concatenate([side[:-1] for side in sides])  # each corner once
+
+    return walk(lon), walk(lat)
+
+
+def _on_sphere(places: Sequence[Any]) -> np.ndarray:
+    """Unit vectors [n, 3] of (lat, lon) in degrees."""
+    lat, lon = np.radians(np.asarray(places, np.float64).reshape(-1, 2)).T
+    return np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], axis=1)
