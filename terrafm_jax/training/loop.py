@@ -25,7 +25,7 @@ from terrafm_jax.sensors import Statistics
 from terrafm_jax.training import pictures, report
 from terrafm_jax.training import workdir as workdir_lib
 from terrafm_jax.training.checkpoint import Checkpointer, to_host
-from terrafm_jax.training.meter import Compiled, Meter, due
+from terrafm_jax.training.meter import Compiled, Meter, TrainingError, due
 from terrafm_jax.training.metrics import MetricWriter, Progress, timed
 from terrafm_jax.training.preemption import Interrupted, StopRequest
 from terrafm_jax.training.sharding import make_mesh
@@ -116,11 +116,17 @@ def train(
     # --- input, evaluators, signals ---
     loader = make_loader(run, start, skipped)
     tools = Tools(run, checkpoints, writer, loader, Progress(start, run.total, enabled=run.first), StopRequest())
+    together = True
     try:
-        with jax.set_mesh(run.mesh):
-            return _loop(tools, state, start, evaluators(run) if evaluators else (), evaluated)
+        # No mesh is set around the loop: the step's shardings name theirs, and evaluators work on one device.
+        return _loop(tools, state, start, evaluators(run) if evaluators else (), evaluated)
+    except TrainingError:  # raised by all processes at the same step
+        raise
+    except BaseException:
+        together = jax.process_count() == 1
+        raise
     finally:
-        tools.close()
+        tools.close(together)
 
 
 def plan(config: ConfigDict, workdir: str) -> Run:
@@ -210,12 +216,14 @@ class Tools:
             }
             weights.save_npz(epath.Path(self.run.workdir) / "teacher" / str(step), params, meta)
 
-    def close(self) -> None:
+    def close(self, together: bool = True) -> None:
+        """Ends everything. ``together`` False: other processes are elsewhere or gone, so nothing waits for them."""
         self.progress.close()
         self.loader.close()
         self.writer.close()
         self.stop.close()
-        self.checkpoints.close()
+        if together:
+            self.checkpoints.close()
 
 
 def _loop(

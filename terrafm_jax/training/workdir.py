@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import numpy as np
 from etils import epath
 
 from terrafm_jax.config import ConfigError, flatten
@@ -24,8 +26,26 @@ def claim(workdir: str, config: Mapping[str, Any], write: bool) -> None:
     Args:
       workdir: local or gs:// folder.
       config: the checked config.
-      write: True on the first process only.
+      write: True on the first process only. It looks and writes, the others wait and hear how it went: looking
+        while it writes, they would find half a file.
     """
+    fault = None
+    if write:
+        try:
+            _claim(workdir, config)
+        except ConfigError as e:
+            fault = e
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        refused = multihost_utils.broadcast_one_to_all(np.int32(fault is not None))
+        if refused and fault is None:
+            fault = ConfigError(f"workdir {workdir}: refused by the first process, which says why")
+    if fault is not None:
+        raise fault
+
+
+def _claim(workdir: str, config: Mapping[str, Any]) -> None:
     folder = epath.Path(workdir)
     record = folder / "config.json"
     mine = json.loads(json.dumps(flatten(config)))
@@ -38,9 +58,14 @@ def claim(workdir: str, config: Mapping[str, Any], write: bool) -> None:
                 f"workdir {folder} is not empty ({', '.join(foreign[:5])}) and holds no config.json of a run: "
                 "give an empty folder, or the workdir of a run to resume"
             )
-    if write:
-        folder.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(mine, indent=2))
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(mine, indent=2)
+    if "://" in str(workdir):  # objects appear whole
+        record.write_text(text)
+    else:  # a start that is killed here must not leave half a record
+        fresh = folder / ".config.json"
+        fresh.write_text(text)
+        fresh.replace(record)
 
 
 def _same_recipe(folder: epath.Path, theirs: dict[str, Any], mine: dict[str, Any], allowed: bool) -> None:
