@@ -40,8 +40,17 @@ def test_another_recipe_is_refused_with_every_difference(tmp_path: Path, config:
 
 
 def test_a_folder_with_foreign_files_is_refused_but_logs_are_fine(tmp_path: Path, config: ConfigDict) -> None:
-    (tmp_path / "slurm.log").write_text("")
-    workdir.claim(str(tmp_path), config, write=False)
-    (tmp_path / "thesis.txt").write_text("")
+    for name in ("slurm.log", "thesis.txt"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("")
+    workdir.claim(str(tmp_path / "slurm.log"), config, write=True)
     with pytest.raises(ConfigError, match=r"thesis\.txt"):
-        workdir.claim(str(tmp_path), config, write=False)
+        workdir.claim(str(tmp_path / "thesis.txt"), config, write=True)
+    assert sorted(p.name for p in (tmp_path / "thesis.txt").iterdir()) == ["thesis.txt"]
+    assert sorted(p.name for p in (tmp_path / "slurm.log").iterdir()) == ["config.json", "slurm.log"]
+
+
+def test_other_processes_leave_looking_and_writing_to_the_first(tmp_path: Path, config: ConfigDict) -> None:
+    (tmp_path / "config.json").write_text("")  # the first process is about to write
+    workdir.claim(str(tmp_path), config, write=False)
+    assert (tmp_path / "config.json").read_text() == ""

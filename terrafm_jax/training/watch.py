@@ -52,7 +52,10 @@ class Watch:
     """Judges each logged interval; the figures of all processes arrive one interval late, so nothing waits for them."""
 
     def __init__(self, mesh: Mesh):
-        self._devices = mesh.devices.reshape(-1)
+        line = Mesh(mesh.devices.reshape(-1), ("all",), axis_types=(jax.sharding.AxisType.Auto,))
+        self._devices, self._mine = line.devices, len(line.local_devices)
+        self._split = NamedSharding(line, P("all"))
+        self._spread = jax.jit(lambda x: x, out_shardings=NamedSharding(line, P()))  # compiled once
         self._sent: tuple[jax.Array, float] | None = None
         self._earlier: list[float] = []
         self._said: dict[str, int] = {}
@@ -95,7 +98,5 @@ class Watch:
 
     def _gather(self, own: float) -> jax.Array:
         """float32 [devices] on every device, ``own`` of the process each belongs to."""
-        line = Mesh(self._devices, ("all",), axis_types=(jax.sharding.AxisType.Auto,))
-        split, whole = NamedSharding(line, P("all")), NamedSharding(line, P())
-        mine = np.full(len(line.local_devices), own, np.float32)
-        return jax.jit(lambda x: x, out_shardings=whole)(jax.make_array_from_process_local_data(split, mine))
+        mine = np.full(self._mine, own, np.float32)
+        return self._spread(jax.make_array_from_process_local_data(self._split, mine))

@@ -1,0 +1,134 @@
+"""Real processes on loopback (jax.distributed, gloo): the same training as in one process, and what ends a job."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from conftest import ROOT, run_module
+
+pytestmark = pytest.mark.slow
+
+STEPS = 40
+FLAGS = (
+    "--config=configs/demo.py:runlocal", f"--config.total_steps={STEPS}", "--config.checkpoint.every=20",
+    "--config.views.global_size=32", "--config.views.local_size=16", "--config.model.depth=1",
+    "--config.log.pictures=False", "--config.mesh.fsdp=2", "--config.knn.every=40", "--config.knn.batch_size=16",
+)  # fmt: skip
+
+
+def launch(data: Path, workdir: Path, processes: int, devices: int, *extra: str) -> subprocess.Popen:
+    command = ["launch/local.sh", "--processes", str(processes), "--devices", str(devices), "--", *FLAGS]
+    command += [f"--workdir={workdir}", f"--config.data.dir={data}", *extra]
+    env = {**os.environ, "PYTHON": sys.executable, "RESTART_DELAY": "0"}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+
+
+def rows(workdir: Path) -> list[dict]:
+    path = workdir / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    """Loss by step; of a repeated step the last."""
+    return {row["step"]: row["loss"] for row in rows(workdir) if "loss" in row}
+
+
+def accuracy(workdir: Path) -> list[float]:
+    return [row["knn_top1"] for row in rows(workdir) if "knn_top1" in row]
+
+
+def saved(workdir: Path) -> list[int]:
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def state_of(workdir: Path) -> dict[str, np.ndarray]:
+    with ocp.StandardCheckpointer() as reader:
+        tree = reader.restore(workdir.absolute() / "checkpoints" / str(STEPS) / "state")
+    return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def assert_same_training(workdir: Path, reference: Path) -> None:
+    """Every loss within 1e-3 (another or a missing example changes it by more) and every tensor of the state within
+    2 % of its largest value: what rounding in another order becomes over forty steps of Adam.
+    """
+    expected, found = losses(reference), losses(workdir)
+    assert found.keys() == expected.keys()
+    np.testing.assert_allclose([found[k] for k in expected], list(expected.values()), rtol=1e-3)
+    assert accuracy(workdir)[-1] == pytest.approx(accuracy(reference)[-1], abs=0.05)
+    theirs, mine = state_of(reference), state_of(workdir)
+    assert mine.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert np.abs(mine[name] - value).max() <= 0.02 * max(np.abs(value).max(), 1e-6), name
+
+
+@pytest.fixture(scope="module")
+def reference(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process with four devices, forty uninterrupted steps."""
+    workdir = tmp_path_factory.mktemp("reference") / "run"
+    arguments = [*FLAGS, f"--workdir={workdir}", f"--config.data.dir={prepared}", "--cpu_devices=4"]
+    done = run_module("terrafm_jax.main", *arguments)
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def test_two_processes_then_four_equal_one(prepared: Path, reference: Path, tmp_path: Path) -> None:
+    """Each process reads its own part of every batch; the second half runs with another number of them."""
+    for processes, devices, extra in ((2, 2, ["--config.stop_at_step=20"]), (4, 1, [])):
+        job = launch(prepared, tmp_path / "run", processes, devices, *extra)
+        _, errors = job.communicate(timeout=300)
+        assert job.returncode == 0, errors
+    starts = [(row["processes"], row["devices"], row["step"]) for row in rows(tmp_path / "run") if "processes" in row]
+    assert starts == [(2, 4, 0), (4, 4, 20)]
+    assert_same_training(tmp_path / "run", reference)
+
+
+def children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_for_step(job: subprocess.Popen, workdir: Path, starts: int) -> None:
+    """Until the start with this number has logged a step."""
+    limit = time.monotonic() + 240
+    while True:
+        events = [("loss" in row, row.get("event")) for row in rows(workdir)]
+        begun = [i for i, (_, event) in enumerate(events) if event == "start"]
+        if len(begun) >= starts and any(is_step for is_step, _ in events[begun[starts - 1] :]):
+            return
+        assert job.poll() is None, job.stderr.read()
+        assert time.monotonic() < limit
+        time.sleep(0.005)
+
+
+def test_a_signal_saves_and_a_death_ends_the_job_and_both_are_resumed(
+    prepared: Path, reference: Path, tmp_path: Path
+) -> None:
+    workdir = tmp_path / "run"
+    job = launch(prepared, workdir, 2, 2, "--config.checkpoint.every=1000")
+    wait_for_step(job, workdir, 1)
+    os.kill(children(job.pid)[1], signal.SIGTERM)  # one process alone is told, all save the same step
+    wait_for_step(job, workdir, 2)
+    (step,) = saved(workdir)
+    assert 0 < step < STEPS
+
+    os.kill(children(job.pid)[1], signal.SIGKILL)
+    killed = time.monotonic()
+    wait_for_step(job, workdir, 3)
+    assert time.monotonic() - killed < 100
+    _, errors = job.communicate(timeout=300)
+    assert job.returncode == 0, errors
+    assert "preempted with a checkpoint: starting again" in errors
+    assert "restart 1 of 3" in errors
+    assert [row["step"] for row in rows(workdir) if row.get("event") == "start"] == [0, step, step]
+    assert "the step broke off, as it does when another process of the job ends" in errors
+    assert_same_training(workdir, reference)
