@@ -2,10 +2,10 @@
 
     python -m benchmarks.embed_scene [--checkpoint PATH | --size b] [--pixels 1068] [--sensors s2_l2a,s1] [--torch]
 
-Three measurements in one run, on a scene written for the occasion; the last line is JSON:
+Three contenders take turns in one run, on a scene written for the occasion; the last line is JSON:
 
 * ``scene``: reading, warping, encoding, blending, writing rows (not the final copy to a COG).
-* ``encoder``: the same windows, already read, through ``Model.encode`` alone.
+* ``encode``: the same windows, already read, through ``Model.encode`` alone.
 * ``torch``: the same windows through the single-file PyTorch module of the hub folder (with ``--torch``).
 """
 
@@ -13,11 +13,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import importlib.metadata
 import json
+import os
+import platform
 import resource
+import statistics
+import sys
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +30,7 @@ import numpy as np
 import rasterio
 from rasterio.transform import from_origin
 
+from benchmarks.timing import Turn, repeat
 from terrafm_jax.inference import Model
 from terrafm_jax.scenes import inputs, read, run, store
 from terrafm_jax.scenes.encoder import WindowEncoder
@@ -71,29 +77,69 @@ def open_weights(args: argparse.Namespace) -> Any:
     return Loaded({"backbone": params["backbone"]}, spec, Statistics.published(), {}, "fresh")
 
 
-def encoder_alone(encoder: WindowEncoder, works: Sequence[run.Work]) -> float:
-    """Seconds that the encoder takes for windows that are in memory."""
-    encoder(works[0].windows).result()
-    began = time.perf_counter()
-    for work in works:
-        encoder(work.windows).result()
-    return time.perf_counter() - began
+class Contenders:
+    """The three contenders as functions that run once over the scene."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path, loaded: Any):
+        self.sensors, self.loaded, self.threads = args.sensors.split(","), loaded, args.threads
+        acquisitions = write_scene(folder, args.pixels, self.sensors)
+        grid = target_grid(acquisitions, args.gsd)
+        self.reader, self.plan = read.SceneReader(acquisitions, grid), Plan(grid, 224, 112, 16, batch=args.batch)
+        self.encoder = WindowEncoder(Model(loaded), self.reader.bands, self.plan.fill)
+        self.works = [run.prepare(self.reader, self.plan, chunk) for chunk in self.plan.chunks()]
+        self.unfinished = store.Unfinished(folder / "e.tif", self.plan, self.encoder.width, "bench")
+        self.waited = 0.0
+
+    def encode(self) -> None:
+        for work in self.works:
+            self.encoder(work.windows).result()
+
+    def scene(self) -> None:
+        (self.unfinished.folder / "snapshot.npz").unlink(missing_ok=True)
+        job = run.Job(self.encoder, self.reader, self.plan, self.encoder.width, self.unfinished)
+        self.waited = job.run(threads=self.threads).reading
+
+    @functools.cached_property
+    def network(self) -> Any:
+        from terrafm_jax.export.formats import torch_module
+
+        return torch_module(self.loaded)
+
+    def torch(self) -> None:
+        import torch
+
+        with torch.inference_mode():
+            for work in self.works:
+                self.network(
+                    {k: torch.from_numpy(np.moveaxis(work.windows[k].values, -1, 1).copy()) for k in self.sensors}
+                )
 
 
-def torch_alone(loaded: Any, works: Sequence[run.Work], sensors: Sequence[str]) -> float:
-    """Seconds that the exported PyTorch module takes for the same windows (same machine, all its threads)."""
-    import torch
-
-    from terrafm_jax.export.formats import torch_module
-
-    network, seconds = torch_module(loaded).eval(), 0.0
-    with torch.inference_mode():
-        for i, work in enumerate([works[0], *works]):
-            images = {k: torch.from_numpy(np.moveaxis(work.windows[k].values, -1, 1).copy()) for k in sensors}
-            began = time.perf_counter()
-            network(images)
-            seconds += time.perf_counter() - began if i else 0.0
-    return seconds
+def report(found: Contenders, turns: Mapping[str, Sequence[Turn]]) -> dict[str, Any]:
+    """Medians of the turns; shares of wall and of processor time."""
+    wall = {name: statistics.median(t.wall for t in each) for name, each in turns.items()}
+    cpu = {name: statistics.median(t.cpu for t in each) for name, each in turns.items()}
+    windows, grid = found.plan.count(), found.plan.grid
+    result = {
+        "windows": windows,
+        "encoded_with_padding": len(found.works) * found.plan.fill,
+        "square_kilometers": run.area(grid),
+        "gsd": grid.gsd,
+        "square_kilometers_per_second": run.area(grid) / wall["scene"],
+        "images_per_second": windows / wall["scene"],
+        "encoder_share": wall["encode"] / wall["scene"],
+        "encoder_share_of_processor_time": cpu["encode"] / cpu["scene"],
+        "waited_for_pixels_seconds": found.waited,
+        "wall_seconds": {name: [t.wall for t in each] for name, each in turns.items()},
+        "cpu_seconds": {name: [t.cpu for t in each] for name, each in turns.items()},
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "machine": f"{os.cpu_count()} shared CPU cores, {platform.machine()}",
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "torch", "numpy", "rasterio")},
+    }
+    if "torch" in wall:
+        result |= {name: wall["torch"] / wall[key] for name, key in (("encoder_times_torch", "encode"),
+                   ("scene_times_torch", "scene"))}  # fmt: skip
+    return result
 
 
 def main() -> None:
@@ -107,37 +153,21 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--torch", action="store_true")
+    parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    sensors = args.sensors.split(",")
     with tempfile.TemporaryDirectory(prefix="terrafm_bench_") as name:
-        folder = Path(name)
-        acquisitions = write_scene(folder, args.pixels, sensors)
-        grid = target_grid(acquisitions, args.gsd)
-        reader = read.SceneReader(acquisitions, grid)
-        plan = Plan(grid, 224, 112, 16, batch=args.batch)
-        loaded = open_weights(args)
-        encoder = WindowEncoder(Model(loaded), reader.bands, args.batch)
-        works = [run.prepare(reader, plan, chunk) for chunk in plan.chunks()]
-        alone = encoder_alone(encoder, works)
-        unfinished = store.Unfinished(folder / "e.tif", plan, encoder.width, "bench")
-        summary = run.Job(encoder, reader, plan, encoder.width, unfinished).run(threads=args.threads)
-        computed = sum(args.batch for w in works if w.kept)
-        result = {
-            "windows": summary.windows,
-            "scene_seconds": summary.seconds,
-            "encoder_seconds": alone,
-            "encoder_share": alone / summary.seconds,
-            "square_kilometers_per_second": summary.square_kilometers / summary.seconds,
-            "images_per_second": summary.windows / summary.seconds,
-            "waited_for_pixels_seconds": summary.reading,
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "computed_windows": computed,
-            "gsd": grid.gsd,
-        }
-        if args.torch:
-            seconds = torch_alone(loaded, works, sensors)
-            result |= {"torch_seconds": seconds, "times_torch": seconds / alone}
-    print(json.dumps(result))
+        found = Contenders(args, Path(name), open_weights(args))
+        runs = {"encode": found.encode, "scene": found.scene, **({"torch": found.torch} if args.torch else {})}
+        for once in (found.encode, *([found.torch] if args.torch else [])):  # compiles, and warms caches
+            works, found.works = found.works, found.works[:1]
+            once()
+            found.works = works
+        turns: dict[str, list[Turn]] = {name: [] for name in runs}
+        for _ in range(args.repeats):  # in turns: whatever slows the machine down slows all alike
+            for name, once in runs.items():
+                turns[name] += repeat(lambda _, once=once: once(), 1, 1)
+        command = f"python -m benchmarks.embed_scene {' '.join(sys.argv[1:])}"
+        print(json.dumps({"command": command, **report(found, turns)}))
 
 
 if __name__ == "__main__":

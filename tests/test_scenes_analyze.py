@@ -72,6 +72,8 @@ def test_change_refuses_what_cannot_be_compared(tmp_path: Path, tokens: np.ndarr
         pass
     assert embed.main(["change", str(first), str(tmp_path / "plain.tif"), f"--out={tmp_path / 'c.tif'}"]) == 1
     assert "is no embedding of this program" in capsys.readouterr().err
+    assert embed.main(["change", str(first), str(tmp_path / "e.zarr"), f"--out={tmp_path / 'c.tif'}"]) == 1
+    assert "e.zarr: change, picture and search read GeoTIFF" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])

@@ -198,6 +198,14 @@ def test_every_token_is_covered_by_windows() -> None:
             assert seen.min() >= 1, (height, width, window, stride)
 
 
+@pytest.mark.parametrize(("width", "batch", "fill"), [(1068, 16, 9), (10_980, 16, 14), (10_980, 1, 1), (224, 16, 1)])
+def test_chunks_of_a_row_are_equally_long(width: int, batch: int, fill: int) -> None:
+    plan = Plan(Grid(grid_lib.CRS.from_string(CRS), 0, 0, 10.0, 224, width), 224, 112, 16, batch=batch)
+    lengths = [len(chunk.columns) for chunk in plan.chunks()]
+    assert plan.fill == max(lengths) == fill
+    assert sum(lengths) / (fill * len(lengths)) > 0.95, "few windows are computed for nothing"
+
+
 def test_grid_keeps_the_pixels_of_the_reference(tmp_path: Path) -> None:
     fine = optical(tmp_path / "a.tif", 100, 100)
     wide = radar(tmp_path / "b.tif", 90, 200, west=WEST + 205, north=NORTH - 95)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import rasterio
 from scenes_fake import CRS, NORTH, WEST, call, optical, tiny_model, tokens, write
+from weights_samples import sample
 
 from terrafm_jax import embed
 from terrafm_jax.inference import Model
@@ -83,6 +86,35 @@ def test_a_job_killed_between_snapshots_goes_on(scene: Path, tmp_path: Path, mod
     job, unfinished = _job(scene, tmp_path / "parts.tif", model)
     job.run(save_seconds=0)
     assert unfinished.rows_path.read_bytes() == expected
+
+
+def test_a_signal_ends_the_job_after_a_snapshot(scene: Path, tmp_path: Path, model: Model) -> None:
+    job, unfinished = _job(scene, tmp_path / "e.tif", model)
+    inner, calls, before = job._encode, [], signal.getsignal(signal.SIGTERM)
+
+    def encode(windows: run.Windows) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return inner(windows)
+
+    job._encode = encode
+    with pytest.raises(run.Stopped, match="the same command goes on"):
+        job.run()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert len(calls) < len(job._chunks)
+    assert (unfinished.folder / "snapshot.npz").exists()
+
+
+@pytest.mark.parametrize(("terminal", "words"), [(True, "4/4"), (False, "4 of 4 windows")])
+def test_progress(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, caplog: Any, terminal: bool, words: str
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    with caplog.at_level("INFO"), embed._Progress(4, "window") as progress:
+        progress(3)
+        progress(1)
+    assert words in (capsys.readouterr().err if terminal else caplog.text)
 
 
 def test_other_settings_do_not_resume(scene: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -254,3 +286,21 @@ def test_dry_run_says_what_it_would_take(scene: Path, tmp_path: Path, caplog: py
         assert word in caplog.text
     assert not out.exists()
     assert not list(tmp_path.iterdir())
+
+
+def test_the_benchmark_says_what_it_promises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    pytest.importorskip("torch")
+    from benchmarks import embed_scene
+    from terrafm_jax.export import formats
+
+    formats.write_folder(sample(head=False), tmp_path / "folder")
+    flags = f"--checkpoint {tmp_path / 'folder'} --pixels 240 --sensors s2_l2a,s1 --batch 8 --repeats 2 --torch"
+    monkeypatch.setattr(sys, "argv", ["embed_scene", *flags.split()])
+    embed_scene.main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["windows"], found["encoded_with_padding"], found["gsd"]) == (4, 4, 10)
+    assert found["square_kilometers"] == pytest.approx(2.4 * 2.4)
+    assert {name: len(turns) for name, turns in found["wall_seconds"].items()} == {"encode": 2, "scene": 2, "torch": 2}
+    assert found["encoder_share_of_processor_time"] > 0

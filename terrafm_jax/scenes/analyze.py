@@ -25,7 +25,13 @@ WEIGHTS_TAG = "TERRAFM_WEIGHTS"
 
 
 def open_tokens(path: Any) -> rasterio.DatasetReader:
-    """Opens an embedding written as GeoTIFF. Raises SceneError for any other raster."""
+    """Opens an embedding written as GeoTIFF. Raises SceneError for any other file."""
+    kind = output.FORMATS.get(Path(path).suffix.lower(), "")
+    if kind in ("zarr", "parquet"):
+        raise SceneError(
+            f"{path}: change, picture and search read GeoTIFF (search also Parquet, but not its --query); "
+            "embed with --out OUT.tif"
+        )
     source = open_raster(path)
     if WEIGHTS_TAG not in source.tags():
         source.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -188,7 +189,7 @@ class Plan:
     pixel of ``stride`` scene pixels around its center. The last token of an axis starts at or before the
     last ``patch`` pixels rounded up to a whole stride: where the scene is not divisible by the patch, it
     reaches up to patch - 1 pixels beyond the edge, which are mirrored for the encoder, and it counts as
-    valid if at least half of its ground within the scene was measured.
+    valid if at least half of its ground within the scene was measured. ``batch`` limits the windows at once.
     """
 
     grid: Grid
@@ -232,9 +233,16 @@ class Plan:
             for phase_column in range(0, self.patch, self.stride):
                 columns, width = self._starts(phase_column, self.shape[1])
                 for row in rows:
-                    for i in range(0, len(columns), self.batch):
-                        found.append(Chunk(row, tuple(columns[i : i + self.batch]), height, width))
+                    for i in range(0, len(columns), self.fill):
+                        found.append(Chunk(row, tuple(columns[i : i + self.fill]), height, width))
         return sorted(found, key=lambda c: (c.row, c.columns))
+
+    @functools.cached_property
+    def fill(self) -> int:
+        """Windows encoded at once: at most ``batch``, and such that the chunks of a row are about equally long."""
+        phases = range(0, self.patch, self.stride)
+        longest = max(len(self._starts(phase, self.shape[1])[0]) for phase in phases)
+        return -(-longest // -(-longest // self.batch))
 
     def _starts(self, phase: int, tokens: int) -> tuple[list[int], int]:
         """First pixels of the windows along one axis at one phase, and their length."""

@@ -80,7 +80,7 @@ def prepare(
 
     valid = wanted & (per_token(measured & ground) >= min_ground * np.maximum(per_token(ground), 1))
     kept = tuple(np.flatnonzero(valid.any((1, 2))).tolist())
-    padded = [*kept, *[kept[-1]] * (plan.batch - len(kept))] if kept else []
+    padded = [*kept, *[kept[-1]] * (plan.fill - len(kept))] if kept else []
     windows = {
         key: Pixels(
             np.stack([pixels.values[:, cuts[i]] for i in padded]), np.stack([pixels.valid[:, cuts[i]] for i in padded])
@@ -110,7 +110,7 @@ class Job:
     """Embeds a scene into an unfinished result, from wherever that stands.
 
     Args:
-      encode: see :data:`Encode`; called with ``plan.batch`` windows at a time.
+      encode: see :data:`Encode`; called with ``plan.fill`` windows at a time.
       reader: pixels of the scene.
       plan: windows and output grid.
       width: features per token.
