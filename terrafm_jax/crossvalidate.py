@@ -106,7 +106,10 @@ class Experiment:
     def run(self, say: Any = print) -> list[Any]:
         """All scores; writes the report."""
         from terrafm_jax.evals.arms import Score
+        from terrafm_jax.evals.datasets.doubts import doubts
 
+        for text in doubts(self.dataset):
+            say(f"WARNING {text}")
         rows: dict[tuple[str, str], list[np.ndarray]] = {}
         for arm, seed, encoder in self.arms():
             keys = self.keys(encoder)

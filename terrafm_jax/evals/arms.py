@@ -98,7 +98,7 @@ def figure(scores: Sequence[Score], path: Path, title: str, chance: float) -> No
     arms = list(dict.fromkeys(s.arm for s in scores))
     found = pairs(scores)
     kinds = list(dict.fromkeys((a.arm, b.arm) for a, b in found))
-    height = 1.2 + 0.26 * len(names) * max(len(arms), len(kinds))
+    height = 1.6 + 0.26 * len(names) * max(len(arms), len(kinds))
     drawn, axes = plt.subplots(1, 2, figsize=(11, height), constrained_layout=True, sharey=True)
     for k, arm in enumerate(arms):
         for s in (s for s in scores if s.arm == arm):
@@ -122,7 +122,7 @@ def figure(scores: Sequence[Score], path: Path, title: str, chance: float) -> No
     axes[1].set_xlabel("paired difference (points), bar: 95 %", fontsize=8)
     for axis in axes:
         axis.grid(axis="x", color="0.9")
-        axis.legend(fontsize=7, loc="best")
+        axis.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=2, frameon=False)
     drawn.suptitle(title, fontsize=10)
     _save(drawn, path)
 

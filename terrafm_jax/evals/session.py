@@ -16,6 +16,7 @@ import numpy as np
 from terrafm_jax.evals import protocols, report, store
 from terrafm_jax.evals.datasets import open_suite
 from terrafm_jax.evals.datasets.base import Dataset, DatasetError
+from terrafm_jax.evals.datasets.doubts import doubts
 from terrafm_jax.evals.encoders import open_encoder
 from terrafm_jax.evals.features import FeatureError
 from terrafm_jax.evals.metrics import Result
@@ -118,6 +119,9 @@ class Session:
         datasets = open_suite(s.suite, s.data, s.names, **s.options)
         if s.tile:
             datasets = [store.tiled(d, s.tile) for d in datasets]
+        self._doubts = {d.info.name: doubts(d) for d in datasets}
+        for text in (t for found in self._doubts.values() for t in found):
+            self.say(f"WARNING {text}")
         self.out.mkdir(parents=True, exist_ok=True)
         done = {r["key"] for r in report.read_rows(self.rows_file) if "error" not in r}
         for text in s.checkpoints:
@@ -210,6 +214,7 @@ class Session:
 
     def _note(self, dataset: Dataset, keys: tuple[str, ...]) -> str:
         parts = [dataset.info.note] if dataset.info.note else []
+        parts += self._doubts[dataset.info.name]
         for k in keys:
             missing = dataset.info.inputs[k].missing
             parts += [f"{k} lacks {', '.join(missing)}"] if missing else []

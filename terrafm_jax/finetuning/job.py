@@ -17,6 +17,7 @@ from terrafm_jax.config import ConfigError
 from terrafm_jax.evals import protocols, report, store
 from terrafm_jax.evals.datasets import open_suite
 from terrafm_jax.evals.datasets.base import Dataset, Split, few_shot, label_fraction
+from terrafm_jax.evals.datasets.doubts import doubts
 from terrafm_jax.evals.encoders import open_encoder
 from terrafm_jax.evals.features import Encoder, FeatureError
 from terrafm_jax.evals.linear import task_of
@@ -104,6 +105,8 @@ class Job:
         sources, stop = self.sources(), StopRequest()
         shown = ", ".join(f"{k} {len(s)}" for k, s in sources.items())
         self.say(f"{self.dataset.info.name} ({self.dataset.info.task}): {shown}; inputs {'+'.join(self.inputs)}")
+        for text in doubts(self.dataset):
+            self.say(f"WARNING {text}")
         finished: list[tuple[float, Run]] = []
         try:
             for rate in self.config.rates:

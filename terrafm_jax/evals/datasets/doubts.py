@@ -1,0 +1,82 @@
+"""Does a labelled data set look like what it is declared to be? A few samples, cheap tests, warnings in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from terrafm_jax.evals.datasets.base import Dataset, Input, Sample, canonical
+from terrafm_jax.sensors import SENSORS, band_name
+
+SAMPLES = 16
+# Thresholds in DN of data_prep's offset check: a dark percentile above them means that 1000 is still inside.
+CIRRUS, DARK = 500.0, 750.0
+
+
+def doubts(dataset: Dataset) -> list[str]:
+    """Sentences about inputs whose values contradict their declaration; empty when nothing looks wrong.
+
+    Reads up to 16 samples spread over the first split. A sample that cannot be read is left to the evaluation.
+    """
+    split = next(iter(dataset.splits.values()))
+    rows = np.unique(np.linspace(0, len(split) - 1, min(SAMPLES, len(split))).astype(int)) if len(split) else []
+    found = []
+    for key, source in dataset.info.inputs.items():
+        try:
+            samples = [split[i] for i in rows]
+            images = [canonical(source, s.images[key]).reshape(-1, len(source.mask))[:, source.mask] for s in samples]
+        except (ValueError, OSError):
+            return []
+        pixels = np.concatenate(images or [np.zeros((0, 1), np.float32)])
+        pixels = pixels[np.isfinite(pixels).all(1)]
+        if not len(pixels):
+            continue
+        text = _radar(pixels, source) if key == "s1" else _optical(pixels, source)
+        if not text and key != "s1" and not any(key in s.offset for s in samples):
+            text = _baseline(pixels, source, _cirrus(source, samples))
+        found += [f"{dataset.info.name}, {key}: {text}"] if text else []
+    return found
+
+
+def _radar(pixels: np.ndarray, source: Input) -> str:
+    low, high, middle = pixels.min(), pixels.max(), np.median(pixels)
+    if source.unit == "dB" and low >= 0 and high > 0:
+        return f"declared dB, but no value is negative ({low:.3g} to {high:.3g}): is it power (unit: linear)?"
+    if source.unit == "linear" and middle > 10:
+        return f"declared power, but its median is {10 ** (middle / 10):.3g}: amplitude? square and calibrate it first"
+    return ""
+
+
+def _optical(pixels: np.ndarray, source: Input) -> str:
+    high, middle = float(pixels.max()), float(np.median(pixels))
+    if source.unit == "DN" and high <= 10:
+        return f"declared DN, but no value is above {high:.3g}: is it reflectance (unit: reflectance)?"
+    if source.unit == "DN" and high <= 255:
+        return f"declared DN, but no value is above {high:.3g}: eight-bit previews carry no reflectance"
+    if source.unit == "reflectance" and middle > 1e5:
+        return f"declared reflectance, but the median is {middle / 1e4:.3g}: is it DN (unit: DN)?"
+    return ""
+
+
+def _cirrus(source: Input, samples: Sequence[Sample]) -> float | None:
+    """First percentile of B10 in DN, where the data set delivers it: nearly 0 without an offset."""
+    names = [band_name(b, SENSORS[source.sensor]) for b in source.bands]
+    if "B10" not in names:
+        return None
+    values = np.concatenate([np.ravel(s.images[source.sensor][..., names.index("B10")]) for s in samples])
+    return float(np.percentile(values, 1)) * (1e4 if source.unit == "reflectance" else 1)
+
+
+def _baseline(pixels: np.ndarray, source: Input, cirrus: float | None) -> str:
+    names = [n for n, there in zip(SENSORS[source.sensor].band_names, source.mask, strict=True) if there]
+    levels = np.percentile(pixels, 1, axis=0)
+    band, value = names[int(levels.argmin())], float(levels.min())
+    if cirrus is not None:
+        band, value = "B10", cirrus
+    inside = value > (DARK if cirrus is None else CIRRUS)
+    if inside and source.offset == 0:
+        return f"offset 0, but the darkest percentile of {band} is {value:.0f} DN: is offset: 1000 inside?"
+    if not inside and source.offset >= 1000:
+        return f"offset {source.offset:g}, but {band} goes down to {value:.0f} DN: was it removed (offset: 0)?"
+    return ""

@@ -1,0 +1,71 @@
+"""Warnings about values that contradict their declaration: units, level's offset, eight-bit previews."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from terrafm_jax.evals.datasets.base import Dataset, DatasetInfo, Input, Sample, Split
+from terrafm_jax.evals.datasets.doubts import doubts
+
+BANDS = ("B02", "B03", "B04", "B08")
+RNG = np.random.default_rng(0)
+LAND = RNG.gamma(2.0, 700.0, (8, 8, 4)) + np.array([150, 120, 80, 60])  # DN, offset removed
+POWER = RNG.gamma(2.0, 0.05, (8, 8, 2))
+
+
+def a_set(source: Input, image: np.ndarray, **sample) -> Dataset:
+    info = DatasetInfo("mine", "classification", ("a", "b"), {source.sensor: source})
+    read = lambda i: Sample(str(i), {source.sensor: image}, 0, **sample)  # noqa: E731
+    return Dataset(info, {"train": Split(["0", "1"], read)})
+
+
+def optical(image, bands=BANDS, sensor="s2_l2a", **fields) -> list[str]:
+    sample = {"offset": fields.pop("own")} if "own" in fields else {}
+    return doubts(a_set(Input(sensor, bands, **fields), image, **sample))
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (lambda: optical(LAND), None),
+        (lambda: optical(LAND / 1e4, unit="reflectance"), None),
+        (lambda: optical(LAND + 1000, offset=1000), None),
+        (lambda: optical(LAND + 1000, own={"s2_l2a": 1000}), None),  # each image says its own
+        (lambda: optical(LAND / 1e4), "unit: reflectance"),
+        (lambda: optical(LAND / 40), "eight-bit"),
+        (lambda: optical(LAND, unit="reflectance"), "unit: DN"),
+        (lambda: optical(LAND + 1000), "offset: 1000 inside"),
+        (lambda: optical(LAND, offset=1000), "offset: 0"),
+        (lambda: doubts(a_set(Input("s1", ("VV", "VH"), "dB"), 10 * np.log10(POWER))), None),
+        (lambda: doubts(a_set(Input("s1", ("VV", "VH"), "linear"), POWER)), None),
+        (lambda: doubts(a_set(Input("s1", ("VV", "VH"), "dB"), POWER)), "unit: linear"),
+        (lambda: doubts(a_set(Input("s1", ("VV", "VH"), "linear"), 900 * POWER)), "amplitude"),
+    ],
+)  # fmt: skip
+def test_values_against_their_declaration(found, words):
+    texts = found()
+    assert len(texts) == (words is not None)
+    assert words is None or words in texts[0]
+
+
+def test_cirrus_decides_for_level_1c():
+    bright = LAND + 900  # a desert: no band is dark, B10 nevertheless is
+    cirrus = RNG.uniform(5, 50, (8, 8, 1))
+    bands = (*BANDS, "B10")
+    assert optical(np.concatenate([bright, cirrus], -1), bands, "s2_l1c") == []
+    (text,) = optical(np.concatenate([bright, cirrus + 1000], -1), bands, "s2_l1c")
+    assert "B10" in text
+
+
+def test_the_real_images_are_what_they_are_declared_to_be(real_data, tmp_path):
+    from terrafm_jax.evals.datasets import open_suite
+
+    pytest.importorskip("rasterio")
+    bands = "B01, B02, B03, B04, B05, B06, B07, B08, B09, B10, B11, B12, B8A"
+    described = tmp_path / "eurosat.yaml"
+    for offset, count in ((0, 0), (1000, 1)):
+        inputs = f"s2_l1c: {{bands: [{bands}], unit: DN, offset: {offset}}}"
+        described.write_text(f"root: {real_data / 'eval_labelled/eurosat_ms'}\ninputs:\n  {inputs}\n")
+        (dataset,) = open_suite("folder", described)
+        assert len(doubts(dataset)) == count
