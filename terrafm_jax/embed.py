@@ -17,6 +17,7 @@ import argparse
 import importlib.metadata
 import json
 import logging
+import os
 import sys
 import time
 import warnings
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("terrafm_jax").setLevel(logging.INFO)
     logging.getLogger("rasterio").setLevel(logging.CRITICAL)
+    os.environ.setdefault("GDAL_CACHEMAX", "256")  # MB; by itself GDAL takes a twentieth of the machine's memory
     # rasterio warns about the arrays that it warps; files without a georeference are an error of ours.
     warnings.filterwarnings("ignore", message="Dataset has no geotransform")
     command, args = parse(argv, __doc__)
