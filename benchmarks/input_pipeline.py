@@ -11,6 +11,8 @@ Everything is measured on one core in one run, on files that are in the page cac
 * ``tfds_grain``: the same records through plain TFDS and Grain (no code of ours, no padding, no canvas).
 * ``torch_rasterio``: a PyTorch DataLoader (``num_workers=0``) whose data set opens one GeoTIFF per sensor
   and resolution group with rasterio (deflate, as such collections come) and stacks arrays to tensors.
+The peers come first, with the allocator as they find it; our loader tells it to keep freed memory.
+
 * ``threads`` and ``workers``: our pipeline with reading threads in one process, with worker processes;
   these use all cores and feed a device.
 """
@@ -241,12 +243,12 @@ def measure(data: Path, scratch: Path, args: argparse.Namespace) -> dict[str, An
         "plain_fresh": rate(plain(data, args.batch, fresh=True), args.seconds),
     }
     result["plain_files"] = rate(plain_files(data), args.seconds)
-    step, loader = ours(data, args.batch, prefetch=0)
-    result["loader"] = rate(step, args.seconds)
-    loader.close()
     result["tfds_grain"] = rate(tfds_grain(data, args.batch), args.seconds)
     count = min(len(open_split(data, "train")), args.geotiffs)
     result["torch_rasterio"] = rate(torch_rasterio(write_geotiffs(data, scratch, count), args.batch), args.seconds)
+    step, loader = ours(data, args.batch, prefetch=0)
+    result["loader"] = rate(step, args.seconds)
+    loader.close()
     os.sched_setaffinity(0, cores)
     for kind in ("threads", "workers"):
         step, loader = ours(data, args.batch, **{kind: args.workers})

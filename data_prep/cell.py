@@ -198,7 +198,9 @@ def _radar(given: SensorInput, target: Grid | None, snap: str) -> Layer:
         raise BadInput(f"s1: VV and VH lie on different grids: {[(r.grid.crs, r.grid.shape) for r in rasters]}")
     grid = snap_origin(grid) if snap == "on" else grid
     power = np.stack([power_from(r.pixels, given.unit, r.nodata) for r in rasters])
-    power[:, np.isnan(power).any(axis=0)] = np.nan  # -32768 in one polarization must never pass for a value
+    missing = np.isnan(power).any(axis=0)
+    if missing.any():
+        power[:, missing] = np.nan  # -32768 in one polarization must never pass for a value
     target = target or grid
     stored = to_hundredths(warp_power(power, grid, target))
     group = Group(tuple(stored), stored[0] != S1.nodata, target)

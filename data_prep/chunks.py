@@ -7,14 +7,12 @@ last and says that chunk 12 is done.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import errno
 import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +27,7 @@ from data_prep.harmonize import Offset
 from data_prep.raster import BadInput, first_line
 from data_prep.stats import Tally
 from data_prep.worldcover import WorldCover
+from terrafm_jax.data.memory import keep_memory
 from terrafm_jax.data.tiles import INDEX_DTYPE, SPLITS
 
 WORK = ".work"
@@ -198,7 +197,7 @@ def write_chunk(job: Job, chunk: int, units: Sequence[Unit], deadly: Sequence[st
       DiskFull: nothing of this chunk is left behind.
       SourceUnavailable: the source does not answer.
     """
-    _keep_memory()
+    keep_memory()
     shards, content = _Shards(job, chunk), _Content()
     try:
         with rasterio.Env():  # once, or every open and read of a band sets up its own
@@ -225,17 +224,6 @@ def read(job: Job, unit: Unit) -> Cell:
     for key, given in cell.sensors.items():
         given.offset = given.offset or job.offsets.get((key, given.product))
     return cell
-
-
-@lru_cache(maxsize=1)
-def _keep_memory() -> None:
-    """Tells glibc to reuse freed arrays instead of returning them: fresh pages took a fifth of the time."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its upper limit
-        libc.mallopt(-1, 512 << 20)  # M_TRIM_THRESHOLD
-    except (OSError, AttributeError):  # another C library: slower, not wrong
-        return
 
 
 def _one(job: Job, unit: Unit, shards: _Shards, content: _Content) -> None:

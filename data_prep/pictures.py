@@ -24,6 +24,7 @@ VIEWS = (
     "Sentinel-1: VV, VH, VV-VH",
     "land cover: WorldCover",
 )
+_POINTS = 200_000  # tiles on the map; more would only lie on each other
 _SAMPLE = 64  # records that the band histograms are made of
 
 
@@ -78,7 +79,10 @@ def world_map(data: DataSet, path: Path) -> None:
     plt = _plt()
     names = list(data.splits)
     rows = np.concatenate([data.index[n] for n in names])
+    counts = np.bincount(rows["landcover"], minlength=landcover.NUM_CATEGORIES)
     split = np.repeat(np.arange(len(names)), [len(data.index[n]) for n in names])
+    drawn = np.linspace(0, len(rows) - 1, min(len(rows), _POINTS)).astype(int)
+    rows, split = rows[drawn], split[drawn]
     spans = float(np.ptp(rows["lon"])), float(np.ptp(rows["lat"]))
     small = spans[0] < 40 and spans[1] < 30
     figure, axes = plt.subplots(3 if small else 2, 1, figsize=(11, 16 if small else 11), constrained_layout=True)
@@ -90,10 +94,10 @@ def world_map(data: DataSet, path: Path) -> None:
     )
     _legend(axes[0], [(f"{n} ({len(data.index[n])})", SPLIT_COLORS[n]) for n in names])
     _world(axes[0], "split")
-    _class_map(axes[1], rows, size)
+    _class_map(axes[1], rows, counts, size)
     _world(axes[1], "majority land cover")
     if small:
-        _class_map(axes[2], rows, 30)
+        _class_map(axes[2], rows, counts, 30)
         margin = max(0.1, 0.1 * max(spans))
         axes[2].set_xlim(rows["lon"].min() - margin, rows["lon"].max() + margin)
         axes[2].set_ylim(rows["lat"].min() - margin, rows["lat"].max() + margin)
@@ -102,10 +106,9 @@ def world_map(data: DataSet, path: Path) -> None:
     _save(figure, path)
 
 
-def _class_map(axis: Axes, rows: np.ndarray, size: float) -> None:
+def _class_map(axis: Axes, rows: np.ndarray, counts: np.ndarray, size: float) -> None:
     colors = np.array([c.color for c in landcover.CATEGORIES])[rows["landcover"]]
     axis.scatter(rows["lon"], rows["lat"], s=size, c=colors, linewidths=0.15, edgecolors="#333333")
-    counts = np.bincount(rows["landcover"], minlength=landcover.NUM_CATEGORIES)
     shown = [i for i in np.argsort(-counts, kind="stable") if counts[i]]
     _legend(axis, [(f"{landcover.CATEGORIES[i].title} ({counts[i]})", landcover.CATEGORIES[i].color) for i in shown])
 

@@ -27,15 +27,17 @@ def power_from(values: np.ndarray, unit: str, nodata: float | None) -> np.ndarra
       nodata: the value that the file declares, besides -32768, NaN and infinities.
     """
     power = values.astype(np.float32)
-    missing = ~np.isfinite(power) | (power == S1.nodata)
-    if nodata is not None:
+    missing = ~(power < np.inf)  # NaN, too
+    if nodata is not None and (unit == "dB" or nodata > 0):
         missing |= power == nodata
-    power[missing] = np.nan
     if unit == "dB":
+        missing |= power == S1.nodata
         power = np.float32(10.0) ** (power / np.float32(10.0))
     elif unit != "power":
         raise ValueError(f"unit of Sentinel-1 must be 'power' or 'dB', found {unit!r}")
-    power[~(power > 0)] = np.nan
+    missing |= ~(power > 0)
+    if missing.any():
+        power[missing] = np.nan
     return power
 
 
@@ -93,5 +95,7 @@ def to_hundredths(power: np.ndarray) -> np.ndarray:
         np.rint(decibel, out=decibel)
         np.clip(decibel, _LOWEST, _HIGHEST, out=decibel)
         stored = decibel.astype(np.int16)
-    stored[np.isnan(power)] = S1.nodata
+    missing = np.isnan(power)
+    if missing.any():
+        stored[missing] = S1.nodata
     return stored

@@ -11,6 +11,7 @@ import numpy as np
 
 from terrafm_jax.data import canvas as canvas_lib
 from terrafm_jax.data.decode import DecodeError, decode_record
+from terrafm_jax.data.memory import keep_memory
 from terrafm_jax.data.sampling import Order
 from terrafm_jax.data.source import DataError, RecordError, Records, Split
 
@@ -44,6 +45,7 @@ class Reader:
 
     def fetch(self, number: int) -> dict[str, Any] | RecordError:
         """One decoded record, or what is wrong with it."""
+        keep_memory()  # here and not at creation, for the worker processes' sake
         number = int(number)
         if self._cache is not None and number in self._cache:
             return self._cache[number]
