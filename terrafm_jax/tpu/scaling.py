@@ -2,7 +2,7 @@
 
 Every term is a few lines of arithmetic with stated inputs, so that a disagreement with the compiler's
 numbers (``python -m terrafm_jax.aot``) or with a measurement points at one of them.
-``python -m terrafm_jax.tpu.scaling`` prints the tables of docs/scaling.md.
+``python -m terrafm_jax.tpu.scaling`` prints the tables; docs/scaling.md has some of them.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def step_time(
 
     Args:
       images: per chip and step.
-      efficiency: share of peak that compute alone reaches (from the compiler's matrix, docs/scaling.md).
+      efficiency: share of peak that compute alone is assumed to reach.
       reduce_bytes: bytes per gradient element on the wire, 4 or 2.
       overlap: share of the gradient sums that compute covers.
       sharded_update: the update is split over the chips (fsdp), so its HBM traffic is, too.
