@@ -17,9 +17,11 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from benchmarks.train_step import versions
@@ -27,9 +29,10 @@ from terrafm_jax import landcover, weights
 from terrafm_jax.config import ABLATIONS
 from terrafm_jax.data import pipeline
 from terrafm_jax.evals import crossval, landcover_knn, metrics
-from terrafm_jax.evals.features import TileFeatures, tile_encoder
+from terrafm_jax.evals.features import TileFeatures, tile_patches
+from terrafm_jax.models import terrafm
 from terrafm_jax.models.spec import ModelSpec
-from terrafm_jax.models.terrafm import init_params
+from terrafm_jax.sensors import SENSOR_KEYS
 
 PROTOCOL = "galileo-knn20"
 INPUTS = {"S2 L2A": "s2_l2a", "all sensors": ""}
@@ -48,6 +51,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", choices=list(ABLATIONS), default=list(ABLATIONS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--set", nargs="*", default=[], metavar="config.KEY=VALUE", help="for every run")
+    parser.add_argument("--size", type=int, default=128, help="px that a whole tile is resampled to for scoring")
     parser.add_argument("--queries", type=int, default=0, help="largest number of held-out tiles; 0 = all")
     return parser.parse_args(argv)
 
@@ -65,37 +69,61 @@ def train(args: argparse.Namespace, row: str, seed: int) -> Path:
     return workdir
 
 
-class Bench:
-    """Gallery and queries, and what an encoder scores on them."""
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """One column of the comparison: weights, and the sensor they are given ("" = all)."""
 
-    def __init__(self, data: Path, queries: int):
-        self.data, self.queries = str(data), queries
-        counts = np.bincount(pipeline.load_index(self.data, "train")["landcover"], minlength=landcover.NUM_CATEGORIES)
+    row: str
+    given: str
+    spec: ModelSpec
+    backbone: Any
+
+    def __call__(self, patches: Mapping[str, Any], present: Any) -> Any:
+        sensor = INPUTS[self.given]
+        if sensor:
+            return _cls(self.spec, self.backbone, {sensor: patches[sensor]}, None)
+        return _cls(self.spec, self.backbone, {k: patches[k] for k in self.spec.sensors}, present)
+
+
+@partial(jax.jit, static_argnums=0)
+def _cls(spec: ModelSpec, backbone: Any, patches: Mapping[str, Any], present: Any) -> Any:
+    return terrafm.encode(spec, backbone, patches, present).cls
+
+
+class Bench:
+    """Gallery and queries, and what encoders score on them."""
+
+    def __init__(self, data: Path, queries: int, size: int):
+        self.sets = landcover_knn.TileSets(str(data), ("validation", 0), ("holdout", queries), SENSOR_KEYS, 64, 1)
+        counts = np.bincount(pipeline.load_index(str(data), "train")["landcover"], minlength=landcover.NUM_CATEGORIES)
         self.rare = np.flatnonzero(counts < RARE * counts.sum())
         self.labels = np.zeros(0, int)
+        statistics = pipeline.load_statistics(data)
+        arrays = {key: statistics.arrays(key) for key in SENSOR_KEYS}
+        self._cut = jax.jit(lambda batch: tile_patches(batch, SENSOR_KEYS, arrays, size=size))
 
-    def sets(self, sensors: tuple[str, ...]) -> landcover_knn.TileSets:
-        return landcover_knn.TileSets(self.data, ("validation", 0), ("holdout", self.queries), sensors, 64, 1)
-
-    def right(self, features: tuple[TileFeatures, TileFeatures]) -> np.ndarray:
-        """bool [N]: whether each query's class was found."""
-        gallery, queries = features
+    def _right(self, gallery: TileFeatures, queries: TileFeatures) -> np.ndarray:
         self.labels = queries.landcover
         return landcover_knn.score(gallery, queries, PROTOCOL).predictions == queries.landcover
 
     def raw(self, sensors: tuple[str, ...]) -> np.ndarray:
-        return self.right(self.sets(sensors).band_statistics())
+        """bool [N]: which queries the band statistics get right."""
+        return self._right(*dataclasses.replace(self.sets, sensors=sensors).band_statistics())
 
-    def encoder(self, spec: ModelSpec, backbone: Any, sensor: str, size: int) -> np.ndarray:
-        statistics = pipeline.load_statistics(self.data)
-        sensors = (sensor,) if sensor else spec.sensors
-        one = dataclasses.replace(spec, sensors=spec.sensors)
-        encode = tile_encoder(one, {k: statistics.arrays(k) for k in sensors}, size=size, sensor=sensor)
+    def encoders(self, encoders: Sequence[Encoder]) -> list[np.ndarray]:
+        """The same for encoders; tiles are read and cut once for all of them."""
 
-        def of(batch: Mapping[str, Any]) -> Any:
-            return encode(backbone, {k: v for k, v in batch.items() if k != "mask"})
+        def together(batch: Mapping[str, Any]) -> np.ndarray:
+            patches, present = self._cut({k: v for k, v in batch.items() if k != "mask"})
+            return np.concatenate([np.asarray(e(patches, present)) for e in encoders], axis=1)
 
-        return self.right(self.sets(sensors).encode(of))
+        gallery, queries = self.sets.encode(together)
+        ends = np.cumsum([e.spec.width for e in encoders])
+        found = []
+        for end, encoder in zip(ends, encoders, strict=True):
+            columns = slice(end - encoder.spec.width, end)
+            found.append(self._right(*(dataclasses.replace(f, cls=f.cls[:, columns]) for f in (gallery, queries))))
+        return found
 
     def scores(self, right: np.ndarray) -> dict[str, float]:
         """Top-1, the mean over classes, and the mean over the classes that are rare in training; percent."""
@@ -105,30 +133,31 @@ class Bench:
         return {k: 100 * float(v) for k, v in found.items()}
 
 
-def score_run(bench: Bench, workdir: Path, config: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """bool [N] by input, of a run's teacher."""
+def trained(workdir: Path, row: str) -> list[Encoder]:
+    """A run's teacher, with every input it can take."""
     arrays, meta = weights.load_npz(weights.newest_teacher(workdir))
     spec = ModelSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["model"].items()})
-    size = config["views.global_size"]
-    return {
-        name: bench.encoder(spec, arrays["backbone"], sensor, size)
-        for name, sensor in INPUTS.items()
-        if sensor or (spec.fusion and len(spec.sensors) > 1)
+    fuses = spec.fusion and len(spec.sensors) > 1
+    return [Encoder(ROWS[row], given, spec, arrays["backbone"]) for given, one in INPUTS.items() if one or fuses]
+
+
+def untrained(spec: ModelSpec, seed: int) -> list[Encoder]:
+    backbone = terrafm.init_params(spec, jax.random.key(1000 + seed))["backbone"]
+    return [Encoder("random init", given, spec, backbone) for given in INPUTS]
+
+
+def score(bench: Bench, runs: Mapping[tuple[str, int], Path]) -> dict[tuple[str, str], list[np.ndarray]]:
+    """(row, input) -> per seed bool [N]; baselines first."""
+    encoders = [e for (row, _), workdir in runs.items() for e in trained(workdir, row)]
+    widest = max((e.spec for e in encoders), key=lambda spec: (spec.fusion, len(spec.sensors)))
+    seeds = sorted({seed for _, seed in runs})
+    encoders = [e for seed in seeds for e in untrained(widest, seed) if widest.fusion or INPUTS[e.given]] + encoders
+    found = {
+        ("raw band statistics", given): [bench.raw((sensor,) if sensor else SENSOR_KEYS)]
+        for given, sensor in INPUTS.items()
     }
-
-
-def baselines(
-    bench: Bench, spec: ModelSpec, seeds: Sequence[int], size: int
-) -> dict[tuple[str, str], list[np.ndarray]]:
-    """Raw band statistics and random weights, per (name, input) one entry a seed."""
-    import jax
-
-    found: dict[tuple[str, str], list[np.ndarray]] = {}
-    for name, sensor in INPUTS.items():
-        found["raw band statistics", name] = [bench.raw((sensor,) if sensor else spec.sensors)]
-        found["random init", name] = [
-            bench.encoder(spec, init_params(spec, jax.random.key(1000 + s))["backbone"], sensor, size) for s in seeds
-        ]
+    for encoder, right in zip(encoders, bench.encoders(encoders), strict=True):
+        found.setdefault((encoder.row, encoder.given), []).append(right)
     return found
 
 
@@ -214,24 +243,15 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]], tiles: int) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    runs = {(row, seed): train(args, row, seed) for seed in args.seeds for row in args.rows}
-    bench = Bench(args.data, args.queries)
-    config = json.loads((next(iter(runs.values())) / "config_resolved.json").read_text(encoding="utf-8"))["config"]
-    scored = {key: score_run(bench, workdir, config) for key, workdir in runs.items()}
-    _, meta = weights.load_npz(weights.newest_teacher(runs[args.rows[-1], args.seeds[0]]))
-    spec = ModelSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["model"].items()})
-    found = baselines(bench, spec, args.seeds, config["views.global_size"])
-    for row in args.rows:
-        for given in INPUTS:
-            rights = [scored[row, seed][given] for seed in args.seeds if given in scored[row, seed]]
-            if rights:
-                found[ROWS[row], given] = rights
+    runs = {(row, seed): train(args, row, seed) for row in args.rows for seed in args.seeds}
+    bench = Bench(args.data, args.queries, args.size)
+    found = score(bench, runs)
     rows, changes = summarize(bench, found), differences(bench, found)
     classes = len(np.unique(bench.labels))
     record = {
         "benchmark": "ablation", "protocol": PROTOCOL, "tiles": len(bench.labels), "classes": classes,
         "rare": [landcover.NAMES[c] for c in bench.rare], "seeds": args.seeds, "config": args.config, "set": args.set,
-        "versions": versions(), "rows": rows, "differences": changes,
+        "size": args.size, "versions": versions(), "rows": rows, "differences": changes,
     }  # fmt: skip
     (args.out / "ablation.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     text = table(rows, changes)

@@ -16,7 +16,7 @@ from terrafm_jax.config import apply_argument, base
 
 def get_config(arg: str | None = None) -> ConfigDict:
     c = base()
-    c.total_steps = "750"
+    c.total_steps = "500"
     c.batch_size = 32
     c.data.workers, c.data.cache = 0, "ram"
     c.model.size, c.model.width, c.model.depth, c.model.heads = "", 128, 3, 4

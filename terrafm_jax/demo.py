@@ -1,6 +1,6 @@
 """``make demo``: cells, preparation, a short pretraining, what it learnt, export, pictures.
 
-    python -m terrafm_jax.demo --out demo_out [--seed 0] [--cells 300] [--steps 750]
+    python -m terrafm_jax.demo --out demo_out [--seed 0] [--cells 300] [--steps 500]
 
 Every step runs a public command or function that real data use as well. What is there already is not
 made again, so an interrupted demo continues.
@@ -21,6 +21,7 @@ from typing import Any
 
 PROTOCOL = "galileo-knn20"
 CELL, TILE = 240, 120  # px at 10 m; a cell gives four tiles
+INPUT = 128  # px that a whole tile is compared at: its own sampling, rounded to patches
 
 
 def main() -> int:
@@ -52,7 +53,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cells", type=int, default=300, help="training cells; a cell gives four tiles")
     parser.add_argument("--heldout", type=int, default=156, help="cells to label and as many to be classified")
-    parser.add_argument("--steps", type=int, default=750)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     return parser.parse_args()
 
@@ -136,7 +137,7 @@ class Comparison:
             "majority class": majority_class(gallery.landcover, queries.landcover),
             "raw band statistics": landcover_knn.score(gallery, queries, PROTOCOL).metrics["top1"],
         }
-        encode = tile_encoder(self.spec, self.arrays, size=self.config.views.global_size)
+        encode = tile_encoder(self.spec, self.arrays, size=INPUT)
         for name, backbone in self.backbones.items():
             features = sets.encode(lambda batch, b=backbone: encode(b, without_mask(batch)))
             results[name] = landcover_knn.score(*features, PROTOCOL).metrics["top1"]

@@ -1,4 +1,4 @@
-"""The step's benchmarks: a comparison in small, where nothing but jax, flax, optax and torch can be imported."""
+"""Benchmarks in small: the ablation, and a comparison, where nothing but jax, flax, optax and torch can be imported."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import run_module
+
+from benchmarks import ablation
 
 # Stands for an image that lacks the rest of what the project installs.
 BARE = """
@@ -49,3 +52,35 @@ def test_comparison_runs_on_a_bare_install(root: Path, tmp_path: Path) -> None:
     assert ours["versions"]["jax"]
     assert ours["hardware"] == "cpu"
     assert ours["compile_seconds"] > 0
+
+
+@pytest.mark.slow
+def test_ablation_trains_and_scores(tmp_path: Path) -> None:
+    pytest.importorskip("rasterio")
+    cells, tiles, out = (tmp_path / name for name in ("cells", "tiles", "out"))
+    for command in (
+        ("data_prep.synthetic", "--out", cells, "--cells", 12, "--heldout", 12, "--validation", 12, "--cell-size", 120),
+        ("data_prep.majortom", "--source", cells, "--worldcover", cells / "worldcover",
+         "--splits", cells / "splits.csv", "--tile-size", 60, "--out", tiles, "--tolerate", 0.5),
+    ):  # fmt: skip
+        done = run_module(*command)
+        assert done.returncode == 0, done.stderr
+    small = [
+        "total_steps=2", "batch_size=8", "model.width=32", "model.heads=2", "model.depth=1", "model.prototypes=16",
+        "views.global_size=32", "views.local_size=16", "views.locals=1", "knn.every=0", "log.pictures=False",
+    ]  # fmt: skip
+    arguments = ["--data", str(tiles), "--out", str(out), "--rows", "single", "full", "--seeds", "0", "--size", "64"]
+    arguments += ["--set", *(f"config.{word}" for word in small)]
+    assert ablation.main(arguments) == 0
+    found = json.loads((out / "ablation.json").read_text())
+    rows = {(row["row"], row["input"]): row for row in found["rows"]}
+    assert set(rows) == {
+        (name, given) for name in ("raw band statistics", "random init", "+ dual centering")
+        for given in ("S2 L2A", "all sensors")
+    } | {("single sensor", "S2 L2A")}  # fmt: skip
+    assert all(0 <= row["top1"][0] <= 100 for row in rows.values())
+    first = next(d for d in found["differences"] if d["row"] == "single sensor")
+    expected = rows["single sensor", "S2 L2A"]["top1"][0] - rows["random init", "S2 L2A"]["top1"][0]
+    assert first["top1"][0] == pytest.approx(expected)
+    assert first["top1_tiles"][0] == pytest.approx(expected)
+    assert (out / "ablation.png").stat().st_size > 10_000
