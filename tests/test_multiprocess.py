@@ -53,23 +53,33 @@ def saved(workdir: Path) -> list[int]:
 
 
 def state_of(workdir: Path) -> dict[str, np.ndarray]:
+    folder = workdir.absolute() / "checkpoints" / str(STEPS) / "state"
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with ocp.StandardCheckpointer() as reader:
-        tree = reader.restore(workdir.absolute() / "checkpoints" / str(STEPS) / "state")
+        saved_as = reader.metadata(folder).item_metadata.tree  # four devices of several processes; read it with one
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), saved_as)
+        tree = reader.restore(folder, like)
     return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def assert_same_training(workdir: Path, reference: Path) -> None:
-    """Every loss within 1e-3 (another or a missing example changes it by more) and every tensor of the state within
-    2 % of its largest value: what rounding in another order becomes over forty steps of Adam.
+    """Every loss within 1e-4 (another or a missing example changes it by more) and every tensor of the state within
+    1 % of its largest value: what rounding in another order becomes over forty steps of Adam.
     """
     expected, found = losses(reference), losses(workdir)
     assert found.keys() == expected.keys()
-    np.testing.assert_allclose([found[k] for k in expected], list(expected.values()), rtol=1e-3)
+    np.testing.assert_allclose([found[k] for k in expected], list(expected.values()), rtol=1e-4)
     assert accuracy(workdir)[-1] == pytest.approx(accuracy(reference)[-1], abs=0.05)
     theirs, mine = state_of(reference), state_of(workdir)
     assert mine.keys() == theirs.keys()
-    for name, value in theirs.items():
-        assert np.abs(mine[name] - value).max() <= 0.02 * max(np.abs(value).max(), 1e-6), name
+    for name in theirs:
+        a, b = (with_gradient(name, state[name]) for state in (mine, theirs))
+        assert np.abs(a - b).max() <= 0.01 * max(np.abs(b).max(), 1e-6), name
+
+
+def with_gradient(name: str, value: np.ndarray) -> np.ndarray:
+    """Without the bias of the keys: softmax does not see it, so its gradient is rounding, which Adam blows up."""
+    return np.delete(value.reshape(3, -1), 1, axis=0) if name.endswith("['qkv']['bias']") else value
 
 
 @pytest.fixture(scope="module")
