@@ -15,15 +15,21 @@ from benchmarks import ablation
 
 # Stands for an image that lacks the rest of what the project installs.
 BARE = """
+import importlib.util
 import sys
 
 class Absent:
     names = {"grain", "array_record", "tensorflow", "tensorflow_datasets", "ml_collections", "rasterio", "pyarrow",
              "pandas", "tensorboardX", "tqdm", "sklearn", "h5py"}
 
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in self.names:
-            raise ModuleNotFoundError(f"No module named {name!r} (bare install)", name=name)
+    def find_spec(self, name, path=None, target=None):  # torch looks for some of these without importing them
+        return importlib.util.spec_from_loader(name, self) if name.partition(".")[0] in self.names else None
+
+    def create_module(self, spec):
+        raise ModuleNotFoundError(f"No module named {spec.name!r} (bare install)", name=spec.name)
+
+    def exec_module(self, module):
+        raise AssertionError(module)
 
 sys.meta_path.insert(0, Absent())
 """
