@@ -13,6 +13,7 @@ from terrafm_jax import weights
 from terrafm_jax.models import ModelSpec, encode, init_params, parameter_count, patchify, project
 from terrafm_jax.models.terrafm import bottleneck, prototypes
 from terrafm_jax.models.vit import drop_path_keep
+from terrafm_jax.sensors import NORMALIZED_MEAN
 
 SPEC = ModelSpec(width=32, depth=4, heads=2, patch=4, fusion_heads=8, prototypes=64, head_hidden=48, head_bottleneck=16)
 forward = jax.jit(encode, static_argnums=0, static_argnames="layers")
@@ -150,6 +151,9 @@ def test_init_follows_dino(params):
             assert (value == 1).all(), name
         elif (name.endswith("_embed") and "pos" not in name) or (name.endswith("bias") and "conv2d" not in name):
             assert (value == 0).all(), name
+        elif "conv2d" in name and name.endswith("bias"):
+            kernel = flat[name.removesuffix("bias") + "kernel"]
+            np.testing.assert_allclose(value, -NORMALIZED_MEAN * kernel.sum(0), atol=1e-5, err_msg=name)
         elif "conv2d" in name:
             bound = SPEC.patch_features(name.split("/")[2].removeprefix("conv2d_")) ** -0.5
             assert 0.9 * bound < float(jnp.abs(value).max()) <= bound, name
