@@ -196,7 +196,9 @@ def same_weights(a, b):
 
 @pytest.mark.slow
 def test_resume_is_bitwise(folder, straight, tmp_path):
-    assert Job(config(folder, stop_at_epoch=2), str(tmp_path / "b"), quiet).run() is None
+    first = config(folder, stop_at_epoch=2)
+    first.lock()  # as flags hand it over
+    assert Job(first, str(tmp_path / "b"), quiet).run() is None
     resumed = Job(config(folder), str(tmp_path / "b"), quiet).run()
     assert resumed["metrics"] == straight[0]["metrics"]
     same_weights(straight[1], tmp_path / "b")

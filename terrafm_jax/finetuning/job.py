@@ -100,7 +100,8 @@ class Job:
         Returns the row of results.jsonl, or None when it was stopped early (start again to continue).
         """
         recipe = self.config.copy_and_resolve_references()
-        del recipe.stop_at_epoch  # says how far to go now, not what the run is
+        with recipe.unlocked():
+            del recipe.stop_at_epoch  # says how far to go now, not what the run is
         workdir_lib.claim(self.workdir, recipe, write=jax.process_index() == 0)
         sources, stop = self.sources(), StopRequest()
         shown = ", ".join(f"{k} {len(s)}" for k, s in sources.items())
