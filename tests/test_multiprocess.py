@@ -140,5 +140,5 @@ def test_a_signal_saves_and_a_death_ends_the_job_and_both_are_resumed(
     assert "preempted with a checkpoint: starting again" in errors
     assert "restart 1 of 3" in errors
     assert [row["step"] for row in rows(workdir) if row.get("event") == "start"] == [0, step, step]
-    assert "the step broke off, as it does when another process of the job ends" in errors
+    assert "a process ended with 137: stopping the others" in errors
     assert_same_training(workdir, reference)
