@@ -1,13 +1,11 @@
-"""Real processes on loopback (jax.distributed, gloo): the same training as in one process, and what ends a job."""
+"""Real processes on loopback (jax.distributed, gloo): the same training as in one process."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -46,10 +44,6 @@ def losses(workdir: Path) -> dict[int, float]:
 
 def accuracy(workdir: Path) -> list[float]:
     return [row["knn_top1"] for row in rows(workdir) if "knn_top1" in row]
-
-
-def saved(workdir: Path) -> list[int]:
-    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
 
 
 def state_of(workdir: Path) -> dict[str, np.ndarray]:
@@ -101,44 +95,3 @@ def test_two_processes_then_four_equal_one(prepared: Path, reference: Path, tmp_
     starts = [(row["processes"], row["devices"], row["step"]) for row in rows(tmp_path / "run") if "processes" in row]
     assert starts == [(2, 4, 0), (4, 4, 20)]
     assert_same_training(tmp_path / "run", reference)
-
-
-def children(pid: int) -> list[int]:
-    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def wait_for_step(job: subprocess.Popen, workdir: Path, starts: int) -> None:
-    """Until the start with this number has logged a step."""
-    limit = time.monotonic() + 240
-    while True:
-        events = [("loss" in row, row.get("event")) for row in rows(workdir)]
-        begun = [i for i, (_, event) in enumerate(events) if event == "start"]
-        if len(begun) >= starts and any(is_step for is_step, _ in events[begun[starts - 1] :]):
-            return
-        assert job.poll() is None, job.stderr.read()
-        assert time.monotonic() < limit
-        time.sleep(0.005)
-
-
-def test_a_signal_saves_and_a_death_ends_the_job_and_both_are_resumed(
-    prepared: Path, reference: Path, tmp_path: Path
-) -> None:
-    workdir = tmp_path / "run"
-    job = launch(prepared, workdir, 2, 2, "--config.checkpoint.every=1000")
-    wait_for_step(job, workdir, 1)
-    os.kill(children(job.pid)[1], signal.SIGTERM)  # one process alone is told, all save the same step
-    wait_for_step(job, workdir, 2)
-    (step,) = saved(workdir)
-    assert 0 < step < STEPS
-
-    os.kill(children(job.pid)[1], signal.SIGKILL)
-    killed = time.monotonic()
-    wait_for_step(job, workdir, 3)
-    assert time.monotonic() - killed < 100
-    _, errors = job.communicate(timeout=300)
-    assert job.returncode == 0, errors
-    assert "preempted with a checkpoint: starting again" in errors
-    assert "restart 1 of 3" in errors
-    assert [row["step"] for row in rows(workdir) if row.get("event") == "start"] == [0, step, step]
-    assert "a process ended with 137: stopping the others" in errors
-    assert_same_training(workdir, reference)
