@@ -28,6 +28,20 @@ def due(step: int, every: int, always: bool = False) -> bool:
     return always or (every > 0 and step % every == 0)
 
 
+# Milliseconds that a process may need longer than another one to compile a step.
+_COMPILE_PATIENCE = 3_600_000
+
+
+def _wait_for_the_others(what: str) -> None:
+    """Until every process is here. One that is already in the step would give up on a collective whose partners still
+    compile: after 30 s with gloo, which on a crowded machine is soon over.
+    """
+    if jax.process_count() > 1:
+        from orbax.checkpoint import multihost
+
+        multihost.get_barrier_sync_fn()(key=what, timeout_ms=_COMPILE_PATIENCE)
+
+
 class Compiled:
     """The train step, compiled once for each canvas; prints the memory it will need before it runs."""
 
@@ -49,6 +63,7 @@ class Compiled:
                 f"compiled step for canvas {len(self._by_shape)} in {time.monotonic() - begun:.1f} s; "
                 f"arguments and temporaries {needed / 2**30:.2f} GiB a device"
             )
+            _wait_for_the_others(f"compiled canvas {len(self._by_shape)}")
         return self._by_shape[shape](state, batch)
 
 
