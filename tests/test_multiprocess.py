@@ -1,11 +1,13 @@
-"""Real processes on loopback (jax.distributed, gloo): the same training as in one process."""
+"""Real processes on loopback (jax.distributed, gloo): the same training as in one process, and what ends a job."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -28,7 +30,12 @@ def launch(data: Path, workdir: Path, processes: int, devices: int, *extra: str)
     command = ["launch/local.sh", "--processes", str(processes), "--devices", str(devices), "--", *FLAGS]
     command += [f"--workdir={workdir}", f"--config.data.dir={data}", *extra]
     env = {**os.environ, "PYTHON": sys.executable, "RESTART_DELAY": "0"}
-    return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    with log_of(workdir).open("a") as log:  # a pipe that nobody reads would block the job once it is full
+        return subprocess.Popen(command, cwd=ROOT, env=env, stderr=log)
+
+
+def log_of(workdir: Path) -> Path:
+    return workdir.with_suffix(".log")
 
 
 def rows(workdir: Path) -> list[dict]:
@@ -44,6 +51,10 @@ def losses(workdir: Path) -> dict[int, float]:
 
 def accuracy(workdir: Path) -> list[float]:
     return [row["knn_top1"] for row in rows(workdir) if "knn_top1" in row]
+
+
+def saved(workdir: Path) -> list[int]:
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
 
 
 def state_of(workdir: Path) -> dict[str, np.ndarray]:
@@ -90,8 +101,45 @@ def test_two_processes_then_four_equal_one(prepared: Path, reference: Path, tmp_
     """Each process reads its own part of every batch; the second half runs with another number of them."""
     for processes, devices, extra in ((2, 2, ["--config.stop_at_step=20"]), (4, 1, [])):
         job = launch(prepared, tmp_path / "run", processes, devices, *extra)
-        _, errors = job.communicate(timeout=300)
-        assert job.returncode == 0, errors
+        assert job.wait(timeout=300) == 0, log_of(tmp_path / "run").read_text()
     starts = [(row["processes"], row["devices"], row["step"]) for row in rows(tmp_path / "run") if "processes" in row]
     assert starts == [(2, 4, 0), (4, 4, 20)]
     assert_same_training(tmp_path / "run", reference)
+
+
+def children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_for_step(job: subprocess.Popen, workdir: Path, starts: int) -> None:
+    """Until the start with this number has logged a step."""
+    limit = time.monotonic() + 240
+    while True:
+        found = rows(workdir)
+        begun = [i for i, row in enumerate(found) if row.get("event") == "start"]
+        if len(begun) >= starts and any("loss" in row for row in found[begun[starts - 1] :]):
+            return
+        assert job.poll() is None, log_of(workdir).read_text()
+        assert time.monotonic() < limit, log_of(workdir).read_text()
+        time.sleep(0.005)
+
+
+def test_a_signal_saves_and_a_death_ends_the_job_and_both_are_resumed(
+    prepared: Path, reference: Path, tmp_path: Path
+) -> None:
+    workdir = tmp_path / "run"
+    job = launch(prepared, workdir, 2, 2, "--config.checkpoint.every=1000")
+    wait_for_step(job, workdir, 1)
+    os.kill(children(job.pid)[1], signal.SIGTERM)  # one process alone is told, all save the same step
+    wait_for_step(job, workdir, 2)
+    (step,) = saved(workdir)
+    assert 0 < step < STEPS
+
+    os.kill(children(job.pid)[1], signal.SIGKILL)
+    assert job.wait(timeout=300) == 0, log_of(workdir).read_text()
+    starts = [row["step"] for row in rows(workdir) if row.get("event") == "start"]
+    assert starts == [0, step, step], log_of(workdir).read_text()
+    log = log_of(workdir).read_text()
+    for line in ("preempted with a checkpoint: starting again", "stopping the others", "restart 1 of 3"):
+        assert line in log, log
+    assert_same_training(workdir, reference)
