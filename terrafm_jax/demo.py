@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -78,8 +79,7 @@ def _once(folder: Path, make: Any) -> Path:
 
 
 def _make_cells(to: Path, a: argparse.Namespace) -> None:
-    if to.exists():
-        subprocess.run(["rm", "-rf", str(to)], check=True)
+    shutil.rmtree(to, ignore_errors=True)  # of an interrupted run
     _module(
         "data_prep.synthetic", "--out", to, "--cells", a.cells, "--heldout", a.heldout,
         "--validation", a.heldout, "--seed", a.seed, "--cell-size", CELL, "--workers", a.workers,

@@ -5,8 +5,10 @@ window (GeoParquet, columns of Major-TOM's embedding sets); with ``--points FILE
 place. An interrupted job goes on when the same command is given again. Also::
 
     python -m terrafm_jax.embed change A.tif B.tif --out CHANGE.tif
-    python -m terrafm_jax.embed search --query A.tif --point LON,LAT --out HITS.csv OUT1.tif OUT2.parquet ...
+    python -m terrafm_jax.embed search --query A.tif --point LON,LAT --out HITS.csv OUT1.tif OUT2.zarr OUT3.parquet ...
     python -m terrafm_jax.embed picture A.tif --out PCA.png [--similar-to LON,LAT]
+
+where every .tif but CHANGE.tif may be a .zarr.
 
 See docs/embedding.md. Exit codes: 0 done, 1 stopped or bad input (one line says what to do), 2 wrong flags.
 """
@@ -140,7 +142,7 @@ def _load(args: argparse.Namespace) -> Any:
 
 def provenance(model: Any, reader: Any, plan: Any, args: argparse.Namespace) -> dict[str, str]:
     """Tags of the output: everything needed to make it again."""
-    from terrafm_jax.scenes.analyze import WEIGHTS_TAG
+    from terrafm_jax.scenes.stored import WEIGHTS_TAG
 
     statistics = {k: [np.asarray(v).tolist() for v in model.stats[k]] for k in reader.bands}
     sources = {
@@ -258,8 +260,11 @@ def _write_windows(out: Path, plan: Any, reader: Any, unfinished: Any, meta: Any
 
 
 def run_change(args: argparse.Namespace) -> None:
+    from terrafm_jax.scenes import output
     from terrafm_jax.scenes.analyze import change
 
+    if output.format_of(args.out) != "cog":
+        raise SceneError(f"--out {args.out}: change is written as GeoTIFF; give CHANGE.tif")
     make_folder(args.out)
     shares = change(args.first, args.second, args.out)
     _say("change %s -> %s", {k: round(v, 4) for k, v in shares.items()}, args.out)
@@ -269,9 +274,9 @@ def run_search(args: argparse.Namespace) -> None:
     from terrafm_jax.scenes import analyze
 
     make_folder(args.out)
-    query = analyze.vector_at(args.query, *args.point)
-    with analyze.open_tokens(args.query) as source:
-        weights = source.tags()[analyze.WEIGHTS_TAG]
+    with analyze.open_embedding(args.query) as source:
+        query = analyze.vector_at(source, *args.point)
+        weights = source.tags[analyze.WEIGHTS_TAG]
     hits = analyze.search(query, args.files, args.k, weights)
     analyze.write_hits(args.out, hits)
     for hit in hits[:5]:

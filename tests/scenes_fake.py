@@ -15,7 +15,7 @@ from terrafm_jax import embed
 from terrafm_jax.inference import Model
 from terrafm_jax.loader import Loaded
 from terrafm_jax.models import ModelSpec, init_params
-from terrafm_jax.scenes.analyze import open_tokens, read_tokens
+from terrafm_jax.scenes.stored import open_embedding, whole
 from terrafm_jax.sensors import SENSORS, Statistics
 
 WEST, NORTH = 600_000.0, 5_100_000.0
@@ -102,5 +102,5 @@ def call(*args: Any, out: Path, sensors: dict[str, Any] | None = None, window: i
 
 def tokens(path: Path) -> np.ndarray:
     """float32 [rows, columns, d] of an output."""
-    with open_tokens(path) as source:
-        return read_tokens(source)
+    with open_embedding(path) as source:
+        return whole(source)

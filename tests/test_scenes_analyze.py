@@ -15,18 +15,20 @@ from rasterio.crs import CRS
 from rasterio.warp import transform
 
 from terrafm_jax import embed
-from terrafm_jax.scenes import analyze, flags, output
+from terrafm_jax.scenes import analyze, flags, output, points
 from terrafm_jax.scenes.grid import Grid
+from terrafm_jax.scenes.stored import WEIGHTS_TAG, open_embedding, whole
 
 GRID = Grid(CRS.from_epsg(32632), 600_000.0, 5_100_000.0, 160.0, 40, 50)
-TAGS = {analyze.WEIGHTS_TAG: "abc"}
+TAGS = {WEIGHTS_TAG: "abc"}
 
 
 def stored(
     path: Path, tokens: np.ndarray, tags: dict[str, str] = TAGS, grid: Grid = GRID, dtype: str = "float32"
 ) -> Path:
     names = tuple(f"feature {i}" for i in range(tokens.shape[-1]))
-    output.write_cog(path, tokens, grid, output.Meta(names, tags), dtype)
+    write = output.write_zarr if path.suffix == ".zarr" else output.write_cog
+    write(path, tokens, grid, output.Meta(names, tags), dtype)
     return path
 
 
@@ -43,17 +45,50 @@ def lonlat(row: int, column: int) -> tuple[float, float]:
     return lon, lat
 
 
-def test_change_is_one_minus_cosine(tmp_path: Path, tokens: np.ndarray) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_zarr_is_read_as_geotiff_is(tmp_path: Path, tokens: np.ndarray, dtype: str) -> None:
+    wide = np.tile(tokens, (1, 1, 600))  # a chunk holds 14 x 14 pixels
+    tif, zarr = (stored(tmp_path / f"a.{kind}", wide, dtype=dtype) for kind in ("tif", "zarr"))
+    with open_embedding(tif) as first, open_embedding(zarr) as second:
+        assert second.grid == first.grid
+        assert (second.width, second.tags[WEIGHTS_TAG]) == (first.width, first.tags[WEIGHTS_TAG])
+        assert np.array_equal(whole(second), whole(first), equal_nan=True)
+        part = (slice(9, 33), slice(13, 43))
+        assert np.array_equal(second.read(part), whole(first)[part], equal_nan=True)
+        parts = np.full(wide.shape, 7, np.float32)
+        for block in second.blocks():
+            parts[block] = second.read(block)
+        assert np.array_equal(parts, whole(first), equal_nan=True)
+
+
+def test_zarr_that_cannot_be_read_is_said(tmp_path: Path, tokens: np.ndarray, capsys: Any) -> None:
+    def error(path: Path) -> str:
+        assert embed.main(["picture", str(path), f"--out={tmp_path / 'p.png'}"]) == 1
+        line = capsys.readouterr().err.strip()
+        assert "\n" not in line
+        return line
+
+    assert "none.zarr: is no Zarr group that embed wrote" in error(tmp_path / "none.zarr")
+    path = stored(tmp_path / "a.zarr", tokens)
+    chunk, header = path / "embedding" / "0.0.0", path / "embedding" / ".zarray"
+    chunk.write_bytes(chunk.read_bytes()[:-100])
+    assert "truncated" in error(path)
+    header.write_text(header.read_text().replace('"zlib"', '"blosc"'))
+    assert "packed again by another program (blosc)" in error(path)
+
+
+@pytest.mark.parametrize(("one", "two"), [("tif", "tif"), ("zarr", "tif"), ("zarr", "zarr")])
+def test_change_is_one_minus_cosine(tmp_path: Path, tokens: np.ndarray, one: str, two: str) -> None:
     other = tokens.copy()
     other[10] = -tokens[10]
     other[20] = np.random.default_rng(1).normal(size=(50, 16))
-    first, second = stored(tmp_path / "a.tif", tokens), stored(tmp_path / "b.tif", other)
+    first, second = stored(tmp_path / f"a.{one}", tokens), stored(tmp_path / f"b.{two}", other)
     out = tmp_path / "c.tif"
     assert embed.main(["change", str(first), str(second), f"--out={out}"]) == 0
     with rasterio.open(out) as found:
         values = found.read(1)
         assert found.transform == GRID.transform
-        assert "a.tif and b.tif" in found.tags()["TERRAFM_CHANGE"]
+        assert f"a.{one} and b.{two}" in found.tags()["TERRAFM_CHANGE"]
     expected = 1 - (analyze.unit(tokens) * analyze.unit(other)).sum(-1)
     assert np.allclose(values, expected, atol=1e-5, equal_nan=True)
     assert np.allclose(values[10], 2, atol=1e-5)
@@ -62,45 +97,55 @@ def test_change_is_one_minus_cosine(tmp_path: Path, tokens: np.ndarray) -> None:
 
 def test_change_refuses_what_cannot_be_compared(tmp_path: Path, tokens: np.ndarray, capsys: Any) -> None:
     first = stored(tmp_path / "a.tif", tokens)
-    moved = stored(tmp_path / "b.tif", tokens, {analyze.WEIGHTS_TAG: "xyz"}, GRID.window(1, 0, 40, 50))
+    moved = stored(tmp_path / "b.tif", tokens, {WEIGHTS_TAG: "xyz"}, GRID.window(1, 0, 40, 50))
     assert embed.main(["change", str(first), str(moved), f"--out={tmp_path / 'c.tif'}"]) == 1
     line = capsys.readouterr().err
     assert "different grids" in line
     assert "different weights" in line
     with rasterio.open(tmp_path / "plain.tif", "w", driver="GTiff", height=4, width=4, count=1, dtype="uint8",
-                       crs=GRID.crs, transform=GRID.transform):  # fmt: skip
-        pass
-    assert embed.main(["change", str(first), str(tmp_path / "plain.tif"), f"--out={tmp_path / 'c.tif'}"]) == 1
-    assert "is no embedding of this program" in capsys.readouterr().err
-    assert embed.main(["change", str(first), str(tmp_path / "e.zarr"), f"--out={tmp_path / 'c.tif'}"]) == 1
-    assert "e.zarr: change, picture and search read GeoTIFF" in capsys.readouterr().err
+                       crs=GRID.crs, transform=GRID.transform) as plain:  # fmt: skip
+        plain.write(np.zeros((1, 4, 4), np.uint8))
+    for second, out, words in (
+        ("plain.tif", "c.tif", "is no embedding of this program"),
+        ("e.parquet", "c.tif", "e.parquet: holds windows or places, not tokens on a grid"),
+        ("a.tif", "c.zarr", "change is written as GeoTIFF"),
+    ):
+        assert embed.main(["change", str(first), str(tmp_path / second), f"--out={tmp_path / out}"]) == 1
+        assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_search_finds_the_most_similar_over_many_files(tmp_path: Path, tokens: np.ndarray, dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "kind"), [("float32", "tif"), ("int8", "tif"), ("int8", "zarr")])
+def test_search_finds_the_most_similar_over_many_files(
+    tmp_path: Path, tokens: np.ndarray, dtype: str, kind: str
+) -> None:
     query = tokens[5, 7]
     noise = np.random.default_rng(3).normal(size=(40, 50, 16)).astype(np.float32)
     noise[33, 44] = 5 * query  # the same direction
     noise[1, 2] = query + 0.1
-    first, second = stored(tmp_path / "a.tif", tokens, dtype=dtype), stored(tmp_path / "b.tif", noise, dtype=dtype)
+    first, second = (stored(tmp_path / f"{n}.{kind}", t, dtype=dtype) for n, t in (("a", tokens), ("b", noise)))
     rows = [
         output.window_row(GRID, (0, 0, 20, 20), vector, "p", "t", "m")
         for vector in np.stack([2 * query, -query, noise[0, 0]])
     ]
     windows = tmp_path / "w.parquet"
     output.write_windows(windows, rows, output.Meta((), TAGS))
+    places, vectors = np.array([[12.0, 46.0], [13.0, 47.0]]), np.stack([np.full(16, np.nan), 3 * query])
+    points.write_points(tmp_path / "p.parquet", places, {}, vectors, vectors, TAGS)
     out = tmp_path / "hits.csv"
     lon, lat = lonlat(5, 7)
-    arguments = [f"--query={first}", f"--point={lon},{lat}", "--k=5", str(first), str(second), str(windows)]
+    files = [str(f) for f in (first, second, windows, tmp_path / "p.parquet")]
+    arguments = [f"--query={first}", f"--point={lon},{lat}", "--k=5", *files]
     assert embed.main(["search", *arguments, f"--out={out}"]) == 0
     with open(out) as file:
         hits = list(csv.DictReader(file))
-    found = {(Path(h["file"]).name, int(h["row"]), int(h["column"])) for h in hits[:4]}
-    assert found == {("a.tif", 5, 7), ("b.tif", 33, 44), ("w.parquet", 0, 0), ("b.tif", 1, 2)}
-    assert len(hits) == 5
+    found = {(Path(h["file"]).name, int(h["row"]), int(h["column"])): float(h["lon"]) for h in hits}
+    assert set(found) == {
+        (f"a.{kind}", 5, 7), (f"b.{kind}", 33, 44), ("w.parquet", 0, 0), (f"b.{kind}", 1, 2), ("p.parquet", 1, 0),
+    }  # fmt: skip
+    assert found[(f"a.{kind}", 5, 7)] == pytest.approx(lon, abs=1e-6)
+    assert found[("p.parquet", 1, 0)] == pytest.approx(13.0)
     scores = [float(h["similarity"]) for h in hits]
     assert scores == sorted(scores, reverse=True)
-    assert float(hits[0]["lon"]) == pytest.approx(lon, abs=0.5)
     assert embed.main(["search", *arguments, f"--out={tmp_path / 'hits.geojson'}"]) == 0
     assert len(json.loads((tmp_path / "hits.geojson").read_text())["features"]) == 5
 
@@ -129,10 +174,11 @@ def test_places_without_data_are_said(tmp_path: Path, tokens: np.ndarray, capsys
         assert words in capsys.readouterr().err
 
 
-def test_pictures(tmp_path: Path, tokens: np.ndarray) -> None:
+@pytest.mark.parametrize("kind", ["tif", "zarr"])
+def test_pictures(tmp_path: Path, tokens: np.ndarray, kind: str) -> None:
     values = tokens * 0.05
     values[..., 2] += np.linspace(-3, 3, 50)  # the main component runs from left to right
-    path = stored(tmp_path / "a.tif", values)
+    path = stored(tmp_path / f"a.{kind}", values)
     assert embed.main(["picture", str(path), f"--out={tmp_path / 'pca.png'}"]) == 0
     image = np.asarray(Image.open(tmp_path / "pca.png"))
     factor = image.shape[0] // 40

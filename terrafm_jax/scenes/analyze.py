@@ -10,57 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rasterio
 from PIL import Image
-from rasterio.errors import RasterioError
-from rasterio.warp import transform as transform_points
-from rasterio.windows import Window
 
 from terrafm_jax.scenes import output
 from terrafm_jax.scenes.errors import SceneError, first_line
-from terrafm_jax.scenes.grid import Grid
-from terrafm_jax.scenes.inputs import broken, open_raster
-
-WEIGHTS_TAG = "TERRAFM_WEIGHTS"
-
-
-def open_tokens(path: Any) -> rasterio.DatasetReader:
-    """Opens an embedding written as GeoTIFF. Raises SceneError for any other file."""
-    kind = output.FORMATS.get(Path(path).suffix.lower(), "")
-    if kind in ("zarr", "parquet"):
-        raise SceneError(
-            f"{path}: change, picture and search read GeoTIFF (search also Parquet, but not its --query); "
-            "embed with --out OUT.tif"
-        )
-    source = open_raster(path)
-    if WEIGHTS_TAG not in source.tags():
-        source.close()
-        raise SceneError(f"{path}: is no embedding of this program (tag {WEIGHTS_TAG} is missing); run embed first")
-    return source
-
-
-def read_tokens(source: rasterio.DatasetReader, window: Window | None = None) -> np.ndarray:
-    """float32 [rows, columns, d] of an open embedding with int8 scaled back and NaN for nodata."""
-    try:
-        data = source.read(window=window)
-    except (RasterioError, OSError) as error:
-        raise SceneError(f"{source.name}: {broken(error)}") from None
-    values = np.moveaxis(data, 0, -1).astype(np.float32)
-    if data.dtype == np.int8:
-        values = np.where(values == output.INT8_NODATA, np.float32(np.nan), values * np.float32(source.scales))
-    return values
-
-
-def blocks(source: rasterio.DatasetReader) -> Iterator[Window]:
-    """Block by block, in file order."""
-    for _, window in source.block_windows(1):
-        yield window
-
-
-def grid_of(source: rasterio.DatasetReader) -> Grid:
-    """The grid of an open embedding."""
-    t = source.transform
-    return Grid(source.crs, t.c, t.f, t.a, source.height, source.width)
+from terrafm_jax.scenes.stored import WEIGHTS_TAG, Embedding, lonlat, open_embedding, place_of
 
 
 def unit(values: np.ndarray) -> np.ndarray:
@@ -74,40 +28,37 @@ def change(first: Path, second: Path, out: Path) -> dict[str, float]:
     Raises:
       SceneError: other grid, other number of features or other weights.
     """
-    with open_tokens(first) as a, open_tokens(second) as b:
+    with open_embedding(first) as a, open_embedding(second) as b:
         faults = []
-        if (a.shape, a.transform, a.crs) != (b.shape, b.transform, b.crs):
+        if a.grid != b.grid:
             faults.append("they lie on different grids; embed both with the same --aoi, --gsd and --stride")
-        if a.tags()[WEIGHTS_TAG] != b.tags()[WEIGHTS_TAG] or a.count != b.count:
+        if a.tags[WEIGHTS_TAG] != b.tags[WEIGHTS_TAG] or a.width != b.width:
             faults.append("they come from different weights; embed both with the same --checkpoint")
         if faults:
             raise SceneError(f"{first} and {second}: {'; '.join(faults)}")
-        result = np.full((*a.shape, 1), np.nan, np.float32)
-        for window in blocks(a):
-            cosine = (unit(read_tokens(a, window)) * unit(read_tokens(b, window))).sum(-1)
-            rows, columns = window.toslices()
-            result[rows, columns, 0] = 1.0 - cosine
-        tags = {**a.tags(), "TERRAFM_CHANGE": f"1 - cosine of {first.name} and {second.name}"}
-        output.write_cog(out, result, grid_of(a), output.Meta(("change",), tags))
+        result = np.full((a.grid.height, a.grid.width, 1), np.nan, np.float32)
+        for block in a.blocks():
+            result[(*block, 0)] = 1.0 - (unit(a.read(block)) * unit(b.read(block))).sum(-1)
+        tags = {**a.tags, "TERRAFM_CHANGE": f"1 - cosine of {first.name} and {second.name}"}
+        output.write_cog(out, result, a.grid, output.Meta(("change",), tags))
     found = result[np.isfinite(result)]
     return {f"p{q}": float(np.percentile(found, q)) for q in (50, 90, 99)} if found.size else {}
 
 
-def vector_at(path: Path, lon: float, lat: float) -> np.ndarray:
+def vector_at(found: Embedding, lon: float, lat: float) -> np.ndarray:
     """float32 [d]: the token of an embedding at a place. Raises SceneError if it is outside or nodata."""
-    with open_tokens(path) as source:
-        (x,), (y,) = transform_points("EPSG:4326", source.crs, [lon], [lat])
-        row, column = source.index(x, y)
-        if not (0 <= row < source.height and 0 <= column < source.width):
-            raise SceneError(f"{path}: {lon:g}, {lat:g} (lon, lat) lies outside; give a place inside")
-        vector = read_tokens(source, Window(column, row, 1, 1))[0, 0]
+    place = place_of(found.grid, lon, lat)
+    if place is None:
+        raise SceneError(f"{found.path}: {lon:g}, {lat:g} (lon, lat) lies outside; give a place inside")
+    row, column = place
+    vector = found.read((slice(row, row + 1), slice(column, column + 1)))[0, 0]
     if not np.isfinite(vector).all():
-        raise SceneError(f"{path}: there is no data at {lon:g}, {lat:g} (lon, lat); give another place")
+        raise SceneError(f"{found.path}: there is no data at {lon:g}, {lat:g} (lon, lat); give another place")
     return vector
 
 
 def search(query: np.ndarray, paths: Sequence[Path], count: int, weights: str = "") -> list[dict[str, Any]]:
-    """The ``count`` most similar tokens (GeoTIFF) or windows (GeoParquet) over many outputs, best first.
+    """The ``count`` most similar tokens (GeoTIFF, Zarr), windows or places (GeoParquet) of many outputs, best first.
 
     Reads block by block, so that memory does not grow with the number or size of outputs.
     """
@@ -128,18 +79,15 @@ def _hits(query: np.ndarray, path: Path, count: int, weights: str) -> Iterator[t
     if path.suffix.lower() in (".parquet", ".geoparquet"):
         yield from _parquet_hits(query, path, count, weights)
         return
-    with open_tokens(path) as source:
-        _same_weights(path, source.tags()[WEIGHTS_TAG], weights, source.count, len(query))
-        for window in blocks(source):
-            scores = (unit(read_tokens(source, window)) @ query).ravel()
+    with open_embedding(path) as source:
+        _same_weights(path, source.tags[WEIGHTS_TAG], weights, source.width, len(query))
+        for rows, columns in source.blocks():
+            scores = (unit(source.read((rows, columns))) @ query).ravel()
             for i in _top(scores, count):
-                row, column = window.row_off + i // window.width, window.col_off + i % window.width
-                x, y = source.xy(row, column)
-                (lon,), (lat,) = transform_points(source.crs, "EPSG:4326", [x], [y])
-                yield (
-                    float(scores[i]),
-                    {"file": str(path), "row": int(row), "column": int(column), "lon": lon, "lat": lat},
-                )
+                down, across = divmod(int(i), columns.stop - columns.start)
+                row, column = rows.start + down, columns.start + across
+                lon, lat = lonlat(source.grid, row, column)
+                yield float(scores[i]), {"file": str(path), "row": row, "column": column, "lon": lon, "lat": lat}
 
 
 def _parquet_hits(query: np.ndarray, path: Path, count: int, weights: str) -> Iterator[tuple[float, dict[str, Any]]]:
@@ -151,13 +99,14 @@ def _parquet_hits(query: np.ndarray, path: Path, count: int, weights: str) -> It
         tags = {k.decode(): v.decode() for k, v in (file.schema_arrow.metadata or {}).items()}
         if WEIGHTS_TAG not in tags or "embedding" not in file.schema_arrow.names:
             raise SceneError(f"{path}: is no embedding of this program (metadata {WEIGHTS_TAG} is missing)")
+        x, y = ("centre_lon", "centre_lat") if "centre_lon" in file.schema_arrow.names else ("lon", "lat")
         row = 0
-        for batch in file.iter_batches(4096, columns=["embedding", "centre_lon", "centre_lat"]):
+        for batch in file.iter_batches(4096, columns=["embedding", x, y]):
             vectors = np.asarray(batch["embedding"].flatten()).reshape(len(batch), -1)
             _same_weights(path, tags[WEIGHTS_TAG], weights, vectors.shape[1], len(query))
             scores = unit(vectors) @ query
             for i in _top(scores, count):
-                lon, lat = batch["centre_lon"][int(i)].as_py(), batch["centre_lat"][int(i)].as_py()
+                lon, lat = batch[x][int(i)].as_py(), batch[y][int(i)].as_py()
                 yield float(scores[i]), {"file": str(path), "row": row + int(i), "column": 0, "lon": lon, "lat": lat}
             row += len(batch)
     except (pa.ArrowException, OSError) as error:
@@ -200,11 +149,11 @@ def write_hits(out: Path, hits: Sequence[dict[str, Any]]) -> None:
 
 def pca_picture(path: Path, out: Path) -> np.ndarray:
     """The three main components of the tokens as red, green and blue; returns their shares of the variance."""
-    with open_tokens(path) as source:
-        width = source.count
+    with open_embedding(path) as source:
+        width = source.width
         count, total, square = 0, np.zeros(width), np.zeros((width, width))
-        for window in blocks(source):
-            values = read_tokens(source, window).reshape(-1, width)
+        for block in source.blocks():
+            values = source.read(block).reshape(-1, width)
             values = values[np.isfinite(values).all(-1)].astype(np.float64)
             count, total, square = count + len(values), total + values.sum(0), square + values.T @ values
         if count < 4:
@@ -213,9 +162,9 @@ def pca_picture(path: Path, out: Path) -> np.ndarray:
         shares, axes = np.linalg.eigh(square / count - np.outer(mean, mean))
         axes = axes[:, ::-1][:, :3]
         axes = axes * np.where(axes[np.abs(axes).argmax(0), np.arange(3)] < 0, -1, 1)  # the same colors every time
-        image = np.full((*source.shape, 3), np.nan, np.float32)
-        for window in blocks(source):
-            image[window.toslices()] = (read_tokens(source, window) - mean) @ axes
+        image = np.full((source.grid.height, source.grid.width, 3), np.nan, np.float32)
+        for block in source.blocks():
+            image[block] = (source.read(block) - mean) @ axes
     low, high = np.nanpercentile(image, (2, 98), axis=(0, 1))
     _save_image(out, (image - low) / np.maximum(high - low, 1e-12))
     return np.maximum(shares[::-1][:3], 0) / max(shares.sum(), 1e-12)
@@ -223,16 +172,15 @@ def pca_picture(path: Path, out: Path) -> np.ndarray:
 
 def similarity_picture(path: Path, lon: float, lat: float, out: Path) -> None:
     """Cosine similarity of every token to the one at a place, dark to bright; the place itself is red."""
-    query = unit(vector_at(path, lon, lat))
-    with open_tokens(path) as source:
-        image = np.full(source.shape, np.nan, np.float32)
-        for window in blocks(source):
-            image[window.toslices()] = unit(read_tokens(source, window)) @ query
-        (x,), (y,) = transform_points("EPSG:4326", source.crs, [lon], [lat])
-        row, column = source.index(x, y)
+    with open_embedding(path) as source:
+        query = unit(vector_at(source, lon, lat))
+        image = np.full((source.grid.height, source.grid.width), np.nan, np.float32)
+        for block in source.blocks():
+            image[block] = unit(source.read(block)) @ query
+        place = place_of(source.grid, lon, lat)
     low, high = np.nanpercentile(image, (2, 100))
     shown = np.repeat(((image - low) / max(high - low, 1e-12))[..., None], 3, -1)
-    shown[row, column] = (1, 0, 0)
+    shown[place] = (1, 0, 0)
     _save_image(out, shown)
 
 

@@ -83,16 +83,16 @@ def scene_parser(description: str) -> argparse.ArgumentParser:
 
 def change_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(f"{PROGRAM} change", description="1 - cosine of two dates")
-    parser.add_argument("first", type=Path)
-    parser.add_argument("second", type=Path)
-    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("first", type=Path, help="GeoTIFF or Zarr")
+    parser.add_argument("second", type=Path, help="of the same grid and weights")
+    parser.add_argument("--out", required=True, type=Path, help="CHANGE.tif")
     return parser
 
 
 def search_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(f"{PROGRAM} search", description="places that look alike")
-    parser.add_argument("files", nargs="+", type=Path, help="outputs to search, GeoTIFF or GeoParquet")
-    parser.add_argument("--query", required=True, type=Path, help="GeoTIFF output that holds the place")
+    parser.add_argument("files", nargs="+", type=Path, help="outputs to search, GeoTIFF, Zarr or GeoParquet")
+    parser.add_argument("--query", required=True, type=Path, help="output (GeoTIFF or Zarr) that holds the place")
     parser.add_argument("--point", required=True, type=_lonlat, metavar="LON,LAT")
     parser.add_argument("--k", type=_count, default=20)
     parser.add_argument("--out", required=True, type=Path, help="HITS.csv or HITS.geojson")
@@ -101,14 +101,14 @@ def search_parser() -> argparse.ArgumentParser:
 
 def picture_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(f"{PROGRAM} picture", description="an embedding as a picture")
-    parser.add_argument("file", type=Path)
+    parser.add_argument("file", type=Path, help="GeoTIFF or Zarr")
     parser.add_argument("--out", required=True, type=Path, help="PNG")
     parser.add_argument("--similar-to", type=_lonlat, default=None, metavar="LON,LAT", help="default: PCA as RGB")
     return parser
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    pass
+    """The description as it stands, and every default."""
 
 
 def _lonlat(text: str) -> tuple[float, float]:
