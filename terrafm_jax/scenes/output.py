@@ -106,7 +106,8 @@ def write_cog(out: Path, tokens: np.ndarray, grid: Grid, meta: Meta, dtype: str 
             with rasterio.open(plain, "w", height=rows, width=columns, transform=grid.transform, **options) as file:
                 for window in _blocks(rows, columns, size):
                     part = np.asarray(tokens[window.toslices()])
-                    part = encode_values(part, "float32" if dtype == "float16" else dtype, step)
+                    # To the nearest half: GDAL itself would cut the last bits off.
+                    part = encode_values(part, dtype, step).astype(stored)
                     file.write(np.ascontiguousarray(np.moveaxis(part, -1, 0)), window=window)
                     _release(tokens)
                 file.descriptions = meta.bands
