@@ -16,6 +16,7 @@ See docs/embedding.md. Exit codes: 0 done, 1 stopped or bad input (one line says
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import logging
@@ -92,10 +93,10 @@ def run_scene(args: argparse.Namespace) -> None:
     tags = provenance(model, reader, plan, args)
     _say_plan(plan, reader, encoder, args)
     inside = None if aoi is None else read.inside(aoi, plan.output)
-    if args.dry_run:
+    if args.points:
+        _points(args, plan, reader, encoder, tags, inside)
+    elif args.dry_run:
         _dry_run(plan, reader, encoder, inside)
-    elif args.points:
-        _points(args, plan, reader, encoder, tags)
     else:
         _whole(args, kind, plan, reader, encoder, tags, inside)
 
@@ -173,8 +174,13 @@ def _say_plan(plan: Any, reader: Any, encoder: Any, args: argparse.Namespace) ->
         plan.grid.crs.to_string())  # fmt: skip
     shown = (f"{k} ({len(b)} bands, {len(reader.dates[k])} date(s))" for k, b in reader.bands.items())
     _say("sensors %s", ", ".join(shown))
-    _say("%d windows of %d px, %d x %d tokens of %d features every %g m -> %s", plan.count(), plan.window,
-        rows, columns, encoder.width, plan.output.gsd, args.out)  # fmt: skip
+    if args.points:
+        _say(
+            "a window of %d px around each of %s, %d features -> %s", plan.window, args.points, encoder.width, args.out
+        )
+    else:
+        _say("%d windows of %d px, %d x %d tokens of %d features every %g m -> %s", plan.count(), plan.window,
+            rows, columns, encoder.width, plan.output.gsd, args.out)  # fmt: skip
     if plan.grid.gsd < 12 or plan.grid.gsd > 28:
         _say("note: pretraining crops spanned 12 to 28 m a pixel, this is %g m; see --gsd pretraining", plan.grid.gsd)
 
@@ -206,26 +212,55 @@ def _dry_run(plan: Any, reader: Any, encoder: Any, inside: Any) -> None:
     _say("memory about %.0f MB beside the weights; unfinished result %.0f MB on disk", memory / 1e6, disk / 1e6)
 
 
-def _points(args: argparse.Namespace, plan: Any, reader: Any, encoder: Any, tags: Any) -> None:
-    from terrafm_jax.scenes import points
-    from terrafm_jax.scenes.run import vectors_at
+def _points(args: argparse.Namespace, plan: Any, reader: Any, encoder: Any, tags: Any, inside: Any) -> None:
+    from terrafm_jax.scenes import points, store
+    from terrafm_jax.scenes.places import Places
 
-    places, columns = points.read_points(args.points)
-    xy = points.to_grid(places, plan.grid)
-    with _Progress(len(places), "place") as progress:
-        patches, cls = vectors_at(encoder, reader, plan, xy, encoder.width, progress, args.threads)
-    points.write_points(args.out, places, columns, patches, cls, tags)
+    where, columns = points.read_points(args.points)
+    job = Places(encoder, reader, plan, points.to_grid(where, plan.grid), encoder.width, inside)
+    if args.dry_run:
+        _dry_run_places(job, encoder)
+        return
+    mark = {**_mark(plan, reader, tags, inside), "places": zlib.crc32(where.tobytes())}
+    unfinished = store.UnfinishedPlaces(args.out, encoder.width, store.fingerprint(mark))
+    with _Progress(len(where), "place") as progress:
+        patches, cls = job.run(unfinished, progress=progress, threads=args.threads, save_seconds=args.save_seconds)
+    points.write_points(args.out, where, columns, patches, cls, tags)
+    unfinished.remove()
     empty = int(np.isnan(patches[:, 0]).sum())
-    _say("%d places, %d without data -> %s", len(places), empty, args.out)
+    _say("%d places, %d without data -> %s", len(where), empty, args.out)
+
+
+def _dry_run_places(job: Any, encoder: Any) -> None:
+    """Times the first batch and scales up."""
+    began = time.perf_counter()
+    with contextlib.closing(job.groups(0, 1)) as groups:
+        group = next((group for _, group in groups if group), None)
+    reading = time.perf_counter() - began
+    if group is None:
+        raise SceneError("--dry-run: no place has a valid pixel; check --points, --mask, --nodata and --aoi")
+    windows = job.windows(group)
+    encoder(windows).result()  # compiles
+    began = time.perf_counter()
+    encoder(windows).result()
+    encoding = time.perf_counter() - began
+    batches = -(-len(job.chunks) // job.batch)
+    _say("dry run: %d places in %d batches, about %.1f s reading and %.1f s encoding on %d device(s)",
+        len(job.chunks), batches, reading * batches, encoding * batches, encoder.devices)  # fmt: skip
+
+
+def _mark(plan: Any, reader: Any, tags: Any, inside: Any) -> dict[str, Any]:
+    """What an interrupted job has to have in common with the one that goes on."""
+    files = {p: (Path(p).stat().st_size, Path(p).stat().st_mtime_ns) for p in reader.paths if Path(p).exists()}
+    area = None if inside is None else zlib.crc32(inside.tobytes())
+    return {"tags": tags, "files": files, "batch": plan.batch, "grid": str(plan.grid), "area": area}
 
 
 def _whole(args: argparse.Namespace, kind: str, plan: Any, reader: Any, encoder: Any, tags: Any, inside: Any) -> None:
     from terrafm_jax.scenes import output, run, store
 
-    files = {p: (Path(p).stat().st_size, Path(p).stat().st_mtime_ns) for p in reader.paths if Path(p).exists()}
-    area = None if inside is None else zlib.crc32(inside.tobytes())
-    mark = {"tags": tags, "files": files, "batch": plan.batch, "grid": str(plan.grid), "area": area}
-    unfinished = store.Unfinished(args.out, plan, encoder.width, store.fingerprint(mark))
+    mark = store.fingerprint(_mark(plan, reader, tags, inside))
+    unfinished = store.Unfinished(args.out, plan, encoder.width, mark)
     with _Progress(plan.count(), "window") as progress:
         job = run.Job(encoder, reader, plan, encoder.width, unfinished, inside=inside, progress=progress)
         summary = job.run(threads=args.threads, save_seconds=args.save_seconds)

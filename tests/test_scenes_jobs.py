@@ -22,7 +22,9 @@ from terrafm_jax.inference import Model
 from terrafm_jax.scenes import grid as grid_lib
 from terrafm_jax.scenes import inputs, output, read, run, store
 from terrafm_jax.scenes.encoder import WindowEncoder
+from terrafm_jax.scenes.errors import SceneError
 from terrafm_jax.scenes.grid import Plan
+from terrafm_jax.scenes.places import Places
 from terrafm_jax.sensors import SENSORS
 
 
@@ -245,19 +247,22 @@ print(peak() - before)
 
 # --- points, dry run ---
 
+PLACES = [(WEST + 1600, NORTH - 1600), (WEST + 20, NORTH - 20), (WEST - 9000, NORTH)] * 4  # more than a batch
+
+
+def _csv(path: Path) -> Path:
+    lons, lats = rasterio.warp.transform(CRS, "EPSG:4326", *zip(*PLACES, strict=True))
+    rows = [f"p{i},{lon},{lat}" for i, (lon, lat) in enumerate(zip(lons, lats, strict=True))]
+    path.write_text("\n".join(["name,lon,lat", *rows]))
+    return path
+
 
 def test_vectors_at_points(scene: Path, tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
-    places = [(WEST + 1600, NORTH - 1600), (WEST + 20, NORTH - 20), (WEST - 9000, NORTH)]
-    xy = places * 4  # more than a batch
-    lons, lats = rasterio.warp.transform(CRS, "EPSG:4326", *zip(*xy, strict=True))
-    path = tmp_path / "p.csv"
-    path.write_text(
-        "name,lon,lat\n" + "\n".join(f"p{i},{a},{b}" for i, (a, b) in enumerate(zip(lons, lats, strict=True)))
-    )
     out = tmp_path / "p.parquet"
-    assert call(f"--points={path}", out=out, sensors={"s2_l2a": scene}) == 0
+    assert call(f"--points={_csv(tmp_path / 'p.csv')}", out=out, sensors={"s2_l2a": scene}) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"p.csv", "p.parquet"}
     table = pq.read_table(out)
     assert table["name"].to_pylist() == [f"p{i}" for i in range(12)]
     for column in ("embedding", "class_token"):
@@ -276,6 +281,48 @@ def test_vectors_at_points(scene: Path, tmp_path: Path) -> None:
     alone = tmp_path / "alone.tif"
     assert call(out=alone, sensors={"s2_l2a": part}) == 0
     assert np.allclose(table["embedding"][0].as_py(), tokens(alone)[2:4, 2:4].mean((0, 1)), atol=1e-3)
+
+
+def _places(scene: Path, out: Path, model: Model, inside: np.ndarray | None = None) -> tuple[Places, Any]:
+    acquisition = inputs.resolve(f"s2_l2a={scene}", inputs.Declared())
+    reader = read.SceneReader([acquisition], grid_lib.target_grid([acquisition]))
+    encode = WindowEncoder(model, reader.bands, 3)
+    job = Places(encode, reader, Plan(reader.grid, 96, 0, 16, batch=3), np.array(PLACES), 24, inside)
+    return job, store.UnfinishedPlaces(out, 24, "mark")
+
+
+def test_interrupted_places_end_with_the_same_bytes(scene: Path, tmp_path: Path, model: Model) -> None:
+    whole, unfinished = _places(scene, tmp_path / "whole.parquet", model)
+    expected = whole.run(unfinished)
+    shown: list[int] = []
+    for after in (1, 1, None):
+        job, unfinished = _places(scene, tmp_path / "parts.parquet", model)
+        if after:
+            with pytest.raises(run.Stopped, match="of 8 places, everything is kept"):
+                job.run(unfinished, stop_after=after)
+            # Written after the last snapshot, as a kill leaves it: it must be overwritten.
+            unfinished.write(unfinished.open(), np.full((2, 2, 24), 7.0))
+        else:
+            found = job.run(unfinished, progress=shown.append)
+    assert shown == [4 + 6, 2], "places outside and done before, then the rest"
+    assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(found, expected, strict=True))
+    with pytest.raises(SceneError, match="belongs to other inputs"):
+        store.UnfinishedPlaces(tmp_path / "parts.parquet", 24, "other").open()
+
+
+def test_places_outside_of_the_area_are_not_wanted(scene: Path, tmp_path: Path, model: Model) -> None:
+    inside = np.ones((19, 21), bool)
+    inside[0, 0] = False  # the second of three places
+    job, _ = _places(scene, tmp_path / "p.parquet", model, inside)
+    assert job.wanted.tolist() == [0, 3, 6, 9]
+
+
+def test_dry_run_of_places_says_what_it_would_take(scene: Path, tmp_path: Path, caplog: Any) -> None:
+    given = f"--points={_csv(tmp_path / 'p.csv')}"
+    with caplog.at_level("INFO"):
+        assert call("--dry-run", given, out=tmp_path / "p.parquet", sensors={"s2_l2a": scene}) == 0
+    assert "dry run: 8 places in 1 batches" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["p.csv"]
 
 
 def test_dry_run_says_what_it_would_take(scene: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -157,7 +157,7 @@ class Job:
         self.summary.resumed = self._before[first]
         self._progress(self.summary.resumed)
         began = saved = time.perf_counter()
-        with _signals() as stop, closing(read_ahead(self._chunks[first:], threads, self._prepare)) as ahead:
+        with signals() as stop, closing(read_ahead(self._chunks[first:], threads, self._prepare)) as ahead:
             pending: tuple[Work, Future[tuple[np.ndarray, np.ndarray]] | None] | None = None
             while True:
                 waited = time.perf_counter()
@@ -211,7 +211,7 @@ class Job:
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
+def signals() -> Iterator[list[int]]:
     """A list that the first SIGINT or SIGTERM fills; the second one acts as usual. Only in the main thread."""
     got: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -229,64 +229,6 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-def vectors_at(
-    encode: Encode,
-    reader: SceneReader,
-    plan: Plan,
-    points: np.ndarray,
-    width: int,
-    progress: Callable[[int], None],
-    threads: int = 2,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Features at places: one window is centered on every place, so that no place lies at a border.
-
-    Args:
-      points: float64 [N, 2], x and y in the CRS of the grid.
-      width: features per token.
-
-    Returns:
-      float32 [N, d] bilinear mean of the four tokens around the place, and [N, d] class token; NaN where the
-      place lies outside or was not measured.
-    """
-    grid, p = plan.grid, plan.patch
-    side = min(plan.window, grid.height // p * p, grid.width // p * p)
-    found = np.full((2, len(points), width), np.nan, np.float32)
-    at = np.stack([grid.y - points[:, 1], points[:, 0] - grid.x], 1) / grid.gsd  # pixels down and across
-    limits = np.array([grid.height, grid.width])
-    inside = np.flatnonzero(((at >= 0) & (at <= limits)).all(1))
-    corners = np.clip(np.round(at[inside]).astype(int) - side // 2, 0, limits - side)
-    chunks = [Chunk(row, (column,), side, side) for row, column in corners.tolist()]
-    progress(len(points) - len(inside))
-    one, batch = dataclasses.replace(plan, batch=1), min(plan.batch, max(len(chunks), 1))
-    with closing(read_ahead(chunks, threads, lambda chunk: prepare(reader, one, chunk))) as works:
-        for first in range(0, len(chunks), batch):
-            places = inside[first : first + batch]
-            group = [(place, work) for place, work in zip(places, works, strict=False) if work.kept]
-            if group:
-                for (place, work), cls, patches in zip(group, *encode(_together(group, batch)).result(), strict=False):
-                    down, across = (at[place] - (work.chunk.row, work.chunk.columns[0])) / p
-                    weight = _bilinear(down, side // p)[:, None] * _bilinear(across, side // p) * work.valid[0]
-                    found[1, place] = cls
-                    if weight.sum() > 0:
-                        found[0, place] = np.tensordot(weight, patches, 2) / weight.sum()
-            progress(len(places))
-    return found[0], found[1]
-
-
-def _together(group: Sequence[tuple[int, Work]], batch: int) -> dict[str, Pixels]:
-    """The windows of several places, padded to one size by repeating the last."""
-    padded = [work.windows for _, work in [*group, *[group[-1]] * (batch - len(group))]]
-    return {
-        key: Pixels(np.concatenate([w[key].values for w in padded]), np.concatenate([w[key].valid for w in padded]))
-        for key in padded[0]
-    }
-
-
-def _bilinear(at: float, count: int) -> np.ndarray:
-    """float64 [count]: weights of the tokens along one axis for a place ``at`` tokens from the first border."""
-    return np.maximum(0.0, 1.0 - np.abs(np.arange(count) + 0.5 - np.clip(at, 0.5, count - 0.5)))
 
 
 def area(grid: Grid) -> float:

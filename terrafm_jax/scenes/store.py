@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,43 +52,31 @@ class Blender:
         return done
 
 
-class Unfinished:
-    """The folder ``OUT.partial``: finished rows, class tokens of windows, and a snapshot of the blender.
+class _Partial:
+    """The folder ``OUT.partial``: files that grow, and a snapshot that says how much of them counts.
 
-    The snapshot is replaced atomically, and rows are written before it, so after an interruption at any
+    The snapshot is replaced atomically, and the files are written before it, so after an interruption at any
     moment the job goes on from the last snapshot and ends with the same bytes.
     """
 
-    def __init__(self, out: Path, plan: Plan, width: int, fingerprint: str):
+    def __init__(self, out: Path, fingerprint: str, files: Sequence[str]):
         self.folder = out.with_name(out.name + ".partial")
-        self._plan, self._width, self._fingerprint = plan, width, fingerprint
-        self.shape = (*plan.shape, width)
-        self.rows_path, self.cls_path = self.folder / "tokens.f32", self.folder / "class_tokens.f32"
+        self._fingerprint, self._files = fingerprint, tuple(self.folder / name for name in files)
 
-    def open(self, blender: Blender) -> int:
-        """Number of chunks done already (the blender is restored), 0 for a new job. Raises SceneError."""
+    def _open(self) -> dict[str, np.ndarray]:
+        """The last snapshot, empty for a new job. Raises SceneError if it belongs to another one."""
         snapshot = self.folder / "snapshot.npz"
         if not snapshot.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            for path in (self.rows_path, self.cls_path):
+            for path in self._files:
                 path.write_bytes(b"")
-            return 0
+            return {}
         with np.load(snapshot, allow_pickle=False) as saved:
             if str(saved["fingerprint"]) != self._fingerprint:
                 raise SceneError(
                     f"{self.folder}: belongs to other inputs or settings; delete it or choose another --out"
                 )
-            blender.first = int(saved["first"])
-            blender.sums[:], blender.weights[:] = saved["sums"], saved["weights"]
-            return int(saved["chunks"])
-
-    def write_rows(self, first: int, rows: np.ndarray) -> None:
-        """Puts finished rows [n, columns, d] where they belong."""
-        self._write(self.rows_path, first * self.shape[1] * self._width * 4, rows)
-
-    def write_cls(self, window: int, cls: np.ndarray) -> None:
-        """Puts the class tokens [n, d] of windows ``window``, ... where they belong."""
-        self._write(self.cls_path, window * self._width * 4, cls)
+            return dict(saved)
 
     def _write(self, path: Path, at: int, data: np.ndarray) -> None:
         try:
@@ -97,24 +86,53 @@ class Unfinished:
         except OSError as error:
             raise SceneError(f"{path}: cannot be written ({error.strerror}); free space and start again") from None
 
-    def save(self, blender: Blender, chunks: int) -> None:
-        """Snapshot after ``chunks`` chunks."""
+    def _save(self, **state: Any) -> None:
         temporary = self.folder / "snapshot.tmp.npz"
         try:
-            for path in (self.rows_path, self.cls_path):
+            for path in self._files:
                 with open(path, "r+b") as file:
                     os.fsync(file.fileno())
-            np.savez(
-                temporary,
-                fingerprint=self._fingerprint,
-                chunks=chunks,
-                first=blender.first,
-                sums=blender.sums,
-                weights=blender.weights,
-            )
+            np.savez(temporary, fingerprint=self._fingerprint, **state)
             os.replace(temporary, self.folder / "snapshot.npz")
         except OSError as error:
             raise SceneError(f"{temporary}: cannot be written ({error.strerror}); free space and start again") from None
+
+    def remove(self) -> None:
+        """Deletes the folder once the output is in place."""
+        for path in self.folder.iterdir():
+            path.unlink()
+        self.folder.rmdir()
+
+
+class Unfinished(_Partial):
+    """What a scene has so far: finished rows, class tokens of windows, and a snapshot of the blender."""
+
+    def __init__(self, out: Path, plan: Plan, width: int, fingerprint: str):
+        super().__init__(out, fingerprint, ("tokens.f32", "class_tokens.f32"))
+        self._plan, self._width = plan, width
+        self.shape = (*plan.shape, width)
+        self.rows_path, self.cls_path = self._files
+
+    def open(self, blender: Blender) -> int:
+        """Number of chunks done already (the blender is restored), 0 for a new job. Raises SceneError."""
+        saved = self._open()
+        if not saved:
+            return 0
+        blender.first = int(saved["first"])
+        blender.sums[:], blender.weights[:] = saved["sums"], saved["weights"]
+        return int(saved["chunks"])
+
+    def write_rows(self, first: int, rows: np.ndarray) -> None:
+        """Puts finished rows [n, columns, d] where they belong."""
+        self._write(self.rows_path, first * self.shape[1] * self._width * 4, rows)
+
+    def write_cls(self, window: int, cls: np.ndarray) -> None:
+        """Puts the class tokens [n, d] of windows ``window``, ... where they belong."""
+        self._write(self.cls_path, window * self._width * 4, cls)
+
+    def save(self, blender: Blender, chunks: int) -> None:
+        """Snapshot after ``chunks`` chunks."""
+        self._save(chunks=chunks, first=blender.first, sums=blender.sums, weights=blender.weights)
 
     def tokens(self) -> np.ndarray:
         """The finished tokens [rows, columns, d], mapped from disk."""
@@ -124,11 +142,29 @@ class Unfinished:
         """Class tokens [windows, d], mapped from disk."""
         return np.memmap(self.cls_path, np.float32, "r", shape=(windows, self._width))
 
-    def remove(self) -> None:
-        """Deletes the folder once the output is in place."""
-        for path in self.folder.iterdir():
-            path.unlink()
-        self.folder.rmdir()
+
+class UnfinishedPlaces(_Partial):
+    """What a job of places has so far: two vectors a window, in the order of the windows."""
+
+    def __init__(self, out: Path, width: int, fingerprint: str):
+        super().__init__(out, fingerprint, ("places.f32",))
+        self._width = width
+
+    def open(self) -> int:
+        """Number of windows done already. Raises SceneError."""
+        return int(self._open().get("windows", 0))
+
+    def write(self, first: int, vectors: np.ndarray) -> None:
+        """Puts the vectors [n, 2, d] of windows ``first``, ... where they belong."""
+        self._write(self._files[0], first * 2 * self._width * 4, vectors)
+
+    def save(self, windows: int) -> None:
+        """Snapshot after so many windows."""
+        self._save(windows=windows)
+
+    def vectors(self, windows: int) -> np.ndarray:
+        """float32 [windows, 2, d]."""
+        return np.fromfile(self._files[0], np.float32, windows * 2 * self._width).reshape(windows, 2, self._width)
 
 
 def fingerprint(parts: dict[str, Any]) -> str:
