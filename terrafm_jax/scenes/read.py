@@ -26,6 +26,7 @@ from rasterio.windows import Window
 from terrafm_jax.scenes.errors import SceneError
 from terrafm_jax.scenes.grid import Grid
 from terrafm_jax.scenes.inputs import Acquisition, Layer, broken, open_raster
+from terrafm_jax.scenes.resample import resample
 from terrafm_jax.sensors import SENSORS
 
 _log = logging.getLogger(__name__)
@@ -126,29 +127,30 @@ class SceneReader:
         elif self._composite == "first":
             values = stack[0].copy()
             for other in stack[1:]:
-                hole = np.isnan(values).any(-1)
-                values[hole] = other[hole]
+                hole = np.isnan(values).any(0)
+                values[:, hole] = other[:, hole]
         else:
             values = _middle(np.stack(stack), self._composite)
-        valid = ~np.isnan(values).any(-1)
+        missing = np.isnan(values).any(0)
         if key == "s1":
             values = 10.0 * np.log10(np.maximum(values, _POWER_FLOOR))
-        return Pixels(np.where(valid[..., None], values, 0.0).astype(np.float32), valid)
+        values[:, missing] = 0.0
+        return Pixels(np.ascontiguousarray(np.moveaxis(values, 0, -1), np.float32), ~missing)
 
     def _date(self, date: Acquisition, grid: Grid) -> np.ndarray:
-        """float32 [H, W, bands] in harmonised DN or linear power, NaN where nothing was measured."""
+        """float32 [bands, H, W] in harmonised DN or linear power, NaN where nothing was measured."""
         groups: dict[tuple[Any, ...], list[Layer]] = defaultdict(list)
         for layer in date.layers:
             if layer.band in self.bands[date.sensor]:
                 source = self._open(layer.path)
                 groups[(source.crs, tuple(source.transform), source.shape)].append(layer)
-        out = np.empty((grid.height, grid.width, len(self.bands[date.sensor])), np.float32)
+        out = np.empty((len(self.bands[date.sensor]), grid.height, grid.width), np.float32)
         for layers in groups.values():
-            columns = [self.bands[date.sensor].index(layer.band) for layer in layers]
-            out[..., columns] = np.moveaxis(self._group(date, layers, grid), 0, -1)
+            rows = [self.bands[date.sensor].index(layer.band) for layer in layers]
+            out[rows] = self._group(date, layers, grid)
         if self._classes and date.classes:
             scl = self._classes_on(date.classes, grid)
-            out[np.isin(scl, SCL_INVALID)] = np.nan
+            out[:, np.isin(scl, SCL_INVALID)] = np.nan
         return out
 
     def _group(self, date: Acquisition, layers: Sequence[Layer], grid: Grid) -> np.ndarray:
@@ -163,6 +165,8 @@ class SceneReader:
         aligned = source.crs == grid.crs and _offset(transform, grid)
         if aligned:
             return _shift(data, aligned, grid)
+        if source.crs == grid.crs:
+            return resample(data, transform, grid)
         out = np.full((len(layers), grid.height, grid.width), np.nan, np.float32)
         reproject(
             data,
@@ -220,20 +224,19 @@ class SceneReader:
 
 
 def _middle(dates: np.ndarray, how: str) -> np.ndarray:
-    """Median or mean of the valid dates of [dates, H, W, bands] per pixel; NaN where there is none.
+    """Median or mean of the valid dates of [dates, bands, H, W] per pixel; NaN where there is none.
 
     NumPy's nanmedian warns of empty pixels, and silencing warnings is not safe in threads.
     """
-    measured = ~np.isnan(dates).any(-1)
+    measured = ~np.isnan(dates).any(1, keepdims=True)
     count = measured.sum(0)
     if how == "mean":
-        total = np.where(measured[..., None], dates, 0.0).sum(0, dtype=np.float64)
-        found = total / np.maximum(count, 1)[..., None]
+        found = np.where(measured, dates, 0.0).sum(0, dtype=np.float64) / np.maximum(count, 1)
     else:
-        ranked = np.sort(np.where(measured[..., None], dates, np.inf), axis=0)
+        ranked = np.sort(np.where(measured, dates, np.inf), axis=0)
         ends = np.stack([np.maximum(count - 1, 0) // 2, np.minimum(count // 2, len(dates) - 1)])
-        found = np.take_along_axis(ranked, ends[..., None], 0).mean(0)
-    return np.where((count > 0)[..., None], found, np.nan).astype(np.float32)
+        found = np.take_along_axis(ranked, ends, 0).mean(0)
+    return np.where(count > 0, found, np.nan).astype(np.float32)
 
 
 def _common_bands(dates: Sequence[Acquisition]) -> tuple[str, ...]:
