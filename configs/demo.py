@@ -25,6 +25,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.model.drop_path, c.model.fusion_heads = 0.0, 8
     c.model.init_std = 0.06  # with 0.02 the signal of so narrow a model dies out, and features collapse
     c.views.global_size, c.views.local_size, c.views.locals = 64, 32, 4
+    c.views.modality_threshold = 0.3  # mostly one or two sensors a view: what two views share is the ground
     c.objective.teacher_temp_start = c.objective.teacher_temp = 0.03  # few prototypes want sharper targets
     c.objective.ema_start, c.objective.ema_end = 0.99, 0.998  # a short run needs a faster teacher
     c.optim.base_lr, c.optim.warmup, c.optim.freeze_last = 4e-3, "10%", "0"
