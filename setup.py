@@ -88,7 +88,6 @@ setup(
         "all": DATA + EVAL + EXPORT + GCS + STAC + NOTEBOOKS + DEV,
     },
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Topic :: Scientific/Engineering :: GIS",
