@@ -53,7 +53,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("demo_out"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cells", type=int, default=300, help="training cells; a cell gives four tiles")
-    parser.add_argument("--heldout", type=int, default=156, help="cells to label and as many to be classified")
+    parser.add_argument("--heldout", type=int, default=300, help="cells to label and as many to be classified")
     parser.add_argument("--steps", type=int, default=750)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     return parser.parse_args()
