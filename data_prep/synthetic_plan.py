@@ -113,6 +113,7 @@ def _place(
         lat, lon = geography.cell_center(row, col)
         narrow = math.cos(math.radians(lat))
         inside = 0.12 < lat % BLOCK < BLOCK - 0.12 and 0.12 < lon % BLOCK * narrow < BLOCK * narrow - 0.12
+        inside = inside and -180 <= lon < 180  # the last column of a row is cut off by the antimeridian
         if inside and (row, col) not in used and blocks[block_of(lat, lon)] == split:
             used.add((row, col))
             return _Site(block_of(lat, lon), row, col, lat, lon, name, split)

@@ -86,6 +86,12 @@ def test_splits_own_blocks_and_balance_classes(plans: list[CellPlan]) -> None:
     assert all(0.1 < lat % 3 < 2.9 for lat, _ in held)
 
 
+def test_cells_stay_on_this_side_of_the_antimeridian() -> None:
+    """Seed 1 draws a point in the last column of a row, whose center lies beyond 180 degrees west."""
+    plans = plan_cells(seed=1, size=SIZE, cells=300, validation=300, heldout=300)
+    assert all(-180 <= p.lon < 180 for p in plans)
+
+
 def test_long_tail() -> None:
     counts = Counter(p.landcover for p in plan_cells(seed=0, size=SIZE, cells=600))
     assert set(counts) == set(CLASSES)
