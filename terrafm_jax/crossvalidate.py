@@ -11,8 +11,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from terrafm_jax.xla import cache_compilations
+from terrafm_jax.commands import begin, one_line
 
 _CHECKPOINT = flags.DEFINE_multi_string("checkpoint", None, "[NAME=]PATH, one per seed; default name: pretrained")
 _SUITE = flags.DEFINE_string("suite", "folder", "as evaluate's")
@@ -186,27 +184,20 @@ class Experiment:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}")
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    cache_compilations()
+    begin(argv)
 
     from terrafm_jax.evals.datasets.base import DatasetError
     from terrafm_jax.evals.features import FeatureError
     from terrafm_jax.evals.protocols import ProtocolError
     from terrafm_jax.weights import WeightsError
 
-    try:
+    with one_line(DatasetError, FeatureError, ProtocolError, WeightsError, ValueError):
         experiment = Experiment(
             tuple(_CHECKPOINT.value), _SUITE.value, _DATA.value, Path(_OUT.value), _NAME.value, _INPUTS.value,
             tuple(_PROTOCOL.value), _FOLDS.value, _REPEATS.value, _TUNE_REPEATS.value, _RANDOM.value,
             _IMAGE_SIZE.value, tuple(float(r) for r in _RATES.value or ()), _EPOCHS.value,
         )  # fmt: skip
         experiment.run(lambda text: print(text, flush=True))
-    except (DatasetError, FeatureError, ProtocolError, WeightsError, ValueError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        raise SystemExit(1) from None
     print((experiment.out / "results.md").read_text())
     print(f"written to {experiment.out}: results.md, results.json, results.png")
 

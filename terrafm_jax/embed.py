@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from terrafm_jax.scenes.errors import SceneError
-from terrafm_jax.scenes.flags import pairs, parse
+from terrafm_jax.scenes.flags import declared, parse
 
 _say = logging.getLogger("terrafm_jax.embed").info
 
@@ -64,20 +64,15 @@ def run_scene(args: argparse.Namespace) -> None:
     """Plans, loads the weights, embeds, writes."""
     from terrafm_jax.scenes import output, read
     from terrafm_jax.scenes.grid import Plan, read_aoi, target_grid
-    from terrafm_jax.scenes.inputs import Declared, resolve
+    from terrafm_jax.scenes.inputs import resolve
 
     kind = output.format_of(args.out)
     if not args.dry_run:
         make_folder(args.out)
     if args.points and kind != "parquet":
         raise SceneError(f"--out {args.out}: --points writes Parquet; give OUT.parquet")
-    declared = Declared(
-        bands=pairs("bands", args.bands, lambda v: tuple(v.split(","))),
-        unit=pairs("unit", args.unit, str),
-        offset=pairs("offset", args.offset, float),
-        nodata=pairs("nodata", args.nodata, float),
-    )
-    acquisitions = [resolve(text, declared) for text in args.sensor]
+    known = declared(args)
+    acquisitions = [resolve(text, known) for text in args.sensor]
     aoi = read_aoi(args.aoi) if args.aoi else None
     grid = target_grid(acquisitions, _gsd(args.gsd), args.crs, aoi)
     overlap = args.overlap if args.overlap is not None else 0 if kind == "parquet" else args.window // 32 * 16
@@ -213,7 +208,7 @@ def _dry_run(plan: Any, reader: Any, encoder: Any, inside: Any) -> None:
 
 
 def _points(args: argparse.Namespace, plan: Any, reader: Any, encoder: Any, tags: Any, inside: Any) -> None:
-    from terrafm_jax.scenes import points, store
+    from terrafm_jax.scenes import points, run, store
     from terrafm_jax.scenes.places import Places
 
     where, columns = points.read_points(args.points)
@@ -221,8 +216,8 @@ def _points(args: argparse.Namespace, plan: Any, reader: Any, encoder: Any, tags
     if args.dry_run:
         _dry_run_places(job, encoder)
         return
-    mark = {**_mark(plan, reader, tags, inside), "places": zlib.crc32(where.tobytes())}
-    unfinished = store.UnfinishedPlaces(args.out, encoder.width, store.fingerprint(mark))
+    mark = run.signature(plan, reader, inside, tags=tags, places=zlib.crc32(where.tobytes()))
+    unfinished = store.UnfinishedPlaces(args.out, encoder.width, mark)
     with _Progress(len(where), "place") as progress:
         patches, cls = job.run(unfinished, progress=progress, threads=args.threads, save_seconds=args.save_seconds)
     points.write_points(args.out, where, columns, patches, cls, tags)
@@ -249,17 +244,10 @@ def _dry_run_places(job: Any, encoder: Any) -> None:
         len(job.chunks), batches, reading * batches, encoding * batches, encoder.devices)  # fmt: skip
 
 
-def _mark(plan: Any, reader: Any, tags: Any, inside: Any) -> dict[str, Any]:
-    """What an interrupted job has to have in common with the one that goes on."""
-    files = {p: (Path(p).stat().st_size, Path(p).stat().st_mtime_ns) for p in reader.paths if Path(p).exists()}
-    area = None if inside is None else zlib.crc32(inside.tobytes())
-    return {"tags": tags, "files": files, "batch": plan.batch, "grid": str(plan.grid), "area": area}
-
-
 def _whole(args: argparse.Namespace, kind: str, plan: Any, reader: Any, encoder: Any, tags: Any, inside: Any) -> None:
     from terrafm_jax.scenes import output, run, store
 
-    mark = store.fingerprint(_mark(plan, reader, tags, inside))
+    mark = run.signature(plan, reader, inside, tags=tags)
     unfinished = store.Unfinished(args.out, plan, encoder.width, mark)
     with _Progress(plan.count(), "window") as progress:
         job = run.Job(encoder, reader, plan, encoder.width, unfinished, inside=inside, progress=progress)

@@ -7,13 +7,10 @@ compare side by side. Exit codes: 0 all rows there, 1 an error or a failed row, 
 
 from __future__ import annotations
 
-import logging
-import sys
-
 from absl import app, flags
 from ml_collections import config_flags
 
-from terrafm_jax.xla import cache_compilations
+from terrafm_jax.commands import begin, one_line
 
 config_flags.DEFINE_config_file("config", None, "configs/eval/X.py: values for the flags below; a flag given wins")
 _CHECKPOINT = flags.DEFINE_multi_string(
@@ -70,11 +67,7 @@ def settings() -> dict:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}")
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    cache_compilations()
+    begin(argv)
     wanted = settings()
 
     from terrafm_jax.evals.datasets.base import DatasetError
@@ -84,12 +77,9 @@ def main(argv: list[str]) -> None:
     from terrafm_jax.evals.session import Session, Settings
     from terrafm_jax.weights import WeightsError
 
-    try:
+    with one_line(DatasetError, FeatureError, ProtocolError, WeightsError):
         session = Session(Settings(**wanted), progress=bar)
         rows = session.run()
-    except (DatasetError, FeatureError, ProtocolError, WeightsError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        raise SystemExit(1) from None
     print((session.out / "results.md").read_text())
     print(f"written to {session.out}: results.md, results.jsonl, figures, predictions")
     raise SystemExit(1 if any("error" in r for r in rows) else 0)

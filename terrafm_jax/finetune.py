@@ -6,24 +6,17 @@ request, 1 an error, with one line that says what to do, 2 wrong flags.
 
 from __future__ import annotations
 
-import logging
-import sys
-
 from absl import app, flags
 from ml_collections import config_flags
 
-from terrafm_jax.xla import cache_compilations
+from terrafm_jax.commands import begin, one_line
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/finetune/X.py[:argument]")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; resumed when it holds one")
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}")
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    cache_compilations()
+    begin(argv)
 
     from terrafm_jax.config import ConfigError
     from terrafm_jax.evals.datasets.base import DatasetError
@@ -35,16 +28,13 @@ def main(argv: list[str]) -> None:
     from terrafm_jax.weights import WeightsError
 
     known = (ConfigError, DatasetError, FeatureError, TuningError, CheckpointError, ShardingError, WeightsError)
-    try:
-        Job(_CONFIG.value, _WORKDIR.value).run()
-    except known as e:
-        print(f"error: {e}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except ValueError as e:
-        if not str(e).startswith("config."):
+    with one_line(*known):
+        try:
+            Job(_CONFIG.value, _WORKDIR.value).run()
+        except ValueError as error:
+            if str(error).startswith("config."):  # a combination that only the network finds out
+                raise ConfigError(error) from None
             raise
-        print(f"error: {e}", file=sys.stderr)
-        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

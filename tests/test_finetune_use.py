@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -17,18 +18,21 @@ from terrafm_jax.finetuning import map as mapping
 from terrafm_jax.finetuning.network import TuneSpec
 from terrafm_jax.finetuning.tuned import Tuned
 from terrafm_jax.models.spec import ModelSpec
+from terrafm_jax.scenes import run
 from terrafm_jax.sensors import S2_L2A, Statistics
 from terrafm_jax.weights import WeightsError
 
 rasterio = pytest.importorskip("rasterio")
 TINY = ModelSpec(width=32, depth=4, heads=2, grid=2, prototypes=16, head_hidden=16, head_bottleneck=8, fusion_heads=4)
 
+ONE, BOTH = ("s2_l2a",), ("s1", "s2_l2a")
 
-def tuned_folder(folder, head: str, task: str, inputs=("s2_l2a",), outputs: int = 3, **fields) -> Tuned:
+
+def tuned_folder(folder, head: str, task: str, inputs=ONE, outputs: int = 3, seed: int = 0, **fields) -> Tuned:
     """A workdir as a finished run leaves it, with random weights and lively batch norms."""
     spec = TuneSpec(TINY, inputs, task, outputs, head, image_size=32, upernet_channels=8, **fields)
     backbone = jax.device_get(random_encoder(TINY, 0, 32, Statistics.published()).params)
-    params, state = spec.make_head().init(jax.random.key(1))
+    params, state = spec.make_head().init(jax.random.key(1 + seed))
     rng = np.random.default_rng(0)
     state = jax.tree.map(lambda x: np.asarray(x) + 0.2 * rng.random(x.shape).astype(np.float32), state)
     bands = {"s1": ["VV", "VH"], "s2_l2a": ["B02", "B03", "B04", "B08"]}
@@ -68,27 +72,29 @@ def test_reads_back_and_ignores_other_bands(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("head", "task", "size"),
-    [("linear", "classification", 20), ("linear", "multilabel", 32), ("linear", "regression", 48),
-     ("patch_linear", "segmentation", 40), ("upernet", "segmentation", 32)],
+    ("head", "task", "size", "inputs"),
+    [("linear", "classification", 20, BOTH), ("linear", "multilabel", 32, ONE), ("linear", "regression", 48, ONE),
+     ("patch_linear", "segmentation", 40, ONE), ("upernet", "segmentation", 32, BOTH)],
 )  # fmt: skip
-def test_pytorch_export_equals_ours(tmp_path, head, task, size):
+def test_pytorch_export_equals_ours(tmp_path, head, task, size, inputs):
     torch = pytest.importorskip("torch")
     from terrafm_jax.finetuning.torch_task import FineTuned
 
-    tuned = tuned_folder(tmp_path / "run", head, task, outputs=1 if task == "regression" else 3, head_norm=True)
+    outputs = 1 if task == "regression" else 3
+    tuned = tuned_folder(tmp_path / "run", head, task, inputs, outputs, head_norm=True)
     assert export.main(["--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
     assert {"finetuned_terrafm.py", "modeling_terrafm.py", "task.json", "head.safetensors", "model.safetensors"} <= {
         p.name for p in (tmp_path / "out").iterdir()
     }
     model = FineTuned.from_pretrained(tmp_path / "out")
     assert model.classes == tuned.classes
-    x = pixels(size)
-    kept = [S2_L2A.band_names.index(b) for b in tuned.bands["s2_l2a"]]
+    radar = np.random.default_rng(1).normal(-12, 3, (2, size, size, 2)).astype(np.float32)
+    images = {k: x for k, x in (("s1", radar), ("s2_l2a", pixels(size))) if k in inputs}
+    given = {k: torch.tensor(x[..., tuned.mask(k)]).permute(0, 3, 1, 2) for k, x in images.items()}
     with torch.no_grad():
-        theirs = model({"s2_l2a": torch.tensor(x[..., kept]).permute(0, 3, 1, 2)}).numpy()
+        theirs = model(given).numpy()
     theirs = theirs.transpose(0, 2, 3, 1) if task == "segmentation" else theirs
-    np.testing.assert_allclose(tuned({"s2_l2a": x}), theirs, rtol=1e-3, atol=2e-5)
+    np.testing.assert_allclose(tuned(images), theirs, rtol=1e-3, atol=2e-5)
 
 
 def test_export_without_a_network_is_one_line(tmp_path, capsys):
@@ -137,6 +143,28 @@ def test_image_level_maps_have_one_value_per_token(tmp_path):
     full = np.zeros((1, 32, 32, 12), np.float32)
     full[..., kept] = scene[:32, :32]
     np.testing.assert_allclose(values[:2, :2], tuned({"s2_l2a": full})[0, 0], rtol=1e-4)
+    # What files do not say themselves is declared as for embed; other units, other numbers.
+    bare, out = fake.tiff(tmp_path / "bare.tif", scene + np.uint16(1000)), tmp_path / "declared.tif"
+    flags = ["--workdir", str(tmp_path / "run"), "--sensor", f"s2_l2a={bare}", "--out", str(out), "--overlap", "0"]
+    assert mapping.main([*flags, f"--bands=s2_l2a={','.join(names)}", "--offset=s2_l2a=1000"]) == 0
+    with rasterio.open(out) as found:
+        np.testing.assert_allclose(found.read(1), values, rtol=1e-4)
+        assert found.tags()["TERRAFM_WEIGHTS"] == tuned.weights_hash
+
+
+@pytest.mark.slow
+def test_maps_of_other_weights_do_not_go_on(tmp_path, monkeypatch, capsys):
+    tuned_folder(tmp_path / "run", "linear", "regression", outputs=1)
+    scene = pixels(48, 1)[0].clip(1, 20000).astype(np.uint16)
+    file = fake.tiff(tmp_path / "scene.tif", scene, names=S2_L2A.band_names)
+    flags = ["--workdir", str(tmp_path / "run"), "--sensor", f"s2_l2a={file}", "--out", str(tmp_path / "map.tif")]
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Job, "run", functools.partialmethod(run.Job.run, stop_after=1))
+        assert mapping.main([*flags, "--batch=1"]) == 1
+    assert "the same command goes on" in capsys.readouterr().err
+    tuned_folder(tmp_path / "run", "linear", "regression", outputs=1, seed=1)
+    assert mapping.main([*flags, "--batch=1"]) == 1
+    assert "belongs to other inputs or settings" in capsys.readouterr().err
 
 
 def test_forward_of_fused_inputs(tmp_path):

@@ -15,12 +15,13 @@ import numpy as np
 
 from terrafm_jax.evals import metrics
 from terrafm_jax.evals.metrics import Interval, Result
+from terrafm_jax.evals.versioned import Versioned
 
 SPARE = 16  # candidates beyond k that fp32 keeps, so that the fp64 ranking on the host decides near ties
 
 
 @dataclasses.dataclass(frozen=True)
-class KnnProtocol:
+class KnnProtocol(Versioned):
     """One way to count neighbors.
 
     Attributes:
@@ -39,10 +40,6 @@ class KnnProtocol:
     headline_multilabel: str = "f1_micro"
     top5: bool = False
     version: int = 1
-
-    @property
-    def label(self) -> str:
-        return f"{self.name}/{self.version}"
 
 
 PROTOCOLS: dict[str, KnnProtocol] = {

@@ -17,12 +17,13 @@ from terrafm_jax.evals import heads, metrics
 from terrafm_jax.evals.datasets.base import label_fraction
 from terrafm_jax.evals.knn import score_classification
 from terrafm_jax.evals.metrics import Result
+from terrafm_jax.evals.versioned import Versioned
 
 GALILEO_RATES = (1e-4, 3e-4, 5e-4, 8e-4, 1e-3, 3e-3, 5e-3, 8e-3, 1e-2, 3e-2, 5e-2, 8e-2, 1e-1, 3e-1, 5e-1, 8e-1)
 
 
 @dataclasses.dataclass(frozen=True)
-class ProbeProtocol:
+class ProbeProtocol(Versioned):
     """One way to train a linear layer on frozen features.
 
     Attributes:
@@ -44,10 +45,6 @@ class ProbeProtocol:
     runs: int = 5
     multilabel_rates: tuple[float, ...] = ()
     version: int = 1
-
-    @property
-    def label(self) -> str:
-        return f"{self.name}/{self.version}"
 
 
 PROBES: dict[str, ProbeProtocol] = {

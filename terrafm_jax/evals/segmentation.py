@@ -15,13 +15,14 @@ import optax
 from terrafm_jax.evals import heads, metrics
 from terrafm_jax.evals.linear import GALILEO_RATES
 from terrafm_jax.evals.metrics import Result
+from terrafm_jax.evals.versioned import Versioned
 
 SHOWN = 16  # test images whose predictions of the first run are kept for the pictures
 LOGIT_BYTES = 1 << 29  # logits of one step over the learning rates that train together
 
 
 @dataclasses.dataclass(frozen=True)
-class DenseProtocol:
+class DenseProtocol(Versioned):
     """One way to train a segmentation head on frozen maps.
 
     Attributes:
@@ -40,10 +41,6 @@ class DenseProtocol:
     channels: int = 512
     runs: int = 1
     version: int = 1
-
-    @property
-    def label(self) -> str:
-        return f"{self.name}/{self.version}"
 
 
 DENSE: dict[str, DenseProtocol] = {

@@ -129,6 +129,7 @@ def _values(c: ConfigDict) -> list[tuple[bool, str]]:
             f"config.microbatches: {c.microbatches} does not divide batch_size {c.batch_size}",
         ),
         (not 0 < c.layer_decay <= 1, f"config.layer_decay: found {c.layer_decay}, expected above 0, at most 1"),
+        (c.mixup < 0, f"config.mixup: found {c.mixup}, expected 0 (off) or above"),
         (not 0 <= c.warmup < 1, f"config.warmup: found {c.warmup}, expected 0..1"),
         (c.mode == "lora" and c.lora_rank < 1, f"config.lora_rank: found {c.lora_rank}, expected at least 1"),
     ]

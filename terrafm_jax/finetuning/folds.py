@@ -19,6 +19,7 @@ from jax import Array
 from terrafm_jax.evals.datasets.base import DatasetInfo
 from terrafm_jax.evals.features import Encoder, ImageBatch
 from terrafm_jax.evals.linear import Split, hold_out
+from terrafm_jax.evals.versioned import Versioned
 from terrafm_jax.finetuning import network
 from terrafm_jax.finetuning.data import steps_per_epoch
 from terrafm_jax.finetuning.network import Adam, TuneSpec
@@ -27,23 +28,20 @@ PROTOCOL = "fold-finetune"
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Recipe(Versioned):
     """``fold-finetune/1`` [ours]: whole network with batch norm + linear, AdamW, warm-up 10 %, cosine, flips.
 
     The rate is the best of ``rates`` on a held-out fifth of the training fold; then all of the fold is trained on and
     the last epoch taken. Nothing else is chosen on labels.
     """
 
+    name = PROTOCOL
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     epochs: int = 30
     batch_size: int = 32
     weight_decay: float = 0.05
     label_smoothing: float = 0.1
     version: int = 1
-
-    @property
-    def label(self) -> str:
-        return f"{PROTOCOL}/{self.version}"
 
 
 def order(rows: np.ndarray, batch_size: int, epochs: int, seed: int) -> np.ndarray:

@@ -80,10 +80,12 @@ class Job:
         check_batch(mesh, c.eval_batch_size)
         if c.mixup and info.task not in protocols.WHOLE_IMAGE:
             raise ConfigError(f"config.mixup: {c.mixup} does not apply to {info.task}")
+        if c.class_weights == "balanced" and info.task not in ("classification", "segmentation"):
+            raise ConfigError(f"config.class_weights: balanced does not apply to {info.task}")
         total = steps_per_epoch(len(sources["train"]), c.batch_size) * c.epochs
         adam = Adam(total, round(c.warmup * total), c.min_rate, c.weight_decay, c.clip, c.layer_decay)
         weights, scale = None, (0.0, 1.0)
-        if c.class_weights == "balanced" and info.task in ("classification", "segmentation"):
+        if c.class_weights == "balanced":
             weights = class_weights(sources["train"], outputs, info.ignore)
         if info.task == "regression":
             values = np.array([float(sources["train"].read(i).target) for i in range(len(sources["train"]))])

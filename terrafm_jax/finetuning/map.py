@@ -130,6 +130,7 @@ def predict_scene(
     from terrafm_jax.scenes.grid import Plan, target_grid
     from terrafm_jax.scenes.inputs import Declared, resolve
     from terrafm_jax.scenes.read import SceneReader
+    from terrafm_jax.scenes.stored import WEIGHTS_TAG
 
     acquisitions = [resolve(text, declared or Declared()) for text in sensors]
     grid = target_grid(acquisitions, gsd)
@@ -139,31 +140,34 @@ def predict_scene(
     plan = Plan(grid, window, overlap, patch, batch=batch)
     reader = SceneReader(acquisitions, grid)
     classify = WindowClassifier(tuned, reader.bands)
-    settings = {"sensors": list(sensors), "grid": str(grid), "window": window, "overlap": overlap}
-    mark = store.fingerprint({"weights": str(tuned.folder), **settings})
+    mark = run.signature(plan, reader, None, weights=tuned.weights_hash, sensors=list(sensors), declared=str(declared))
     unfinished = store.Unfinished(out, plan, classify.width, mark)
     ground = 1e-6 if classify.dense else 0.5  # dense maps know of every pixel whether it was measured
     run.Job(classify, reader, plan, classify.width, unfinished, min_ground=ground).run(threads=threads)
-    tags = {"TERRAFM_TUNED": str(tuned.folder), "TERRAFM_TASK": tuned.spec.task}
+    tags = {"TERRAFM_TUNED": str(tuned.folder), "TERRAFM_TASK": tuned.spec.task, WEIGHTS_TAG: tuned.weights_hash}
     write_map(out, unfinished.tokens(), plan, tuned, tags)
     unfinished.remove()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; bad input ends in one line and exit code 1."""
+    """The command; bad input, or a signal, ends in one line and exit code 1."""
+    from terrafm_jax.scenes.flags import add_declarations, declared
+    from terrafm_jax.scenes.run import Stopped
+
     parser = argparse.ArgumentParser("python -m terrafm_jax.finetuning.map", description=__doc__)
     parser.add_argument("--workdir", required=True, help="of terrafm_jax.finetune")
     parser.add_argument("--sensor", action="append", required=True, metavar="NAME=FILE")
     parser.add_argument("--out", required=True, type=Path, help="MAP.tif")
-    parser.add_argument("--window", type=int, default=0)
-    parser.add_argument("--overlap", type=int, default=None)
-    parser.add_argument("--gsd", type=float, default=None, help="meters a pixel")
-    parser.add_argument("--batch", type=int, default=8)
+    add_declarations(parser)
+    parser.add_argument("--window", type=int, default=0, help="pixels; default: the size it was tuned at")
+    parser.add_argument("--overlap", type=int, default=None, help="pixels; default: half a window")
+    parser.add_argument("--gsd", type=float, default=None, help="meters a pixel; default: the finest band's")
+    parser.add_argument("--batch", type=int, default=8, help="windows at once")
     args = parser.parse_args(argv)
     try:
         how = {"window": args.window, "overlap": args.overlap, "gsd": args.gsd, "batch": args.batch}
-        predict_scene(Tuned(args.workdir), args.sensor, args.out, **how)
-    except (ValueError, OSError) as e:
+        predict_scene(Tuned(args.workdir), args.sensor, args.out, declared=declared(args), **how)
+    except (ValueError, OSError, Stopped) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
     print(f"written {args.out}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,13 @@ class Tuned:
         if self.spec.task == "regression":
             return logits * self.scale[1] + self.scale[0]
         return jax.nn.softmax(logits, axis=-1)
+
+    @functools.cached_property
+    def weights_hash(self) -> str:
+        """SHA-256 of encoder and head: names, shapes and values."""
+        return weights.content_hash(
+            {"backbone": self.loaded.params["backbone"], "head": self.head, "state": self.state}
+        )
 
     def mask(self, sensor: str) -> np.ndarray:
         """bool [C] of the bands that the network was tuned on."""

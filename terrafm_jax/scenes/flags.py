@@ -6,10 +6,13 @@ import argparse
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from terrafm_jax.scenes.errors import SceneError
 from terrafm_jax.sensors import SensorError, sensor
+
+if TYPE_CHECKING:
+    from terrafm_jax.scenes.inputs import Declared
 
 PROGRAM = "python -m terrafm_jax.embed"
 _PLACES = ("--aoi", "--point", "--similar-to")
@@ -52,10 +55,7 @@ def scene_parser(description: str) -> argparse.ArgumentParser:
         "several by comma, a folder of bands, a SAFE folder, a STAC item; again with the same NAME: another date",
     )
     add("--out", required=True, type=Path, help="OUT.tif, OUT.zarr or OUT.parquet")
-    add("--bands", action="append", default=[], metavar="NAME=B02,B03,...", help="band names of an unnamed raster")
-    add("--unit", action="append", default=[], metavar="NAME=UNIT", help="dn or reflectance; db or power")
-    add("--offset", action="append", default=[], metavar="NAME=DN", help="baseline offset still inside (1000 or 0)")
-    add("--nodata", action="append", default=[], metavar="NAME=VALUE", help="nodata value that files do not declare")
+    add_declarations(parser)
     add("--gsd", default="", help="meters a pixel; 'pretraining' is 20, what the model saw; default: the finest band's")
     add("--crs", default="", help="metric CRS of the output, e.g. EPSG:32631; default: that of the first sensor")
     add("--window", type=_count, default=224, help="pixels per side that the encoder sees at once")
@@ -79,6 +79,27 @@ def scene_parser(description: str) -> argparse.ArgumentParser:
     add("--save-seconds", type=float, default=30.0, help="between snapshots of an unfinished job")
     add("--dry-run", action="store_true", help="say windows, memory and time, and stop")
     return parser  # fmt: skip
+
+
+def add_declarations(parser: argparse.ArgumentParser) -> None:
+    """What the user knows about files that do not say it themselves."""
+    add = parser.add_argument
+    add("--bands", action="append", default=[], metavar="NAME=B02,B03,...", help="band names of an unnamed raster")
+    add("--unit", action="append", default=[], metavar="NAME=UNIT", help="dn or reflectance; db or power")
+    add("--offset", action="append", default=[], metavar="NAME=DN", help="baseline offset still inside (1000 or 0)")
+    add("--nodata", action="append", default=[], metavar="NAME=VALUE", help="nodata value that files do not declare")
+
+
+def declared(args: argparse.Namespace) -> Declared:
+    """The values of :func:`add_declarations`. Raises SceneError."""
+    from terrafm_jax.scenes.inputs import Declared
+
+    return Declared(
+        bands=pairs("bands", args.bands, lambda v: tuple(v.split(","))),
+        unit=pairs("unit", args.unit, str),
+        offset=pairs("offset", args.offset, float),
+        nodata=pairs("nodata", args.nodata, float),
+    )
 
 
 def change_parser() -> argparse.ArgumentParser:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import json
 import signal
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -229,6 +232,13 @@ def signals() -> Iterator[list[int]]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+def signature(plan: Plan, reader: SceneReader, inside: np.ndarray | None, **more: Any) -> str:
+    """What an interrupted job has to have in common with the one that goes on: files, grid, windows, area, ``more``."""
+    files = {p: (Path(p).stat().st_size, Path(p).stat().st_mtime_ns) for p in reader.paths if Path(p).exists()}
+    area = None if inside is None else zlib.crc32(inside.tobytes())
+    return json.dumps({"plan": str(plan), "files": files, "area": area, **more}, sort_keys=True, default=str)
 
 
 def area(grid: Grid) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -165,8 +164,3 @@ class UnfinishedPlaces(_Partial):
     def vectors(self, windows: int) -> np.ndarray:
         """float32 [windows, 2, d]."""
         return np.fromfile(self._files[0], np.float32, windows * 2 * self._width).reshape(windows, 2, self._width)
-
-
-def fingerprint(parts: dict[str, Any]) -> str:
-    """A text that changes with anything that changes the result."""
-    return json.dumps(parts, sort_keys=True, default=str)
