@@ -76,7 +76,6 @@ class Source(Protocol):
 
     def read(self, unit: Unit) -> Cell:
         """Reads and decodes one cell. Raises BadInput, or SourceUnavailable."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)

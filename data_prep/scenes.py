@@ -17,6 +17,7 @@ Manifest columns: ``file``, ``location`` (or ``cell``), ``sensor``; optional ``b
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import re
@@ -200,10 +201,8 @@ def _manifest_sensor(row: Mapping[str, str]) -> str:
     text = row["sensor"]
     if "worldcover" in text.lower() or "worldcover" in row.get("units", "").lower():
         return LANDCOVER
-    try:
+    with contextlib.suppress(SensorError):  # no name that the table knows: the pattern below knows more
         return sensor(text).key
-    except SensorError:
-        pass
     found = re.match(r"(?i)(?:sentinel-?\s?|s)([12])[\s_-]*(rtc|grd|l1c|l2a)", text)
     if not found:
         return ""

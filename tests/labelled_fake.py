@@ -6,8 +6,12 @@ import json
 import pickle
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from terrafm_jax.evals.datasets.base import collate
+from terrafm_jax.sensors import S2_L2A
 
 
 def tiff(path: Path, array: np.ndarray, names=(), tags=None, crs="EPSG:32632") -> Path:
@@ -113,3 +117,10 @@ def eurosat_like(root: Path, classes: int = 3, per_class: int = 6, size: int = 3
     text = f"name: tiny\ninputs:\n  s2_l2a: {{bands: [{', '.join(bands)}], unit: DN}}\n"
     (root / "dataset.yaml").write_text(text + (yaml or "splits: {train: 0.5, val: 0.17, test: 0.33}\n"))
     return root
+
+
+def band_levels(dataset: Any, split: str = "train", key: str = "s2_l2a") -> dict[str, int]:
+    """Which delivered plane (counted from 1) stands at each canonical band of the first sample; 0: absent."""
+    batch = collate(dataset.info, [dataset.split(split)[0]], [key])
+    means = np.nan_to_num(batch.images[key][0].mean((0, 1)))
+    return dict(zip(S2_L2A.band_names, (means // 1000).astype(int).tolist(), strict=True))

@@ -280,7 +280,7 @@ def test_push_and_load_through_the_hub_client(folder, tmp_path, monkeypatch, loa
 
     class Api:
         def __init__(self, token=None):
-            pass
+            self.token = token
 
         def create_repo(self, repo, exist_ok, private):
             assert (exist_ok, private) == (True, True)

@@ -1,9 +1,8 @@
-"""From prepared records to batches: decoding, canvases, resuming, sharding, damage."""
+"""From prepared records to batches: decoding, canvases, resuming, sharding, bad data sets."""
 
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import subprocess
 import sys
@@ -12,17 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pipeline_fake import UNIFORM, assert_same, leaves, loader, map_tree, take
 from tiles_fake import fake_record, write_dataset
 
 from terrafm_jax import landcover
 from terrafm_jax.data import canvas, decode, pipeline, tiles
 from terrafm_jax.data.pipeline import iterate_split, make_loader, make_order
-from terrafm_jax.data.reader import TooManySkipped
 from terrafm_jax.data.sampling import SamplingSpec
-from terrafm_jax.data.source import DataError, RecordError, Records, open_split
+from terrafm_jax.data.source import DataError, open_split
 from terrafm_jax.sensors import SENSOR_KEYS, SENSORS
-
-UNIFORM = SamplingSpec("uniform")
 
 
 @pytest.fixture(scope="module")
@@ -34,37 +31,6 @@ def records() -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, records: list[dict[str, Any]]) -> Path:
     return write_dataset(tmp_path_factory.mktemp("tiles"), records)
-
-
-def loader(folder: Path, batch_size: int = 8, sampling: SamplingSpec = UNIFORM, **options: Any) -> pipeline.Loader:
-    shared = {k: options[k] for k in ("sensors", "canvases") if k in options}
-    order = make_order(folder, "train", sampling, batch_size=batch_size, seed=0, **shared)
-    return make_loader(folder, "train", order, **options)
-
-
-def take(batches: pipeline.Loader, count: int) -> list[dict[str, Any]]:
-    """Batches whose arrays are copies."""
-    out = [_map(np.copy, next(batches)) for _ in range(count)]
-    batches.close()
-    return out
-
-
-def _map(function: Any, tree: Any) -> Any:
-    return {k: _map(function, v) for k, v in tree.items()} if isinstance(tree, dict) else function(tree)
-
-
-def leaves(tree: Any, path: str = "") -> dict[str, np.ndarray]:
-    if not isinstance(tree, dict):
-        return {path: np.asarray(tree)}
-    return {k: v for name, sub in tree.items() for k, v in leaves(sub, f"{path}/{name}").items()}
-
-
-def assert_same(first: Any, second: Any) -> None:
-    one, two = leaves(first), leaves(second)
-    assert one.keys() == two.keys()
-    for path in one:
-        assert one[path].dtype == two[path].dtype, path
-        assert np.array_equal(one[path], two[path]), path
 
 
 # --- decoding ---
@@ -251,7 +217,7 @@ def test_threads_prefetch_and_cache_change_nothing(folder: Path) -> None:
 def test_a_batch_that_is_held_is_not_overwritten(folder: Path) -> None:
     batches = loader(folder, canvases=1)
     held = [next(batches) for _ in range(4)]
-    copies = [_map(np.copy, b) for b in held]
+    copies = [map_tree(np.copy, b) for b in held]
     views = held[0]["s2_l2a"]["10m"]["dn"][3, 2:5]
     kept = views.copy()
     for _ in range(12):
@@ -309,116 +275,6 @@ def test_canvas_of_many_layouts_stays_in_bounds() -> None:
         assert all(a <= b for a, b in zip(layout["s1/10m"], canvases[bucket].shapes["s1/10m"], strict=True))
 
 
-# --- damage ---
-
-
-def _overwrite(shard: Path, share: float, count: int = 64) -> None:
-    data = bytearray(shard.read_bytes())
-    at = int(len(data) * share)
-    data[at : at + count] = bytes(b ^ 0xA5 for b in data[at : at + count])
-    shard.write_bytes(data)
-
-
-@pytest.fixture
-def damaged(tmp_path: Path) -> Path:
-    """32 equal records in 4 shards; record 12 is overwritten, shard 3 (records 24-31) cut off."""
-    data = write_dataset(
-        tmp_path / "data", [fake_record(i, 24) for i in range(32)], options="group_size:1,uncompressed"
-    )
-    shards = sorted(data.glob("*.array_record-*"))
-    _overwrite(shards[1], 0.31)  # a shard is padded to a multiple of 64 KiB; the records end at 55 %
-    shards[3].write_bytes(shards[3].read_bytes()[:-20_000])
-    return data
-
-
-def _bad(data: Path) -> set[int]:
-    source = Records(open_split(data, "train"))
-    bad = set()
-    for number in range(32):
-        try:
-            decode.decode_record(source.read(number))
-        except (RecordError, decode.DecodeError):
-            bad.add(number)
-    return bad
-
-
-def test_damage_is_found_where_it_is(damaged: Path) -> None:
-    bad = _bad(damaged)
-    assert bad == {12, *range(24, 32)}
-    with pytest.raises(RecordError, match=r"record 12 .*00001-of-00004, position 4\).*hash mismatch"):
-        Records(open_split(damaged, "train")).read(12)
-    with pytest.raises(RecordError, match=r"record 27 \(fake-train.array_record-00003-of-00004, position 3\)"):
-        Records(open_split(damaged, "train")).read(27)
-
-
-def test_damaged_records_are_replaced_from_the_same_slice(damaged: Path, caplog: pytest.LogCaptureFixture) -> None:
-    bad = _bad(damaged)
-    clean = make_order(damaged, "train", UNIFORM, batch_size=8, seed=0)
-    logging.getLogger("absl").propagate = True
-    with caplog.at_level(logging.WARNING):
-        batches = [loader(damaged, process_index=p, process_count=2, max_skipped=1.0) for p in range(2)]
-        found = [take(b, 8) for b in batches]
-    for p in range(2):
-        for step in range(8):
-            slots = clean.batch(step)[p * 4 : p * 4 + 4]
-            index = found[p][step]["index"]
-            good = [n for n in slots if n not in bad]
-            assert len(index) == 4
-            assert not set(index) & bad
-            for slot, number in zip(slots, index, strict=True):
-                assert number == slot or (slot in bad and number in (good or index))
-    assert sum(sum(b.skipped.values()) for b in batches) == 2 * len(bad), "every record comes twice in two epochs"
-    assert "fake-train.array_record-00003-of-00004" in batches[0].skipped
-    assert "skipped record 27 (fake-train.array_record-00003-of-00004, position 3)" in caplog.text
-    again = take(loader(damaged, process_index=1, process_count=2, max_skipped=1.0), 8)
-    for first, second in zip(found[1], again, strict=True):
-        assert_same(first, second)
-
-
-def test_a_slice_without_a_good_record_takes_from_the_next_batches(damaged: Path) -> None:
-    bad = _bad(damaged)
-    order = make_order(damaged, "train", UNIFORM, batch_size=4, seed=0)
-    for batch, step in zip(
-        take(loader(damaged, 4, process_index=2, process_count=4, max_skipped=1), 8), range(8), strict=True
-    ):
-        wanted = [order.batch(s)[2] for s in range(step, step + 20)]
-        assert batch["index"][0] == next(n for n in wanted if n not in bad)
-
-
-def test_too_much_damage_ends_the_run(damaged: Path) -> None:
-    batches = loader(damaged, max_skipped=0.1, stop_step=8)
-    with pytest.raises(TooManySkipped, match=r"data.max_skipped = 0.1 .*array_record-0000"):
-        list(batches)
-    batches.close()
-    tolerant = loader(damaged, max_skipped=0.5, skipped={"earlier": 40}, stop_step=8)
-    with pytest.raises(TooManySkipped, match=r"[45][0-9] of"):
-        list(tolerant)
-    tolerant.close()
-    assert tolerant.skipped["earlier"] == 40
-
-
-def test_nothing_readable_at_all(damaged: Path) -> None:
-    for shard in damaged.glob("*.array_record-*"):
-        shard.write_bytes(b"no record here" * 100)
-    batches = loader(damaged, max_skipped=1.0)
-    with pytest.raises(TooManySkipped, match="no readable record"):
-        next(batches)
-    batches.close()
-
-
-def test_a_record_larger_than_its_layout_is_reported(tmp_path: Path) -> None:
-    data = write_dataset(tmp_path, [fake_record(i, 24) for i in range(16)])
-    layouts = [
-        {k: [2, 2] if k == "s1/10m" else v for k, v in layout.items()}
-        for layout in json.loads((data / "layouts.json").read_text())
-    ]
-    (data / "layouts.json").write_text(json.dumps(layouts))
-    batches = loader(data, max_skipped=0.1)
-    with pytest.raises(TooManySkipped, match="no readable record"):
-        next(batches)
-    batches.close()
-
-
 # --- walking through a split ---
 
 
@@ -438,13 +294,6 @@ def test_a_walk_covers_every_record_once(folder: Path, records: list[dict[str, A
     chosen = np.array([3, 9, 30])
     found = list(iterate_split(folder, "train", 2, records=chosen))
     assert np.array_equal(np.sort(np.concatenate([b["index"][b["mask"]] for b in found])), chosen)
-
-
-def test_a_walk_masks_damaged_records(damaged: Path) -> None:
-    bad = _bad(damaged)
-    batches = list(iterate_split(damaged, "train", 5, max_skipped=1.0))
-    seen = np.concatenate([b["index"][b["mask"]] for b in batches])
-    assert set(seen) == set(range(32)) - bad
 
 
 # --- bad data sets ---
