@@ -18,6 +18,7 @@ def small_config():
 
     config = vitb.get_config("runlocal")
     config.batch_size = 16
+    config.model.sensors = ("s1", "s2_l2a")  # compiling takes time in proportion to bands and resolution groups
     return config
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from terrafm_jax.models.columns import stem_product
 from terrafm_jax.models.spec import ModelSpec
 from terrafm_jax.models.terrafm import encode, init_params
 
@@ -37,6 +38,16 @@ def test_both_layouts_give_the_same_features_and_gradients(folded: bool, sensors
     one, two = (jax.value_and_grad(loss, has_aux=True)(params, x) for x in (plain, columns))
     assert one[0][1].shape == (3, 2, 3, 48)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), one, two)
+
+
+def test_kernel_gradients_are_not_rounded_to_the_compute_dtype() -> None:
+    """What is summed over devices is float32, also where the products are bfloat16."""
+    spec = ModelSpec(**TINY, dtype="bfloat16")
+    x = jax.random.normal(jax.random.key(0), (3, 2, 8, 3, 16), jnp.bfloat16)
+    kernel = jax.random.normal(jax.random.key(1), (128, 4))
+    gradient = jax.jit(jax.grad(lambda k: jnp.sum(stem_product(x, k, None, spec).astype(jnp.float32) ** 2)))(kernel)
+    assert gradient.dtype == jnp.float32
+    assert np.mean(np.asarray(gradient != gradient.astype(jnp.bfloat16).astype(jnp.float32))) > 0.5
 
 
 def test_wrong_shapes_are_named_in_either_layout() -> None:

@@ -7,6 +7,9 @@ activations it is the kernel, a thousand times smaller, that is brought into ord
 
 from __future__ import annotations
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -39,9 +42,29 @@ def stem_product(
     if x.ndim == 4:
         return linear(x, kernel, bias, spec, out_dtype)
     dtype, p = spec.compute_dtype, x.shape[2]
-    kernel = kernel.astype(dtype).reshape(p, p, -1, kernel.shape[-1]).transpose(1, 2, 0, 3)
+    kernel = kernel.reshape(p, p, -1, kernel.shape[-1]).transpose(1, 2, 0, 3)
     kernel = kernel.reshape(p, x.shape[-1], -1)
-    y = jnp.einsum(
-        "bhjwk,jkn->bhwn", x.astype(dtype), kernel, precision=precision(dtype), preferred_element_type=out_dtype
-    )
+    y = _product(x.astype(dtype), kernel, dtype, dtype if out_dtype is None else jnp.dtype(out_dtype))
     return y if bias is None else y + expand(bias.astype(y.dtype), y.ndim)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(x: Array, kernel: Array, dtype: jnp.dtype, out_dtype: jnp.dtype) -> Array:
+    """[B, h, p, w, C * p] times [p, C * p, N] -> [B, h, w, N]."""
+    exact = precision(dtype)
+    return jnp.einsum("bhjwk,jkn->bhwn", x, kernel.astype(dtype), precision=exact, preferred_element_type=out_dtype)
+
+
+def _product_fwd(x: Array, kernel: Array, dtype: jnp.dtype, out_dtype: jnp.dtype) -> tuple:
+    return _product(x, kernel, dtype, out_dtype), (x, kernel)
+
+
+def _product_bwd(dtype: jnp.dtype, out_dtype: jnp.dtype, saved: tuple, g: Array) -> tuple[Array, Array]:
+    """As ``layers.linear``: the kernel's gradient is summed over devices in the kernel's type, not in ``dtype``."""
+    x, kernel = saved
+    exact, g = precision(dtype), g.astype(dtype)
+    dx = jnp.einsum("bhwn,jkn->bhjwk", g, kernel.astype(dtype), precision=exact)
+    return dx, jnp.einsum("bhjwk,bhwn->jkn", x, g, precision=exact, preferred_element_type=kernel.dtype)
+
+
+_product.defvjp(_product_fwd, _product_bwd)

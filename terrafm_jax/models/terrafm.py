@@ -20,7 +20,7 @@ from terrafm_jax.models.heads import DinoHead
 from terrafm_jax.models.layers import LayerNorm, trunc_normal
 from terrafm_jax.models.patch_embed import PatchEmbed
 from terrafm_jax.models.spec import ModelSpec
-from terrafm_jax.models.vit import Block, drop_path_keep, run_blocks
+from terrafm_jax.models.vit import Block, drop_path_keep, run_blocks, run_blocks_together
 
 Params = Mapping[str, Any]
 
@@ -142,28 +142,69 @@ def encode(
     Raises:
       ValueError: unknown sensors, wrong shapes, several sensors without fusion weights, layer out of range.
     """
-    stems = (backbone.params if isinstance(backbone, Prepared) else backbone)["patch_embed"]
-    taps = _check(spec, stems, patches, present, layers)
-    patches = {sensor: patches[sensor] for sensor in spec.sensors if sensor in patches}
-    if present is not None:
-        present = jnp.stack([present[:, spec.sensors.index(sensor)] for sensor in patches], axis=1)
+    taps = _check(spec, _params(backbone)["patch_embed"], patches, present, layers)
     prepared = prepare(spec, backbone) if not isinstance(backbone, Prepared) else backbone
-    if isinstance(prepared, Prepared):
-        backbone = prepared.params
-        tokens = folding.embed(spec, prepared.folded, patches, present)
-    else:
-        tokens = nnx.merge(_graphs(spec)["patch_embed"], backbone["patch_embed"])(patches, present)
-    batch, rows, columns, _ = tokens.shape
-    x = _add_positions(spec, backbone, tokens)
-    keep = None if drop_key is None or not spec.drop_path else drop_path_keep(spec, batch, drop_key)
-    x, tapped = run_blocks(spec, backbone["blocks"], x, keep, taps)
+    x, (rows, columns) = _tokens(spec, prepared, patches, present)
+    backbone = _params(prepared)
+    x, tapped = run_blocks(spec, backbone["blocks"], x, _keep(spec, x.shape[0], drop_key), taps)
     norm = nnx.merge(_graphs(spec)["norm"], backbone["norm"])
 
     def split(tokens: Array) -> tuple[Array, Array]:
         tokens = norm(tokens)
-        return tokens[:, 0], tokens[:, 1:].reshape(batch, rows, columns, spec.width)
+        return tokens[:, 0], tokens[:, 1:].reshape(-1, rows, columns, spec.width)
 
     return Features(*split(x), layers=tuple(split(tapped[i]) for i in taps))
+
+
+def encode_cls(
+    spec: ModelSpec,
+    backbone: Params | Prepared,
+    sets: Sequence[tuple[Mapping[str, Array], Array | None]],
+    *,
+    drop_keys: Sequence[Array | None],
+) -> list[Array]:
+    """Class tokens [B_i, d] of several sets of views, whose sizes may differ, with one pass over the layers.
+
+    Equals :func:`encode` of each set; see ``vit.run_blocks_together`` for what it saves.
+
+    Args:
+      sets: (patches, present) as for :func:`encode`.
+      drop_keys: PRNG key of the drop path for each set, or None.
+
+    Raises:
+      ValueError: as :func:`encode`.
+    """
+    for patches, present in sets:
+        _check(spec, _params(backbone)["patch_embed"], patches, present, ())
+    prepared = prepare(spec, backbone) if not isinstance(backbone, Prepared) else backbone
+    backbone = _params(prepared)
+    tokens = [_tokens(spec, prepared, patches, present)[0] for patches, present in sets]
+    keep = [_keep(spec, x.shape[0], key) for x, key in zip(tokens, drop_keys, strict=True)]
+    last, _ = run_blocks_together(spec, backbone["blocks"], tokens, keep)
+    norm = nnx.merge(_graphs(spec)["norm"], backbone["norm"])
+    return [norm(x[:, 0]) for x in last]
+
+
+def _params(backbone: Params | Prepared) -> Params:
+    return backbone.params if isinstance(backbone, Prepared) else backbone
+
+
+def _keep(spec: ModelSpec, batch: int, drop_key: Array | None) -> Array | None:
+    return None if drop_key is None or not spec.drop_path else drop_path_keep(spec, batch, drop_key)
+
+
+def _tokens(
+    spec: ModelSpec, prepared: Params | Prepared, patches: Mapping[str, Array], present: Array | None
+) -> tuple[Array, tuple[int, int]]:
+    """Patches -> tokens [B, 1 + h * w, d] before the first block, and (h, w)."""
+    patches = {sensor: patches[sensor] for sensor in spec.sensors if sensor in patches}
+    if present is not None:
+        present = jnp.stack([present[:, spec.sensors.index(sensor)] for sensor in patches], axis=1)
+    if isinstance(prepared, Prepared):
+        tokens = folding.embed(spec, prepared.folded, patches, present)
+    else:
+        tokens = nnx.merge(_graphs(spec)["patch_embed"], prepared["patch_embed"])(patches, present)
+    return _add_positions(spec, _params(prepared), tokens), tokens.shape[1:3]
 
 
 def _add_positions(spec: ModelSpec, backbone: Params, tokens: Array) -> Array:

@@ -82,7 +82,9 @@ def drop_path_keep(spec: ModelSpec, batch: int, key: Array) -> Array:
 
 
 def _rematerialized(spec: ModelSpec) -> Any:
-    step = functools.partial(apply_block, spec)
+    def step(params: Params, x: tuple[Array, ...], keep: tuple[Array | None, ...]) -> tuple[Array, ...]:
+        return tuple(apply_block(spec, params, *both) for both in zip(x, keep, strict=True))
+
     if spec.remat == "none":
         return step
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if spec.remat == "dots" else None
@@ -98,11 +100,26 @@ def run_blocks(
     spec: ModelSpec, blocks: Params, x: Array, keep: Array | None, taps: Sequence[int] = ()
 ) -> tuple[Array, dict[int, Array]]:
     """All blocks over tokens [B, N, d]. Returns the last tokens and those after each block in ``taps``."""
+    (last,), tapped = run_blocks_together(spec, blocks, (x,), (keep,), taps)
+    return last, {i: tokens[0] for i, tokens in tapped.items()}
+
+
+def run_blocks_together(
+    spec: ModelSpec, blocks: Params, x: Sequence[Array], keep: Sequence[Array | None], taps: Sequence[int] = ()
+) -> tuple[tuple[Array, ...], dict[int, tuple[Array, ...]]]:
+    """All blocks over several token arrays [B_i, N_i, d], layer by layer.
+
+    Each layer's weights are read and cast once for all of them, and in the backward pass of a scan its gradients
+    are added up before devices are summed: one collective a layer instead of one per array.
+
+    Args:
+      keep: for every array what :func:`drop_path_keep` drew, or None.
+    """
     step = _rematerialized(spec)
-    tapped: dict[int, Array] = {}
+    x, keep, tapped = tuple(x), tuple(keep), {}
     if not spec.scan:
         for i in range(spec.depth):
-            x = step(blocks[str(i)], x, None if keep is None else keep[i])
+            x = step(blocks[str(i)], x, tuple(None if k is None else k[i] for k in keep))
             if i in taps:
                 tapped[i] = x
         return x, tapped

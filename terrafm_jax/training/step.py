@@ -7,7 +7,7 @@ with the step, and every schedule is a function of the step. ``make_step`` compi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from terrafm_jax import landcover
 from terrafm_jax.models.spec import ModelSpec
-from terrafm_jax.models.terrafm import encode, init_params, prepare, project
+from terrafm_jax.models.terrafm import encode_cls, init_params, prepare, project
 from terrafm_jax.sensors import Statistics
 from terrafm_jax.ssl import schedules
 from terrafm_jax.ssl.objective import (
@@ -161,25 +161,29 @@ def _merge(x: jax.Array) -> jax.Array:
 
 
 def _class_tokens(
-    spec: ModelSpec, backbone: Any, views: ViewSet, present: jax.Array, drop_key: jax.Array | None
-) -> jax.Array:
-    """Class tokens [B, V, d] of views of one size, all in one batch."""
-    batch, count = present.shape[:2]
-    patches = {name: _merge(x) for name, x in views.patches.items()}
-    mask = _merge(present) if len(spec.sensors) > 1 else None
-    features = encode(spec, backbone, patches, mask, drop_key=drop_key)
-    return features.cls.reshape(batch, count, -1)
+    spec: ModelSpec, backbone: Any, sets: Sequence[tuple[ViewSet, jax.Array]], drop_key: jax.Array | None
+) -> list[jax.Array]:
+    """Class tokens [B, V, d] of every set of views; views of one size are one batch.
+
+    Args:
+      sets: views and, bool [B, V, S], which sensors are seen of each.
+    """
+    arguments, keys = [], []
+    for i, (views, present) in enumerate(sets):
+        mask = _merge(present) if len(spec.sensors) > 1 else None
+        arguments.append(({name: _merge(x) for name, x in views.patches.items()}, mask))
+        keys.append(None if drop_key is None else jax.random.fold_in(drop_key, i))
+    tokens = encode_cls(spec, backbone, arguments, drop_keys=keys)
+    return [x.reshape(*present.shape[:2], -1) for x, (_, present) in zip(tokens, sets, strict=True)]
 
 
 def _student(
     spec: ModelSpec, params: Any, global_views: ViewSet, local_views: ViewSet, drop_key: jax.Array | None
 ) -> jax.Array:
     """Logits [B, V, K] of all views, global ones first; the head runs once."""
-    tokens, backbone = [], prepare(spec, params["backbone"])  # weight products once for both sizes
-    for i, views in enumerate((global_views, local_views)):
-        if views.student.shape[1]:
-            key = None if drop_key is None else jax.random.fold_in(drop_key, i)
-            tokens.append(_class_tokens(spec, backbone, views, views.student, key))
+    backbone = prepare(spec, params["backbone"])  # weight products once for both sizes
+    sets = [(views, views.student) for views in (global_views, local_views) if views.student.shape[1]]
+    tokens = _class_tokens(spec, backbone, sets, drop_key)
     return _project(spec, params["head"], jnp.concatenate(tokens, axis=1))
 
 
@@ -208,7 +212,7 @@ def _loss_and_gradients(
         global_views, local_views = make_views(spec.views, stats, batch, view_key, layout=layout)
     with jax.named_scope("teacher"):
         weights = gather_params(mesh, state.teacher, kernel_dtype)
-        tokens = _class_tokens(spec.model, weights["backbone"], global_views, global_views.teacher, None)
+        (tokens,) = _class_tokens(spec.model, weights["backbone"], [(global_views, global_views.teacher)], None)
         teacher = jax.lax.stop_gradient(_project(spec.model, weights["head"], tokens))
 
     def loss_fn(params: Any) -> tuple[jax.Array, Metrics]:
