@@ -19,7 +19,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.total_steps = "750"
     c.batch_size = 32
     c.data.workers, c.data.cache = 0, "ram"
-    c.data.sampling = "balanced"  # half way between uniform over tiles and uniform over classes
     c.model.size, c.model.width, c.model.depth, c.model.heads = "", 128, 3, 4
     c.model.prototypes, c.model.head_hidden, c.model.head_bottleneck = 1024, 256, 64
     c.model.drop_path, c.model.fusion_heads = 0.0, 8
