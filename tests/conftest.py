@@ -70,3 +70,30 @@ def prepared(synthetic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return folder
+
+
+# --- whole scenes ---
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder() -> object:
+    """A tiny network with random weights, as ``terrafm_jax.load`` returns it."""
+    from scenes_fake import tiny_model
+
+    return tiny_model()
+
+
+@pytest.fixture
+def loaded(tiny_encoder: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--checkpoint`` means the tiny network, whatever it names."""
+    from terrafm_jax import embed
+
+    monkeypatch.setattr(embed, "_load", lambda args: tiny_encoder)
+
+
+@pytest.fixture(scope="session")
+def l2a_scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Level-2A scene of 300 x 330 px at 10 m."""
+    from scenes_fake import optical
+
+    return optical(tmp_path_factory.mktemp("scene") / "l2a.tif")

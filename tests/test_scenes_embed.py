@@ -9,37 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
-from scenes_fake import CRS, NORTH, WEST, call, optical, radar, surface, tiny_model, tokens, write
+from scenes_fake import CRS, NORTH, WEST, call, optical, radar, surface, tokens, write
 
-from terrafm_jax import embed
 from terrafm_jax.inference import Model
 from terrafm_jax.scenes import grid as grid_lib
 from terrafm_jax.scenes import inputs, read
 from terrafm_jax.scenes.grid import Plan
 from terrafm_jax.sensors import SENSORS
 
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return tiny_model()
-
-
-@pytest.fixture(autouse=True)
-def _loaded(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embed, "_load", lambda args: model)
-
-
-@pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return optical(tmp_path_factory.mktemp("scene") / "l2a.tif")
+pytestmark = pytest.mark.usefixtures("loaded")
 
 
 # --- geometry ---
 
 
-def test_output_lies_on_the_scene(scene: Path, tmp_path: Path, model: Model) -> None:
+def test_output_lies_on_the_scene(l2a_scene: Path, tmp_path: Path, tiny_encoder: Model) -> None:
     out = tmp_path / "e.tif"
-    assert call(out=out, sensors={"s2_l2a": scene}) == 0
+    assert call(out=out, sensors={"s2_l2a": l2a_scene}) == 0
     with rasterio.open(out) as found:
         assert (found.height, found.width, found.count) == (19, 21, 24)
         assert found.crs == rasterio.crs.CRS.from_string(CRS)
@@ -47,15 +33,15 @@ def test_output_lies_on_the_scene(scene: Path, tmp_path: Path, model: Model) -> 
         assert found.descriptions[:2] == ("feature 0", "feature 1")
         assert np.isnan(found.nodata)
         tags = found.tags()
-    assert tags["TERRAFM_WEIGHTS"] == model.weights_hash
+    assert tags["TERRAFM_WEIGHTS"] == tiny_encoder.weights_hash
     assert tags["TERRAFM_GSD"] == "10"
-    assert json.loads(tags["TERRAFM_SOURCES"])["s2_l2a"][0]["files"] == [str(scene)]
+    assert json.loads(tags["TERRAFM_SOURCES"])["s2_l2a"][0]["files"] == [str(l2a_scene)]
     assert json.loads(tags["TERRAFM_BANDS"])["s2_l2a"] == list(SENSORS["s2_l2a"].band_names)
     assert not list(tmp_path.glob("*.partial*"))
 
 
 @pytest.mark.parametrize(("stride", "shape"), [(16, (19, 21)), (8, (37, 41)), (4, (72, 80))])
-def test_a_mark_in_the_scene_shows_where_it_is(tmp_path: Path, model: Model, stride: int, shape: Any) -> None:
+def test_a_mark_in_the_scene_shows_where_it_is(tmp_path: Path, tiny_encoder: Model, stride: int, shape: Any) -> None:
     # One bright block of 16 px: the token that differs most must lie on it, by the output's own georeference.
     base = np.full((12, 300, 330), 1200, np.uint16)
     marked = base.copy()
@@ -77,14 +63,14 @@ def test_a_mark_in_the_scene_shows_where_it_is(tmp_path: Path, model: Model, str
     assert y == pytest.approx(NORTH - 168 * 10, abs=40)
 
 
-def test_tokens_do_not_depend_on_the_stride(scene: Path, tmp_path: Path) -> None:
+def test_tokens_do_not_depend_on_the_stride(l2a_scene: Path, tmp_path: Path) -> None:
     coarse, dense = tmp_path / "16.tif", tmp_path / "8.tif"
     for stride, out in ((16, coarse), (8, dense)):
-        assert call(f"--stride={stride}", out=out, sensors={"s2_l2a": scene}) == 0
+        assert call(f"--stride={stride}", out=out, sensors={"s2_l2a": l2a_scene}) == 0
     assert np.allclose(tokens(dense)[::2, ::2][:18, :20], tokens(coarse)[:18, :20], atol=1e-4)
 
 
-def test_one_window_equals_the_encoder(tmp_path: Path, model: Model) -> None:
+def test_one_window_equals_the_encoder(tmp_path: Path, tiny_encoder: Model) -> None:
     data = surface(96, 96, 12)
     source = write(tmp_path / "s.tif", data, names=SENSORS["s2_l2a"].band_names)
     out = tmp_path / "e.tif"
@@ -94,9 +80,10 @@ def test_one_window_equals_the_encoder(tmp_path: Path, model: Model) -> None:
     from terrafm_jax.models import terrafm
     from terrafm_jax.sensors import normalize
 
-    image = normalize(np.moveaxis(data, 0, -1).astype(np.float32), *model.stats["s2_l2a"])[None]
-    expected = terrafm.encode(model.spec, model.backbone, {"s2_l2a": terrafm.patchify(jnp.asarray(image), 16)}).patches
-    assert np.allclose(tokens(out), expected[0], atol=1e-4)
+    image = normalize(np.moveaxis(data, 0, -1).astype(np.float32), *tiny_encoder.stats["s2_l2a"])[None]
+    patches = {"s2_l2a": terrafm.patchify(jnp.asarray(image), 16)}
+    expected = terrafm.encode(tiny_encoder.spec, tiny_encoder.backbone, patches).patches[0]
+    assert np.allclose(tokens(out), expected, atol=1e-4)
 
 
 # --- seams ---
@@ -192,7 +179,7 @@ def test_nodata_and_masks_stay_nodata(tmp_path: Path) -> None:
     assert not np.isfinite(tokens(only)[:, :10]).any()
 
 
-def test_area_of_interest_cuts_and_masks(scene: Path, tmp_path: Path) -> None:
+def test_area_of_interest_cuts_and_masks(l2a_scene: Path, tmp_path: Path) -> None:
     from rasterio.warp import transform_geom
 
     ring = [
@@ -205,18 +192,18 @@ def test_area_of_interest_cuts_and_masks(scene: Path, tmp_path: Path) -> None:
     path = tmp_path / "aoi.geojson"
     path.write_text(json.dumps({"type": "Feature", "geometry": shape, "properties": {}}))
     out = tmp_path / "e.tif"
-    assert call(f"--aoi={path}", out=out, sensors={"s2_l2a": scene}) == 0
+    assert call(f"--aoi={path}", out=out, sensors={"s2_l2a": l2a_scene}) == 0
     found = tokens(out)
     assert 12 <= min(found.shape[:2]) <= max(found.shape[:2]) <= 14
     share = np.isfinite(found[..., 0]).mean()
     assert 0.4 < share < 0.62, "a triangle covers half of its box"
     west, south, east, north = rasterio.warp.transform_bounds(CRS, "EPSG:4326", WEST, NORTH - 1000, WEST + 1000, NORTH)
     box = tmp_path / "box.tif"
-    assert call(f"--aoi={west},{south},{east},{north}", out=box, sensors={"s2_l2a": scene}) == 0
+    assert call(f"--aoi={west},{south},{east},{north}", out=box, sensors={"s2_l2a": l2a_scene}) == 0
     assert min(tokens(box).shape[:2]) in (6, 7, 8)
 
 
-def test_windows_outside_of_the_area_are_not_even_read(scene: Path, tmp_path: Path, caplog: Any) -> None:
+def test_windows_outside_of_the_area_are_not_even_read(l2a_scene: Path, tmp_path: Path, caplog: Any) -> None:
     import pyarrow.parquet as pq
 
     # An L of two arms, one window wide each: its box holds 3 x 3 windows, the L meets 5 of them.
@@ -236,7 +223,7 @@ def test_windows_outside_of_the_area_are_not_even_read(scene: Path, tmp_path: Pa
     path.write_text(json.dumps(shape))
     out = tmp_path / "w.parquet"
     with caplog.at_level("INFO"):
-        assert call(f"--aoi={path}", out=out, sensors={"s2_l2a": scene}) == 0
+        assert call(f"--aoi={path}", out=out, sensors={"s2_l2a": l2a_scene}) == 0
     assert len(pq.read_table(out)) == 5
     assert "5 windows encoded, 4 empty" in caplog.text
 
@@ -264,7 +251,7 @@ def test_sensors_on_other_grids_are_warped_onto_one(tmp_path: Path) -> None:
             )
 
 
-def test_a_window_without_one_sensor_is_encoded_without_it(tmp_path: Path, model: Model) -> None:
+def test_a_window_without_one_sensor_is_encoded_without_it(tmp_path: Path, tiny_encoder: Model) -> None:
     l2a = optical(tmp_path / "l2a.tif", 96, 192)
     data = np.full((2, 96, 192), np.nan, np.float32)
     data[:, :, 96:] = -12
@@ -299,15 +286,15 @@ def test_missing_bands_are_left_out_of_the_stem(tmp_path: Path, caplog: pytest.L
         assert json.loads(found.tags()["TERRAFM_BANDS"])["s2_l2a"] == ["B02", "B03", "B04"]
 
 
-def test_gsd_averages_to_what_pretraining_saw(scene: Path, tmp_path: Path) -> None:
+def test_gsd_averages_to_what_pretraining_saw(l2a_scene: Path, tmp_path: Path) -> None:
     out = tmp_path / "e.tif"
-    assert call("--gsd=pretraining", out=out, sensors={"s2_l2a": scene}) == 0
+    assert call("--gsd=pretraining", out=out, sensors={"s2_l2a": l2a_scene}) == 0
     with rasterio.open(out) as found:
         assert found.transform.a == 320
         assert found.tags()["TERRAFM_GSD"] == "20"
-    acquisition = inputs.resolve(f"s2_l2a={scene}", inputs.Declared())
+    acquisition = inputs.resolve(f"s2_l2a={l2a_scene}", inputs.Declared())
     half = read.SceneReader([acquisition], grid_lib.target_grid([acquisition], 20.0)).read(10, 10, 32, 32)["s2_l2a"]
-    with rasterio.open(scene) as source:
+    with rasterio.open(l2a_scene) as source:
         mean = source.read(1, window=((20, 84), (20, 84))).astype(float).reshape(32, 2, 32, 2).mean((1, 3))
     assert np.abs(half.values[..., 0] - mean).mean() < 25, "the triangle of two pixels is near the mean"
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
-from scenes_fake import CRS, NORTH, WEST, call, optical, tiny_model, tokens, write
+from scenes_fake import CRS, NORTH, WEST, call, tokens, write
 from weights_samples import sample
 
 from terrafm_jax import embed
@@ -27,41 +27,28 @@ from terrafm_jax.scenes.grid import Plan
 from terrafm_jax.scenes.places import Places
 from terrafm_jax.sensors import SENSORS
 
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return tiny_model()
-
-
-@pytest.fixture(autouse=True)
-def _loaded(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embed, "_load", lambda args: model)
-
-
-@pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return optical(tmp_path_factory.mktemp("scene") / "l2a.tif")
+pytestmark = pytest.mark.usefixtures("loaded")
 
 
 # --- interruption ---
 
 
-def _job(scene: Path, out: Path, model: Model, batch: int = 8) -> tuple[run.Job, store.Unfinished]:
-    acquisition = inputs.resolve(f"s2_l2a={scene}", inputs.Declared())
+def _job(l2a_scene: Path, out: Path, tiny_encoder: Model, batch: int = 8) -> tuple[run.Job, store.Unfinished]:
+    acquisition = inputs.resolve(f"s2_l2a={l2a_scene}", inputs.Declared())
     reader = read.SceneReader([acquisition], grid_lib.target_grid([acquisition]))
     plan = Plan(reader.grid, 96, 48, 16, batch=batch)
     unfinished = store.Unfinished(out, plan, 24, "mark")
-    return run.Job(WindowEncoder(model, reader.bands, batch), reader, plan, 24, unfinished), unfinished
+    return run.Job(WindowEncoder(tiny_encoder, reader.bands, batch), reader, plan, 24, unfinished), unfinished
 
 
-def test_an_interrupted_job_ends_with_the_same_bytes(scene: Path, tmp_path: Path, model: Model) -> None:
-    whole, unfinished = _job(scene, tmp_path / "whole.tif", model)
+def test_an_interrupted_job_ends_with_the_same_bytes(l2a_scene: Path, tmp_path: Path, tiny_encoder: Model) -> None:
+    whole, unfinished = _job(l2a_scene, tmp_path / "whole.tif", tiny_encoder)
     summary = whole.run()
     assert summary.encoded == summary.windows
     expected, cls = unfinished.rows_path.read_bytes(), unfinished.cls_path.read_bytes()
     stops = 0
     for after in (1, 2, 1, 1, None):
-        job, unfinished = _job(scene, tmp_path / "parts.tif", model)
+        job, unfinished = _job(l2a_scene, tmp_path / "parts.tif", tiny_encoder)
         if after is None:
             assert job.run().resumed > 0
         else:
@@ -73,11 +60,11 @@ def test_an_interrupted_job_ends_with_the_same_bytes(scene: Path, tmp_path: Path
     assert unfinished.cls_path.read_bytes() == cls
 
 
-def test_a_job_killed_between_snapshots_goes_on(scene: Path, tmp_path: Path, model: Model) -> None:
-    whole, unfinished = _job(scene, tmp_path / "whole.tif", model)
+def test_a_job_killed_between_snapshots_goes_on(l2a_scene: Path, tmp_path: Path, tiny_encoder: Model) -> None:
+    whole, unfinished = _job(l2a_scene, tmp_path / "whole.tif", tiny_encoder)
     whole.run()
     expected = unfinished.rows_path.read_bytes()
-    job, unfinished = _job(scene, tmp_path / "parts.tif", model)
+    job, unfinished = _job(l2a_scene, tmp_path / "parts.tif", tiny_encoder)
     with pytest.raises(run.Stopped):
         job.run(stop_after=2)
     # Rows written after the last snapshot, as a kill leaves them: they must be overwritten.
@@ -85,13 +72,13 @@ def test_a_job_killed_between_snapshots_goes_on(scene: Path, tmp_path: Path, mod
         first = int(saved["first"])
     assert first == 6
     unfinished.write_rows(first, np.full((3, 21, 24), 7.0))
-    job, unfinished = _job(scene, tmp_path / "parts.tif", model)
+    job, unfinished = _job(l2a_scene, tmp_path / "parts.tif", tiny_encoder)
     job.run(save_seconds=0)
     assert unfinished.rows_path.read_bytes() == expected
 
 
-def test_a_signal_ends_the_job_after_a_snapshot(scene: Path, tmp_path: Path, model: Model) -> None:
-    job, unfinished = _job(scene, tmp_path / "e.tif", model)
+def test_a_signal_ends_the_job_after_a_snapshot(l2a_scene: Path, tmp_path: Path, tiny_encoder: Model) -> None:
+    job, unfinished = _job(l2a_scene, tmp_path / "e.tif", tiny_encoder)
     inner, calls, before = job._encode, [], signal.getsignal(signal.SIGTERM)
 
     def encode(windows: run.Windows) -> Any:
@@ -119,15 +106,15 @@ def test_progress(
     assert words in (capsys.readouterr().err if terminal else caplog.text)
 
 
-def test_other_settings_do_not_resume(scene: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_other_settings_do_not_resume(l2a_scene: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "e.tif"
-    acquisition = inputs.resolve(f"s2_l2a={scene}", inputs.Declared())
+    acquisition = inputs.resolve(f"s2_l2a={l2a_scene}", inputs.Declared())
     plan = Plan(grid_lib.target_grid([acquisition]), 96, 48, 16, batch=8)
     other = store.Unfinished(out, plan, 24, "other")
     blender = store.Blender(plan, 24)
     other.open(blender)
     other.save(blender, 1)
-    assert call(out=out, sensors={"s2_l2a": scene}) == 1
+    assert call(out=out, sensors={"s2_l2a": l2a_scene}) == 1
     assert "belongs to other inputs" in capsys.readouterr().err
 
 
@@ -135,31 +122,31 @@ def test_other_settings_do_not_resume(scene: Path, tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
-def test_formats_hold_the_same_numbers(scene: Path, tmp_path: Path, dtype: str, model: Model) -> None:
+def test_formats_hold_the_same_numbers(l2a_scene: Path, tmp_path: Path, dtype: str, tiny_encoder: Model) -> None:
     exact = tmp_path / "exact.tif"
-    assert call(out=exact, sensors={"s2_l2a": scene}) == 0
+    assert call(out=exact, sensors={"s2_l2a": l2a_scene}) == 0
     expected = tokens(exact)
     tolerance = {"float32": 0, "float16": 2e-3, "int8": np.nanmax(np.abs(expected)) / 127 * 0.51}[dtype]
     cog = tmp_path / "e.tif"
-    assert call(f"--dtype={dtype}", out=cog, sensors={"s2_l2a": scene}) == 0
+    assert call(f"--dtype={dtype}", out=cog, sensors={"s2_l2a": l2a_scene}) == 0
     assert np.array_equal(np.isnan(tokens(cog)), np.isnan(expected))
     assert np.nanmax(np.abs(tokens(cog) - expected)) <= tolerance
     zarr = tmp_path / "e.zarr"
-    assert call(f"--dtype={dtype}", out=zarr, sensors={"s2_l2a": scene}) == 0
+    assert call(f"--dtype={dtype}", out=zarr, sensors={"s2_l2a": l2a_scene}) == 0
     header = json.loads((zarr / "embedding" / ".zarray").read_text())
     assert np.dtype(header["dtype"]) == np.dtype(dtype)
     with rasterio.open(f'ZARR:"{zarr}":/embedding') as found:  # GDAL's reader, not ours
         stored = np.moveaxis(found.read(), 0, 0)
     assert stored.size == expected.size
-    assert json.loads((zarr / ".zattrs").read_text())["TERRAFM_WEIGHTS"] == model.weights_hash
+    assert json.loads((zarr / ".zattrs").read_text())["TERRAFM_WEIGHTS"] == tiny_encoder.weights_hash
 
 
-def test_windows_as_geoparquet(scene: Path, tmp_path: Path) -> None:
+def test_windows_as_geoparquet(l2a_scene: Path, tmp_path: Path) -> None:
     import pyarrow.parquet as pq
     import shapely
 
     out = tmp_path / "w.parquet"
-    assert call(out=out, sensors={"s2_l2a": scene}) == 0
+    assert call(out=out, sensors={"s2_l2a": l2a_scene}) == 0
     table = pq.read_table(out)
     assert set(table.column_names) == {
         "unique_id", "embedding", "timestamp", "product_id", "grid_cell", "grid_row_u", "grid_col_r", "geometry",
@@ -257,11 +244,11 @@ def _csv(path: Path) -> Path:
     return path
 
 
-def test_vectors_at_points(scene: Path, tmp_path: Path) -> None:
+def test_vectors_at_points(l2a_scene: Path, tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     out = tmp_path / "p.parquet"
-    assert call(f"--points={_csv(tmp_path / 'p.csv')}", out=out, sensors={"s2_l2a": scene}) == 0
+    assert call(f"--points={_csv(tmp_path / 'p.csv')}", out=out, sensors={"s2_l2a": l2a_scene}) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"p.csv", "p.parquet"}
     table = pq.read_table(out)
     assert table["name"].to_pylist() == [f"p{i}" for i in range(12)]
@@ -273,7 +260,7 @@ def test_vectors_at_points(scene: Path, tmp_path: Path) -> None:
         assert np.abs(vectors[0, 0] - vectors[0, 1]).max() > 1e-2
     # One window around the place: the four tokens at its middle.
     part = tmp_path / "part.tif"
-    with rasterio.open(scene) as source:
+    with rasterio.open(l2a_scene) as source:
         window = rasterio.windows.Window(160 - 48, 160 - 48, 96, 96)
         write(
             part, source.read(window=window), names=SENSORS["s2_l2a"].band_names, west=WEST + 1120, north=NORTH - 1120
@@ -283,20 +270,20 @@ def test_vectors_at_points(scene: Path, tmp_path: Path) -> None:
     assert np.allclose(table["embedding"][0].as_py(), tokens(alone)[2:4, 2:4].mean((0, 1)), atol=1e-3)
 
 
-def _places(scene: Path, out: Path, model: Model, inside: np.ndarray | None = None) -> tuple[Places, Any]:
-    acquisition = inputs.resolve(f"s2_l2a={scene}", inputs.Declared())
+def _places(l2a_scene: Path, out: Path, tiny_encoder: Model, inside: np.ndarray | None = None) -> tuple[Places, Any]:
+    acquisition = inputs.resolve(f"s2_l2a={l2a_scene}", inputs.Declared())
     reader = read.SceneReader([acquisition], grid_lib.target_grid([acquisition]))
-    encode = WindowEncoder(model, reader.bands, 3)
+    encode = WindowEncoder(tiny_encoder, reader.bands, 3)
     job = Places(encode, reader, Plan(reader.grid, 96, 0, 16, batch=3), np.array(PLACES), 24, inside)
     return job, store.UnfinishedPlaces(out, 24, "mark")
 
 
-def test_interrupted_places_end_with_the_same_bytes(scene: Path, tmp_path: Path, model: Model) -> None:
-    whole, unfinished = _places(scene, tmp_path / "whole.parquet", model)
+def test_interrupted_places_end_with_the_same_bytes(l2a_scene: Path, tmp_path: Path, tiny_encoder: Model) -> None:
+    whole, unfinished = _places(l2a_scene, tmp_path / "whole.parquet", tiny_encoder)
     expected = whole.run(unfinished)
     shown: list[int] = []
     for after in (1, 1, None):
-        job, unfinished = _places(scene, tmp_path / "parts.parquet", model)
+        job, unfinished = _places(l2a_scene, tmp_path / "parts.parquet", tiny_encoder)
         if after:
             with pytest.raises(run.Stopped, match="of 8 places, everything is kept"):
                 job.run(unfinished, stop_after=after)
@@ -310,25 +297,25 @@ def test_interrupted_places_end_with_the_same_bytes(scene: Path, tmp_path: Path,
         store.UnfinishedPlaces(tmp_path / "parts.parquet", 24, "other").open()
 
 
-def test_places_outside_of_the_area_are_not_wanted(scene: Path, tmp_path: Path, model: Model) -> None:
+def test_places_outside_of_the_area_are_not_wanted(l2a_scene: Path, tmp_path: Path, tiny_encoder: Model) -> None:
     inside = np.ones((19, 21), bool)
     inside[0, 0] = False  # the second of three places
-    job, _ = _places(scene, tmp_path / "p.parquet", model, inside)
+    job, _ = _places(l2a_scene, tmp_path / "p.parquet", tiny_encoder, inside)
     assert job.wanted.tolist() == [0, 3, 6, 9]
 
 
-def test_dry_run_of_places_says_what_it_would_take(scene: Path, tmp_path: Path, caplog: Any) -> None:
+def test_dry_run_of_places_says_what_it_would_take(l2a_scene: Path, tmp_path: Path, caplog: Any) -> None:
     given = f"--points={_csv(tmp_path / 'p.csv')}"
     with caplog.at_level("INFO"):
-        assert call("--dry-run", given, out=tmp_path / "p.parquet", sensors={"s2_l2a": scene}) == 0
+        assert call("--dry-run", given, out=tmp_path / "p.parquet", sensors={"s2_l2a": l2a_scene}) == 0
     assert "dry run: 8 places in 1 batches" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["p.csv"]
 
 
-def test_dry_run_says_what_it_would_take(scene: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_dry_run_says_what_it_would_take(l2a_scene: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     out = tmp_path / "e.tif"
     with caplog.at_level("INFO"):
-        assert call("--dry-run", out=out, sensors={"s2_l2a": scene}) == 0
+        assert call("--dry-run", out=out, sensors={"s2_l2a": l2a_scene}) == 0
     for word in ("windows", "memory", "s encoding", "19 x 21 tokens"):
         assert word in caplog.text
     assert not out.exists()
