@@ -96,6 +96,14 @@ def test_scores_pairs_and_tables():
     assert "seeds" in text.split(RANDOM)[1].split("\n")[0]
 
 
+def test_more_arms_than_colors_are_drawn(tmp_path):
+    """A curve over checkpoints: seven arms and their eleven differences."""
+    right = (np.random.default_rng(0).random((1, 40)) < 0.5).astype(float)
+    scores = [Score(arm, "p", right) for arm in (RAW, RANDOM, *(f"step {i}" for i in range(5)))]
+    arms.figure(scores, tmp_path / "many.png", "many", 0.1)
+    assert (tmp_path / "many.png").stat().st_size > 10_000
+
+
 def test_writes_resumes_and_keeps_folds_paired(folder, checkpoint, tmp_path, monkeypatch):
     scores = experiment(folder, checkpoint, tmp_path).run(lambda text: None)
     assert {s.arm for s in scores} == {RAW, RANDOM, "pretrained"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -99,21 +100,22 @@ def figure(scores: Sequence[Score], path: Path, title: str, chance: float) -> No
     found = pairs(scores)
     kinds = list(dict.fromkeys((a.arm, b.arm) for a, b in found))
     height = 1.6 + 0.26 * len(names) * max(len(arms), len(kinds))
+    shades = list(itertools.islice(itertools.cycle(COLORS), len(arms) + len(kinds)))  # many checkpoints share them
     drawn, axes = plt.subplots(1, 2, figsize=(11, height), constrained_layout=True, sharey=True)
     for k, arm in enumerate(arms):
         for s in (s for s in scores if s.arm == arm):
             y = names.index(s.protocol) + 0.7 * (k - (len(arms) - 1) / 2) / len(arms)
             first = s is next(t for t in scores if t.arm == arm)
-            _whisker(axes[0], s.interval(), y, COLORS[k], arm if first else None)
+            _whisker(axes[0], s.interval(), y, shades[k], arm if first else None)
             if len(s.right) > 1:
                 axes[0].plot(
-                    100 * np.array(s.by_seed), [y] * len(s.right), "o", ms=8, mfc="none", mec=COLORS[k], mew=0.8
+                    100 * np.array(s.by_seed), [y] * len(s.right), "o", ms=8, mfc="none", mec=shades[k], mew=0.8
                 )
     for k, kind in enumerate(kinds):
         for n, (a, b) in enumerate([p for p in found if (p[0].arm, p[1].arm) == kind]):
             y = names.index(a.protocol) + 0.7 * (k - (len(kinds) - 1) / 2) / len(kinds)
             label = f"{kind[0]} − {kind[1]}" if n == 0 else None
-            _whisker(axes[1], a.over(b), y, COLORS[len(arms) + k], label)
+            _whisker(axes[1], a.over(b), y, shades[len(arms) + k], label)
     axes[0].axvline(100 * chance, color="0.6", ls=":", lw=1)
     axes[1].axvline(0, color="0.3", lw=1)
     axes[0].set_yticks(range(len(names)), [n.replace(", ", "\n") for n in names], fontsize=8)
