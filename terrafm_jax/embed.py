@@ -138,7 +138,7 @@ def _load(args: argparse.Namespace) -> Any:
 
 def provenance(model: Any, reader: Any, plan: Any, args: argparse.Namespace) -> dict[str, str]:
     """Tags of the output: everything needed to make it again."""
-    from terrafm_jax.scenes.stored import WEIGHTS_TAG
+    from terrafm_jax.scenes.readback import WEIGHTS_TAG
 
     statistics = {k: [np.asarray(v).tolist() for v in model.stats[k]] for k in reader.bands}
     sources = {

@@ -15,7 +15,7 @@ from terrafm_jax import embed
 from terrafm_jax.inference import Model
 from terrafm_jax.loader import Loaded
 from terrafm_jax.models import ModelSpec, init_params
-from terrafm_jax.scenes.stored import open_embedding, whole
+from terrafm_jax.scenes.readback import open_embedding, whole
 from terrafm_jax.sensors import SENSORS, Statistics
 
 WEST, NORTH = 600_000.0, 5_100_000.0

@@ -156,6 +156,18 @@ def write_tfds(root, name, features, records):
     tfds.folder_dataset.write_metadata(data_dir=str(folder), features=features, split_infos=splits, check_data=False)
 
 
+def test_tfds_shards_in_another_format_are_refused(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    f = tfds.features
+    features = f.FeaturesDict({"label": f.ClassLabel(names=["a", "b"])})
+    write_tfds(tmp_path, "eurosat/all", features, {"train": [{"label": 0}]})
+    (info,) = (tmp_path / "eurosat" / "all").glob("*/dataset_info.json")
+    found = json.loads(info.read_text())
+    info.write_text(json.dumps(found | {"fileFormat": "tfrecord"}))
+    with pytest.raises(datasets.DatasetError, match="not ArrayRecord"):
+        datasets.open_suite("tfds", tmp_path, ("eurosat/all",))
+
+
 def test_tfds_data_sets(tmp_path):
     tfds = pytest.importorskip("tensorflow_datasets")
     f = tfds.features

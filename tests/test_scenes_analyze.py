@@ -17,7 +17,7 @@ from rasterio.warp import transform
 from terrafm_jax import embed
 from terrafm_jax.scenes import analyze, flags, output, points
 from terrafm_jax.scenes.grid import Grid
-from terrafm_jax.scenes.stored import WEIGHTS_TAG, open_embedding, whole
+from terrafm_jax.scenes.readback import WEIGHTS_TAG, open_embedding, whole
 
 GRID = Grid(CRS.from_epsg(32632), 600_000.0, 5_100_000.0, 160.0, 40, 50)
 TAGS = {WEIGHTS_TAG: "abc"}

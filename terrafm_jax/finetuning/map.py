@@ -130,7 +130,7 @@ def predict_scene(
     from terrafm_jax.scenes.grid import Plan, target_grid
     from terrafm_jax.scenes.inputs import Declared, resolve
     from terrafm_jax.scenes.read import SceneReader
-    from terrafm_jax.scenes.stored import WEIGHTS_TAG
+    from terrafm_jax.scenes.readback import WEIGHTS_TAG
 
     acquisitions = [resolve(text, declared or Declared()) for text in sensors]
     grid = target_grid(acquisitions, gsd)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from terrafm_jax.scenes import output
 from terrafm_jax.scenes.errors import SceneError, first_line
-from terrafm_jax.scenes.stored import WEIGHTS_TAG, Embedding, lonlat, open_embedding, place_of
+from terrafm_jax.scenes.readback import WEIGHTS_TAG, Embedding, lonlat, open_embedding, place_of
 
 
 def unit(values: np.ndarray) -> np.ndarray:
