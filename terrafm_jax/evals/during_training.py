@@ -18,7 +18,7 @@ from terrafm_jax.evals.landcover_knn import TileSets
 from terrafm_jax.landcover import NAMES
 
 if TYPE_CHECKING:
-    from terrafm_jax.training.loop import Evaluator, Run
+    from terrafm_jax.training.run import Evaluator, Run
 
 
 def during_training(run: Run) -> list[Evaluator]:

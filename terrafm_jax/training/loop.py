@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,25 +18,21 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from terrafm_jax import config as config_lib
-from terrafm_jax import landcover, weights
+from terrafm_jax import landcover
 from terrafm_jax.data import pipeline
-from terrafm_jax.data.sampling import Order
 from terrafm_jax.sensors import Statistics
 from terrafm_jax.training import pictures, report
 from terrafm_jax.training import workdir as workdir_lib
-from terrafm_jax.training.checkpoint import Checkpointer, to_host
+from terrafm_jax.training.checkpoint import Checkpointer
 from terrafm_jax.training.meter import Compiled, Meter, TrainingError, due
 from terrafm_jax.training.metrics import MetricWriter, Progress, timed
 from terrafm_jax.training.preemption import Interrupted, StopRequest
+from terrafm_jax.training.run import Evaluator, Run, Tools
 from terrafm_jax.training.sharding import make_mesh
 from terrafm_jax.training.state import TrainState, with_weights
-from terrafm_jax.training.step import TrainSpec, abstract_state, draw_views, init_state, make_batch, parameter_table
+from terrafm_jax.training.step import abstract_state, draw_views, init_state, make_batch, parameter_table
 
 log = logging.getLogger(__name__)
-
-# An evaluator gets (step, state, poll) and yields (name, value). It calls poll() at every batch, equally often on
-# every process, and lets the Interrupted pass that it raises when the job is told to stop.
-Evaluator = Callable[[int, TrainState, Callable[[], None]], Iterator[tuple[str, float]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,27 +42,6 @@ class Outcome:
     step: int
     complete: bool
     exit_code: int
-
-
-@dataclasses.dataclass
-class Run:
-    """What the parts of the program share: the resolved plan of one run."""
-
-    config: ConfigDict
-    workdir: str
-    spec: TrainSpec
-    steps: Mapping[str, int]
-    order: Order
-    mesh: jax.sharding.Mesh
-    first: bool  # this is the process that writes
-
-    @property
-    def total(self) -> int:
-        return self.steps["total_steps"]
-
-    @property
-    def stop(self) -> int:
-        return min(self.total, self.config.stop_at_step or self.total)
 
 
 def train(
@@ -178,52 +153,6 @@ def describe(run: Run, say: Progress) -> None:
         (folder / "config_resolved.json").write_text(json.dumps(resolved, indent=2))
         (folder / "statistics.json").write_text(run.spec.stats.to_json())
         (folder / "parameters.txt").write_text(parameter_table(run.spec, run.mesh))
-
-
-@dataclasses.dataclass
-class Tools:
-    """What the loop uses besides the state."""
-
-    run: Run
-    checkpoints: Checkpointer
-    writer: MetricWriter
-    loader: Any
-    progress: Progress
-    stop: StopRequest
-
-    def save(self, state: TrainState, step: int, evaluated: bool) -> None:
-        """Starts to write a checkpoint. ``evaluated`` False: the next start has to evaluate this step again."""
-        meta = {
-            "step": step,
-            "evaluated": evaluated,
-            "example": step * self.run.config.batch_size,
-            "skipped": self.loader.skipped,
-            "model": dataclasses.asdict(self.run.spec.model),
-            "config": config_lib.flatten(self.run.config),
-            "statistics": json.loads(self.run.spec.stats.to_json()),
-        }
-        self.checkpoints.save(step, state, meta)
-
-    def export_teacher(self, state: TrainState, step: int) -> None:
-        """Writes the teacher's weights alone, under ``WORKDIR/teacher/STEP``: what users load."""
-        params = to_host(state.teacher)
-        if self.run.first:
-            meta = {
-                "step": step,
-                "model": dataclasses.asdict(self.run.spec.model),
-                "statistics": json.loads(self.run.spec.stats.to_json()),
-                "config": config_lib.flatten(self.run.config),
-            }
-            weights.save_npz(epath.Path(self.run.workdir) / "teacher" / str(step), params, meta)
-
-    def close(self, together: bool = True) -> None:
-        """Ends everything. ``together`` False: other processes are elsewhere or gone, so nothing waits for them."""
-        self.progress.close()
-        self.loader.close()
-        self.writer.close()
-        self.stop.close()
-        if together:
-            self.checkpoints.close()
 
 
 def _loop(

@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
 from terrafm_jax.training import flops
 from terrafm_jax.training.metrics import Progress, timed
+from terrafm_jax.training.run import Run, Tools
 from terrafm_jax.training.state import TrainState
 from terrafm_jax.training.step import make_step
 from terrafm_jax.training.watch import Watch
-
-if TYPE_CHECKING:
-    from terrafm_jax.training.loop import Run, Tools
 
 
 class TrainingError(RuntimeError):
