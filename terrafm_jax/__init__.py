@@ -14,7 +14,7 @@ __all__ = ["load"]
 def __getattr__(name: str) -> Any:
     """Imports the loader (and with it JAX) only when asked for: data workers need neither."""
     if name == "load":
-        from terrafm_jax.loader import load
+        from terrafm_jax.inference import load
 
         return load
     raise AttributeError(f"module 'terrafm_jax' has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from terrafm_jax import units as units_lib
 from terrafm_jax import weights
-from terrafm_jax.loader import Loaded
+from terrafm_jax.loader import COMPUTE_FIELDS, Loaded, read
 from terrafm_jax.models import Features, ModelSpec, patchify, terrafm
 from terrafm_jax.sensors import NORMALIZED_MEAN, SENSOR_KEYS, SENSORS, Sensor, SensorError, normalize
 
@@ -290,3 +291,23 @@ def pad_to_patches(x: Array, patch: int) -> Array:
     """[B, H, W, C] continued to multiples of ``patch`` by repeating the last row and column."""
     rows, columns = -x.shape[1] % patch, -x.shape[2] % patch
     return jnp.pad(x, ((0, 0), (0, rows), (0, columns), (0, 0)), mode="edge") if rows or columns else x
+
+
+def load(path: Any, *, which: str = "teacher", heads: int = 0, fusion_heads: int = 0, **how: Any) -> Model:
+    """Opens weights and returns a :class:`Model`.
+
+    Args:
+      path: a workdir, a checkpoint or hub folder, a ``.pth`` or ``.safetensors`` file: as :func:`loader.read`.
+      which, heads, fusion_heads: as there.
+      how: fields of ModelSpec that say how to compute (``dtype="bfloat16"``, ``attention=``, ``scan=`` ...).
+
+    Raises:
+      WeightsError: the path is missing, damaged or hostile, or its tensors do not fit; all mismatches at once.
+    """
+    found = read(path, which=which, heads=heads, fusion_heads=fusion_heads)
+    wrong = sorted(set(how) - set(COMPUTE_FIELDS))
+    if wrong:
+        raise weights.WeightsError(
+            f"load: {', '.join(wrong)} cannot be changed; expected some of {', '.join(COMPUTE_FIELDS)}"
+        )
+    return Model(dataclasses.replace(found, spec=dataclasses.replace(found.spec, **how)))

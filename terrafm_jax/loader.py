@@ -1,7 +1,7 @@
 """One loader for every kind of weights: workdir, checkpoint, hub folder, released ``.pth`` or ``.safetensors``.
 
-The file is not called ``load.py``: a module of that name would shadow the function ``terrafm_jax.load``.
-Nothing here unpickles code: ``.pth`` is read with ``weights_only=True``.
+``inference.load`` makes a model of what is read here. (No file is called ``load.py``: a module of that name would
+shadow the function ``terrafm_jax.load``.) Nothing here unpickles code: ``.pth`` is read with ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from terrafm_jax.weights import WeightsError
 
 CONFIG_FILE, SAFETENSORS_FILE = "config.json", "model.safetensors"  # of a hub folder
 HUB_PREFIX = "hf://"
+# Fields of ModelSpec that say how training computed: not ours to inherit, and the caller's to choose.
+COMPUTE_FIELDS = ("dtype", "scan", "remat", "attention", "folded", "platform")
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin")
-_HOW = ("dtype", "scan", "remat", "attention", "folded", "platform")  # how training computed; not ours to inherit
 _HEAD_SIZE = 64  # of every published size; heads of an unknown width follow from it
 
 
@@ -43,35 +44,23 @@ class Loaded:
     source: str
 
 
-def load(path: Any, *, which: str = "teacher", heads: int = 0, fusion_heads: int = 0, **how: Any) -> Any:
-    """Opens weights and returns a :class:`terrafm_jax.inference.Model`.
-
-    Args:
-      path: a workdir, ``WORKDIR/teacher/STEP``, ``WORKDIR/checkpoints/STEP``, a hub folder, a ``.pth`` or
-        ``.safetensors`` state dict, or ``hf://OWNER/NAME`` on the Hugging Face hub.
-      which: "teacher" or "student"; the student is only in checkpoints.
-      heads, fusion_heads: for a state dict of an unpublished width (default: 64 channels a head; 16).
-      how: fields of ModelSpec that say how to compute (``dtype="bfloat16"``, ``attention=``, ``scan=`` ...).
-
-    Raises:
-      WeightsError: the path is missing, damaged or hostile, or its tensors do not fit; all mismatches at once.
-    """
-    from terrafm_jax.inference import Model
-
-    found = read(path, which=which, heads=heads, fusion_heads=fusion_heads)
-    wrong = sorted(set(how) - set(_HOW))
-    if wrong:
-        raise WeightsError(f"load: {', '.join(wrong)} cannot be changed; expected some of {', '.join(_HOW)}")
-    return Model(dataclasses.replace(found, spec=dataclasses.replace(found.spec, **how)))
-
-
 def read_params(path: Any, which: str = "teacher") -> dict[str, Any]:
     """Parameters alone: ``{"backbone": ..., "head": ...}``, ``head`` only if the file has it. Raises WeightsError."""
     return read(path, which=which).params
 
 
 def read(path: Any, *, which: str = "teacher", heads: int = 0, fusion_heads: int = 0) -> Loaded:
-    """Reads and checks weights of any kind; see :func:`load`."""
+    """Reads and checks weights of any kind.
+
+    Args:
+      path: a workdir, ``WORKDIR/teacher/STEP``, ``WORKDIR/checkpoints/STEP``, a hub folder, a ``.pth`` or
+        ``.safetensors`` state dict, or ``hf://OWNER/NAME`` on the Hugging Face hub.
+      which: "teacher" or "student"; the student is only in checkpoints.
+      heads, fusion_heads: for a state dict of an unpublished width (default: 64 channels a head; 16).
+
+    Raises:
+      WeightsError: the path is missing, damaged or hostile, or its tensors do not fit; all mismatches at once.
+    """
     from etils import epath
 
     if which not in ("teacher", "student"):
@@ -138,7 +127,7 @@ def _from_meta(params: dict[str, Any], meta: dict[str, Any], source: str) -> Loa
 
 def spec_from_dict(fields: Mapping[str, Any]) -> ModelSpec:
     """A ModelSpec from JSON; how training computed is left behind, fields of other versions are ignored."""
-    known = {f.name for f in dataclasses.fields(ModelSpec)} - set(_HOW)
+    known = {f.name for f in dataclasses.fields(ModelSpec)} - set(COMPUTE_FIELDS)
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k in known}
     return ModelSpec(**fields)
 
