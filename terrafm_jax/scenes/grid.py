@@ -18,7 +18,7 @@ from rasterio.warp import transform_bounds, transform_geom
 
 from terrafm_jax.data.tiles import EXTENT_ORDER
 from terrafm_jax.scenes.errors import SceneError, first_line
-from terrafm_jax.scenes.inputs import Acquisition, open_raster
+from terrafm_jax.scenes.layers import Acquisition, open_raster
 
 # Training crops span 12 to 28 m a pixel (5,340 m tiles, scales 0.05 to 1, 96 and 224 px); 20 m lies
 # inside and is a multiple of what Sentinel-2 delivers.

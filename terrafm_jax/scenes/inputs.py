@@ -1,4 +1,4 @@
-"""Which raster holds which band: files, folders of bands, SAFE products, STAC items; and whether they make sense.
+"""What ``--sensor`` names (files, folders of bands, SAFE products, STAC items), and whether it makes sense.
 
 Every acquisition is checked before anything is computed: readable to the end, georeferenced, north up,
 bands named, values in the declared unit.
@@ -8,64 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import rasterio
-from rasterio.errors import RasterioError, RasterioIOError
+from rasterio.errors import RasterioIOError
 
-from terrafm_jax.scenes.errors import SceneError, first_line
-from terrafm_jax.sensors import SENSORS, Sensor, SensorError, band_name
+from terrafm_jax.scenes.errors import SceneError
+from terrafm_jax.scenes.layers import Acquisition, Layer, bands_of, broken, open_raster, ordered
+from terrafm_jax.scenes.products import from_folder, from_stac
+from terrafm_jax.sensors import SENSORS, Sensor, SensorError
 from terrafm_jax.sensors import sensor as find_sensor
 
 UNITS = {"s1": ("db", "power"), "s2_l1c": ("dn", "reflectance"), "s2_l2a": ("dn", "reflectance")}
-RASTERS = (".tif", ".tiff", ".jp2", ".vrt", ".img", ".nc")
 _SAMPLE = 192  # pixels per side that are looked at before the work starts
 _log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """One band: band ``index`` (from 1) of the raster at ``path``."""
-
-    band: str
-    path: str
-    index: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Acquisition:
-    """One date of one sensor.
-
-    Attributes:
-      sensor: key of the table of sensors.
-      layers: one per band, in canonical order; bands of the sensor may be missing.
-      unit: ``dn`` or ``reflectance`` (Sentinel-2), ``db`` or ``power`` (Sentinel-1).
-      offset: processing-baseline DN still inside (0 = harmonised).
-      nodata: value that means "no measurement" beside what the files declare; None = only that.
-      product, time: as far as known.
-      classes: path of the scene classification (SCL), if there is one.
-    """
-
-    sensor: str
-    layers: tuple[Layer, ...]
-    unit: str
-    offset: float = 0.0
-    nodata: float | None = None
-    product: str = ""
-    time: str = ""
-    classes: str = ""
-
-    @property
-    def bands(self) -> tuple[str, ...]:
-        return tuple(layer.band for layer in self.layers)
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(layer.path for layer in self.layers))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,31 +33,6 @@ class Declared:
     unit: Mapping[str, str] = dataclasses.field(default_factory=dict)
     offset: Mapping[str, float] = dataclasses.field(default_factory=dict)
     nodata: Mapping[str, float] = dataclasses.field(default_factory=dict)
-
-
-def open_raster(path: Any) -> rasterio.DatasetReader:
-    """Opens a raster. Raises SceneError if GDAL cannot, or if it is not a north-up grid with a CRS."""
-    name = str(path)
-    try:
-        source = rasterio.open(name)
-    except (RasterioError, OSError) as error:
-        what = "no such file" if "://" not in name and not Path(name).exists() else first_line(error)
-        raise SceneError(
-            f"{name}: not a raster that can be opened ({what}); give a GeoTIFF, JPEG 2000 or VRT"
-        ) from None
-    if source.crs is None and source.gcps[0]:
-        source.close()
-        raise SceneError(
-            f"{name}: is in radar geometry (ground control points only); give a terrain-corrected (RTC) product"
-        )
-    if source.crs is None:
-        source.close()
-        raise SceneError(f"{name}: has no coordinate reference system; assign one with gdal_edit.py -a_srs EPSG:...")
-    t = source.transform
-    if t.b or t.d or t.a <= 0 or t.e >= 0:
-        source.close()
-        raise SceneError(f"{name}: its grid is rotated or not north-up {tuple(t)[:6]}; run gdalwarp on it first")
-    return source
 
 
 def resolve(argument: str, declared: Declared) -> Acquisition:
@@ -118,12 +50,8 @@ def resolve(argument: str, declared: Declared) -> Acquisition:
         raise SceneError(f"--sensor {argument}: {error}") from None
     path = Path(spec)
     if path.suffix.lower() == ".json":
-        from terrafm_jax.scenes.products import from_stac
-
         found = from_stac(path, sensor)
     elif path.is_dir():
-        from terrafm_jax.scenes.products import from_folder
-
         found = from_folder(path, sensor)
     else:
         found = _from_files(spec.split(","), sensor, declared)
@@ -154,49 +82,6 @@ def _from_files(paths: Sequence[str], sensor: Sensor, declared: Declared) -> Acq
                 if band:
                     layers.setdefault(band, Layer(band, path, i))
     return Acquisition(sensor.key, ordered(layers, sensor, ", ".join(paths)), "", product=Path(paths[0]).stem)
-
-
-def bands_of(source: rasterio.DatasetReader, sensor: Sensor, names: Sequence[str] = ()) -> list[str | None]:
-    """ESA name of every band of a raster; None for a band that is no band of the sensor.
-
-    ``names`` (from --bands) win, then band descriptions, then, for one band, the file name.
-    """
-    if names:
-        if len(names) != source.count:
-            raise SceneError(
-                f"{source.name}: holds {source.count} bands, --bands {sensor.key} names {len(names)}; name every one"
-            )
-        found = [band_name(n, sensor) for n in names]
-        if None in found:
-            unknown = [n for n, b in zip(names, found, strict=True) if b is None]
-            raise SceneError(f"--bands {sensor.key}: unknown bands {unknown}; expected {list(sensor.band_names)}")
-        return found
-    found = [band_name(d, sensor) if d else None for d in source.descriptions]
-    if not any(found) and source.count == 1:
-        found = [band_in_name(Path(source.name).stem, sensor)]
-    if not any(found):
-        raise SceneError(
-            f"{source.name}: its {source.count} bands have no names of {sensor.title} bands "
-            f"(descriptions {list(source.descriptions)[:3]}); pass --bands {sensor.key}=NAME,NAME,... in file order"
-        )
-    return found
-
-
-def band_in_name(stem: str, sensor: Sensor) -> str | None:
-    """The band that a file name ends in: ``B02``, ``T31TDG_..._B8A_20m``, ``x_vv``."""
-    stem = re.sub(r"_(10|20|60)m$", "", stem)
-    return band_name(stem, sensor) or band_name(re.split(r"[_\-.]", stem)[-1], sensor)
-
-
-def ordered(layers: Mapping[str, Layer], sensor: Sensor, what: str) -> tuple[Layer, ...]:
-    """Layers in canonical order without the bands that the model does not see. Raises SceneError if none is left."""
-    kept = tuple(layers[b] for b in sensor.band_names if b in layers)
-    if not kept:
-        raise SceneError(f"{what}: no band of {sensor.title} found; expected some of {list(sensor.band_names)}")
-    missing = [b for b in sensor.band_names if b not in layers]
-    if missing:
-        _log.info("%s: bands %s are missing, the stem is used without them", what, missing)
-    return kept
 
 
 # --- checks before the work ----------------------------------------------------------------------
@@ -245,11 +130,6 @@ def sample(layer: Layer, nodata: float | None = None) -> np.ndarray:
         if value is not None:
             bad |= data == value
     return data[~bad]
-
-
-def broken(error: BaseException) -> str:
-    """Remedy for a file that opens but does not read."""
-    return f"cannot be read to the end ({first_line(error)}); it is truncated or damaged, fetch it again"
 
 
 def _check_radar(acquisition: Acquisition, values: np.ndarray, declared: bool) -> None:

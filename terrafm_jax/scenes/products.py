@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urljoin, urlparse
 
 from terrafm_jax.scenes.errors import SceneError, first_line
-from terrafm_jax.scenes.inputs import RASTERS, Acquisition, Layer, band_in_name, bands_of, open_raster, ordered
+from terrafm_jax.scenes.layers import RASTERS, Acquisition, Layer, band_in_name, bands_of, open_raster, ordered
 from terrafm_jax.sensors import Sensor, band_name
 
 _PRODUCT = re.compile(r"S2[A-D]_MSI(L1C|L2A)_(\d{8}T\d{6})_N(\d{4})_\w+")

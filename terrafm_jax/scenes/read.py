@@ -25,7 +25,7 @@ from rasterio.windows import Window
 
 from terrafm_jax.scenes.errors import SceneError
 from terrafm_jax.scenes.grid import Grid
-from terrafm_jax.scenes.inputs import Acquisition, Layer, broken, open_raster
+from terrafm_jax.scenes.layers import Acquisition, Layer, broken, open_raster
 from terrafm_jax.scenes.resample import resample
 from terrafm_jax.sensors import SENSORS
 

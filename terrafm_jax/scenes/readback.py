@@ -17,7 +17,7 @@ from rasterio.windows import Window
 from terrafm_jax.scenes import output
 from terrafm_jax.scenes.errors import SceneError, first_line
 from terrafm_jax.scenes.grid import Grid
-from terrafm_jax.scenes.inputs import broken, open_raster
+from terrafm_jax.scenes.layers import broken, open_raster
 
 WEIGHTS_TAG = "TERRAFM_WEIGHTS"
 Block = tuple[slice, slice]  # rows and columns
