@@ -92,7 +92,7 @@ def compile_naive(topology_text: str, images: int) -> dict[str, Any]:
     from terrafm_jax.tpu.chips import Topology
 
     topology, spec = Topology.parse(topology_text), naive_step.Naive()
-    devices = topology.devices()
+    devices = client.compile_only_devices(topology)
     mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
     module = hlo.parse(client.compile_only(naive_step.lower(spec, mesh, images)).as_text())
     found = reckon.reckon(module, network.Network.of(topology, devices))

@@ -301,7 +301,7 @@ def toys():
     from jax.sharding import AxisType, Mesh, NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    devices = V5E.devices()
+    devices = client.compile_only_devices(V5E)
     mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
     def loss(weights, x, scanned):

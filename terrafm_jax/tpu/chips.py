@@ -106,9 +106,3 @@ class Topology:
         # A 3-D torus is wired from whole 4x4x4 cubes; smaller slices keep open ends on every axis.
         whole = self.chip.axes == 2 or all(n % self.chip.wrap == 0 for n in self.shape)
         return closed and whole
-
-    def devices(self) -> list:
-        """The devices of a compile-only client (needs the libtpu wheel, no TPU); see ``compile_only_devices``."""
-        from terrafm_jax.tpu.client import compile_only_devices
-
-        return compile_only_devices(self)

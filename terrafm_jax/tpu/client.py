@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from jax.stages import Compiled, Lowered
 
-    from jax.stages import Compiled, Lowered
-
-    from terrafm_jax.tpu.chips import Topology
+from terrafm_jax.tpu.chips import Topology
 
 
 def available() -> bool:

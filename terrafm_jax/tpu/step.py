@@ -18,7 +18,7 @@ from terrafm_jax import landcover
 from terrafm_jax.sensors import Statistics
 from terrafm_jax.tpu import hlo
 from terrafm_jax.tpu.chips import Topology
-from terrafm_jax.tpu.client import compile_only, compiler_options
+from terrafm_jax.tpu.client import compile_only, compile_only_devices, compiler_options
 from terrafm_jax.tpu.network import Network
 from terrafm_jax.tpu.reckon import Item, Reckoning, reckon
 from terrafm_jax.tpu.scaling import TILES
@@ -51,7 +51,7 @@ def build(config: ConfigDict, topology: Topology) -> tuple[TrainSpec, Mesh]:
     steps = config_lib.durations(config, TILES)
     spec = config_lib.train_spec(config, steps, Statistics.published(), shares)
     spec = dataclasses.replace(spec, model=dataclasses.replace(spec.model, platform="tpu"))
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=topology.devices())
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=compile_only_devices(topology))
     return spec, mesh
 
 
