@@ -30,7 +30,7 @@ def gamma0(plan: CellPlan, land: Landscape, acquired: Acquisition) -> np.ndarray
     Gain, moisture and contrast are drawn per product; the mean level of a class per cell.
     """
     rng = plan.rng(30, acquired.stream)
-    gain, moisture, contrast = rng.normal(0, 0.7, 2), rng.normal(0, 0.8), math.exp(rng.normal(0, 0.2))
+    gain, moisture, contrast = rng.normal(0, 1.2, 2), rng.normal(0, 0.8), math.exp(rng.normal(0, 0.40))
     level = np.empty((*land.classes.shape, 2), np.float32)
     for name in land.present:
         inside = land.classes == landcover.category(name)

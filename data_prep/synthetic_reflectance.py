@@ -160,7 +160,7 @@ def class_reflectance(
 def surface(plan: CellPlan, land: ground.Landscape, acquired: Acquisition) -> np.ndarray:
     """Surface reflectance [n, n, 12] under the sun of a product, before clouds and atmosphere."""
     rng = plan.rng(22, acquired.stream)
-    contrast = math.exp(rng.normal(0, 0.22))
+    contrast = math.exp(rng.normal(0, 0.50))
     out = np.empty((*land.classes.shape, len(BANDS)), np.float32)
     for name in land.present:
         inside = land.classes == landcover.category(name)
@@ -205,7 +205,7 @@ def under_clouds(reflectance: np.ndarray, clouds: Sky) -> np.ndarray:
 
 def level_2a(reflectance: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Bottom-of-atmosphere reflectance [n, n, 12] with the residual errors of the correction of one product."""
-    gain = np.exp(rng.normal(0, 0.10) + rng.normal(0, 0.05) * np.log(_WAVELENGTH / 0.86) + rng.normal(0, 0.02, 12))
+    gain = np.exp(rng.normal(0, 0.18) + rng.normal(0, 0.08) * np.log(_WAVELENGTH / 0.86) + rng.normal(0, 0.03, 12))
     haze = rng.normal(0.0, 0.008) * (_WAVELENGTH / 0.49) ** -1.5
     return reflectance * gain.astype(np.float32) + haze.astype(np.float32)
 
@@ -224,7 +224,7 @@ def level_1c(
     path = (0.9 * rayleigh + 0.22 * haze) * sun / 4
     through = np.exp(-(0.5 * rayleigh + 0.17 * haze) * (sun + 1))
     through[BANDS.index("B09")] *= 1 - vapor
-    gain = np.exp(rng.normal(0, 0.08) + rng.normal(0, 0.02, 12))
+    gain = np.exp(rng.normal(0, 0.18) + rng.normal(0, 0.03, 12))
     toa = (path + reflectance * (gain * through).astype(np.float32)).astype(np.float32)
     cirrus = 0.0010 + 0.0015 * rng.random() + 0.03 * clouds.opacity**2
     return toa, cirrus.astype(np.float32)
