@@ -316,7 +316,8 @@ def test_manifest_says_everything(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (record["s2_l2a"]["20m"]["dn"][..., 3] == stack[order.index("B8A")]).all()
     assert record["s1"]["nodata"] == pytest.approx(6 / 48)
     rows[0]["bands"] = "B02,B99"
-    rows[1]["split"] = "test"
+    rows[1] |= {"split": "test"}
+    rows.append(rows[0] | {"bands": "", "offset": "-1000"})
     with open(manifest, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
@@ -326,5 +327,6 @@ def test_manifest_says_everything(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "line 2" in message
     assert "B99" in message
     assert "line 3: split 'test'" in message
+    assert "line 5: offset -1000: expected the DN to subtract, 0..1000" in message
     assert prepare(tmp_path, tmp_path / "x", "--manifest", str(manifest), "--select", "what=yes") == 1
     assert "what" in capsys.readouterr().err
