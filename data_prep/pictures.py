@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from terrafm_jax import landcover
+from terrafm_jax.data.sampling import SamplingSpec
 from terrafm_jax.data.tiles import SPLITS, unpack_valid
 from terrafm_jax.sensors import SENSORS
 
@@ -133,30 +134,42 @@ def _world(axis: Axes, title: str) -> None:
 
 def class_histogram(data: DataSet, path: Path) -> None:
     """Share of each category among the records and among what each sampling mode draws."""
+    from matplotlib.patches import Patch
+
     plt = _plt()
     orders = data.sampling()
     natural = orders.pop("uniform").natural_histogram()
     shares = {
         f"records ({next(iter(data.splits))})": natural,
-        **{f"drawn: {mode}": order.expected_histogram() for mode, order in orders.items()},
+        **{_drawn(order.spec): order.expected_histogram() for order in orders.values()},
     }
     shown = [i for i in range(landcover.NUM_CATEGORIES) if natural[i] > 0]
     figure, axis = plt.subplots(figsize=(11, 4.5), constrained_layout=True)
     width = 0.8 / len(shares)
+    marks: list[Any] = []
     for turn, (name, values) in enumerate(shares.items()):
         left = np.arange(len(shown)) + (turn - (len(shares) - 1) / 2) * width
         colors = [landcover.CATEGORIES[i].color for i in shown]
+        lines = ["#dddddd" if _is_dark(color) else "#333333" for color in colors]  # hatching takes the edge's color
         hatch = ("", "//", "xx")[turn]
-        axis.bar(
-            left, 100 * values[shown], width, color=colors, edgecolor="#333333", linewidth=0.6, hatch=hatch, label=name
-        )
+        axis.bar(left, 100 * values[shown], width, color=colors, edgecolor=lines, linewidth=0.6, hatch=hatch)
+        marks.append(Patch(facecolor="#ffffff", edgecolor="#333333", linewidth=0.6, hatch=hatch, label=name))
     axis.set_xticks(range(len(shown)), [landcover.CATEGORIES[i].title for i in shown], rotation=25, ha="right")
     axis.set_ylabel("share of the tiles, %")
-    legend = axis.legend(frameon=False)
-    for mark in legend.legend_handles:
-        mark.set_facecolor("#ffffff")
+    axis.set_title("land cover of the records, and of what sampling draws from them")
+    axis.legend(handles=marks, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
+
+
+def _drawn(spec: SamplingSpec) -> str:
+    setting = {"paper": f"sea_keep {spec.sea_keep:g}", "balanced": f"power {spec.power:g}"}[spec.mode]
+    return f"drawn: {spec.mode}, {setting}"
+
+
+def _is_dark(color: str) -> bool:
+    red, green, blue = bytes.fromhex(color.lstrip("#"))
+    return 0.3 * red + 0.6 * green + 0.1 * blue < 90
 
 
 # --- quick-looks ------------------------------------------------------------------------------
