@@ -55,6 +55,8 @@ class WorldCover:
             return cls(None, {})
         if "://" in str(folder):
             raise ValueError(f"--worldcover {folder}: expected a local or mounted folder of maps, not a URL")
+        if not Path(folder).is_dir():
+            raise ValueError(f"--worldcover {folder}: no such folder")
         maps: dict[str, tuple[str, str]] = {}
         for path in sorted(Path(folder).rglob("*.tif")):
             found = _NAME.fullmatch(path.name)

@@ -309,6 +309,7 @@ def test_manifest_says_everything(tmp_path: Path, capsys: pytest.CaptureFixture[
         writer.writerows(rows)
     out = tmp_path / "out"
     assert prepare(tmp_path, out, "--manifest", str(manifest), "--select", "use=yes") == 0
+    assert "source: 1 scenes, 1 units, 1 files: not selected" in capsys.readouterr().out, "nothing is left out silently"
     import tensorflow_datasets as tfds
 
     (record,) = tfds.builder_from_directory(out).as_data_source("holdout")
