@@ -51,7 +51,7 @@ class Tally:
                         start, stored = 0, stored.view(np.uint16) ^ np.uint16(0x8000)  # + 32768
                     else:
                         start = round(-_LOWEST[sensor.dtype] - layer.offset.value)
-                    counts = np.bincount(stored.ravel())
+                    counts = np.bincount(stored.astype(np.intp).ravel())
                     self.values[key][band, start : start + len(counts)] += counts
                     self.pixels[key][band] += found.valid.size
 
