@@ -165,7 +165,7 @@ def make_loader(run: Run, start: int, skipped: Mapping[str, int]) -> Any:
 
 
 def describe(run: Run, say: Progress) -> None:
-    """Logs the plan and writes ``config_resolved.json``, ``statistics.json`` and ``parameters.txt``."""
+    """Logs the plan and writes ``config_resolved.json``, ``statistics.json``, ``parameters.txt``, ``landcover.png``."""
     frequent = [n for n, f in zip(landcover.NAMES, run.spec.frequent, strict=True) if f]
     say.line(f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(run.mesh.shape)}")
     say.line(f"{run.total} steps of {run.config.batch_size}, {run.order.examples_per_epoch} records an epoch")
@@ -178,6 +178,8 @@ def describe(run: Run, say: Progress) -> None:
         (folder / "config_resolved.json").write_text(json.dumps(resolved, indent=2))
         (folder / "statistics.json").write_text(run.spec.stats.to_json())
         (folder / "parameters.txt").write_text(parameter_table(run.spec, run.mesh))
+        order = run.order
+        pictures.save_classes(folder / "landcover.png", order.natural_histogram(), order.expected_histogram())
 
 
 @dataclasses.dataclass
