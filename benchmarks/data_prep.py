@@ -44,11 +44,11 @@ def synthetic_source(folder: Path, cells: int, size: int) -> Path:
     return folder
 
 
-def image_bytes(source: MajorTom, unit: Unit) -> list[bytes]:
+def image_bytes(source: MajorTom, unit: Unit) -> list[memoryview]:
     """The GeoTIFFs that a unit consists of, as the parquet rows hold them."""
     found = []
     for key, row in unit.where.items():
-        found += [v for v in _row(source, key, row).values() if isinstance(v, bytes)]
+        found += [v for v in _row(source, key, row).values() if isinstance(v, memoryview)]
     return found
 
 
@@ -104,7 +104,7 @@ def speed(job: Job, units: Sequence[Unit], repeat: int) -> dict[str, float]:
 def compressions(job: Job, units: Sequence[Unit], folder: Path) -> list[dict[str, Any]]:
     """Size, writing and reading time per tile of every shard compression, on the same records."""
     records = [
-        encode_record(t.record) for u in units for t in prepare(job.source.read(u), job.cover, job.options).tiles
+        encode_record(t.record()) for u in units for t in prepare(job.source.read(u), job.cover, job.options).tiles
     ]
     raw = sum(map(len, records))
     table = []

@@ -114,13 +114,21 @@ class Options:
 
 @dataclasses.dataclass
 class Tile:
-    """One record, and what the files beside the shards need to know of it."""
+    """One tile and what the files beside the shards need to know of it.
 
-    record: dict[str, Any]
+    ``parts`` are views of the cell and ``fields`` the rest of the record; :meth:`record` copies the pixels,
+    so that memory (and the processor's cache) holds the copy of one tile at a time.
+    """
+
+    fields: dict[str, Any]
     parts: dict[str, Layer]
     split: str
     row: np.ndarray  # INDEX_DTYPE scalar; ``layout`` is filled in by the writer
     layout: dict[str, list[int]]
+
+    def record(self) -> dict[str, Any]:
+        """The record as ``terrafm_jax.data.tiles.features`` describes it."""
+        return records.record(parts=self.parts, **self.fields)
 
 
 @dataclasses.dataclass
@@ -272,21 +280,20 @@ def _tile(
     shown = tiling.cut(categories, window, landcover.UNKNOWN)
     share = fractions(shown)
     center_lon = (float(lon.mean()) + 180.0) % 360.0 - 180.0
-    record = records.record(
-        tile_id=tile_id,
-        cell=cell.name,
-        crs=finest.crs,
-        lat=float(lat.mean()),
-        lon=center_lon,
-        landcover=majority(share),
-        fractions=share,
-        landcover_map=shown if options.keep_map else None,
-        parts=parts,
-        nodata={key: shares[key] for key in parts},
-    )
+    fields = {
+        "tile_id": tile_id,
+        "cell": cell.name,
+        "crs": finest.crs,
+        "lat": float(lat.mean()),
+        "lon": center_lon,
+        "landcover": majority(share),
+        "fractions": share,
+        "landcover_map": shown if options.keep_map else None,
+        "nodata": {key: shares[key] for key in parts},
+    }
     present = sum(1 << i for i, key in enumerate(SENSOR_KEYS) if key in parts)
     row = np.array(
-        (record["landcover"], 0, present, is_sea, lat.mean(), center_lon, max(shares[key] for key in parts)),
+        (fields["landcover"], 0, present, is_sea, lat.mean(), center_lon, max(shares[key] for key in parts)),
         INDEX_DTYPE,
     )
-    return Tile(record, parts, split, row, records.layout(parts))
+    return Tile(fields, parts, split, row, records.layout(parts))

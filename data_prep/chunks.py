@@ -12,7 +12,8 @@ import errno
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -169,10 +170,10 @@ class _Content:
             if tile.layout not in self.layouts:
                 self.layouts.append(tile.layout)
             tile.row["layout"] = self.layouts.index(tile.layout)
-            shards.write(tile.split, encode_record(tile.record))
+            shards.write(tile.split, encode_record(tile.record()))
             self.rows[tile.split].append(tile.row)
             if tile.split == SPLITS[0]:
-                self.tally.add(tile.parts, tile.record["fractions"])
+                self.tally.add(tile.parts, tile.fields["fractions"])
 
     def arrays(self, shards: _Shards) -> dict[str, np.ndarray]:
         meta = {"count": dict(shards.count), "bytes": dict(shards.bytes), "layouts": self.layouts}
@@ -199,7 +200,7 @@ def write_chunk(job: Job, chunk: int, units: Sequence[Unit], deadly: Sequence[st
     keep_memory()
     shards, content = _Shards(job, chunk), _Content()
     try:
-        with rasterio.Env():  # once, or every open and read of a band sets up its own
+        with telling_full_disk(job), rasterio.Env():  # one, or every open and read of a band sets up its own
             for unit in units:
                 report(unit.key)
                 if unit.key in deadly:
@@ -207,11 +208,8 @@ def write_chunk(job: Job, chunk: int, units: Sequence[Unit], deadly: Sequence[st
                 else:
                     _one(job, unit, shards, content)
                 report("")
-        shards.close()
-        save(chunk_path(job, chunk), **content.arrays(shards))
-    except (OSError, RuntimeError) as error:
-        _check_space(error, job)
-        raise
+            shards.close()
+            save(chunk_path(job, chunk), **content.arrays(shards))
     finally:
         shards.discard()
     return chunk
@@ -239,6 +237,17 @@ def _one(job: Job, unit: Unit, shards: _Shards, content: _Content) -> None:
         content.reject(unit, f"{type(error).__name__}: {first_line(error)}")
         return
     content.add(unit, prepared, shards)
+
+
+@contextmanager
+def telling_full_disk(job: Job) -> Iterator[None]:
+    """Errors that mean a full disk leave as DiskFull."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if not isinstance(error, DiskFull):
+            _check_space(error, job)
+        raise
 
 
 def _check_space(error: BaseException, job: Job) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -177,6 +178,8 @@ def report(summary: dict[str, Any], directory: Path) -> str:
         reasons = summary["rejected_reasons"] or summary["left_out"]
         return f"nothing prepared in {directory / WORK}: {reasons}"
     lines = [f"prepared data set: {directory} ({summary['bytes'] / 1e6:.1f} MB of records)"]
+    seen = itertools.takewhile(lambda item: item[0] != "tiles", summary.items())  # what planning counted comes first
+    lines.append("  source: " + ", ".join(f"{n} {what}" for what, n in seen if what not in ("sea_keep", "digest")))
     lines += [f"  {split}: {summary['tiles'][split]} tiles" for split in SPLITS if split in summary["tiles"]]
     if summary["left_out"]:
         lines.append("  left out: " + ", ".join(f"{n} {reason}" for reason, n in summary["left_out"].items()))

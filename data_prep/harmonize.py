@@ -55,12 +55,12 @@ def _thin(pixels: np.ndarray, valid: np.ndarray) -> np.ndarray:
     return select(pixels[::step, ::step], valid[::step, ::step])
 
 
-def first_percentile(values: np.ndarray) -> int | None:
-    """1st percentile (nearest rank) of non-negative integers of any shape, None if there are none."""
-    if values.size == 0:
-        return None
-    counts = np.bincount(values.ravel())
-    return int(np.searchsorted(np.cumsum(counts), max(1, values.size * 0.01)))
+def darker(values: np.ndarray, limit: int) -> bool:
+    """Whether the 1st percentile (nearest rank) of values of any shape is at most ``limit``; False if there are none.
+
+    Counting what lies below takes a tenth of the time that finding the percentile itself does.
+    """
+    return values.size > 0 and np.count_nonzero(values <= limit) >= max(1, values.size * 0.01)
 
 
 def pixel_offset(key: str, bands: Mapping[str, np.ndarray], valid: Mapping[str, np.ndarray]) -> float | None:
@@ -72,15 +72,14 @@ def pixel_offset(key: str, bands: Mapping[str, np.ndarray], valid: Mapping[str, 
       valid: bool [H, W] per band.
     """
     if key == "s2_l1c":
-        cirrus = first_percentile(select(bands["B10"], valid["B10"])) if "B10" in bands else None
-        if cirrus is None:
+        cirrus = select(bands["B10"], valid["B10"]) if "B10" in bands else np.empty(0)
+        if cirrus.size == 0:
             return None
-        return BASELINE_OFFSET if cirrus > L1C_CIRRUS_THRESHOLD else 0.0
-    darkest = [first_percentile(_thin(bands[name], valid[name])) for name in bands]
-    lowest = min((value for value in darkest if value is not None), default=None)
-    if lowest is None or lowest > L2A_ABSTAIN:
-        return None
-    return BASELINE_OFFSET if lowest > L2A_THRESHOLD else 0.0
+        return 0.0 if darker(cirrus, L1C_CIRRUS_THRESHOLD) else BASELINE_OFFSET
+    thin = [_thin(bands[name], valid[name]) for name in bands]
+    if any(darker(values, L2A_THRESHOLD) for values in thin):
+        return 0.0
+    return BASELINE_OFFSET if any(darker(values, L2A_ABSTAIN) for values in thin) else None
 
 
 def decide_offset(product: str, pixels: float | None) -> Offset:

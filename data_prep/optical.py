@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data_prep.harmonize import decide_offset, measured, misplaced, pixel_offset, snap_origin
-from data_prep.quality import constant_bands
+from data_prep.quality import is_constant
 from data_prep.raster import BadInput, Grid, Raster
 from data_prep.records import Group, Layer
 from terrafm_jax.sensors import SENSORS, Sensor
@@ -47,9 +47,9 @@ def optical(key: str, given: SensorInput, snap: str) -> Layer:
     for name in _dropped(sensor, given):
         same = pixels[name].shape == valid["60m"].shape
         by_band[name] = valid["60m"] if same else pixels[name] > 0
-    flat = constant_bands({b: pixels[b] for b in sensor.groups["10m"]}, by_band)
-    if len(flat) == len(sensor.groups["10m"]):
-        raise BadInput(f"{key}: one value in all pixels of {', '.join(flat)}, not a measurement")
+    finest = sensor.groups["10m"]
+    if all(is_constant(pixels[b], by_band[b]) for b in finest):
+        raise BadInput(f"{key}: one value in all pixels of {', '.join(finest)}, not a measurement")
     verdict = pixel_offset(key, pixels, by_band) if given.offset is None else None
     offset = given.offset or decide_offset(given.product, verdict)
     stored = {g: Group(tuple(pixels[b] for b in bands), valid[g], grids[g]) for g, bands in sensor.groups.items()}

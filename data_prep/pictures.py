@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from terrafm_jax import landcover
+from terrafm_jax.data.sampling import SamplingSpec
 from terrafm_jax.data.tiles import SPLITS, unpack_valid
 from terrafm_jax.sensors import SENSORS
 
@@ -75,7 +76,7 @@ def _places(data: DataSet, count: int) -> list[tuple[str, int]]:
 
 
 def world_map(data: DataSet, path: Path) -> None:
-    """Two maps of all tiles: colored by split and by majority class; a third one of a small region."""
+    """All tiles on the map of the world, colored by split and by majority class; a small region is drawn larger."""
     plt = _plt()
     names = list(data.splits)
     rows = np.concatenate([data.index[n] for n in names])
@@ -83,34 +84,36 @@ def world_map(data: DataSet, path: Path) -> None:
     split = np.repeat(np.arange(len(names)), [len(data.index[n]) for n in names])
     drawn = np.linspace(0, len(rows) - 1, min(len(rows), _POINTS)).astype(int)
     rows, split = rows[drawn], split[drawn]
-    spans = float(np.ptp(rows["lon"])), float(np.ptp(rows["lat"]))
-    small = spans[0] < 40 and spans[1] < 30
-    figure, axes = plt.subplots(3 if small else 2, 1, figsize=(11, 16 if small else 11), constrained_layout=True)
-    size = float(np.clip(20_000 / max(len(rows), 1), 0.5, 24))
     order = np.argsort(-np.bincount(split, minlength=len(names))[split], kind="stable")  # rare splits on top
-    colors = np.array([SPLIT_COLORS[n] for n in names])[split]
-    axes[0].scatter(
-        rows["lon"][order], rows["lat"][order], s=size, c=colors[order], linewidths=0.1, edgecolors="#333333"
-    )
-    _legend(axes[0], [(f"{n} ({len(data.index[n])})", SPLIT_COLORS[n]) for n in names])
-    _world(axes[0], "split")
-    _class_map(axes[1], rows, counts, size)
-    _world(axes[1], "majority land cover")
+    rows, split = rows[order], split[order]
+    by_split = np.array([SPLIT_COLORS[n] for n in names])[split]
+    by_class = np.array([c.color for c in landcover.CATEGORIES])[rows["landcover"]]
+    splits = [(f"{n} ({len(data.index[n])})", SPLIT_COLORS[n]) for n in names]
+    shown = [landcover.CATEGORIES[i] for i in np.argsort(-counts, kind="stable") if counts[i]]
+    classes = [(f"{c.title} ({counts[landcover.category(c.name)]})", c.color) for c in shown]
+    maps = [("tiles by split", by_split, splits), ("tiles by majority land cover", by_class, classes)]
+    small = np.ptp(rows["lon"]) < 40 and np.ptp(rows["lat"]) < 30
     if small:
-        _class_map(axes[2], rows, counts, 30)
-        margin = max(0.1, 0.1 * max(spans))
-        axes[2].set_xlim(rows["lon"].min() - margin, rows["lon"].max() + margin)
-        axes[2].set_ylim(rows["lat"].min() - margin, rows["lat"].max() + margin)
-        axes[2].set_title("majority land cover, the region")
-        axes[2].grid(alpha=0.3)
+        maps.insert(0, ("where the region lies", by_split, splits))
+    figure, axes = plt.subplots(len(maps), 1, figsize=(11, 5.4 * len(maps)), constrained_layout=True)
+    size = float(np.clip(20_000 / max(len(rows), 1), 0.5, 24))
+    for number, (axis, (title, colors, entries)) in enumerate(zip(axes, maps, strict=True)):
+        axis.scatter(rows["lon"], rows["lat"], s=size, c=colors, linewidths=0.1, edgecolors="#333333")
+        _legend(axis, entries)
+        if small and number:
+            _region(axis, title, rows)
+        else:
+            _world(axis, title)
     _save(figure, path)
 
 
-def _class_map(axis: Axes, rows: np.ndarray, counts: np.ndarray, size: float) -> None:
-    colors = np.array([c.color for c in landcover.CATEGORIES])[rows["landcover"]]
-    axis.scatter(rows["lon"], rows["lat"], s=size, c=colors, linewidths=0.15, edgecolors="#333333")
-    shown = [i for i in np.argsort(-counts, kind="stable") if counts[i]]
-    _legend(axis, [(f"{landcover.CATEGORIES[i].title} ({counts[i]})", landcover.CATEGORIES[i].color) for i in shown])
+def _region(axis: Axes, title: str, rows: np.ndarray) -> None:
+    margin = max(0.1, 0.1 * float(max(np.ptp(rows["lon"]), np.ptp(rows["lat"]))))
+    axis.set_xlim(rows["lon"].min() - margin, rows["lon"].max() + margin)
+    axis.set_ylim(rows["lat"].min() - margin, rows["lat"].max() + margin)
+    axis.set(title=title, facecolor="#f3f6f9", xlabel="longitude", ylabel="latitude")
+    axis.set_aspect(1 / max(0.1, np.cos(np.radians(float(rows["lat"].mean())))))
+    axis.grid(alpha=0.3)
 
 
 def _legend(axis: Axes, entries: list[tuple[str, str]]) -> None:
@@ -133,30 +136,42 @@ def _world(axis: Axes, title: str) -> None:
 
 def class_histogram(data: DataSet, path: Path) -> None:
     """Share of each category among the records and among what each sampling mode draws."""
+    from matplotlib.patches import Patch
+
     plt = _plt()
     orders = data.sampling()
     natural = orders.pop("uniform").natural_histogram()
     shares = {
         f"records ({next(iter(data.splits))})": natural,
-        **{f"drawn: {mode}": order.expected_histogram() for mode, order in orders.items()},
+        **{_drawn(order.spec): order.expected_histogram() for order in orders.values()},
     }
     shown = [i for i in range(landcover.NUM_CATEGORIES) if natural[i] > 0]
     figure, axis = plt.subplots(figsize=(11, 4.5), constrained_layout=True)
     width = 0.8 / len(shares)
+    marks: list[Any] = []
     for turn, (name, values) in enumerate(shares.items()):
         left = np.arange(len(shown)) + (turn - (len(shares) - 1) / 2) * width
         colors = [landcover.CATEGORIES[i].color for i in shown]
+        lines = ["#dddddd" if _is_dark(color) else "#333333" for color in colors]  # hatching takes the edge's color
         hatch = ("", "//", "xx")[turn]
-        axis.bar(
-            left, 100 * values[shown], width, color=colors, edgecolor="#333333", linewidth=0.6, hatch=hatch, label=name
-        )
+        axis.bar(left, 100 * values[shown], width, color=colors, edgecolor=lines, linewidth=0.6, hatch=hatch)
+        marks.append(Patch(facecolor="#ffffff", edgecolor="#333333", linewidth=0.6, hatch=hatch, label=name))
     axis.set_xticks(range(len(shown)), [landcover.CATEGORIES[i].title for i in shown], rotation=25, ha="right")
     axis.set_ylabel("share of the tiles, %")
-    legend = axis.legend(frameon=False)
-    for mark in legend.legend_handles:
-        mark.set_facecolor("#ffffff")
+    axis.set_title("land cover of the records, and of what sampling draws from them")
+    axis.legend(handles=marks, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
+
+
+def _drawn(spec: SamplingSpec) -> str:
+    setting = {"paper": f"sea_keep {spec.sea_keep:g}", "balanced": f"power {spec.power:g}"}[spec.mode]
+    return f"drawn: {spec.mode}, {setting}"
+
+
+def _is_dark(color: str) -> bool:
+    red, green, blue = bytes.fromhex(color.lstrip("#"))
+    return 0.3 * red + 0.6 * green + 0.1 * blue < 90
 
 
 # --- quick-looks ------------------------------------------------------------------------------

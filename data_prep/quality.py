@@ -16,7 +16,7 @@ BLACK_SHARE = 0.999
 def nodata_share(measured: Mapping[str, np.ndarray]) -> float:
     """Share of pixels without a measurement on the finest group, 0..1. ``measured``: bool [H, W] per group."""
     finest = max(measured.values(), key=lambda mask: mask.size)
-    return float(1.0 - finest.mean())
+    return 1.0 - np.count_nonzero(finest) / finest.size
 
 
 def is_black(share: float) -> bool:
@@ -24,14 +24,13 @@ def is_black(share: float) -> bool:
     return share >= BLACK_SHARE
 
 
-def constant_bands(bands: Mapping[str, np.ndarray], valid: Mapping[str, np.ndarray]) -> list[str]:
-    """Bands whose valid pixels all hold one value: filled, not measured."""
-    flat = []
-    for name, pixels in bands.items():
-        values = select(pixels, valid[name])
-        if values.size > 1 and values.min() == values.max():
-            flat.append(name)
-    return flat
+def is_constant(pixels: np.ndarray, valid: np.ndarray) -> bool:
+    """Whether all valid pixels (at least two) hold one value: filled, not measured."""
+    few = pixels[::16, ::16][valid[::16, ::16]]
+    if few.size and few.min() != few.max():
+        return False
+    values = select(pixels, valid)
+    return values.size > 1 and bool(values.min() == values.max())
 
 
 def cloud_share(mask: np.ndarray | None, percent: float | None) -> tuple[float, str]:

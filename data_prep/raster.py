@@ -62,7 +62,7 @@ def normalize_crs(text: str) -> str:
     return f"EPSG:{found.group(1)}" if found else text.strip()
 
 
-def decode(data: bytes, what: str, band: int = 1) -> Raster:
+def decode(data: bytes | memoryview, what: str, band: int = 1) -> Raster:
     """Decodes the bytes of a complete GeoTIFF. Raises BadInput (not an image, truncated, no georeference)."""
     if not data:
         raise BadInput(f"{what}: empty")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.cell import prepare
-from data_prep.chunks import WORK, Job, Unit, chunk_path, read, write_chunk
+from data_prep.chunks import WORK, Job, Unit, chunk_path, read, telling_full_disk, write_chunk
 from data_prep.progress import Progress
 from data_prep.survey import Verdicts, look, survey
 from data_prep.write import SUMMARY, finalize, write_text
@@ -69,7 +69,7 @@ def prepare_all(
     if finished is not None:
         return finished
     job.work.mkdir(parents=True, exist_ok=True)
-    with _locked(job.work / "lock"):
+    with telling_full_disk(job), _locked(job.work / "lock"):
         _check_same_job(job.work / "plan.json", digest, directory)
         chunks = make_chunks(units, chunk_size)
         for leftover in job.work.glob("*.tmp-*"):

@@ -25,6 +25,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 
+from data_prep.harmonize import BASELINE_OFFSET
 from data_prep.times import iso_time
 from terrafm_jax.data.tiles import SPLITS
 from terrafm_jax.sensors import SENSORS, SensorError, band_name, sensor
@@ -234,9 +235,17 @@ def _manifest_file(key: str, row: Mapping[str, str], root: Path) -> SceneFile:
         product=product,
         time=iso_time(row.get("time") or row.get("date")),
         orbit=row.get("orbit", ""),
-        offset=float(row["offset"]) if row.get("offset") else None,
+        offset=_stated_offset(row["offset"]) if row.get("offset") else None,
         nodata=float(row["nodata"]) if row.get("nodata") else float(declared.group(1)) if declared else None,
     )
+
+
+def _stated_offset(text: str) -> float:
+    """DN still inside the stored values. Raises ValueError, also on -1000: the sign that ESA gives its ADD_OFFSET."""
+    offset = float(text)
+    if not 0 <= offset <= BASELINE_OFFSET:
+        raise ValueError(f"offset {text}: expected the DN to subtract, 0..{BASELINE_OFFSET:.0f}")
+    return offset
 
 
 def band_list(key: str, text: str, what: str) -> tuple[str, ...]:

@@ -51,7 +51,8 @@ class Tally:
                         start, stored = 0, stored.view(np.uint16) ^ np.uint16(0x8000)  # + 32768
                     else:
                         start = round(-_LOWEST[sensor.dtype] - layer.offset.value)
-                    np.add.at(self.values[key][band, start:], stored.astype(np.intp).ravel(), 1)
+                    counts = np.bincount(stored.astype(np.intp).ravel())
+                    self.values[key][band, start : start + len(counts)] += counts
                     self.pixels[key][band] += found.valid.size
 
     def arrays(self) -> dict[str, np.ndarray]:

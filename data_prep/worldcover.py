@@ -55,6 +55,8 @@ class WorldCover:
             return cls(None, {})
         if "://" in str(folder):
             raise ValueError(f"--worldcover {folder}: expected a local or mounted folder of maps, not a URL")
+        if not Path(folder).is_dir():
+            raise ValueError(f"--worldcover {folder}: no such folder")
         maps: dict[str, tuple[str, str]] = {}
         for path in sorted(Path(folder).rglob("*.tif")):
             found = _NAME.fullmatch(path.name)
@@ -90,12 +92,13 @@ class WorldCover:
                 f"WorldCover maps {', '.join(faults)} are not in {self.folder}; add them, list them in absent.txt, "
                 "or pass --worldcover-missing=sea"
             )
-        table = landcover.code_to_index()  # 255 is no code: unknown
+        table = landcover.code_to_index().tobytes()  # 255 is no code: unknown
         todo: np.ndarray | None = None
         for name in needed:
             if name in self.maps:
                 codes = codes_on(self.maps[name], grid)
-                result = table[codes] if todo is None else np.where(todo, table[codes], result)
+                found = np.frombuffer(bytearray(codes).translate(table), np.uint8).reshape(codes.shape)
+                result = found if todo is None else np.where(todo, found, result)
                 todo = codes == _OUTSIDE if todo is None else todo & (codes == _OUTSIDE)
         absent = [name for name in needed if name not in self.maps]
         if absent:
@@ -191,8 +194,10 @@ def codes_on(path: str, grid: Grid) -> np.ndarray:
             width=grid.width,
             resampling=Resampling.nearest,
             src_nodata=None,  # 0 is open sea, not nodata
-            nodata=_OUTSIDE,
+            nodata=None,  # with nodata GDAL looks at every pixel twice; INIT_DEST fills what the map does not reach
             dtype="uint8",
+            init_dest_nodata=False,
+            INIT_DEST=str(_OUTSIDE),
         ) as warped:
             return warped.read(1)
     except RasterioError as error:
@@ -244,4 +249,4 @@ def ocean(categories: np.ndarray) -> np.ndarray:
 
 def is_ocean(ocean_mask: np.ndarray) -> bool:
     """At least 99 % ocean. A majority rule would delete mangrove coasts."""
-    return bool(ocean_mask.mean() >= OCEAN_SHARE)
+    return np.count_nonzero(ocean_mask) / ocean_mask.size >= OCEAN_SHARE

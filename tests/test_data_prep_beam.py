@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from data_prep_cells import make_source
 
@@ -40,3 +43,18 @@ def test_direct_runner_equals_the_local_run(tmp_path: Path, capsys: pytest.Captu
     assert files(tmp_path / "threads") == files(tmp_path / "local")
     with pytest.raises(SystemExit):
         majortom.main(command(source, tmp_path / "x", "--no-such-flag"))
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_told_through_beam(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch):
+    pytest.importorskip("apache_beam", reason="extra [beam] is not installed")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    source = make_source(tmp_path / "in", 1)
+    monkeypatch.setattr(np, "savez", full)
+    assert majortom.main(command(source, tmp_path / "out", "--runner", "DirectRunner")) == 4
+    assert f"no space left under {tmp_path / 'out'}" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert majortom.main(command(source, tmp_path / "out", "--runner", "DirectRunner")) == 0

@@ -309,6 +309,7 @@ def test_manifest_says_everything(tmp_path: Path, capsys: pytest.CaptureFixture[
         writer.writerows(rows)
     out = tmp_path / "out"
     assert prepare(tmp_path, out, "--manifest", str(manifest), "--select", "use=yes") == 0
+    assert "source: 1 scenes, 1 units, 1 files: not selected" in capsys.readouterr().out, "nothing is left out silently"
     import tensorflow_datasets as tfds
 
     (record,) = tfds.builder_from_directory(out).as_data_source("holdout")
@@ -316,7 +317,8 @@ def test_manifest_says_everything(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (record["s2_l2a"]["20m"]["dn"][..., 3] == stack[order.index("B8A")]).all()
     assert record["s1"]["nodata"] == pytest.approx(6 / 48)
     rows[0]["bands"] = "B02,B99"
-    rows[1]["split"] = "test"
+    rows[1] |= {"split": "test"}
+    rows.append(rows[0] | {"bands": "", "offset": "-1000"})
     with open(manifest, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
@@ -326,5 +328,6 @@ def test_manifest_says_everything(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "line 2" in message
     assert "B99" in message
     assert "line 3: split 'test'" in message
+    assert "line 5: offset -1000: expected the DN to subtract, 0..1000" in message
     assert prepare(tmp_path, tmp_path / "x", "--manifest", str(manifest), "--select", "what=yes") == 1
     assert "what" in capsys.readouterr().err

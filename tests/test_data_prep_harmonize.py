@@ -13,8 +13,8 @@ from data_prep_cells import scene
 from data_prep.geotiff import bands_of
 from data_prep.harmonize import (
     baseline,
+    darker,
     decide_offset,
-    first_percentile,
     measured,
     misplaced,
     pixel_offset,
@@ -41,12 +41,17 @@ def test_offset_proposed_by_product_id(product, number, proposed):
     assert product_offset(product) == proposed
 
 
-def test_first_percentile_is_the_nearest_rank():
+def test_darker_is_the_first_percentile_by_nearest_rank():
     values = np.arange(1, 1001, dtype=np.uint16)
-    assert first_percentile(values) == 10
-    assert first_percentile(values.reshape(10, 100)) == 10
-    assert first_percentile(values[:0]) is None
-    assert first_percentile(np.array([7], np.uint16)) == 7
+    for given in (values, values.reshape(10, 100)):
+        assert darker(given, 10)
+        assert not darker(given, 9)
+    assert not darker(values[:0], 65535)
+    assert (darker(values[6:7], 6), darker(values[6:7], 7)) == (False, True)
+    noise = np.random.default_rng(0).integers(0, 4000, (20, 777))
+    for row in noise:
+        lowest = np.percentile(row, 1, method="inverted_cdf")
+        assert (darker(row, lowest - 1), darker(row, lowest)) == (False, True)
 
 
 def test_pixels_abstain_where_nothing_is_dark():

@@ -19,7 +19,7 @@ import pytest
 from data_prep_cells import columns, geotiff, make_cells, make_source, place, scene, worldcover, write_majortom
 from rasterio.transform import from_origin
 
-from data_prep import chunks, majortom
+from data_prep import chunks, majortom, write
 from data_prep.chunks import Job, Unit
 from data_prep.run import make_chunks, prepare_all
 from data_prep.worldcover import WorldCover
@@ -180,6 +180,35 @@ def test_full_disk_while_reports_are_written(source: Path, tmp_path: Path, monke
     assert majortom.main(command(source, out)) == 4
     monkeypatch.undo()
     assert majortom.main(command(source, out)) == 0
+
+
+def test_full_disk_at_every_small_file(
+    source: Path, expected: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+):
+    """Plan, index, statistics, reports and metadata: whichever does not fit, the next start completes the rest."""
+    out, plain, moment = tmp_path / "data", write.sync, 0
+    while True:
+        calls = 0
+
+        def full(path: Path, moment: int = moment) -> None:
+            nonlocal calls
+            calls += 1
+            if calls > moment:
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            plain(path)
+
+        monkeypatch.setattr(write, "sync", full)
+        code = majortom.main(command(source, out))
+        monkeypatch.undo()
+        if code == 0:
+            break
+        assert code == 4
+        message = capsys.readouterr().err
+        assert "no space left" in message
+        assert "start the same command again" in message
+        moment += 1
+    assert moment > 6
+    assert files(out) == expected
 
 
 class Deadly:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.quality import cloud_share, constant_bands, is_black, nodata_share
+from data_prep.quality import cloud_share, is_black, is_constant, nodata_share
 from data_prep.raster import Grid, normalize_crs
 from data_prep.splits import BlockSplit, read_splits, unit_hash
 from data_prep.tiling import Window, check_multiple, cut, on_grid, whole, windows
@@ -153,8 +153,20 @@ def test_quality_measures():
     assert nodata_share(valid) == 0.25
     assert not is_black(0.25)
     assert is_black(1.0)
-    flat = {"B02": np.full((4, 4), 7), "B03": np.arange(16).reshape(4, 4)}
-    assert constant_bands(flat, dict.fromkeys(flat, np.ones((4, 4), bool))) == ["B02"]
+
+
+def test_constant_pixels_are_no_measurement():
+    flat, everywhere = np.full((40, 40), 7), np.ones((40, 40), bool)
+    assert is_constant(flat, everywhere)
+    one = flat.copy()
+    one[5, 7] = 8  # none of the few pixels that are looked at first
+    assert not is_constant(one, everywhere)
+    assert is_constant(one, one == 7)
+    assert not is_constant(flat, ~everywhere), "nothing measured is another fault"
+    first = flat.copy()
+    first[0, 0] = 0
+    assert not is_constant(first, everywhere)
+    assert is_constant(first, first > 0)
 
 
 def test_cloud_share_and_its_source():

@@ -92,6 +92,8 @@ def test_absent_maps_are_sea_where_declared(tmp_path: Path):
 def test_no_maps_at_all(tmp_path: Path):
     with pytest.raises(ValueError, match="ESA_WorldCover"):
         WorldCover.open(tmp_path)
+    with pytest.raises(ValueError, match="nowhere: no such folder"):
+        WorldCover.open(tmp_path / "nowhere")
     grid = grid_at(9.0, 46.5, "EPSG:32632")
     assert (WorldCover.open("none").overlay(grid) == landcover.UNKNOWN).all()
 

@@ -1,4 +1,4 @@
-"""The picture of the first batch's views."""
+"""The pictures that a run begins with: views of the first batch, land cover before and after sampling."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from etils import epath
 from PIL import Image
 from views_fake import fake_batch, views_of
 
+from terrafm_jax import landcover
 from terrafm_jax.models.terrafm import patchify
 from terrafm_jax.sensors import SENSORS
 from terrafm_jax.ssl.views import ViewSpec
@@ -48,3 +49,15 @@ def test_sheet_shows_every_view_and_grays_what_no_network_saw(tmp_path) -> None:
                 tile = sheet[top : top + cell, left : left + cell]
                 seen = views.student[row, v, i] or (column < 2 and views.teacher[row, v, i])
                 assert (np.unique(tile).tolist() == [0xD8]) != bool(seen)
+
+
+def test_class_chart_draws_shares_before_and_after() -> None:
+    before, after = np.zeros((2, landcover.NUM_CATEGORIES))
+    tree, snow = landcover.category("tree"), landcover.category("snow")
+    before[[tree, snow]], after[[tree, snow]] = (0.9, 0.1), (0.6, 0.4)
+    chart = np.asarray(pictures.class_chart(before, after))
+    for i, row in ((tree, 1), (snow, 2)):
+        color = np.array(list(bytes.fromhex(landcover.CATEGORIES[i].color[1:])))
+        length = (chart[32 * row + 16] == color).all(axis=-1).sum()  # within the lower bar, which is what is drawn
+        assert abs(length - 420 * after[i] / 0.9) <= 2
+    assert chart.shape[0] == 3 * 32, "a title, and the two categories that occur"

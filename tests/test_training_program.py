@@ -71,7 +71,7 @@ def test_every_config_runs_as_a_smoke_test_of_itself(config: str, prepared: Path
     assert done.returncode == 0, done.stderr
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert {"DONE", "metrics.jsonl", "config_resolved.json", "parameters.txt", "statistics.json", "views.png",
-            "checkpoints", "teacher"} <= names  # fmt: skip
+            "landcover.png", "checkpoints", "teacher"} <= names  # fmt: skip
     found = rows(tmp_path / "run")
     losses = [row["loss"] for row in found if "loss" in row]
     assert len(losses) == 4

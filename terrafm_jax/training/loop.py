@@ -140,19 +140,21 @@ def make_loader(run: Run, start: int, skipped: Mapping[str, int]) -> Any:
 
 
 def describe(run: Run, say: Progress) -> None:
-    """Logs the plan and writes ``config_resolved.json``, ``statistics.json`` and ``parameters.txt``."""
-    shares = run.order.expected_histogram()
-    classes = ", ".join(f"{n} {s:.1%}" for n, s in zip(landcover.NAMES, shares, strict=True) if s > 0)
+    """Logs the plan and writes ``config_resolved.json``, ``statistics.json``, ``parameters.txt``, ``landcover.png``."""
     frequent = [n for n, f in zip(landcover.NAMES, run.spec.frequent, strict=True) if f]
     say.line(f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(run.mesh.shape)}")
     say.line(f"{run.total} steps of {run.config.batch_size}, {run.order.examples_per_epoch} records an epoch")
-    say.line(f"sampled land cover: {classes}; frequent: {', '.join(frequent) or 'none'}")
+    for line in run.order.describe().splitlines():
+        say.line(line)
+    say.line(f"frequent land cover: {', '.join(frequent) or 'none'}")
     if run.first:
         folder = epath.Path(run.workdir)
         resolved = {"config": config_lib.flatten(run.config), "steps": dict(run.steps), "frequent": frequent}
         (folder / "config_resolved.json").write_text(json.dumps(resolved, indent=2))
         (folder / "statistics.json").write_text(run.spec.stats.to_json())
         (folder / "parameters.txt").write_text(parameter_table(run.spec, run.mesh))
+        order = run.order
+        pictures.save_classes(folder / "landcover.png", order.natural_histogram(), order.expected_histogram())
 
 
 def _loop(

@@ -1,4 +1,4 @@
-"""The views of a batch as a picture: what the networks really get to see, before a run spends its hours."""
+"""What the networks really get to see, before a run spends its hours: the views of a batch, the land cover drawn."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from terrafm_jax import landcover
 from terrafm_jax.sensors import SENSORS
 from terrafm_jax.ssl.views import ViewSet, ViewSpec
 
@@ -83,4 +84,34 @@ def save_views(path: Any, sets: Sequence[ViewSet], spec: ViewSpec) -> None:
     host[1:] = [s._replace(teacher=np.zeros_like(s.teacher)) for s in host[1:]]
     buffer = io.BytesIO()
     view_sheet(host, spec).save(buffer, format="PNG")
+    path.write_bytes(buffer.getvalue())
+
+
+def class_chart(before: np.ndarray, after: np.ndarray) -> Image.Image:
+    """Two bars a category that occurs: its share of the records (pale) and of what sampling draws.
+
+    Args:
+      before, after: shares that sum to 1, float [NUM_CATEGORIES].
+    """
+    shown = np.flatnonzero((before > 0) | (after > 0))
+    bar, line, left, full = 11, 32, 170, 420  # px
+    scale = full / max(float(before.max()), float(after.max()))
+    chart = Image.new("RGB", (left + full + 60, (len(shown) + 1) * line), "white")
+    draw = ImageDraw.Draw(chart)
+    draw.text((left, 8), "share of the records (pale), share drawn", fill="black")
+    for row, i in enumerate(shown, 1):
+        category, top = landcover.CATEGORIES[i], row * line
+        color = np.frombuffer(bytes.fromhex(category.color[1:]), np.uint8)
+        draw.text((6, top + 6), category.title, fill="black")
+        for y, share, fill in ((top, before[i], (color // 3) + 168), (top + bar + 1, after[i], color)):
+            width = round(scale * float(share))
+            draw.rectangle((left, y, left + width, y + bar), fill=tuple(map(int, fill)), outline="#777777")
+            draw.text((left + width + 5, y), f"{share:.1%}", fill="black")
+    return chart
+
+
+def save_classes(path: Any, before: np.ndarray, after: np.ndarray) -> None:
+    """Writes :func:`class_chart` as a PNG to ``path`` (an etils path, local or remote)."""
+    buffer = io.BytesIO()
+    class_chart(before, after).save(buffer, format="PNG")
     path.write_bytes(buffer.getvalue())
