@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from data_prep import quality, records, tiling
-from data_prep.ground import Rival, share_ground
+from data_prep.delivered import Cell, SensorInput
+from data_prep.ground import share_ground
 from data_prep.harmonize import Offset, snap_origin
 from data_prep.optical import optical
 from data_prep.radar import power_from, same_place, to_hundredths, warp_power
-from data_prep.raster import BadInput, Grid, Raster
+from data_prep.raster import BadInput, Grid
 from data_prep.records import Group, Layer
 from data_prep.splits import BlockSplit, unit_hash
 from data_prep.worldcover import WorldCover, fractions, is_ocean, lonlat_outline, majority, ocean
@@ -25,57 +25,6 @@ from terrafm_jax.sensors import S1, SENSOR_KEYS
 
 SHARED = "shares ground with another split"
 MAX_DISTANCE = 0.2  # degrees of latitude between where a cell is said to lie and where its pixels lie
-
-
-@dataclasses.dataclass
-class SensorInput:
-    """The delivered bands of one sensor.
-
-    Attributes:
-      bands: ESA band name -> raster.
-      product, kind, time, orbit: as the record stores them.
-      unit: ``DN``, ``power`` or ``dB``.
-      cloud_mask, cloud_percent: see ``quality.cloud_share``.
-      offset: decided beforehand (a manifest, the survey of a product), or None: decide here.
-    """
-
-    bands: dict[str, Raster]
-    product: str = ""
-    kind: str = ""
-    time: str = ""
-    orbit: str = ""
-    unit: str = "DN"
-    cloud_mask: np.ndarray | None = None
-    cloud_percent: float | None = None
-    offset: Offset | None = None
-
-    @cached_property
-    def cloud(self) -> tuple[float, str]:
-        """Cloud share of the cell and its source, the same for all its tiles."""
-        return quality.cloud_share(self.cloud_mask, self.cloud_percent)
-
-
-@dataclasses.dataclass
-class Cell:
-    """What a source delivers for one cell.
-
-    Attributes:
-      name: grid cell, ``199U_1099R``.
-      sensors: sensor key -> input; at least one.
-      number: 0 for the first product of the cell, 1 for the next; part of the tile ids.
-      split: fixed split, or None: by footprint.
-      center: (lat, lon) that the metadata claim, or None.
-      landcover: WorldCover codes of the cell itself, in place of the 3 degree maps.
-      rivals: cells nearby of another listed split, with a Grid each, that keep the ground they share.
-    """
-
-    name: str
-    sensors: dict[str, SensorInput]
-    number: int = 0
-    split: str | None = None
-    center: tuple[float, float] | None = None
-    landcover: Raster | None = None
-    rivals: Sequence[Rival] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,8 @@ import numpy as np
 import rasterio
 from array_record.python import array_record_module
 
-from data_prep.cell import Cell, Options, Prepared, prepare
+from data_prep.cell import Options, Prepared, prepare
+from data_prep.delivered import Cell
 from data_prep.encode import encode_record
 from data_prep.ground import Rival
 from data_prep.harmonize import Offset

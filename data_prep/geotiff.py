@@ -27,8 +27,9 @@ from rasterio.warp import transform_bounds
 from rasterio.windows import Window
 
 from data_prep import cli, ground
-from data_prep.cell import Cell, Options, SensorInput
+from data_prep.cell import Options
 from data_prep.chunks import Source, Unit
+from data_prep.delivered import Cell, SensorInput
 from data_prep.ground import Place
 from data_prep.harmonize import Offset
 from data_prep.raster import BadInput, Grid, Raster, first_line, grid_of, open_raster

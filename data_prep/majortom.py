@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import cli, ground, parquet
-from data_prep.cell import Cell, Options, SensorInput
+from data_prep.cell import Options
 from data_prep.chunks import Source, Unit
+from data_prep.delivered import Cell, SensorInput
 from data_prep.ground import Place, Rival
 from data_prep.raster import BadInput, Grid, Raster, decode, normalize_crs
 from data_prep.times import iso_time

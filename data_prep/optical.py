@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from functools import reduce
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from data_prep.delivered import SensorInput
 from data_prep.harmonize import decide_offset, measured, misplaced, pixel_offset, snap_origin
 from data_prep.quality import is_constant
 from data_prep.raster import BadInput, Grid, Raster
 from data_prep.records import Group, Layer
 from terrafm_jax.sensors import SENSORS, Sensor
-
-if TYPE_CHECKING:
-    from data_prep.cell import SensorInput
 
 
 def optical(key: str, given: SensorInput, snap: str) -> Layer:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_prep.dataset import DataSet
 from terrafm_jax import landcover
 from terrafm_jax.data.sampling import SamplingSpec
 from terrafm_jax.data.tiles import SPLITS, unpack_valid
@@ -15,7 +16,6 @@ from terrafm_jax.sensors import SENSORS
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from data_prep.inspect import DataSet
 
 SPLIT_COLORS = dict(zip(SPLITS, ("#3b6fb6", "#e08214", "#b2182b"), strict=True))
 NODATA = "#ff00ff"

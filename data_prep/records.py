@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from data_prep import tiling
+from data_prep.delivered import SensorInput
 from data_prep.harmonize import Offset
 from data_prep.raster import Grid
 from terrafm_jax import landcover
 from terrafm_jax.data import tiles
 from terrafm_jax.sensors import SENSORS
-
-if TYPE_CHECKING:
-    from data_prep.cell import SensorInput
 
 _ABSENT = (2, 2)  # shape of placeholders, see tiles.features
 

@@ -26,8 +26,9 @@ import numpy as np
 from rasterio.warp import transform_bounds
 
 from data_prep import cli, ground
-from data_prep.cell import Cell, Options, SensorInput
+from data_prep.cell import Options
 from data_prep.chunks import Source, SourceUnavailable, Unit
+from data_prep.delivered import Cell, SensorInput
 from data_prep.ground import Place
 from data_prep.raster import BadInput, Grid, Raster, first_line, normalize_crs
 from data_prep.scenes import kind_of

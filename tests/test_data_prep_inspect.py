@@ -11,6 +11,7 @@ from data_prep_cells import SIZE, make_source, place, scene
 from PIL import Image
 
 from data_prep import inspect, majortom
+from data_prep.dataset import DataSet
 from terrafm_jax import landcover
 from terrafm_jax.sensors import SENSORS
 
@@ -52,7 +53,7 @@ def test_text_and_page(prepared: Path, capsys: pytest.CaptureFixture[str]):
 
 
 def test_exported_tile_lies_exactly_on_its_source(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    data = inspect.DataSet.open(prepared)
+    data = DataSet.open(prepared)
     split = next(iter(data.splits))
     tile = data.record(split, 0)["tile_id"]
     assert inspect.main([str(prepared), "--export", tile, str(tmp_path / "a")]) == 0

@@ -11,6 +11,7 @@ import pytest
 import rasterio
 
 from data_prep import inspect, majortom
+from data_prep.dataset import DataSet
 from data_prep.harmonize import snap_origin
 from data_prep.quality import cloud_share, is_black, is_constant, nodata_share
 from data_prep.radar import power_from
@@ -54,7 +55,7 @@ def prepared(delivered: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_export_of_the_real_cell_lies_on_its_source(prepared: Path, delivered: Path, tmp_path: Path):
     """Every band of every tile: the delivered DN, at the place that snapping gives them."""
-    data = inspect.DataSet.open(prepared)
+    data = DataSet.open(prepared)
     assert len(data.splits["train"]) == 4
     for number in range(4):
         out = tmp_path / str(number)
@@ -73,7 +74,7 @@ def test_export_of_the_real_cell_lies_on_its_source(prepared: Path, delivered: P
 
 
 def test_record_of_the_real_cell(prepared: Path):
-    data = inspect.DataSet.open(prepared)
+    data = DataSet.open(prepared)
     record = inspect.find(data, f"{CELL}/r534_c534")
     entry = record["s2_l2a"]
     assert entry["10m"]["dn"].shape == (534, 534, 4)
