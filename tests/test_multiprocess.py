@@ -29,8 +29,7 @@ FLAGS = (
 def launch(data: Path, workdir: Path, processes: int, devices: int, *extra: str) -> subprocess.Popen:
     command = ["launch/local.sh", "--processes", str(processes), "--devices", str(devices), "--", *FLAGS]
     command += [f"--workdir={workdir}", f"--config.data.dir={data}", *extra]
-    # Eight processes of this file would each compile what the first of them can hand to the others.
-    env = child_environment(PYTHON=sys.executable, RESTART_DELAY="0", JAX_SHARE_BINARY_BETWEEN_HOSTS="1")
+    env = child_environment(PYTHON=sys.executable, RESTART_DELAY="0")
     with log_of(workdir).open("a") as log:  # a pipe that nobody reads would block the job once it is full
         return subprocess.Popen(command, cwd=ROOT, env=env, stderr=log)
 
