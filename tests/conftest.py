@@ -32,9 +32,18 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags
 
-# Commands under test compile a train step in a third of the time without XLA's optimizations; the tests in this
-# process, which compare numbers with references, keep the compiler as users have it.
+# A train step compiles in a third of the time without XLA's optimizations. Commands under test always do without;
+# this process only where it is told to: what compares numbers with a reference keeps the compiler as users have it.
 QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+QUICK_FLAGS = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILE}".strip()
+if os.environ.get("TERRAFM_TEST_COMPILE") == "quick":  # XLA reads its flags at the first computation
+    os.environ["XLA_FLAGS"] = QUICK_FLAGS
+
+# Files whose tests carry the marker ``reference``.
+REFERENCE = {
+    "test_models_parity", "test_models_fusion", "test_models_compute", "test_objective", "test_optim",
+    "test_step_torch", "test_views_resample", "test_export",
+}  # fmt: skip
 
 # The files that take longest, longest first: the last one to start should be short. The order is all that counts.
 LONGEST = (
@@ -45,10 +54,14 @@ LONGEST = (
 )  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first, so that the workers, which take whole files, end together."""
+    """Marks the references, and puts long files first, so that the workers, which take whole files, end together."""
     rank = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+    for item in items:
+        if item.path.stem in REFERENCE:
+            item.add_marker("reference")
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +81,7 @@ def real_data() -> Path:
 
 def child_environment(**more: str) -> dict[str, str]:
     """The environment of a command under test."""
-    return {**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILE}".strip(), **more}
+    return {**os.environ, "XLA_FLAGS": QUICK_FLAGS, **more}
 
 
 def run_module(

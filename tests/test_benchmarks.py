@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import child_environment, run_module
+from conftest import QUICK_FLAGS, child_environment, run_module
 
 from benchmarks import ablation
 
@@ -62,7 +62,7 @@ def test_comparison_runs_on_a_bare_install(root: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_ablation_trains_and_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("rasterio")
-    monkeypatch.setenv("XLA_FLAGS", child_environment()["XLA_FLAGS"])  # for the runs that it starts
+    monkeypatch.setenv("XLA_FLAGS", QUICK_FLAGS)  # for the runs that it starts
     cells, tiles, out = (tmp_path / name for name in ("cells", "tiles", "out"))
     for command in (
         ("data_prep.synthetic", "--out", cells, "--cells", 12, "--heldout", 12, "--validation", 12, "--cell-size", 120),
