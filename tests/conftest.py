@@ -24,12 +24,12 @@ ROOT = Path(__file__).resolve().parents[1]
 CACHE = Path(os.environ.get("TERRAFM_TEST_CACHE", Path(tempfile.gettempdir()) / "terrafm_jax_test_cache"))
 # Subprocesses (commands under test) share the cache.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags
 
 # A train step compiles in a third of the time without XLA's optimizations. Commands under test always do without;
