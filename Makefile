@@ -6,6 +6,7 @@ EXTRAS ?= all
 DEMO ?= demo_out
 # Test processes: compiling is mostly one thread, so two fill two cores. More need 4 GB of memory each.
 JOBS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: env demo test test-fast lint format clean
 
@@ -23,11 +24,14 @@ demo:
 	@$(MAKE) --no-print-directory env EXTRAS=demo
 	$(BIN)/python -m terrafm_jax.demo --out $(DEMO)
 
+# Compiling is most of it: only what is compared with a reference is compiled as users have it (tests/conftest.py).
 test: env
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	TERRAFM_TEST_COMPILE=quick $(PYTEST) -m "not reference"
+	$(PYTEST) -m reference
 
 test-fast: env
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow"
+	TERRAFM_TEST_COMPILE=quick $(PYTEST) -m "not slow and not reference"
+	$(PYTEST) -m "reference and not slow"
 
 lint: env
 	$(BIN)/ruff check .

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import run_module
+from conftest import QUICK_FLAGS, child_environment, run_module
 
 from benchmarks import ablation
 
@@ -42,7 +41,7 @@ def test_comparison_runs_on_a_bare_install(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "compare.json"
     words = "--size s --batch 2 --dtype float32 --steps 1 --rounds 1 --locals 1 --prototypes 64 --meters 960"
     command = [sys.executable, "-m", "benchmarks.compare", *words.split(), "--peers", "peer_eager", "--out", str(out)]
-    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    env = child_environment(PYTHONPATH=str(tmp_path))
     check = subprocess.run([sys.executable, "-c", "import grain"], env=env, capture_output=True, text=True)
     assert "bare install" in check.stderr
     done = subprocess.run(
@@ -61,8 +60,9 @@ def test_comparison_runs_on_a_bare_install(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ablation_trains_and_scores(tmp_path: Path) -> None:
+def test_ablation_trains_and_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("rasterio")
+    monkeypatch.setenv("XLA_FLAGS", QUICK_FLAGS)  # for the runs that it starts
     cells, tiles, out = (tmp_path / name for name in ("cells", "tiles", "out"))
     for command in (
         ("data_prep.synthetic", "--out", cells, "--cells", 12, "--heldout", 12, "--validation", 12, "--cell-size", 120),

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import run_module
+from conftest import child_environment, run_module
+from tiny_training import FORTY, command
 
 from terrafm_jax.data import shards
 
-TINY = (
-    "--config.views.global_size=32", "--config.views.local_size=16", "--config.model.depth=1", "--config.knn.every=0",
-    "--config.log.tensorboard=True",
+# The run of the fixture ``straight``; only what is written, and how often, differs.
+FLAGS = (
+    *FORTY, "--config.log.pictures=True", "--config.log.tensorboard=True", "--config.log.every=4",
+    "--config.checkpoint.every=20",
 )  # fmt: skip
 
 
@@ -46,35 +47,34 @@ def bucket():
     server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
     server.start()
     url = f"http://127.0.0.1:{port}"
-    yield {
-        **os.environ, "STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url, "NO_GCE_CHECK": "true",
-        "GCE_METADATA_IP": "127.0.0.1:1", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-    }  # fmt: skip
+    yield child_environment(
+        STORAGE_EMULATOR_HOST=url, TENSORSTORE_GCS_HTTP_URL=url, NO_GCE_CHECK="true",
+        GCE_METADATA_IP="127.0.0.1:1", GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT="false",
+    )  # fmt: skip
     server.stop()
 
 
 @pytest.mark.slow
-def test_training_in_a_bucket_equals_training_on_disk(bucket, prepared: Path, tmp_path: Path) -> None:
+def test_training_in_a_bucket_equals_training_on_disk(bucket, prepared: Path, straight: Path, tmp_path: Path) -> None:
     environment = bucket | {shards.FOLDER_VARIABLE: str(tmp_path / "copies")}
     copied = run_module("etils_copy", str(prepared), "gs://bucket/tiles", env=environment | {"PYTHONPATH": _here()})
     assert copied.returncode == 0, copied.stderr
-    common = ("terrafm_jax.main", "--config=configs/demo.py:runlocal", *TINY)
-    remote = ("--workdir=gs://bucket/run", "--config.data.dir=gs://bucket/tiles")
-    local = (f"--workdir={tmp_path / 'run'}", f"--config.data.dir={prepared}")
-    for arguments in ((*remote, "--config.stop_at_step=2"), remote, local):
-        done = run_module(*common, *arguments, env=environment)
+    remote = command("gs://bucket/tiles", "gs://bucket/run", *FLAGS)
+    for stop in (20, 0):
+        done = run_module(*remote, f"--config.stop_at_step={stop}", env=environment)
         assert done.returncode == 0, done.stderr
+    assert "resumed step 20" in done.stderr
     back = run_module(
         "etils_copy", "gs://bucket/run", str(tmp_path / "back"), env=environment | {"PYTHONPATH": _here()}
     )
     assert back.returncode == 0, back.stderr
-    ours, theirs = (np.load(tmp_path / name / "teacher/4/params.npz") for name in ("back", "run"))
+    ours, theirs = (np.load(run / "teacher/40/params.npz") for run in (tmp_path / "back", straight))
     assert ours.files == theirs.files
     assert all(ours[k].tobytes() == theirs[k].tobytes() for k in ours.files)
     steps = [json.loads(line)["step"] for line in (tmp_path / "back/metrics.jsonl").read_text().splitlines()]
-    assert {1, 2, 3, 4} <= set(steps)
+    assert {1, *range(4, 41, 4)} <= set(steps)
     assert (tmp_path / "back/DONE").exists()
-    assert {p.name for p in (tmp_path / "back/checkpoints").iterdir()} >= {"4"}
+    assert {p.name for p in (tmp_path / "back/checkpoints").iterdir()} >= {"40"}
     assert {"views.png", "report.html", "config_resolved.json", "parameters.txt"} <= {
         p.name for p in (tmp_path / "back").iterdir()
     }

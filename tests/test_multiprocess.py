@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import ROOT, run_module
+from conftest import ROOT, child_environment, run_module
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +29,7 @@ FLAGS = (
 def launch(data: Path, workdir: Path, processes: int, devices: int, *extra: str) -> subprocess.Popen:
     command = ["launch/local.sh", "--processes", str(processes), "--devices", str(devices), "--", *FLAGS]
     command += [f"--workdir={workdir}", f"--config.data.dir={data}", *extra]
-    env = {**os.environ, "PYTHON": sys.executable, "RESTART_DELAY": "0"}
+    env = child_environment(PYTHON=sys.executable, RESTART_DELAY="0")
     with log_of(workdir).open("a") as log:  # a pipe that nobody reads would block the job once it is full
         return subprocess.Popen(command, cwd=ROOT, env=env, stderr=log)
 

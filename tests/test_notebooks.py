@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import QUICK_FLAGS
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
 
@@ -27,6 +28,7 @@ def test_runs_from_clean_state(path, tmp_path, monkeypatch):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     pytest.importorskip("torch")
     monkeypatch.setenv("TERRAFM_QUICK", "1")
+    monkeypatch.setenv("XLA_FLAGS", QUICK_FLAGS)
     monkeypatch.setenv("TERRAFM_NOTEBOOK_DIR", str(tmp_path))
     for name in ("TERRAFM_CHECKPOINT", "TERRAFM_WEIGHTS"):
         monkeypatch.delenv(name, raising=False)

@@ -3,53 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-from conftest import ROOT, run_module
+from conftest import ROOT, child_environment
+from tiny_training import FORTY, TINY, assert_same, command, state_of, train
 
 pytestmark = pytest.mark.slow
-
-TINY = (
-    "--config.views.global_size=32", "--config.views.local_size=16", "--config.model.depth=1", "--config.knn.every=0",
-    "--config.log.pictures=False",
-)  # fmt: skip
-
-
-def command(data: Path, workdir: Path, *extra: str, config: str = "demo:runlocal") -> list[str]:
-    name, _, argument = config.partition(":")
-    return [
-        "terrafm_jax.main", f"--config=configs/{name}.py:{argument}", f"--workdir={workdir}",
-        f"--config.data.dir={data}", *extra,
-    ]  # fmt: skip
-
-
-def train(data: Path, workdir: Path, *extra: str, config: str = "demo:runlocal", **options: object):
-    return run_module(*command(data, workdir, *extra, config=config), **options)
-
-
-def state_of(workdir: Path, step: int) -> dict[str, np.ndarray]:
-    """Every array of a checkpoint by its path."""
-    with ocp.StandardCheckpointer() as reader:
-        tree = reader.restore(workdir.absolute() / "checkpoints" / str(step) / "state")
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-
-
-def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
-    assert a.keys() == b.keys()
-    different = [k for k in a if a[k].tobytes() != b[k].tobytes()]
-    assert not different, different
 
 
 def rows(workdir: Path) -> list[dict]:
@@ -57,11 +25,12 @@ def rows(workdir: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def straight(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty uninterrupted steps with a checkpoint every other step."""
-    workdir = tmp_path_factory.mktemp("straight") / "run"
-    done = train(prepared, workdir, *TINY, "--config.total_steps=40")
+def two_steps(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, stopped after two steps. To be copied."""
+    workdir = tmp_path_factory.mktemp("two_steps") / "run"
+    done = train(prepared, workdir, *FORTY, "--config.stop_at_step=2")
     assert done.returncode == 0, done.stderr
+    assert not (workdir / "DONE").exists()
     return workdir
 
 
@@ -87,13 +56,14 @@ def test_every_row_of_the_ablation_runs(row: str, prepared: Path, tmp_path: Path
     assert done.returncode == 0, done.stderr
 
 
-def test_four_steps_equal_two_and_two(prepared: Path, tmp_path: Path) -> None:
-    for name, stops in (("once", [0]), ("twice", [2, 0])):
-        for stop in stops:
-            done = train(prepared, tmp_path / name, *TINY, f"--config.stop_at_step={stop}")
-            assert done.returncode == 0, done.stderr
-            assert (tmp_path / name / "DONE").exists() == (stop == 0)
-    assert_same(state_of(tmp_path / "once", 4), state_of(tmp_path / "twice", 4))
+def test_four_steps_equal_two_and_two(prepared: Path, straight: Path, two_steps: Path, tmp_path: Path) -> None:
+    workdir = shutil.copytree(two_steps, tmp_path / "run")
+    done = train(prepared, workdir, *FORTY, "--config.stop_at_step=4")
+    assert done.returncode == 0, done.stderr
+    assert "resumed step 2" in done.stderr
+    assert not (workdir / "DONE").exists()
+    assert (straight / "DONE").exists()
+    assert_same(state_of(workdir, 4), state_of(straight, 4))
 
 
 def test_killed_at_random_moments_it_resumes_bitwise(prepared: Path, straight: Path, tmp_path: Path) -> None:
@@ -103,8 +73,8 @@ def test_killed_at_random_moments_it_resumes_bitwise(prepared: Path, straight: P
     while kills < 10 or during_save < 3:
         assert kills < 40, f"{during_save} of {kills} kills met a save"
         process = subprocess.Popen(
-            [sys.executable, "-m", *command(prepared, workdir, *TINY, "--config.total_steps=40")],
-            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            [sys.executable, "-m", *command(prepared, workdir, *FORTY)],
+            cwd=ROOT, env=child_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         wait_for_save = kills % 2 == 0
         deadline = time.monotonic() + dice.uniform(4, 12)
@@ -123,7 +93,7 @@ def test_killed_at_random_moments_it_resumes_bitwise(prepared: Path, straight: P
             (workdir / "DONE").unlink(missing_ok=True)
             continue
         kills, during_save = kills + 1, during_save + saving
-    done = train(prepared, workdir, *TINY, "--config.total_steps=40")
+    done = train(prepared, workdir, *FORTY)
     assert done.returncode == 0, done.stderr
     assert_same(state_of(workdir, 40), state_of(straight, 40))
     assert not list((workdir / "checkpoints").glob("*tmp*"))
@@ -134,8 +104,8 @@ def test_a_signal_checkpoints_the_current_step(
     number: int, code: int, prepared: Path, straight: Path, tmp_path: Path
 ) -> None:
     workdir = tmp_path / "run"
-    arguments = command(prepared, workdir, *TINY, "--config.total_steps=40", "--config.checkpoint.every=1000")
-    process = subprocess.Popen([sys.executable, "-m", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    arguments = [sys.executable, "-m", *command(prepared, workdir, *FORTY, "--config.checkpoint.every=1000")]
+    process = subprocess.Popen(arguments, cwd=ROOT, env=child_environment(), stderr=subprocess.PIPE, text=True)
     while not (workdir / "metrics.jsonl").exists() or '"loss"' not in (workdir / "metrics.jsonl").read_text():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.002)
@@ -146,15 +116,16 @@ def test_a_signal_checkpoints_the_current_step(
     assert len(steps) == 1
     assert 0 < steps[0] < 40
     assert not (workdir / "DONE").exists()
-    assert train(prepared, workdir, *TINY, "--config.total_steps=40").returncode == 0
+    assert train(prepared, workdir, *FORTY).returncode == 0
     assert_same(state_of(workdir, 40), state_of(straight, 40))
 
 
-def test_nonfinite_losses_abort_and_keep_the_last_good_checkpoint(prepared: Path, tmp_path: Path) -> None:
-    workdir = tmp_path / "run"
-    assert train(prepared, workdir, *TINY, "--config.stop_at_step=2").returncode == 0
-    broken = ("--config.optim.base_lr=1e38", "--config.allow_config_change=True", "--config.total_steps=12")
-    done = train(prepared, workdir, *TINY, *broken)
+def test_nonfinite_losses_abort_and_keep_the_last_good_checkpoint(
+    prepared: Path, two_steps: Path, tmp_path: Path
+) -> None:
+    workdir = shutil.copytree(two_steps, tmp_path / "run")
+    broken = ("--config.optim.base_lr=1e38", "--config.allow_config_change=True")
+    done = train(prepared, workdir, *FORTY, *broken)
     assert done.returncode == 1
     assert "not finite for 3 steps in a row" in done.stderr
     good = [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
@@ -162,9 +133,10 @@ def test_nonfinite_losses_abort_and_keep_the_last_good_checkpoint(prepared: Path
         assert all(np.all(np.isfinite(v)) for v in state_of(workdir, step).values()), step
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint(prepared: Path, tmp_path: Path) -> None:
-    workdir = tmp_path / "run"
-    assert train(prepared, workdir, *TINY, "--config.stop_at_step=2").returncode == 0
+def test_a_full_disk_leaves_the_previous_checkpoint(
+    prepared: Path, straight: Path, two_steps: Path, tmp_path: Path
+) -> None:
+    workdir = shutil.copytree(two_steps, tmp_path / "run")
     before = state_of(workdir, 2)
     limit = 150_000  # bytes a file: less than one checkpoint, more than the logs
 
@@ -172,13 +144,15 @@ def test_a_full_disk_leaves_the_previous_checkpoint(prepared: Path, tmp_path: Pa
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
-    environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
-    done = train(prepared, workdir, *TINY, preexec_fn=full, env=environment)
+    # It may read compiled programs and not write any, which would be cut off, too.
+    environment = child_environment(JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="1e9")
+    done = train(prepared, workdir, *FORTY, preexec_fn=full, env=environment)
     assert done.returncode == 1, done.stderr
     assert "disk is full" in done.stderr
     assert "step 2 is complete" in done.stderr
     assert_same(before, state_of(workdir, 2))
-    assert train(prepared, workdir, *TINY).returncode == 0
+    assert train(prepared, workdir, *FORTY, "--config.stop_at_step=4").returncode == 0
+    assert_same(state_of(workdir, 4), state_of(straight, 4))
 
 
 @pytest.mark.parametrize(
@@ -203,7 +177,7 @@ def test_wrong_settings_are_one_clear_line(extra: list[str], message: str, prepa
 
 def test_weights_alone_can_start_another_run(prepared: Path, straight: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
-    done = train(prepared, workdir, *TINY, f"--config.init_from={straight}", "--config.stop_at_step=1")
+    done = train(prepared, workdir, *FORTY, f"--config.init_from={straight}", "--config.stop_at_step=1")
     assert done.returncode == 0, done.stderr
     assert "weights taken from" in done.stderr
     theirs, mine = state_of(straight, 40), state_of(workdir, 1)
