@@ -28,6 +28,7 @@ from terrafm_jax.training.checkpoint import Checkpointer, to_host
 from terrafm_jax.training.meter import Compiled, Meter, TrainingError, due
 from terrafm_jax.training.metrics import MetricWriter, Progress, timed
 from terrafm_jax.training.preemption import Interrupted, StopRequest
+from terrafm_jax.training.trace import Trace
 from terrafm_jax.training.sharding import make_mesh
 from terrafm_jax.training.state import TrainState, with_weights
 from terrafm_jax.training.step import TrainSpec, abstract_state, draw_views, init_state, make_batch, parameter_table
@@ -115,7 +116,8 @@ def train(
 
     # --- input, evaluators, signals ---
     loader = make_loader(run, start, skipped)
-    tools = Tools(run, checkpoints, writer, loader, Progress(start, run.total, enabled=run.first), StopRequest())
+    progress, trace = Progress(start, run.total, enabled=run.first), Trace(config.profile, workdir)
+    tools = Tools(run, checkpoints, writer, loader, progress, StopRequest(), trace)
     together = True
     try:
         # No mesh is set around the loop: the step's shardings name theirs, and evaluators work on one device.
@@ -190,6 +192,7 @@ class Tools:
     loader: Any
     progress: Progress
     stop: StopRequest
+    trace: Trace
 
     def save(self, state: TrainState, step: int, evaluated: bool) -> None:
         """Starts to write a checkpoint. ``evaluated`` False: the next start has to evaluate this step again."""
@@ -218,6 +221,7 @@ class Tools:
 
     def close(self, together: bool = True) -> None:
         """Ends everything. ``together`` False: other processes are elsewhere or gone, so nothing waits for them."""
+        self.trace.close()
         self.progress.close()
         self.loader.close()
         self.writer.close()
@@ -260,7 +264,7 @@ def _loop(
                 batch, arrays = tiles, make_batch(run.mesh, tiles)
         if step == start == 0 and run.config.log.pictures and run.first and jax.process_count() == 1:
             _draw_first_batch(run, batch)
-        profile(run.config.profile, step, run.workdir)
+        tools.trace.before(step)
         state, metrics = step_fn(state, arrays)
         meter.push(step + 1, metrics)
     meter.flush()
@@ -297,11 +301,3 @@ def _finish(tools: Tools, step: int, preempted: bool) -> Outcome:
 def _draw_first_batch(run: Run, batch: Mapping[str, Any]) -> None:
     views = jax.jit(lambda b: draw_views(run.spec, b, 0))(jax.tree.map(lambda x: x[:8], dict(batch)))
     pictures.save_views(epath.Path(run.workdir) / "views.png", views, run.spec.views)
-
-
-def profile(fields: ConfigDict, step: int, workdir: str) -> None:
-    """Starts and stops a profiler trace at the configured steps, under ``WORKDIR/profile``."""
-    if fields.stop > fields.start and step == fields.start:
-        jax.profiler.start_trace(str(epath.Path(workdir) / "profile"))
-    elif fields.stop > fields.start and step == fields.stop:
-        jax.profiler.stop_trace()
