@@ -28,10 +28,10 @@ from terrafm_jax.training.checkpoint import Checkpointer, to_host
 from terrafm_jax.training.meter import Compiled, Meter, TrainingError, due
 from terrafm_jax.training.metrics import MetricWriter, Progress, timed
 from terrafm_jax.training.preemption import Interrupted, StopRequest
-from terrafm_jax.training.trace import Trace
 from terrafm_jax.training.sharding import make_mesh
 from terrafm_jax.training.state import TrainState, with_weights
 from terrafm_jax.training.step import TrainSpec, abstract_state, draw_views, init_state, make_batch, parameter_table
+from terrafm_jax.training.trace import Trace
 
 log = logging.getLogger(__name__)
 
