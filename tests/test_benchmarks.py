@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import run_module
 
-from benchmarks import ablation, end_to_end, input_pipeline
+from benchmarks import ablation, compare, end_to_end, everything, input_pipeline, train_step
 
 # Stands for an image that lacks the rest of what the project installs.
 BARE = """
@@ -58,6 +58,20 @@ def test_comparison_runs_on_a_bare_install(root: Path, tmp_path: Path) -> None:
     assert ours["versions"]["jax"]
     assert ours["hardware"] == "cpu"
     assert ours["compile_seconds"] > 0
+
+
+def test_all_that_one_call_measures_is_understood(tmp_path: Path) -> None:
+    """``everything`` meets its device only once: a wrong option would cost the figure."""
+    parsers = {"train_step": train_step, "compare": compare, "end_to_end": end_to_end}
+    names = []
+    for entry in everything.plan(64, tmp_path):
+        module = parsers[entry.module.removeprefix("benchmarks.")]
+        args = module.parse(entry.arguments)
+        if module is not compare:
+            assert train_step.make_spec(args).optim.batch_size == args.batch
+        names.append(entry.name)
+    assert len(set(names)) == len(names)
+    assert {"b", "l", "compare_b", "b_profile", "b_end_to_end"} <= set(names)
 
 
 @pytest.mark.slow
