@@ -4,7 +4,7 @@
 
 Runs the entries of :func:`plan` in order of their worth until the time is used up; what was left out is
 listed. Every entry is a process of its own with a time limit, so that one failure costs only itself. Needs
-jax, flax, optax and, for the peers, torch.
+jax, flax, optax and, for the peers, torch; ``b_end_to_end`` also what training reads its data with.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def plan(batch: int, out: Path) -> list[Entry]:
         ours("b_profile", "b", "--repeats", "1", "--trace", str(out / "trace_b")),
         ours("l", "l", each=half),
         ours("l_cudnn", "l", "--set", "attention=cudnn", each=half),
+        Entry("b_end_to_end", "benchmarks.end_to_end", ("--size", "b", "--batch", str(batch), "--workers", "8"), 900),
         ours("b_twice_the_batch", "b", each=2 * batch),
         ours("b_scan", "b", "--set", "scan=true"),
         ours("b_as_written", "b", "--set", "folded=false"),

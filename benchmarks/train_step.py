@@ -38,20 +38,26 @@ from terrafm_jax.training.step import ObjectiveSpec, OptimSpec, TrainSpec, init_
 TOTAL = 100_000
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def step_parser(description: str) -> argparse.ArgumentParser:
+    """The options that say which step is measured."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("s", "b", "l"), default="b")
     parser.add_argument("--config", default="", help="configs/X.py[:argument] instead of --size")
     parser.add_argument("--batch", type=int, default=64, help="global batch")
-    parser.add_argument("--steps", type=int, default=10, help="per repeat")
-    parser.add_argument("--repeats", type=int, default=3, help="the median counts")
-    parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--meters", type=int, default=TILE_METERS, help="side of the tiles on the ground")
     parser.add_argument("--mesh", default="-1,1,1", help="data,fsdp,tensor")
     parser.add_argument("--microbatches", type=int, default=1)
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE",
                         help="fields of ModelSpec or ViewSpec, such as attention=cudnn scan=true locals=4")  # fmt: skip
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = step_parser(__doc__)
+    parser.add_argument("--steps", type=int, default=10, help="per repeat")
+    parser.add_argument("--repeats", type=int, default=3, help="the median counts")
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--meters", type=int, default=TILE_METERS, help="side of the tiles on the ground")
     parser.add_argument("--trace", default="", help="folder for a profiler trace of three steps")
     parser.add_argument("--turns", action="store_true", help="take turns with others (benchmarks.compare)")
     return parser.parse_args(argv)

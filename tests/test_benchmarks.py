@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import QUICK_FLAGS, child_environment, run_module
 
-from benchmarks import ablation
+from benchmarks import ablation, compare, end_to_end, everything, input_pipeline, train_step
 
 # Stands for an image that lacks the rest of what the project installs.
 BARE = """
@@ -57,6 +57,36 @@ def test_comparison_runs_on_a_bare_install(root: Path, tmp_path: Path) -> None:
     assert ours["versions"]["jax"]
     assert ours["hardware"] == "cpu"
     assert ours["compile_seconds"] > 0
+
+
+def test_all_that_one_call_measures_is_understood(tmp_path: Path) -> None:
+    """``everything`` meets its device only once: a wrong option would cost the figure."""
+    parsers = {"train_step": train_step, "compare": compare, "end_to_end": end_to_end}
+    names = []
+    for entry in everything.plan(64, tmp_path):
+        module = parsers[entry.module.removeprefix("benchmarks.")]
+        args = module.parse(entry.arguments)
+        if module is not compare:
+            assert train_step.make_spec(args).optim.batch_size == args.batch
+        names.append(entry.name)
+    assert len(set(names)) == len(names)
+    assert {"b", "l", "compare_b", "b_profile", "b_end_to_end"} <= set(names)
+
+
+@pytest.mark.slow
+def test_end_to_end_counts_the_bytes_it_reads_and_ships(tmp_path: Path) -> None:
+    input_pipeline.write_records(tmp_path, 16, 48, "uncompressed")
+    sizes = "width=48 depth=1 heads=3 fusion_heads=4 prototypes=64 locals=1 global_size=32 local_size=16"
+    words = f"--data {tmp_path} --batch 8 --dtype float32 --steps 2 --rounds 1 --echo 2 --set".split()
+    found = end_to_end.main([*words, *sizes.split()])
+    stored = sum(path.stat().st_size for path in tmp_path.glob("*array_record*"))
+    assert found["bytes_read_per_image"] == stored / 16 / 2
+    # Per tile of 480 m in bytes: S1 at 10 m; both products of Sentinel-2 at 10, 20 and 60 m. Masks add a bit a pixel.
+    pixels = 2 * 48**2 * 2 + 2 * (4 * 48**2 + 6 * 24**2 + 2 * 8**2) * 2
+    assert pixels / 2 < found["bytes_shipped_per_image"] < 1.1 * pixels / 2
+    assert found["images_per_second"].keys() == {"resident", "from_disk"}
+    assert found["from_disk_over_resident"] > 0
+    assert 0 < found["feeding_share"] < 1
 
 
 @pytest.mark.slow

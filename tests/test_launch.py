@@ -301,6 +301,28 @@ def test_slurm_requeues_after_a_preemption(root, worker, plan, restarts, requeue
     assert (log.read_text() if log.exists() else "") == (f"requeue {env['SLURM_JOB_ID']}\n" if requeued else "")
 
 
+@pytest.mark.parametrize(("codes", "ends", "runs"), [("42 42 0", 0, 3), ("7 0", 0, 2), ("7 7", 7, 2)])
+def test_docker_starts_again_after_a_preemption(root, tmp_path, codes, ends, runs):
+    """A fake docker whose containers end with these codes, one after the other."""
+    docker = tmp_path / "docker"
+    docker.write_text(
+        f"""#!/usr/bin/env bash
+cd "{tmp_path}"
+echo "$*" >>log
+[ "$1" = run ] || exit 0
+codes=({codes})
+exit "${{codes[$(grep -c ^run log) - 1]}}"
+"""
+    )
+    docker.chmod(0o755)
+    env = {**FAST, "MAX_RESTARTS": "1", "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    found = call(root, "launch/docker.sh", "--", "--workdir=/runs/s", env=env)
+    assert found.returncode == ends, found.stderr
+    log = (tmp_path / "log").read_text().splitlines()
+    assert [line.split()[0] for line in log] == ["build"] + ["run"] * runs
+    assert all(line.endswith("terrafm:cpu --workdir=/runs/s") for line in log[1:])
+
+
 def test_pod_is_asked_for_again_when_it_is_taken_away(root, tmp_path):
     """A fake gcloud: the first pod is suspended while training, the second completes."""
     gcloud = tmp_path / "gcloud"

@@ -41,6 +41,8 @@ def test_every_config_runs_as_a_smoke_test_of_itself(config: str, prepared: Path
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert {"DONE", "metrics.jsonl", "config_resolved.json", "parameters.txt", "statistics.json", "views.png",
             "landcover.png", "checkpoints", "teacher"} <= names  # fmt: skip
+    for line in ("arguments and temporaries", "goodput"):  # what a step needs before it runs; what came of the time
+        assert line in done.stderr
     found = rows(tmp_path / "run")
     losses = [row["loss"] for row in found if "loss" in row]
     assert len(losses) == 4

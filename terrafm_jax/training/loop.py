@@ -31,6 +31,7 @@ from terrafm_jax.training.run import Evaluator, Run, Tools
 from terrafm_jax.training.sharding import make_mesh
 from terrafm_jax.training.state import TrainState, with_weights
 from terrafm_jax.training.step import abstract_state, draw_views, init_state, make_batch, parameter_table
+from terrafm_jax.training.trace import Trace
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,8 @@ def train(
 
     # --- input, evaluators, signals ---
     loader = make_loader(run, start, skipped)
-    tools = Tools(run, checkpoints, writer, loader, Progress(start, run.total, enabled=run.first), StopRequest())
+    progress, trace = Progress(start, run.total, enabled=run.first), Trace(config.profile, workdir)
+    tools = Tools(run, checkpoints, writer, loader, progress, StopRequest(), trace)
     together = True
     try:
         # No mesh is set around the loop: the step's shardings name theirs, and evaluators work on one device.
@@ -191,7 +193,7 @@ def _loop(
                 batch, arrays = tiles, make_batch(run.mesh, tiles)
         if step == start == 0 and run.config.log.pictures and run.first and jax.process_count() == 1:
             _draw_first_batch(run, batch)
-        profile(run.config.profile, step, run.workdir)
+        tools.trace.before(step)
         state, metrics = step_fn(state, arrays)
         meter.push(step + 1, metrics)
     meter.flush()
@@ -228,11 +230,3 @@ def _finish(tools: Tools, step: int, preempted: bool) -> Outcome:
 def _draw_first_batch(run: Run, batch: Mapping[str, Any]) -> None:
     views = jax.jit(lambda b: draw_views(run.spec, b, 0))(jax.tree.map(lambda x: x[:8], dict(batch)))
     pictures.save_views(epath.Path(run.workdir) / "views.png", views, run.spec.views)
-
-
-def profile(fields: ConfigDict, step: int, workdir: str) -> None:
-    """Starts and stops a profiler trace at the configured steps, under ``WORKDIR/profile``."""
-    if fields.stop > fields.start and step == fields.start:
-        jax.profiler.start_trace(str(epath.Path(workdir) / "profile"))
-    elif fields.stop > fields.start and step == fields.stop:
-        jax.profiler.stop_trace()

@@ -19,6 +19,7 @@ from terrafm_jax.training.metrics import MetricWriter, Progress
 from terrafm_jax.training.preemption import StopRequest
 from terrafm_jax.training.state import TrainState
 from terrafm_jax.training.step import TrainSpec
+from terrafm_jax.training.trace import Trace
 
 # An evaluator gets (step, state, poll) and yields (name, value). It calls poll() at every batch, equally often on
 # every process, and lets the Interrupted pass that it raises when the job is told to stop.
@@ -56,6 +57,7 @@ class Tools:
     loader: Any
     progress: Progress
     stop: StopRequest
+    trace: Trace
 
     def save(self, state: TrainState, step: int, evaluated: bool) -> None:
         """Starts to write a checkpoint. ``evaluated`` False: the next start has to evaluate this step again."""
@@ -84,6 +86,7 @@ class Tools:
 
     def close(self, together: bool = True) -> None:
         """Ends everything. ``together`` False: other processes are elsewhere or gone, so nothing waits for them."""
+        self.trace.close()
         self.progress.close()
         self.loader.close()
         self.writer.close()

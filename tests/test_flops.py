@@ -1,0 +1,81 @@
+"""The numerator of MFU against a count of the products that JAX traces, and against the table of the docs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from terrafm_jax.models.spec import ModelSpec
+from terrafm_jax.models.terrafm import encode_cls, init_params, prepare, project
+from terrafm_jax.ssl.views import ViewSpec
+from terrafm_jax.training import flops
+
+SPEC = ModelSpec(
+    width=48, depth=2, heads=3, patch=8, grid=3, queries=2, fusion_heads=4, prototypes=40, head_hidden=24,
+    head_bottleneck=16, drop_path=0.0,
+)  # fmt: skip
+VIEWS = ViewSpec(globals=2, locals=0, global_size=24, patch=8)
+
+
+def traced(function: Any, *arguments: Any) -> float:
+    """FLOPs of the matrix products that the outputs of ``function`` depend on."""
+
+    def count(jaxpr: Any) -> float:
+        wanted, total = set(jaxpr.outvars), 0.0
+        for equation in reversed(jaxpr.eqns):
+            if wanted.isdisjoint(equation.outvars):
+                continue
+            wanted |= {v for v in equation.invars if not hasattr(v, "val")}
+            if equation.primitive.name == "dot_general":
+                (contracted, _), _ = equation.params["dimension_numbers"]
+                depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+                total += 2.0 * depth * math.prod(equation.outvars[0].aval.shape)
+            inner = [getattr(p, "jaxpr", p) for p in equation.params.values()]
+            total += sum(count(j) for j in inner if hasattr(j, "eqns"))
+        return total
+
+    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    return count(jaxpr.replace(outvars=[v for v in jaxpr.outvars if not hasattr(v, "val")]))
+
+
+@pytest.mark.parametrize("fusion", [True, False])
+def test_formula_equals_the_products_of_student_and_teacher(fusion: bool) -> None:
+    """Of one image with all sensors drawn; weight products, formed once a step, are left out of both."""
+    spec = dataclasses.replace(SPEC, fusion=fusion)
+    params = jax.eval_shape(lambda: init_params(spec, jax.random.key(0)))
+    weights = jax.eval_shape(lambda p: prepare(spec, p), params["backbone"]), params["head"]
+    patches = {s: jax.ShapeDtypeStruct((2, 3, 3, spec.patch_features(s)), "float32") for s in spec.sensors}
+    present = jax.ShapeDtypeStruct((2, 3), "bool")
+
+    def logits(weights: Any, patches: Any, present: Any) -> jax.Array:
+        (cls,) = encode_cls(spec, weights[0], [(patches, present)], drop_keys=[None])
+        return jnp.square(project(spec, weights[1], cls)).sum()  # a linear loss would not need the logits
+
+    teacher = traced(logits, weights, patches, present)
+    student = traced(jax.grad(logits), weights, patches, present)
+    assert student + teacher == flops.image_flops(spec, VIEWS, share=1.0).total
+
+
+def test_drop_path_and_sensors_that_were_not_drawn_lower_it() -> None:
+    whole = flops.image_flops(SPEC, VIEWS, share=1.0)
+    dropped = flops.image_flops(dataclasses.replace(SPEC, drop_path=0.5), VIEWS, share=1.0)
+    # Of 3 + 1 passes of two layers the student's three lose half of the second one.
+    assert dropped.blocks == pytest.approx(whole.blocks * (1 - 3 * 0.25 / 4))
+    pixels, project = flops.embedding_flops(SPEC, 9, 1.0)
+    assert whole.embedding == 2 * (3 * pixels + 4 * project)
+    assert flops.image_flops(SPEC, VIEWS, share=0.5).embedding == 2 * (3 * pixels / 2 + 4 * project)
+    assert flops.image_flops(SPEC, VIEWS).embedding == pytest.approx(2 * (3 * pixels * 4 / 7 + 4 * project))
+
+
+@pytest.mark.parametrize("size", ["s", "b", "l"])
+def test_table_of_the_docs(root: Path, size: str) -> None:
+    found = flops.image_flops(ModelSpec.of_size(size), ViewSpec())
+    numbers = (found.total, found.embedding, found.blocks, found.head)
+    row = f"| {size.upper()} | " + " | ".join(f"{n / 1e9:.1f}" for n in numbers) + " |"
+    assert row in (root / "docs/performance.md").read_text()
