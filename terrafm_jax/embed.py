@@ -176,7 +176,13 @@ def _say_plan(plan: Any, reader: Any, encoder: Any, args: argparse.Namespace) ->
             "a window of %d px around each of %s, %d features -> %s", plan.window, args.points, encoder.width, args.out
         )
     elif output.format_of(args.out) == "parquet":
-        _say("%d windows of %d px, a vector of %d features each -> %s", plan.count(), plan.window, encoder.width, args.out)
+        _say(
+            "%d windows of %d px, a vector of %d features each -> %s",
+            plan.count(),
+            plan.window,
+            encoder.width,
+            args.out,
+        )
     else:
         _say("%d windows of %d px, %d x %d tokens of %d features every %g m -> %s", plan.count(), plan.window,
             rows, columns, encoder.width, plan.output.gsd, args.out)  # fmt: skip
