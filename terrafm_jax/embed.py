@@ -6,7 +6,7 @@ place. An interrupted job goes on when the same command is given again. Also::
 
     python -m terrafm_jax.embed change A.tif B.tif --out CHANGE.tif
     python -m terrafm_jax.embed search --query A.tif --point LON,LAT --out HITS.csv OUT1.tif OUT2.zarr OUT3.parquet ...
-    python -m terrafm_jax.embed picture A.tif --out PCA.png [--similar-to LON,LAT]
+    python -m terrafm_jax.embed picture A.tif|CHANGE.tif --out PCA.png [--similar-to LON,LAT]
 
 where every .tif but CHANGE.tif may be a .zarr.
 
@@ -322,7 +322,7 @@ def run_picture(args: argparse.Namespace) -> None:
     make_folder(args.out)
     if args.similar_to:
         analyze.similarity_picture(args.file, *args.similar_to, args.out)
-    else:
+    elif not analyze.change_picture(args.file, args.out):
         shares = analyze.pca_picture(args.file, args.out)
         _say("variance of the three components: %s", np.round(shares, 3).tolist())
 
