@@ -6,7 +6,7 @@ place. An interrupted job goes on when the same command is given again. Also::
 
     python -m terrafm_jax.embed change A.tif B.tif --out CHANGE.tif
     python -m terrafm_jax.embed search --query A.tif --point LON,LAT --out HITS.csv OUT1.tif OUT2.zarr OUT3.parquet ...
-    python -m terrafm_jax.embed picture A.tif --out PCA.png [--similar-to LON,LAT]
+    python -m terrafm_jax.embed picture A.tif|CHANGE.tif --out PCA.png [--similar-to LON,LAT]
 
 where every .tif but CHANGE.tif may be a .zarr.
 
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("terrafm_jax").setLevel(logging.INFO)
     logging.getLogger("rasterio").setLevel(logging.CRITICAL)
+    logging.getLogger("jax").setLevel(logging.WARNING)  # it tells of every accelerator that is not there
     os.environ.setdefault("GDAL_CACHEMAX", "256")  # MB; by itself GDAL takes a twentieth of the machine's memory
     # rasterio warns about the arrays that it warps; files without a georeference are an error of ours.
     warnings.filterwarnings("ignore", message="Dataset has no geotransform")
@@ -162,6 +163,7 @@ def provenance(model: Any, reader: Any, plan: Any, args: argparse.Namespace) -> 
 
 
 def _say_plan(plan: Any, reader: Any, encoder: Any, args: argparse.Namespace) -> None:
+    from terrafm_jax.scenes import output
     from terrafm_jax.scenes.run import area
 
     rows, columns = plan.shape
@@ -172,6 +174,14 @@ def _say_plan(plan: Any, reader: Any, encoder: Any, args: argparse.Namespace) ->
     if args.points:
         _say(
             "a window of %d px around each of %s, %d features -> %s", plan.window, args.points, encoder.width, args.out
+        )
+    elif output.format_of(args.out) == "parquet":
+        _say(
+            "%d windows of %d px, a vector of %d features each -> %s",
+            plan.count(),
+            plan.window,
+            encoder.width,
+            args.out,
         )
     else:
         _say("%d windows of %d px, %d x %d tokens of %d features every %g m -> %s", plan.count(), plan.window,
@@ -204,7 +214,7 @@ def _dry_run(plan: Any, reader: Any, encoder: Any, inside: Any) -> None:
     _say("dry run: %d windows in %d batches, about %.1f s reading and %.1f s encoding on %d device(s)",
         sum(len(c.columns) for c in chunks), len(chunks), reading * len(chunks), encoding * len(chunks),
         encoder.devices)  # fmt: skip
-    _say("memory about %.0f MB beside the weights; unfinished result %.0f MB on disk", memory / 1e6, disk / 1e6)
+    _say("memory about %.0f MB beside the weights; unfinished result %.1f MB on disk", memory / 1e6, disk / 1e6)
 
 
 def _points(args: argparse.Namespace, plan: Any, reader: Any, encoder: Any, tags: Any, inside: Any) -> None:
@@ -312,7 +322,7 @@ def run_picture(args: argparse.Namespace) -> None:
     make_folder(args.out)
     if args.similar_to:
         analyze.similarity_picture(args.file, *args.similar_to, args.out)
-    else:
+    elif not analyze.change_picture(args.file, args.out):
         shares = analyze.pca_picture(args.file, args.out)
         _say("variance of the three components: %s", np.round(shares, 3).tolist())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -139,20 +140,30 @@ def test_torch_module_gives_the_same_features(model, module, sensors):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", ["s", "b"])
 def test_published_sizes_agree_at_every_input_size(size):
-    """Fused inputs at all sizes, every sensor alone at two of them (they share all but the stem).
+    """All sensors fused and each of them alone, at every size.
 
-    Scanned blocks compile in seconds. docs/interop.md has the whole matrix.
+    JAX takes the four cases as one batch in which sensors are missing (scanned blocks, one compilation a size),
+    PyTorch each by itself. A sensor given alone is another program in JAX: checked at one size for each.
     """
     spec = ModelSpec.of_size(size, scan=True, prototypes=8)
     loaded = sample(spec, head=False)
     model, module = Model(loaded), formats.torch_module(loaded)
     model.__dict__["_mesh"] = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    cases = [(s, spec.sensors) for s in SIZES] + [(s, (spec.sensors[i % 3],)) for i, s in enumerate(SIZES)]
-    for shape, sensors in cases:
-        x = images(shape, batch=1, sensors=sensors)
-        with torch.no_grad():
-            theirs = module(chw(x))
-        assert_same_features(model.encode(**x), theirs)
+    cases = [spec.sensors, *((s,) for s in spec.sensors)]
+    for shape, alone in itertools.zip_longest(SIZES, spec.sensors):
+        x = images(shape, batch=len(cases), sensors=spec.sensors)
+        given = {s: v.astype(np.float32) for s, v in x.items()}
+        for row, kept in enumerate(cases):
+            for sensor in set(spec.sensors) - set(kept):
+                given[sensor][row] = np.nan
+        ours = model.encode(**given)
+        for row, kept in enumerate(cases):
+            one = {s: x[s][row : row + 1] for s in kept}
+            with torch.no_grad():
+                theirs = module(chw(one))
+            assert_same_features(jax.tree.map(lambda a, row=row: a[row : row + 1], ours), theirs)
+            if kept == (alone,):
+                assert_same_features(model.encode(**one), theirs)
     again = torch_weights.from_torch({name: tensor.numpy() for name, tensor in module.state_dict().items()})
     assert_bitwise(weights.flatten(again), weights.flatten(loaded.params))
 
@@ -254,11 +265,22 @@ def test_hub_folder_holds_what_a_user_asks(folder, loaded):
     card = (folder / "README.md").read_text()
     for wanted in (
         "license: apache-2.0", "CC-BY-SA-4.0", "CC-BY-4.0", "Contains modified Copernicus Sentinel data",
-        "ESA WorldCover", "Single-date", '{"knn": 0.5}', "`tiles`", "B8A", "batch size: 8",
+        "ESA WorldCover", "Single-date", '{"knn": 0.5}', "`tiles`", "B8A", "batch size (`batch_size`): 8",
     ):  # fmt: skip
         assert wanted in card
     assert "/somewhere" not in card
     assert_bitwise(weights.flatten(read(folder).params), weights.flatten(loaded.params))
+
+
+def test_the_card_tells_the_recipe():
+    """Every row of it names a key of the config: a renamed key would drop out without a word."""
+    from terrafm_jax import config
+    from terrafm_jax.export import card
+
+    given = config.flatten(config.base())
+    assert {name for name, _ in card._RECIPE} <= given.keys()
+    text = card.model_card(dataclasses.replace(sample(), meta={"step": 7, "config": given}), "abc", "apache-2.0")
+    assert "learning rate for a batch of 256 (`optim.base_lr`): 0.0005" in text
 
 
 def test_truncated_weights_are_named_by_the_torch_module(folder, tmp_path):

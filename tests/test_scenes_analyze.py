@@ -97,6 +97,29 @@ def test_change_is_one_minus_cosine(tmp_path: Path, tokens: np.ndarray, one: str
     assert np.allclose(values[30], 0, atol=1e-5)
 
 
+def test_a_map_of_change_has_a_picture_but_no_features(tmp_path: Path, tokens: np.ndarray, capsys: Any) -> None:
+    other = tokens.copy()
+    other[:, 25:] = -tokens[:, 25:]
+    first, second = stored(tmp_path / "a.tif", tokens), stored(tmp_path / "b.tif", other)
+    out, picture = tmp_path / "c.tif", tmp_path / "c.png"
+    assert embed.main(["change", str(first), str(second), f"--out={out}"]) == 0
+    assert embed.main(["picture", str(out), f"--out={picture}"]) == 0
+    image = np.asarray(Image.open(picture))
+    assert image[0, 0, 3] == 0, "nodata is transparent"
+    factor = image.shape[0] // 40
+    assert image[-1, 25 * factor - 1].tolist() == [0, 0, 0, 255]
+    assert image[-1, 25 * factor].tolist() == [255, 255, 255, 255]
+    lon, lat = lonlat(20, 30)
+    for arguments in (
+        ["change", str(out), str(first), f"--out={tmp_path / 'd.tif'}"],
+        ["search", str(out), f"--query={first}", f"--point={lon},{lat}", f"--out={tmp_path / 'h.csv'}"],
+        ["picture", str(out), f"--similar-to={lon},{lat}", f"--out={picture}"],
+    ):
+        capsys.readouterr()
+        assert embed.main(arguments) == 1
+        assert "c.tif: is a map of change" in capsys.readouterr().err
+
+
 def test_change_refuses_what_cannot_be_compared(tmp_path: Path, tokens: np.ndarray, capsys: Any) -> None:
     first = stored(tmp_path / "a.tif", tokens)
     moved = stored(tmp_path / "b.tif", tokens, {WEIGHTS_TAG: "xyz"}, GRID.window(1, 0, 40, 50))

@@ -22,12 +22,19 @@ DATA_NOTICES = (
     ),
 )
 _RECIPE = (
-    ("total_steps", "steps"),
+    ("total_steps", "length"),
     ("batch_size", "batch size"),
-    ("optim.lr", "learning rate"),
     ("seed", "seed"),
+    ("optim.base_lr", "learning rate for a batch of 256"),
+    ("optim.warmup", "warm-up"),
+    ("optim.decay_start", "weight decay, first"),
+    ("optim.decay_end", "weight decay, last"),
+    ("objective.ema_start", "teacher momentum, first"),
+    ("objective.alpha", "share of the overall center"),
     ("views.globals", "global crops"),
     ("views.locals", "local crops"),
+    ("views.modality_rule", "sensors of a view"),
+    ("data.sampling", "order of the tiles"),
 )
 
 
@@ -96,7 +103,7 @@ def _training(meta: Mapping[str, Any]) -> str:
     config = meta.get("config")
     if not config:
         return "Not recorded in these weights (a bare state dict); see their origin."
-    rows = [f"- {title}: {config[name]}" for name, title in _RECIPE if name in config]
+    rows = [f"- {title} (`{name}`): {config[name]}" for name, title in _RECIPE if name in config]
     rows.append(f"- step of this export: {meta.get('step', 'unknown')}")
     metrics = meta.get("metrics")
     shown = json.dumps(metrics) if metrics else "none recorded with these weights"

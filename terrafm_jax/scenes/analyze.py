@@ -14,7 +14,9 @@ from PIL import Image
 
 from terrafm_jax.scenes import output
 from terrafm_jax.scenes.errors import SceneError, first_line
-from terrafm_jax.scenes.readback import WEIGHTS_TAG, Embedding, lonlat, open_embedding, place_of
+from terrafm_jax.scenes.readback import WEIGHTS_TAG, Embedding, lonlat, open_embedding, place_of, whole
+
+_CHANGE_TAG = "TERRAFM_CHANGE"  # of what change() writes: it has the weights' tag, but holds no features
 
 
 def unit(values: np.ndarray) -> np.ndarray:
@@ -29,6 +31,7 @@ def change(first: Path, second: Path, out: Path) -> dict[str, float]:
       SceneError: other grid, other number of features or other weights.
     """
     with open_embedding(first) as a, open_embedding(second) as b:
+        _features(a), _features(b)
         faults = []
         if a.grid != b.grid:
             faults.append("they lie on different grids; embed both with the same --aoi, --gsd and --stride")
@@ -39,14 +42,21 @@ def change(first: Path, second: Path, out: Path) -> dict[str, float]:
         result = np.full((a.grid.height, a.grid.width, 1), np.nan, np.float32)
         for block in a.blocks():
             result[(*block, 0)] = 1.0 - (unit(a.read(block)) * unit(b.read(block))).sum(-1)
-        tags = {**a.tags, "TERRAFM_CHANGE": f"1 - cosine of {first.name} and {second.name}"}
+        tags = {**a.tags, _CHANGE_TAG: f"1 - cosine of {first.name} and {second.name}"}
         output.write_cog(out, result, a.grid, output.Meta(("change",), tags))
     found = result[np.isfinite(result)]
     return {f"p{q}": float(np.percentile(found, q)) for q in (50, 90, 99)} if found.size else {}
 
 
+def _features(found: Embedding) -> None:
+    """Raises SceneError if a file holds a map of change and no embedding."""
+    if _CHANGE_TAG in found.tags:
+        raise SceneError(f"{found.path}: is a map of change and holds no embedding; give what it was made from")
+
+
 def vector_at(found: Embedding, lon: float, lat: float) -> np.ndarray:
     """float32 [d]: the token of an embedding at a place. Raises SceneError if it is outside or nodata."""
+    _features(found)
     place = place_of(found.grid, lon, lat)
     if place is None:
         raise SceneError(f"{found.path}: {lon:g}, {lat:g} (lon, lat) lies outside; give a place inside")
@@ -80,6 +90,7 @@ def _hits(query: np.ndarray, path: Path, count: int, weights: str) -> Iterator[t
         yield from _parquet_hits(query, path, count, weights)
         return
     with open_embedding(path) as source:
+        _features(source)
         _same_weights(path, source.tags[WEIGHTS_TAG], weights, source.width, len(query))
         for rows, columns in source.blocks():
             scores = (unit(source.read((rows, columns))) @ query).ravel()
@@ -147,6 +158,16 @@ def write_hits(out: Path, hits: Sequence[dict[str, Any]]) -> None:
 # --- pictures ------------------------------------------------------------------------------------
 
 
+def change_picture(path: Path, out: Path) -> bool:
+    """A map of change as gray, dark where nothing changed; False, and no picture, if the file is none."""
+    with open_embedding(path) as source:
+        if _CHANGE_TAG not in source.tags:
+            return False
+        image = whole(source)[..., 0]
+    _save_image(out, _gray(image, (0, 99)))
+    return True
+
+
 def pca_picture(path: Path, out: Path) -> np.ndarray:
     """The three main components of the tokens as red, green and blue; returns their shares of the variance."""
     with open_embedding(path) as source:
@@ -178,10 +199,17 @@ def similarity_picture(path: Path, lon: float, lat: float, out: Path) -> None:
         for block in source.blocks():
             image[block] = unit(source.read(block)) @ query
         place = place_of(source.grid, lon, lat)
-    low, high = np.nanpercentile(image, (2, 100))
-    shown = np.repeat(((image - low) / max(high - low, 1e-12))[..., None], 3, -1)
+    shown = _gray(image, (2, 100))
     shown[place] = (1, 0, 0)
     _save_image(out, shown)
+
+
+def _gray(values: np.ndarray, percentiles: tuple[float, float]) -> np.ndarray:
+    """[H, W] -> [H, W, 3]: 0 at the lower percentile of the valid values, 1 at the upper one."""
+    if not np.isfinite(values).any():
+        return np.repeat(values[..., None], 3, -1)
+    low, high = np.nanpercentile(values, percentiles)
+    return np.repeat(((values - low) / max(high - low, 1e-12))[..., None], 3, -1)
 
 
 def _save_image(out: Path, image: np.ndarray) -> None:

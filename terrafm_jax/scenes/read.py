@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
 import threading
 from collections import defaultdict
@@ -114,10 +115,10 @@ class SceneReader:
         found = {}
         for key, dates in self.dates.items():
             pixels = self._sensor(key, dates, inside)
-            valid = pixels.valid & keep
-            found[key] = Pixels(
-                np.pad(pixels.values, (*pad, (0, 0)), mode="symmetric"), np.pad(valid, pad, mode="symmetric")
-            )
+            values, valid = pixels.values, pixels.valid & keep
+            if np.any(pad):
+                values, valid = np.pad(values, (*pad, (0, 0)), "symmetric"), np.pad(valid, pad, "symmetric")
+            found[key] = Pixels(values, valid)
         return found
 
     def _sensor(self, key: str, dates: Sequence[Acquisition], grid: Grid) -> Pixels:
@@ -131,11 +132,12 @@ class SceneReader:
                 values[:, hole] = other[:, hole]
         else:
             values = _middle(np.stack(stack), self._composite)
-        missing = np.isnan(values).any(0)
+        missing = np.isnan(values.sum(0))  # the values are bounded: only NaN makes NaN
         if key == "s1":
             values = 10.0 * np.log10(np.maximum(values, _POWER_FLOOR))
-        values[:, missing] = 0.0
-        return Pixels(np.ascontiguousarray(np.moveaxis(values, 0, -1), np.float32), ~missing)
+        if missing.any():
+            values[:, missing] = 0.0
+        return Pixels(np.moveaxis(values, 0, -1), ~missing)  # a view: whoever cuts windows copies anyway
 
     def _date(self, date: Acquisition, grid: Grid) -> np.ndarray:
         """float32 [bands, H, W] in harmonised DN or linear power, NaN where nothing was measured."""
@@ -159,7 +161,7 @@ class SceneReader:
         window = _source_window(source, grid)
         if window.width <= 0 or window.height <= 0:
             return np.full((len(layers), grid.height, grid.width), np.nan, np.float32)
-        data = np.stack([self._band(layer, window) for layer in layers])
+        data = self._pixels(layers, window)
         data = _measured(data, date, [self._open(layer.path).nodatavals[layer.index - 1] for layer in layers])
         transform = source.window_transform(window)
         aligned = source.crs == grid.crs and _offset(transform, grid)
@@ -182,11 +184,18 @@ class SceneReader:
         )
         return out
 
-    def _band(self, layer: Layer, window: Window) -> np.ndarray:
-        try:
-            return self._open(layer.path).read(layer.index, window=window).astype(np.float32)
-        except (RasterioError, OSError) as error:
-            raise SceneError(f"{layer.path}: {broken(error)}") from None
+    def _pixels(self, layers: Sequence[Layer], window: Window) -> np.ndarray:
+        """float32 [layers, rows, columns] as stored; bands of one file in one call, and GDAL converts."""
+        data = np.empty((len(layers), window.height, window.width), np.float32)
+        start = 0
+        for path, some in itertools.groupby(layers, lambda layer: layer.path):
+            indexes = [layer.index for layer in some]
+            try:
+                self._open(path).read(indexes, window=window, out=data[start : start + len(indexes)])
+            except (RasterioError, OSError) as error:
+                raise SceneError(f"{path}: {broken(error)}") from None
+            start += len(indexes)
+        return data
 
     def _open(self, path: str) -> rasterio.DatasetReader:
         files = self._local.__dict__.setdefault("files", {})
@@ -264,30 +273,38 @@ def _source_window(source: rasterio.DatasetReader, grid: Grid) -> Window:
 
 
 def _measured(data: np.ndarray, date: Acquisition, declared: Sequence[float | None]) -> np.ndarray:
-    """Harmonised DN or linear power, NaN where nothing was measured; float32 [bands, H, W].
+    """Harmonised DN or linear power, NaN where nothing was measured; ``data`` float32 [bands, H, W] may be changed.
 
     Sentinel-2: nodata is zero (or the declared value) in all bands at once; zero in some bands is dark
     ground. Sentinel-1: any band without a finite, positive power. Values that the unit cannot hold are no
     measurement either: a job of hours should not end over one.
     """
-    bad = ~np.isfinite(data)
-    for i, value in enumerate(declared):
+    bad = np.zeros(data.shape[1:], bool)
+    if not np.isfinite(data.sum(dtype=np.float64)):  # NaN and infinity survive every sum
+        bad |= ~np.isfinite(data).all(0)
+    for band, value in zip(data, declared, strict=True):
         for v in (value, date.nodata):
             if v is not None and not np.isnan(v) and (v != 0 or date.sensor == "s1"):
-                bad[i] |= data[i] == np.float32(v)
+                bad |= band == np.float32(v)
     if date.sensor == "s1":
         with np.errstate(over="ignore", invalid="ignore"):
             data = 10.0 ** (data / 10.0) if date.unit == "db" else data
-        bad |= ~(data > 0)
+        bad |= ~(data > 0).all(0)
     else:
-        bad |= (data == 0).all(0)
-        data = data * 10_000.0 if date.unit == "reflectance" else data
-        data = data - date.offset
+        bad |= ~data.any(0)
+        if date.unit == "reflectance":
+            data *= 10_000.0
+        if date.offset:
+            data -= date.offset
     limit, unit = _LARGEST[date.sensor]
-    impossible = ~bad & (np.abs(data) > limit)
-    if impossible.any():
-        _say_once(f"{date.paths[0]}: holds values beyond {limit:g}, which cannot be {unit}; they count as nodata")
-    return np.where((bad | impossible).any(0), np.float32(np.nan), data).astype(np.float32)
+    if not (-limit <= data.min() and data.max() <= limit):  # NaN, too, makes us look closer
+        impossible = ~bad & (np.abs(data) > limit).any(0)
+        if impossible.any():
+            _say_once(f"{date.paths[0]}: holds values beyond {limit:g}, which cannot be {unit}; they count as nodata")
+        bad |= impossible
+    if bad.any():
+        data[:, bad] = np.nan
+    return data
 
 
 @functools.cache
@@ -307,10 +324,12 @@ def _offset(transform: Any, grid: Grid) -> tuple[int, int] | None:
 
 def _shift(data: np.ndarray, offset: tuple[int, int], grid: Grid) -> np.ndarray:
     """Places data whose first pixel lies ``offset`` from the grid's; the rest is NaN."""
-    out = np.full((len(data), grid.height, grid.width), np.nan, np.float32)
     (row, column), (_, rows, columns) = offset, data.shape
     top, left = max(row, 0), max(column, 0)
     bottom, right = min(row + rows, grid.height), min(column + columns, grid.width)
+    if (top, left, bottom, right) == (0, 0, grid.height, grid.width):
+        return data[:, -row : grid.height - row, -column : grid.width - column]
+    out = np.full((len(data), grid.height, grid.width), np.nan, np.float32)
     if bottom > top and right > left:
         out[:, top:bottom, left:right] = data[:, top - row : bottom - row, left - column : right - column]
     return out
