@@ -158,6 +158,25 @@ def test_several_checkpoints_make_one_row_that_shows_its_seeds(folder, checkpoin
     assert ours.by_seed == [a.by_seed[0] for a in alone]
 
 
+def test_several_sensors_are_fused_in_probes_and_fine_tuning(checkpoint, tmp_path):
+    """Radar tells two of four classes apart, the optical image the other two: one sensor reaches half at most."""
+    rng, root = np.random.default_rng(0), tmp_path / "pairs"
+    for i in range(40):
+        name, a, b = f"{'abcd'[i % 4]}/{i}.tif", i % 2, i // 2 % 2
+        fake.tiff(root / "S1" / name, (-18 + 10 * a + rng.normal(0, 1, (32, 32, 2))).astype(np.float32))
+        fake.tiff(root / "S2" / name, (1000 + 3000 * b + rng.normal(0, 100, (32, 32, 3))).astype(np.uint16))
+    inputs = "  s1: {folder: S1, bands: [VV, VH]}\n  s2_l2a: {folder: S2, bands: [B04, B03, B02]}\n"
+    (root / "dataset.yaml").write_text(f"name: pairs\ninputs:\n{inputs}")
+    said: list[str] = []
+    chosen = {"protocols": ("galileo-linear", "fold-finetune"), "repeats": 1, "epochs": 30}
+    scores = experiment(root, checkpoint, tmp_path / "out", **chosen).run(said.append)
+    assert len(said) == 5
+    assert all(", s1+s2_l2a, " in text for text in said)
+    assert all(s.right.mean() > 0.7 for s in scores if s.arm != RANDOM), [
+        (s.arm, s.protocol, s.by_seed) for s in scores
+    ]
+
+
 def test_refuses_what_cannot_be_cross_validated(folder, checkpoint, tmp_path):
     masks = tmp_path / "masks.yaml"
     masks.write_text(f"root: {folder}\ntask: multilabel\nlabels: x.csv\ninputs: {{s2_l2a: {{bands: [B02]}}}}\n")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import labelled_fake as fake
 import numpy as np
 import pytest
 
-from terrafm_jax.evals import report
+from terrafm_jax.evals import progress, report
 from terrafm_jax.evals.datasets import open_suite
 from terrafm_jax.evals.datasets.base import DatasetInfo, Input, Sample
 from terrafm_jax.evals.session import Session, Settings
@@ -151,3 +152,12 @@ def test_pairs_put_the_checkpoint_named_first_before_the_others_and_join_draws(t
     lonely = report.paired_table(rows[:3], tmp_path)  # only one draw in common
     assert "draws" not in lonely
     assert "ours − raw" in lonely
+
+
+def test_batch_jobs_see_a_line_now_and_then(capsys, monkeypatch):
+    clock = iter([0.0, 1.0, 31.0, 32.0, 62.0])
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    update = progress.bar("features")
+    for done in (1, 2, 3, 4):
+        update(done, 4)
+    assert capsys.readouterr().err == "features: 2 of 4\nfeatures: 4 of 4\n"
