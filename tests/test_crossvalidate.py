@@ -152,6 +152,7 @@ def test_several_checkpoints_make_one_row_that_shows_its_seeds(folder, checkpoin
     scores = dataclasses.replace(e, checkpoints=(str(checkpoint), str(other))).run(lambda text: None)
     ours = next(s for s in scores if s.arm == "pretrained")
     assert ours.right.shape == (2, 24)
+    assert "recipe" not in json.loads((tmp_path / "out/results.json").read_text())["settings"]  # nothing was tuned
     shown = ", ".join(f"{100 * v:.1f}" for v in ours.by_seed)
     assert f"; seeds {shown} |" in (tmp_path / "out/results.md").read_text().split("| pretrained |")[1]
     alone = [dataclasses.replace(e, checkpoints=(str(c),)).run(lambda text: None)[-1] for c in (checkpoint, other)]

@@ -320,7 +320,7 @@ def labelled_pairs(root, task):
     ("task", "overrides"),
     [
         ("segmentation", {"mode": "frozen", "class_weights": "balanced", "rates": (3e-2,), "epochs": 2}),
-        ("segmentation", {"head": "upernet", "upernet_channels": 8, "mode": "last", "last_blocks": 1, "epochs": 1}),
+        ("segmentation", {"head": "upernet", "upernet_channels": 8, "layer_decay": 0.75, "epochs": 1}),
         ("multilabel", {"mode": "lora", "mixup": 0.1, "epochs": 2}),
         ("regression", {"layer_decay": 0.75, "epochs": 2}),
         ("classification", {"epochs": 6}),
