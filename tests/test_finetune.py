@@ -323,7 +323,7 @@ def labelled_pairs(root, task):
         ("segmentation", {"head": "upernet", "upernet_channels": 8, "layer_decay": 0.75, "epochs": 1}),
         ("multilabel", {"mode": "lora", "mixup": 0.1, "epochs": 2}),
         ("regression", {"layer_decay": 0.75, "epochs": 2}),
-        ("classification", {"epochs": 6}),
+        ("classification", {"epochs": 24}),
     ],
 )
 @pytest.mark.slow
