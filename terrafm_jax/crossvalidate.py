@@ -169,13 +169,16 @@ class Experiment:
 
     def _report(self, scores: list[Any]) -> None:
         from terrafm_jax.evals import arms, store
+        from terrafm_jax.finetuning.folds import PROTOCOL
 
         found = arms.as_json(scores, self.info.classes, self.labels)
         settings = {
             "dataset": self.info.name, "samples": len(self.labels), "classes": len(self.info.classes),
             "image_size": self.image_size or "own", "folds": self.folds, "repeats": self.repeats,
-            "tune_repeats": self.tune_repeats, "recipe": dataclasses.asdict(self.recipe), "note": self.info.note,
+            "note": self.info.note,
         }  # fmt: skip
+        if PROTOCOL in self.protocols:
+            settings |= {"tune_repeats": self.tune_repeats, "recipe": dataclasses.asdict(self.recipe)}
         store.write_json(self.out / "results.json", {"settings": settings, **found})
         title = f"{self.info.name}: {len(self.labels)} images, {len(self.info.classes)} classes"
         (self.out / "results.md").write_text(f"{title}\n\n{arms.markdown(scores)}")

@@ -43,6 +43,10 @@ def learning_curves(path: Any, workdir: Any) -> None:
     for axis, (name, title) in zip(axes.flat, CURVES, strict=True):
         if name in series:
             axis.plot(*series[name], color="#0b6e4f", marker="o" if len(series[name][0]) < 12 else None)
+        else:  # an empty frame from 0 to 1 would look like a measurement
+            axis.text(0.5, 0.5, "not measured", ha="center", color="#888888", transform=axis.transAxes)
+            axis.set_yticks([])
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.grid(alpha=0.3)

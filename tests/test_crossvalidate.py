@@ -96,6 +96,18 @@ def test_scores_pairs_and_tables():
     assert "seeds" in text.split(RANDOM)[1].split("\n")[0]
 
 
+def test_fine_tuning_is_held_against_the_linear_probe_of_raw_statistics():
+    right = {name: np.linspace(0, level, 50) for name, level in (("raw", 0.8), ("tuned", 1.0), ("knn", 0.5))}
+    tuned = Score("ours", "fold-finetune/1", right["tuned"][None])
+    probe, neighbors = Score(RAW, "logreg/1", right["raw"][None]), Score(RAW, "galileo-knn20/1", right["knn"][None])
+    assert arms.pairs([neighbors, probe, tuned]) == [(tuned, probe)]
+    assert arms.pairs([neighbors, tuned]) == []
+    assert arms.pairs([probe, Score("ours", "galileo-linear/1", right["knn"][None])]) == []
+    assert f"({RAW}: logreg) |" in arms.markdown([neighbors, probe, tuned])
+    found = arms.as_json([neighbors, probe, tuned], ["a"], np.zeros(50, int))["differences"]
+    assert [d["over protocol"] for d in found] == ["logreg/1"]
+
+
 def test_more_arms_than_colors_are_drawn(tmp_path):
     """A curve over checkpoints: seven arms and their eleven differences."""
     right = (np.random.default_rng(0).random((1, 40)) < 0.5).astype(float)
@@ -130,6 +142,40 @@ def test_checkpoints_of_one_name_are_seeds_of_one_arm(folder, checkpoint, tmp_pa
     e = dataclasses.replace(e, checkpoints=(f"a={checkpoint}", f"b={checkpoint}", f"a={checkpoint}"))
     named = [(name, seed) for name, seed, _ in e.arms()]
     assert named == [(RAW, 0), (RANDOM, 0), (RANDOM, 1), ("a", 0), ("b", 0), ("a", 1)]
+
+
+def test_several_checkpoints_make_one_row_that_shows_its_seeds(folder, checkpoint, tmp_path):
+    other = tmp_path / "other"
+    tree, meta = weights.load_npz(checkpoint)
+    weights.save_npz(other, jax.tree.map(lambda x: 1.3 * x, tree), meta)
+    e = experiment(folder, checkpoint, tmp_path / "out", protocols=("logreg",))
+    scores = dataclasses.replace(e, checkpoints=(str(checkpoint), str(other))).run(lambda text: None)
+    ours = next(s for s in scores if s.arm == "pretrained")
+    assert ours.right.shape == (2, 24)
+    assert "recipe" not in json.loads((tmp_path / "out/results.json").read_text())["settings"]  # nothing was tuned
+    shown = ", ".join(f"{100 * v:.1f}" for v in ours.by_seed)
+    assert f"; seeds {shown} |" in (tmp_path / "out/results.md").read_text().split("| pretrained |")[1]
+    alone = [dataclasses.replace(e, checkpoints=(str(c),)).run(lambda text: None)[-1] for c in (checkpoint, other)]
+    assert ours.by_seed == [a.by_seed[0] for a in alone]
+
+
+def test_several_sensors_are_fused_in_probes_and_fine_tuning(checkpoint, tmp_path):
+    """Radar tells two of four classes apart, the optical image the other two: one sensor reaches half at most."""
+    rng, root = np.random.default_rng(0), tmp_path / "pairs"
+    for i in range(40):
+        name, a, b = f"{'abcd'[i % 4]}/{i}.tif", i % 2, i // 2 % 2
+        fake.tiff(root / "S1" / name, (-18 + 10 * a + rng.normal(0, 1, (32, 32, 2))).astype(np.float32))
+        fake.tiff(root / "S2" / name, (500 + 3000 * b + rng.normal(0, 100, (32, 32, 3))).astype(np.uint16))
+    inputs = "  s1: {folder: S1, bands: [VV, VH]}\n  s2_l2a: {folder: S2, bands: [B04, B03, B02]}\n"
+    (root / "dataset.yaml").write_text(f"name: pairs\ninputs:\n{inputs}")
+    said: list[str] = []
+    chosen = {"protocols": ("galileo-linear", "fold-finetune"), "repeats": 1, "epochs": 30}
+    scores = experiment(root, checkpoint, tmp_path / "out", **chosen).run(said.append)
+    assert len(said) == 5
+    assert all(", s1+s2_l2a, " in text for text in said)
+    assert all(s.right.mean() > 0.7 for s in scores if s.arm != RANDOM), [
+        (s.arm, s.protocol, s.by_seed) for s in scores
+    ]
 
 
 def test_refuses_what_cannot_be_cross_validated(folder, checkpoint, tmp_path):

@@ -301,8 +301,9 @@ def labelled_pairs(root, task):
         fake.tiff(root / "S1" / f"p{i}.tif", rng.normal(-18 + 8 * level, 1, (32, 32, 2)).astype("f4"))
         fake.tiff(root / "S2" / f"p{i}.tif", (1500 + 1500 * level + rng.normal(0, 200, (32, 32, 3))).astype(np.uint16))
         fake.tiff(root / "M" / f"p{i}.tif", np.full((32, 32), level, np.uint8))
-    rows = {"segmentation": "", "regression": "labels: t.csv\n", "multilabel": "labels: t.csv\n"}[task]
-    values = {"regression": ("value", lambda i: 10 + 5 * (i % 2)), "multilabel": ("labels", lambda i: "ab"[i % 2])}
+    rows = "" if task == "segmentation" else "labels: t.csv\n"
+    values = {"regression": ("value", lambda i: 10 + 5 * (i % 2)), "multilabel": ("labels", lambda i: "ab"[i % 2]),
+              "classification": ("label", lambda i: "ab"[i % 2])}  # fmt: skip
     if task in values:
         column, text = values[task]
         table = [f"p{i}.tif,{text(i)}" for i in range(20)]
@@ -319,9 +320,10 @@ def labelled_pairs(root, task):
     ("task", "overrides"),
     [
         ("segmentation", {"mode": "frozen", "class_weights": "balanced", "rates": (3e-2,), "epochs": 2}),
-        ("segmentation", {"head": "upernet", "upernet_channels": 8, "mode": "last", "last_blocks": 1, "epochs": 1}),
+        ("segmentation", {"head": "upernet", "upernet_channels": 8, "layer_decay": 0.75, "epochs": 1}),
         ("multilabel", {"mode": "lora", "mixup": 0.1, "epochs": 2}),
         ("regression", {"layer_decay": 0.75, "epochs": 2}),
+        ("classification", {"epochs": 24}),
     ],
 )
 @pytest.mark.slow
@@ -339,6 +341,8 @@ def test_every_task_and_mode_with_fused_sensors(tmp_path, task, overrides):
         assert 0 <= row["metrics"]["miou"]["value"] <= 1
     elif task == "multilabel":
         assert row["metrics"]["map_micro"]["value"] >= 0.5
+    elif task == "classification":
+        assert row["metrics"]["top1"]["value"] >= 0.75  # chance 0.5
     else:
         assert row["metrics"]["rmse"]["value"] < 6  # deviation of the targets: 2.5
 

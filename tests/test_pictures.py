@@ -1,13 +1,15 @@
-"""The pictures that a run begins with: views of the first batch, land cover before and after sampling."""
+"""The pictures of a run: views of the first batch, land cover before and after sampling, learning curves."""
 
 from __future__ import annotations
+
+import json
 
 import numpy as np
 from etils import epath
 from PIL import Image
 from views_fake import fake_batch, views_of
 
-from terrafm_jax import landcover
+from terrafm_jax import figures, landcover
 from terrafm_jax.models.terrafm import patchify
 from terrafm_jax.sensors import SENSORS
 from terrafm_jax.ssl.views import ViewSpec
@@ -61,3 +63,18 @@ def test_class_chart_draws_shares_before_and_after() -> None:
         length = (chart[32 * row + 16] == color).all(axis=-1).sum()  # within the lower bar, which is what is drawn
         assert abs(length - 420 * after[i] / 0.9) <= 2
     assert chart.shape[0] == 3 * 32, "a title, and the two categories that occur"
+
+
+def test_curves_show_the_last_value_of_a_step_and_say_what_was_not_measured(tmp_path, monkeypatch) -> None:
+    rows = [{"step": 0, "loss": 6.0}, {"step": 10, "loss": 5.0}, {"step": 10, "loss": 4.0, "teacher_entropy": 2.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    kept = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: kept.append(figure))
+    figures.learning_curves(tmp_path / "curves.png", tmp_path)
+    axes = {axis.get_title(): axis for axis in kept[0].axes}
+    curve, entropy = axes["loss"].get_lines()
+    np.testing.assert_array_equal(curve.get_xydata(), [[0, 6], [10, 4]])
+    np.testing.assert_array_equal(entropy.get_xydata(), [[10, 2]])
+    assert [t.get_text() for t in axes["kNN top-1"].texts] == ["not measured"]
+    assert not axes["kNN top-1"].get_lines()
+    assert not axes["loss"].texts

@@ -39,13 +39,17 @@ class Score:
 
 
 def pairs(scores: Sequence[Score]) -> list[tuple[Score, Score]]:
-    """(arm, baseline) under one protocol: every trained arm against random init and raw, and those two."""
+    """(arm, baseline): every trained arm against raw and random init under its protocol, and those two.
+
+    Raw statistics cannot be fine-tuned: fine-tuning is held against their best-known use, ``logreg``.
+    """
     found = []
-    for score in scores:
-        for base in scores:
-            wanted = base.arm in (RAW, RANDOM) and score.arm != RAW and score.arm != base.arm
-            if wanted and score.protocol == base.protocol:
-                found.append((score, base))
+    for score in (s for s in scores if s.arm != RAW):
+        for name in (RAW, RANDOM):
+            same = [s for s in scores if (s.arm, s.protocol) == (name, score.protocol)]
+            same += [s for s in scores if name == RAW and s.arm == RAW and s.protocol.startswith("logreg/")]
+            if same and score.arm != name and (same[0].protocol == score.protocol or "finetune" in score.protocol):
+                found.append((score, same[0]))
     return found
 
 
@@ -63,10 +67,15 @@ def markdown(scores: Sequence[Score]) -> str:
     lines += ["", "| difference (points) | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
     found = pairs(scores)
     for title in dict.fromkeys(f"{a.arm} − {b.arm}" for a, b in found):
-        cells = [next((a.over(b) for a, b in found if (f"{a.arm} − {b.arm}", a.protocol) == (title, p)), None)
+        cells = [next(((a, b) for a, b in found if (f"{a.arm} − {b.arm}", a.protocol) == (title, p)), None)
                  for p in names]  # fmt: skip
-        lines.append(f"| {title} | " + " | ".join("–" if i is None else _points(i, "+") for i in cells) + " |")
+        lines.append(f"| {title} | " + " | ".join("–" if c is None else _over(*c) for c in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _over(score: Score, base: Score) -> str:
+    other = "" if base.protocol == score.protocol else f" ({base.arm}: {base.protocol.split('/')[0]})"
+    return _points(score.over(base), "+") + other
 
 
 def _cell(score: Score) -> str:
@@ -88,7 +97,10 @@ def as_json(scores: Sequence[Score], classes: Sequence[str], labels: np.ndarray)
         }
         for s in scores
     ]  # fmt: skip
-    found = [{"arm": a.arm, "over": b.arm, "protocol": a.protocol, "top1": plain(a.over(b))} for a, b in pairs(scores)]
+    found = [
+        {"arm": a.arm, "over": b.arm, "protocol": a.protocol, "over protocol": b.protocol, "top1": plain(a.over(b))}
+        for a, b in pairs(scores)
+    ]
     return {"scores": rows, "differences": found}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -59,7 +60,8 @@ def _amount(fraction: float, shots: int) -> str:
 def markdown(rows: Sequence[Row]) -> str:
     """Tables by protocol and label amount: our models, then the published rows of the same protocol."""
     rows = [r for r in rows if "error" not in r]
-    parts = ["# Results\n", "Shares in percent, brackets: 95 % bootstrap interval over the test samples.\n"]
+    legend = "brackets: 95 % bootstrap interval over the test samples; ±: deviation over draws of labels"
+    parts = ["# Results\n", f"Shares in percent, {legend}.\n"]
     for setting in sorted({_setting(r) for r in rows}):
         chosen = [r for r in rows if _setting(r) == setting]
         parts.append(_table(setting, chosen))
@@ -105,58 +107,63 @@ def _variant(row: Row, rows: Sequence[Row]) -> str:
 
 
 def paired_table(rows: Sequence[Row], folder: Path) -> str:
-    """Differences between models on the same test samples, with paired 95 % intervals (classification, multilabel)."""
-    groups: dict[tuple, list[Row]] = defaultdict(list)
+    """Differences between models on the same test samples, with paired 95 % intervals (classification, multilabel).
+
+    The checkpoint that was named first is the minuend. Where labels were drawn several times, the mean over the draws.
+    """
+    groups: dict[tuple, dict[tuple, dict[int, Row]]] = defaultdict(lambda: defaultdict(dict))
     for r in rows:
         if "error" not in r and r["task"] in ("classification", "multilabel"):
-            groups[(r["dataset"], *_setting(r), tuple(r["inputs"]), r["seed"])].append(r)
+            where = (r["dataset"], *_setting(r), tuple(r["inputs"]))
+            groups[where][(r["model"], r["weights"], r.get("note") or "")][r["seed"]] = r
     lines = []
-    for (dataset, protocol, fraction, shots, inputs, seed), found in sorted(groups.items()):
-        where = f"{dataset}, {protocol}, {_amount(fraction, shots)}, {'+'.join(inputs)}, seed {seed}"
-        for i, a in enumerate(found):
-            for b in found[i + 1 :]:
-                d = _paired_folds(a, b, folder)
-                first, second = (_metric(r, folder) for r in (a, b))
-                if d is not None:
-                    lines.append(_difference(a, b, where, "top1", d))
-                    continue
-                if first is None or second is None or first[1] != second[1]:
-                    continue
-                name = "top1" if a["task"] == "classification" else "f1_micro"
-                d = metrics.paired_difference(first[0], second[0], first[1], resamples=500)[name]
-                lines.append(_difference(a, b, where, name, d))
+    for (dataset, protocol, fraction, shots, inputs), models in sorted(groups.items()):
+        where = f"{dataset}, {protocol}, {_amount(fraction, shots)}, {'+'.join(inputs)}"
+        for a, b in itertools.combinations(models.values(), 2):
+            seeds = sorted(a.keys() & b.keys())
+            first, second = [a[s] for s in seeds], [b[s] for s in seeds]
+            if (found := _paired_folds(first, second, folder) or _paired_metrics(first, second, folder)) is None:
+                continue
+            drawn = f" (mean of {len(seeds)} draws)" if len(seeds) > 1 else ""
+            name, d = found
+            text = f"{name} {100 * d.value:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]{drawn}"
+            lines.append(f"| {first[0]['model']} − {second[0]['model']} | {where} | {text} |")
     if not lines:
         return ""
     return "\n".join(["## Paired differences\n", "| models | where | points |", "|---|---|---|", *lines, ""])
 
 
-def _difference(a: Row, b: Row, where: str, name: str, d: metrics.Interval) -> str:
-    text = f"{100 * d.value:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
-    return f"| {b['model']} − {a['model']} | {where} | {name} {text} |"
+def _paired_folds(a: Sequence[Row], b: Sequence[Row], folder: Path) -> tuple[str, metrics.Interval] | None:
+    """a - b of cross-validated rows: each sample's share of right answers, paired."""
+    shares = [[f["right"] for r in rows if (f := _stored(r, folder)) and "right" in f] for rows in (a, b)]
+    if not shares[0] or len(shares[0]) != len(shares[1]) or len({s.shape for part in shares for s in part}) > 1:
+        return None
+    return "top1", crossval.paired(*(np.mean(s, axis=0) for s in reversed(shares)))
 
 
-def _paired_folds(a: Row, b: Row, folder: Path) -> metrics.Interval | None:
-    """Of cross-validated rows: each sample's share of right answers, paired."""
-    shares = []
-    for row in (a, b):
-        path = folder / "predictions" / f"{row['key']}.npz"
-        if not path.exists():
-            return None
-        with np.load(path, allow_pickle=False) as f:
-            if "right" not in f:
-                return None
-            shares.append(f["right"])
-    return crossval.paired(*shares) if shares[0].shape == shares[1].shape else None
+def _paired_metrics(a: Sequence[Row], b: Sequence[Row], folder: Path) -> tuple[str, metrics.Interval] | None:
+    """a - b of rows with predictions of the same test samples."""
+    first, second = ([_metric(r, folder) for r in rows] for rows in (a, b))
+    if not first or None in first + second or len({count for _, count in first + second}) > 1:
+        return None
+    name = "top1" if a[0]["task"] == "classification" else "f1_micro"
+    mean = [lambda w, parts=parts: {name: float(np.mean([p(w)[name] for p, _ in parts]))} for parts in (second, first)]
+    return name, metrics.paired_difference(*mean, first[0][1], resamples=500)[name]
 
 
-def _metric(row: Row, folder: Path) -> tuple[metrics.Metric, int] | None:
+def _stored(row: Row, folder: Path) -> dict[str, np.ndarray] | None:
     path = folder / "predictions" / f"{row['key']}.npz"
     if not path.exists():
         return None
     with np.load(path, allow_pickle=False) as f:
-        predictions, targets = f["predictions"], f["targets"]
-    if predictions.shape != targets.shape:
+        return {name: f[name] for name in f.files}
+
+
+def _metric(row: Row, folder: Path) -> tuple[metrics.Metric, int] | None:
+    found = _stored(row, folder)
+    if found is None or found["predictions"].shape != found["targets"].shape:
         return None
+    predictions, targets = found["predictions"], found["targets"]
     if row["task"] == "multilabel":
         return metrics.multilabel_metric(targets, predictions, None), len(targets)
     return metrics.classification_metric(targets, predictions, len(row["classes"])), len(targets)
@@ -174,9 +181,9 @@ def _pyplot() -> Any:
     return plt
 
 
-def _save(figure: Any, path: Path) -> None:
+def _save(figure: Any, path: Path, **options: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, **options)
     _pyplot().close(figure)
 
 
@@ -245,17 +252,19 @@ def radar(rows: Sequence[Row], path: Path) -> bool:
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(6.4, 6), subplot_kw={"projection": "polar"}, constrained_layout=True)
     angles = np.linspace(0, 2 * np.pi, len(labels), endpoint=False)
+    around = [*range(len(labels)), 0]
     for i, (model, by_label) in enumerate(series.items()):
-        at = [k for k, label in enumerate(labels) if label in by_label]
-        values = [_span(by_label[labels[k]])[0] for k in at]
-        closed = [*at, at[0]] if len(at) == len(labels) else at
+        values = np.array([_span(by_label[k])[0] if k in by_label else np.nan for k in labels])  # nan: a gap
         color = COLORS[i % len(COLORS)]
-        axis.plot(angles[closed], [*values, values[0]][: len(closed)], "o-", color=color, label=model, markersize=3)
+        axis.plot(angles[around], values[around], "o-", color=color, label=model, markersize=3)
     axis.set_xticks(angles, labels, fontsize=7)
-    axis.tick_params(axis="x", pad=22)
+    for text, angle in zip(axis.get_xticklabels(), angles, strict=True):  # outwards: not across the circle
+        side = np.cos(angle)
+        text.set_horizontalalignment("center" if abs(side) < 0.1 else "left" if side > 0 else "right")
+    axis.tick_params(labelsize=7)
     axis.set_ylim(0, 100)
-    axis.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, -0.2), frameon=False)
-    _save(figure, path)
+    axis.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, -0.25), frameon=False)
+    _save(figure, path, bbox_inches="tight")  # the labels reach beyond what the layout reserves
     return True
 
 
@@ -274,14 +283,20 @@ def confusion_figure(row: Row, path: Path) -> None:
         for i, j in zip(*np.nonzero(matrix), strict=True):
             color = "white" if shares[i, j] > 0.6 else "black"
             axis.text(j, i, f"{100 * shares[i, j]:.0f}", ha="center", va="center", fontsize=6, color=color)
-    axis.set_xlabel("predicted")
-    axis.set_ylabel("true (cells: % of the row)")
+    axis.set_xlabel("predicted", fontsize=8)
+    axis.set_ylabel("true (cells: % of the row)", fontsize=8)
     axis.set_title(f"{row['dataset']}: {row['model']}\n{row['protocol']}, {'+'.join(row['inputs'])}", fontsize=8)
     _save(figure, path)
 
 
+CALM = {"s1": 6.0, "s2": 600.0}  # dB, DN: what a picture spans at least, so that noise of calm scenes stays dark
+
+
 def thumbnail(info: DatasetInfo, sample: Sample) -> np.ndarray:
-    """uint8 [H, W, 3] for people: red, green, blue of Sentinel-2, or VV, VH, VV of Sentinel-1; 2-98 % stretch."""
+    """uint8 [H, W, 3] for people: red, green, blue of Sentinel-2, or VV, VH, VV of Sentinel-1.
+
+    Each band loses its own 2nd percentile (haze lifts blue most), then all share one stretch, so that colors stay.
+    """
     key = next((k for k in ("s2_l2a", "s2_l1c", "s1") if k in sample.images), None)
     source = info.inputs[key]
     image = canonical(source, sample.images[key])
@@ -289,9 +304,11 @@ def thumbnail(info: DatasetInfo, sample: Sample) -> np.ndarray:
     order = [SENSORS[key].band_names.index(b) for b in wanted]
     order = [i if source.mask[i] else int(np.nonzero(source.mask)[0][0]) for i in order]
     rgb = image[..., order]
-    low, high = np.nanpercentile(rgb, [2, 98]) if np.isfinite(rgb).any() else (0.0, 1.0)
-    scaled = np.clip((np.nan_to_num(rgb, nan=low) - low) / max(high - low, 1e-6), 0, 1)
-    return (255 * scaled).astype(np.uint8)
+    if not np.isfinite(rgb).any():
+        return np.zeros(rgb.shape, np.uint8)
+    rgb = rgb - np.nanpercentile(rgb, 2, axis=(0, 1))
+    span = max(float(np.nanpercentile(rgb, 98)), CALM[key[:2]])
+    return (255 * np.clip(np.nan_to_num(rgb) / span, 0, 1)).astype(np.uint8)
 
 
 def error_sheet(info: DatasetInfo, samples: Iterable[tuple[Sample, str]], path: Path, title: str) -> None:

@@ -251,8 +251,9 @@ class Session:
                 self._figures(row, datasets[row["dataset"]])
 
     def _figures(self, row: dict[str, Any], dataset: Dataset) -> None:
-        name = f"{row['dataset']}-{row['model']}-{'+'.join(row['inputs'])}-{row['key'][:6]}".replace("/", "_")
-        name = name.replace(" ", "_")
+        protocol = row["protocol"].split("/")[0]
+        name = f"{row['dataset']}-{protocol}-{row['model']}-{'+'.join(row['inputs'])}-{row['key'][:6]}"
+        name = name.replace("/", "_").replace(" ", "_")
         if row.get("confusion") is not None:
             report.confusion_figure(row, self.out / "figures" / f"confusion-{name}.png")
         path = self.out / "predictions" / f"{row['key']}.npz"
