@@ -12,8 +12,9 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
-from terrafm_jax.models.attention import attend
-from terrafm_jax.models.layers import LayerNorm, Linear, gelu
+from terrafm_jax.models import lanes
+from terrafm_jax.models.attention import attend, padded
+from terrafm_jax.models.layers import MOMENTS, PRODUCT, LayerNorm, Linear, gelu
 from terrafm_jax.models.spec import ModelSpec
 
 Params = Mapping[str, Any]
@@ -27,8 +28,8 @@ class Attention(nnx.Module):
         self.qkv = Linear(spec, spec.width, 3 * spec.width, rngs=rngs)
         self.proj = Linear(spec, spec.width, spec.width, rngs=rngs)
 
-    def __call__(self, x: Array) -> Array:
-        return self.proj(attend(self.qkv(x), self.spec))
+    def __call__(self, x: Array, keys: int) -> Array:
+        return self.proj(attend(self.qkv(x), self.spec, keys))
 
 
 class Mlp(nnx.Module):
@@ -51,9 +52,12 @@ class Block(nnx.Module):
         self.norm2 = LayerNorm(spec, spec.width)
         self.mlp = Mlp(spec, rngs=rngs)
 
-    def __call__(self, x: Array, keep: Array | None) -> Array:
-        """Tokens [B, N, d]; ``keep`` [2, B] scales the two residuals of each sample (0 drops), or None."""
-        x = x + _scaled(self.attn(self.norm1(x)), keep, 0)
+    def __call__(self, x: Array, keep: Array | None, keys: int) -> Array:
+        """Tokens [B, N, d], padding after the first ``keys``.
+
+        ``keep`` [2, B] scales the two residuals of each sample (0 drops), or None.
+        """
+        x = x + _scaled(self.attn(self.norm1(x), keys), keep, 0)
         return x + _scaled(self.mlp(self.norm2(x)), keep, 1)
 
 
@@ -66,9 +70,9 @@ def _block_graph(spec: ModelSpec) -> Any:
     return nnx.split(nnx.eval_shape(lambda: Block(spec, rngs=nnx.Rngs(0))))[0]
 
 
-def apply_block(spec: ModelSpec, params: Params, x: Array, keep: Array | None = None) -> Array:
-    """One block with plain parameters: tokens [B, N, d] -> [B, N, d]."""
-    return nnx.merge(_block_graph(spec), params)(x, keep)
+def apply_block(spec: ModelSpec, params: Params, x: Array, keep: Array | None = None, keys: int | None = None) -> Array:
+    """One block with plain parameters: tokens [B, N, d], of which ``keys`` (default: all) are no padding."""
+    return nnx.merge(_block_graph(spec), params)(x, keep, x.shape[1] if keys is None else keys)
 
 
 def drop_path_keep(spec: ModelSpec, batch: int, key: Array) -> Array:
@@ -81,14 +85,14 @@ def drop_path_keep(spec: ModelSpec, batch: int, key: Array) -> Array:
     return jnp.where(draws < kept, 1.0 / kept, 0.0)
 
 
-def _rematerialized(spec: ModelSpec) -> Any:
+def _rematerialized(spec: ModelSpec, keys: Sequence[int]) -> Any:
     def step(params: Params, x: tuple[Array, ...], keep: tuple[Array | None, ...]) -> tuple[Array, ...]:
-        return tuple(apply_block(spec, params, *both) for both in zip(x, keep, strict=True))
+        return tuple(apply_block(spec, params, *each) for each in zip(x, keep, keys, strict=True))
 
     if spec.remat == "none":
         return step
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if spec.remat == "dots" else None
-    return jax.checkpoint(step, policy=policy, prevent_cse=not spec.scan)
+    kept = jax.checkpoint_policies.save_only_these_names(PRODUCT, lanes.SAVED, MOMENTS)
+    return jax.checkpoint(step, policy=kept if spec.remat == "dots" else None, prevent_cse=not spec.scan)
 
 
 def stack_blocks(blocks: Params, depth: int) -> Params:
@@ -115,14 +119,20 @@ def run_blocks_together(
     Args:
       keep: for every array what :func:`drop_path_keep` drew, or None.
     """
-    step = _rematerialized(spec)
-    x, keep, tapped = tuple(x), tuple(keep), {}
+    counts = [tokens.shape[1] for tokens in x]
+    step = _rematerialized(spec, counts)
+    keep, tapped = tuple(keep), {}
+    x = tuple(_lengthened(tokens, padded(n, spec)) for tokens, n in zip(x, counts, strict=True))
+
+    def shortened(x: tuple[Array, ...]) -> tuple[Array, ...]:
+        return tuple(tokens[:, :n] for tokens, n in zip(x, counts, strict=True))
+
     if not spec.scan:
         for i in range(spec.depth):
             x = step(blocks[str(i)], x, tuple(None if k is None else k[i] for k in keep))
             if i in taps:
-                tapped[i] = x
-        return x, tapped
+                tapped[i] = shortened(x)
+        return shortened(x), tapped
     stacked = stack_blocks(blocks, spec.depth)
     start = 0
     for stop in sorted({*(i + 1 for i in taps), spec.depth}):  # one scan between two taps
@@ -130,5 +140,10 @@ def run_blocks_together(
         x, _ = lax.scan(lambda carry, layer: (step(layer[0], carry, layer[1]), None), x, part)
         start = stop
         if stop - 1 in taps:
-            tapped[stop - 1] = x
-    return x, tapped
+            tapped[stop - 1] = shortened(x)
+    return shortened(x), tapped
+
+
+def _lengthened(x: Array, rows: int) -> Array:
+    """[B, N, d] with zeros appended up to [B, rows, d]."""
+    return x if rows == x.shape[1] else jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, 0)))
