@@ -24,16 +24,10 @@ def resolve(spec: ModelSpec) -> str:
     return "lanes" if spec.backend == "tpu" and fits else "head_major"
 
 
-def padded(tokens: int, spec: ModelSpec) -> int:
-    """Rows that ``tokens`` should be padded to before :func:`attend`: whole registers on TPU, else as they are."""
-    return lanes.padded(tokens) if resolve(spec) == "lanes" else tokens
-
-
-def attend(qkv: Array, spec: ModelSpec, keys: int) -> Array:
+def attend(qkv: Array, spec: ModelSpec) -> Array:
     """Softmax attention of packed ``[B, N, 3 * d]`` (3, heads, head_dim) -> ``[B, N, d]``.
 
-    Softmax is computed in float32. The first ``keys`` rows are tokens, further ones padding (see :func:`padded`) that
-    no token attends to. Raises ValueError where "cudnn" meets a type it does not support, or "lanes"
+    Softmax is computed in float32. Raises ValueError where "cudnn" meets a type it does not support, or "lanes"
     heads that do not fill vector lanes.
     """
     batch, tokens, packed = qkv.shape
@@ -45,9 +39,7 @@ def attend(qkv: Array, spec: ModelSpec, keys: int) -> Array:
                 f"model: attention 'lanes' needs whole heads in {lanes.cut(spec.width)} columns; found heads of "
                 f"{head_dim}. Use attention='xla'"
             )
-        return lanes.attend(qkv, spec, keys)
-    if keys != tokens:
-        raise ValueError(f"model: attention {implementation!r} takes no padding; found {keys} keys in {tokens} rows")
+        return lanes.attend(qkv, spec)
     qkv = qkv.reshape(batch, tokens, 3, spec.heads, head_dim)
     if implementation == "head_major":
         out = _head_major(qkv, spec)

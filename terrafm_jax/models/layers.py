@@ -50,7 +50,9 @@ def _affine_bwd(spec: ModelSpec, out_dtype: jnp.dtype, saved: tuple, g: Array) -
     dtype = spec.compute_dtype
     rows, exact = tuple(range(x.ndim - 1)), precision(dtype)
     dbias = None if bias is None else _sum_rows(g, bias.dtype, spec)
-    g = g.astype(dtype)
+    if g.dtype != dtype:
+        # Where devices sum g, as they do for products of weights, TPU's compiler would round before it sums.
+        g = lax.optimization_barrier(g).astype(dtype)
     dx = lax.dot_general(g, kernel.astype(dtype), (((g.ndim - 1,), (1,)), ((), ())), precision=exact)
     dkernel = lax.dot_general(x, g, ((rows, rows), ((), ())), precision=exact, preferred_element_type=kernel.dtype)
     return dx, dkernel, dbias

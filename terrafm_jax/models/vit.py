@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array, lax
 
 from terrafm_jax.models import lanes
-from terrafm_jax.models.attention import attend, padded
+from terrafm_jax.models.attention import attend
 from terrafm_jax.models.layers import MOMENTS, PRODUCT, LayerNorm, Linear, gelu
 from terrafm_jax.models.spec import ModelSpec
 
@@ -28,8 +28,8 @@ class Attention(nnx.Module):
         self.qkv = Linear(spec, spec.width, 3 * spec.width, rngs=rngs)
         self.proj = Linear(spec, spec.width, spec.width, rngs=rngs)
 
-    def __call__(self, x: Array, keys: int) -> Array:
-        return self.proj(attend(self.qkv(x), self.spec, keys))
+    def __call__(self, x: Array) -> Array:
+        return self.proj(attend(self.qkv(x), self.spec))
 
 
 class Mlp(nnx.Module):
@@ -52,12 +52,9 @@ class Block(nnx.Module):
         self.norm2 = LayerNorm(spec, spec.width)
         self.mlp = Mlp(spec, rngs=rngs)
 
-    def __call__(self, x: Array, keep: Array | None, keys: int) -> Array:
-        """Tokens [B, N, d], padding after the first ``keys``.
-
-        ``keep`` [2, B] scales the two residuals of each sample (0 drops), or None.
-        """
-        x = x + _scaled(self.attn(self.norm1(x), keys), keep, 0)
+    def __call__(self, x: Array, keep: Array | None) -> Array:
+        """Tokens [B, N, d]; ``keep`` [2, B] scales the two residuals of each sample (0 drops), or None."""
+        x = x + _scaled(self.attn(self.norm1(x)), keep, 0)
         return x + _scaled(self.mlp(self.norm2(x)), keep, 1)
 
 
@@ -70,9 +67,9 @@ def _block_graph(spec: ModelSpec) -> Any:
     return nnx.split(nnx.eval_shape(lambda: Block(spec, rngs=nnx.Rngs(0))))[0]
 
 
-def apply_block(spec: ModelSpec, params: Params, x: Array, keep: Array | None = None, keys: int | None = None) -> Array:
-    """One block with plain parameters: tokens [B, N, d], of which ``keys`` (default: all) are no padding."""
-    return nnx.merge(_block_graph(spec), params)(x, keep, x.shape[1] if keys is None else keys)
+def apply_block(spec: ModelSpec, params: Params, x: Array, keep: Array | None = None) -> Array:
+    """One block with plain parameters: tokens [B, N, d] -> [B, N, d]."""
+    return nnx.merge(_block_graph(spec), params)(x, keep)
 
 
 def drop_path_keep(spec: ModelSpec, batch: int, key: Array) -> Array:
@@ -85,13 +82,13 @@ def drop_path_keep(spec: ModelSpec, batch: int, key: Array) -> Array:
     return jnp.where(draws < kept, 1.0 / kept, 0.0)
 
 
-def _rematerialized(spec: ModelSpec, keys: Sequence[int]) -> Any:
+def _rematerialized(spec: ModelSpec) -> Any:
     def step(params: Params, x: tuple[Array, ...], keep: tuple[Array | None, ...]) -> tuple[Array, ...]:
-        return tuple(apply_block(spec, params, *each) for each in zip(x, keep, keys, strict=True))
+        return tuple(apply_block(spec, params, *both) for both in zip(x, keep, strict=True))
 
     if spec.remat == "none":
         return step
-    kept = jax.checkpoint_policies.save_only_these_names(PRODUCT, lanes.SAVED, MOMENTS)
+    kept = jax.checkpoint_policies.save_only_these_names(PRODUCT, MOMENTS, lanes.SAVED)
     return jax.checkpoint(step, policy=kept if spec.remat == "dots" else None, prevent_cse=not spec.scan)
 
 
@@ -119,20 +116,14 @@ def run_blocks_together(
     Args:
       keep: for every array what :func:`drop_path_keep` drew, or None.
     """
-    counts = [tokens.shape[1] for tokens in x]
-    step = _rematerialized(spec, counts)
-    keep, tapped = tuple(keep), {}
-    x = tuple(_lengthened(tokens, padded(n, spec)) for tokens, n in zip(x, counts, strict=True))
-
-    def shortened(x: tuple[Array, ...]) -> tuple[Array, ...]:
-        return tuple(tokens[:, :n] for tokens, n in zip(x, counts, strict=True))
-
+    step = _rematerialized(spec)
+    x, keep, tapped = tuple(x), tuple(keep), {}
     if not spec.scan:
         for i in range(spec.depth):
             x = step(blocks[str(i)], x, tuple(None if k is None else k[i] for k in keep))
             if i in taps:
-                tapped[i] = shortened(x)
-        return shortened(x), tapped
+                tapped[i] = x
+        return x, tapped
     stacked = stack_blocks(blocks, spec.depth)
     start = 0
     for stop in sorted({*(i + 1 for i in taps), spec.depth}):  # one scan between two taps
@@ -140,10 +131,5 @@ def run_blocks_together(
         x, _ = lax.scan(lambda carry, layer: (step(layer[0], carry, layer[1]), None), x, part)
         start = stop
         if stop - 1 in taps:
-            tapped[stop - 1] = shortened(x)
-    return shortened(x), tapped
-
-
-def _lengthened(x: Array, rows: int) -> Array:
-    """[B, N, d] with zeros appended up to [B, rows, d]."""
-    return x if rows == x.shape[1] else jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, 0)))
+            tapped[stop - 1] = x
+    return x, tapped
