@@ -47,17 +47,18 @@ def attend(qkv: Array, spec: ModelSpec) -> Array:
 
 def _forward(qkv: Array, spec: ModelSpec) -> tuple[Array, Array]:
     """The output, and [heads, B, N] logs of the softmax's denominators."""
-    out, logs = [], []
+    out, logs, masks = [], [], _masks(spec, qkv.dtype)
+    # XLA makes product, softmax and its sum one kernel, but only as long as nobody else asks for the maxima: they
+    # are found again, from products that it cannot recognize as the same. Unused logs (no gradient) vanish.
+    again = lax.optimization_barrier(masks)
     for q, k, v in zip(*_thirds(qkv, spec), strict=True):
         mixed = []
-        for own in _masks(spec, qkv.dtype):
-            logits = _dot(q * own, k, _ROWS_BY_ROWS, spec) * _scale(spec)
-            top = logits.max(-1, keepdims=True)
-            powers = jnp.exp(logits - top)
+        for own, same in zip(masks, again, strict=True):
+            logits = _logits(q * own, k, spec)
+            powers = jnp.exp(logits - lax.stop_gradient(logits.max(-1, keepdims=True)))
             total = powers.sum(-1, keepdims=True)
-            weights = (powers / total).astype(spec.compute_dtype)
-            mixed.append(_dot(weights, v * own, _PLAIN, spec))
-            logs.append((top + jnp.log(total))[..., 0])
+            mixed.append(_dot((powers / total).astype(spec.compute_dtype), v * own, _PLAIN, spec))
+            logs.append(_logits(q * same, k, spec).max(-1) + jnp.log(total[..., 0]))
         out.append(sum(mixed[1:], mixed[0]).astype(spec.compute_dtype))
     return jnp.concatenate(out, axis=-1), jnp.stack(logs)
 
@@ -77,7 +78,7 @@ def _attend_bwd(spec: ModelSpec, saved: tuple[Array, Array, Array], g: Array) ->
         dq, dk, dv = [], [], []
         for own in masks:
             log, shift = next(rows)
-            weights = jnp.exp(_dot(k, q * own, _ROWS_BY_ROWS, spec) * _scale(spec) - log)
+            weights = jnp.exp(_logits(k, q * own, spec) - log)
             dlogits = (weights * (_dot(v, do * own, _ROWS_BY_ROWS, spec) - shift) * _scale(spec)).astype(dtype)
             dq.append(_dot(dlogits, k * own, _TRANSPOSED, spec))
             dk.append(_dot(dlogits, q * own, _PLAIN, spec))
@@ -97,6 +98,11 @@ def _scale(spec: ModelSpec) -> float:
 def _dot(a: Array, b: Array, dims: tuple, spec: ModelSpec) -> Array:
     exact = precision(spec.compute_dtype)
     return lax.dot_general(a, b, dims, precision=exact, preferred_element_type=spec.stat_dtype)
+
+
+def _logits(a: Array, b: Array, spec: ModelSpec) -> Array:
+    """[B, m, cut] and [B, n, cut] -> [B, m, n]."""
+    return _dot(a, b, _ROWS_BY_ROWS, spec) * _scale(spec)
 
 
 def _head_sums(x: Array, spec: ModelSpec) -> Array:
