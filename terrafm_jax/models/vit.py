@@ -12,8 +12,9 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
+from terrafm_jax.models import lanes
 from terrafm_jax.models.attention import attend
-from terrafm_jax.models.layers import LayerNorm, Linear, gelu
+from terrafm_jax.models.layers import MOMENTS, PRODUCT, LayerNorm, Linear, gelu
 from terrafm_jax.models.spec import ModelSpec
 
 Params = Mapping[str, Any]
@@ -87,8 +88,8 @@ def _rematerialized(spec: ModelSpec) -> Any:
 
     if spec.remat == "none":
         return step
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if spec.remat == "dots" else None
-    return jax.checkpoint(step, policy=policy, prevent_cse=not spec.scan)
+    kept = jax.checkpoint_policies.save_only_these_names(PRODUCT, MOMENTS, lanes.SAVED)
+    return jax.checkpoint(step, policy=kept if spec.remat == "dots" else None, prevent_cse=not spec.scan)
 
 
 def stack_blocks(blocks: Params, depth: int) -> Params:
