@@ -35,10 +35,11 @@ from terrafm_jax.inference import Model
 from terrafm_jax.scenes import inputs, read, run, store
 from terrafm_jax.scenes.encoder import WindowEncoder
 from terrafm_jax.scenes.grid import Plan, target_grid
+from terrafm_jax.scenes.layers import Acquisition
 from terrafm_jax.sensors import SENSORS
 
 
-def write_scene(folder: Path, pixels: int, sensors: Sequence[str]) -> list[inputs.Acquisition]:
+def write_scene(folder: Path, pixels: int, sensors: Sequence[str]) -> list[Acquisition]:
     """One tiled GeoTIFF per sensor and resolution group, as delivered products are."""
     found, rng = [], np.random.default_rng(0)
     for key in sensors:
