@@ -185,3 +185,19 @@ def test_weights_alone_can_start_another_run(prepared: Path, straight: Path, tmp
     theirs, mine = state_of(straight, 40), state_of(workdir, 1)
     key = next(k for k in theirs if "params" in k and "fc1" in k and "kernel" in k)
     assert np.abs(theirs[key] - mine[key]).max() < 0.1 * np.abs(theirs[key]).max()
+
+
+def test_statistics_are_the_data_sets_unless_the_published_ones_are_asked_for(prepared: Path, tmp_path: Path) -> None:
+    from configs.demo import get_config
+    from terrafm_jax.sensors import Statistics
+    from terrafm_jax.training.loop import plan
+
+    config = get_config("runlocal")
+    config.data.dir = str(prepared)
+    own = plan(config, str(tmp_path)).spec.stats
+    config.data.statistics = "published"
+    published = plan(config, str(tmp_path)).spec.stats
+    counted = json.loads((prepared / "statistics.json").read_text())["sensors"]["s2_l2a"]
+    np.testing.assert_allclose(own["s2_l2a"][0], counted["mean"], rtol=1e-6)
+    np.testing.assert_array_equal(published["s2_l2a"][0], Statistics.published()["s2_l2a"][0])
+    assert not np.allclose(own["s2_l2a"][0], published["s2_l2a"][0], rtol=1e-2)
