@@ -20,6 +20,7 @@ from terrafm_jax import landcover
 from terrafm_jax.sensors import SENSORS
 
 BANDS: tuple[str, ...] = SENSORS["s2_l2a"].band_names  # 12 bands, B10 has no surface signal
+SATURATION = 1.55  # reflectance
 _WAVELENGTH = np.array([443, 492, 560, 665, 704, 740, 783, 833, 865, 945, 1610, 2190], np.float32) / 1000
 
 # Reflectance in the 12 bands, typical values of published spectral libraries, rounded.
@@ -231,6 +232,10 @@ def level_1c(
 
 
 def to_dn(reflectance: np.ndarray, offset: int, rng: np.random.Generator) -> np.ndarray:
-    """uint16 DN: reflectance x 10000 with detector noise, plus the baseline offset; dark values clip to zero."""
+    """uint16 DN: reflectance x 10000 with detector noise, plus the baseline offset.
+
+    Dark values clip to zero, and bright snow or cloud saturates the detector.
+    """
+    reflectance = np.minimum(reflectance, SATURATION)
     noise = rng.standard_normal(reflectance.shape, np.float32) * (6 + 0.004e4 * np.sqrt(np.maximum(reflectance, 0)))
     return np.clip(np.round(reflectance * 1e4 + noise + offset), 0, 65535).astype(np.uint16)
