@@ -51,8 +51,10 @@ def _affine_bwd(spec: ModelSpec, out_dtype: jnp.dtype, saved: tuple, g: Array) -
     rows, exact = tuple(range(x.ndim - 1)), precision(dtype)
     dbias = None if bias is None else _sum_rows(g, bias.dtype, spec)
     if g.dtype != dtype:
-        # Where devices sum g, as they do for products of weights, TPU's compiler would round before it sums.
-        g = lax.optimization_barrier(g).astype(dtype)
+        # Where devices sum g, as they do for products of weights, TPU's compiler would move the conversion before the
+        # sum. A rounding it leaves where it is (an optimization barrier does not help).
+        kept = jnp.finfo(dtype)
+        g = lax.reduce_precision(g, kept.nexp, kept.nmant).astype(dtype)
     dx = lax.dot_general(g, kernel.astype(dtype), (((g.ndim - 1,), (1,)), ((), ())), precision=exact)
     dkernel = lax.dot_general(x, g, ((rows, rows), ((), ())), precision=exact, preferred_element_type=kernel.dtype)
     return dx, dkernel, dbias
