@@ -209,10 +209,10 @@ class _Content:
             if tile.layout not in self.layouts:
                 self.layouts.append(tile.layout)
             tile.row["layout"] = self.layouts.index(tile.layout)
+            if tile.split == SPLITS[0]:  # first, so that encoding finds the pixels in the processor's cache
+                self.tally.add(tile.parts, tile.fields["fractions"])
             shards.write(tile.split, encode_record(tile.record()))
             self.rows[tile.split].append(tile.row)
-            if tile.split == SPLITS[0]:
-                self.tally.add(tile.parts, tile.fields["fractions"])
 
     def arrays(self, shards: _Shards) -> dict[str, np.ndarray]:
         meta = {"count": dict(shards.count), "bytes": dict(shards.bytes), "layouts": self.layouts}
