@@ -16,7 +16,7 @@ from terrafm_jax.config import apply_argument, base
 
 def get_config(arg: str | None = None) -> ConfigDict:
     c = base()
-    c.total_steps = "750"
+    c.total_steps = "600"
     c.batch_size = 32
     c.data.workers, c.data.cache = 0, "ram"
     c.model.size, c.model.width, c.model.depth, c.model.heads = "", 128, 3, 4
@@ -32,6 +32,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.compute.dtype = "float32"
     c.checkpoint.every, c.checkpoint.keep_every, c.checkpoint.teacher_every = "200", "0", "0"
     c.log.every = "20"
-    c.knn.every, c.knn.gallery, c.knn.split = "25%", "validation", "holdout"
+    c.knn.every, c.knn.gallery, c.knn.split = "50%", "validation", "holdout"
     c.knn.train_examples = c.knn.test_examples = 2000
     return apply_argument(c, arg)
