@@ -88,13 +88,13 @@ def compile_naive(topology_text: str, images: int) -> dict[str, Any]:
     from jax.sharding import AxisType, Mesh
 
     from benchmarks import naive_step
-    from terrafm_jax.tpu import client, hlo, network, reckon
+    from terrafm_jax.tpu import client, network, reckon
     from terrafm_jax.tpu.chips import Topology
 
     topology, spec = Topology.parse(topology_text), naive_step.Naive()
     devices = client.compile_only_devices(topology)
     mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
-    module = hlo.parse(client.compile_only(naive_step.lower(spec, mesh, images)).as_text())
+    _, module = client.compile_only(naive_step.lower(spec, mesh, images))
     found = reckon.reckon(module, network.Network.of(topology, devices))
     useful = spec.flops() * images
     return {

@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 from terrafm_jax import config as config_lib
 from terrafm_jax import landcover
 from terrafm_jax.sensors import Statistics
-from terrafm_jax.tpu import hlo
 from terrafm_jax.tpu.chips import Topology
 from terrafm_jax.tpu.client import compile_only, compile_only_devices, compiler_options
 from terrafm_jax.tpu.network import Network
@@ -76,17 +75,16 @@ def compile_step(
     begun = time.monotonic()
     lowered = make_step(spec, mesh).lower(state, batch)
     lowered_at = time.monotonic()
-    compiled = compile_only(lowered, options)
+    compiled, module = compile_only(lowered, options)
     compiled_at = time.monotonic()
-    text = compiled.as_text()
-    found = reckon(hlo.parse(text), Network.of(topology, list(mesh.devices.flat)), spec.model.depth)
+    found = reckon(module, Network.of(topology, list(mesh.devices.flat)), spec.model.depth)
     report = _header(spec, mesh, topology, options)
     report |= {"seconds_to_lower": lowered_at - begun, "seconds_to_compile": compiled_at - lowered_at}
     report |= _memory(compiled, state, batch, topology)
     report |= _time(spec, mesh, found)
     report |= _communication(spec, state, mesh, found)
     report["costliest"] = [_item(i) for i in found.costliest(10)]
-    return report | {"hlo": text}
+    return report | {"hlo": compiled.as_text()}
 
 
 def _header(spec: TrainSpec, mesh: Mesh, topology: Topology, options: Mapping) -> dict[str, Any]:
