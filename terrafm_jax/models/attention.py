@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import get_abstract_mesh
 
 from terrafm_jax.models import pallas_attention
 from terrafm_jax.models.layers import precision
@@ -12,15 +13,16 @@ from terrafm_jax.models.spec import ModelSpec
 
 
 def resolve(spec: ModelSpec, tokens: int) -> str:
-    """The implementation "auto" stands for: kernels on TPU where they fit, head-major there else and on CPU, XLA on GPU.
+    """The implementation "auto" stands for: on TPU kernels, else head-major, which CPU takes, too; XLA on GPU.
 
-    cuDNN must be asked for.
+    Kernels must fit, and need the mesh in context. cuDNN must be asked for.
     """
     if spec.attention != "auto":
         return spec.attention
     if spec.backend == "gpu":
         return "xla"
-    return "pallas" if spec.backend == "tpu" and pallas_attention.fits(spec, tokens) else "head_major"
+    kernels = spec.backend == "tpu" and not get_abstract_mesh().empty and pallas_attention.fits(spec, tokens)
+    return "pallas" if kernels else "head_major"
 
 
 def rows(spec: ModelSpec, tokens: int) -> int:

@@ -8,7 +8,8 @@ free, because the matrix unit is as deep as the registers are wide.
 Rows beyond ``valid`` are padding up to whole registers. They take part as queries, whose results nobody
 reads, and never as keys.
 
-Elsewhere than on TPU the kernels are interpreted: slowly, and with the same result by test.
+Elsewhere than on TPU the kernels are interpreted: slowly, and with the same result by test. Where arrays are
+spread over devices, the mesh must be in context (``jax.sharding.use_abstract_mesh``), as in the train step.
 """
 
 from __future__ import annotations
@@ -22,13 +23,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
-from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.sharding import get_abstract_mesh
 
 from terrafm_jax.models.layers import precision
-from terrafm_jax.models.spec import ModelSpec
+from terrafm_jax.models.spec import BATCH_AXES, ModelSpec
 
 LANES, ROWS = 128, 8  # of a vector register
 LONGEST = 640  # tokens whose logits still fit into on-chip memory beside everything else
@@ -63,7 +63,7 @@ def attend(qkv: Array, spec: ModelSpec, valid: int) -> Array:
       qkv: N a multiple of ROWS.
       valid: tokens that are keys; the rows after them are padding.
     """
-    return _forward(spec, valid)(qkv)
+    return _forward(qkv, spec, valid)
 
 
 def _attend_fwd(qkv: Array, spec: ModelSpec, valid: int) -> tuple[Array, tuple[Array, Array]]:
@@ -72,7 +72,7 @@ def _attend_fwd(qkv: Array, spec: ModelSpec, valid: int) -> tuple[Array, tuple[A
 
 
 def _attend_bwd(spec: ModelSpec, valid: int, saved: tuple[Array, Array], g: Array) -> tuple[Array]:
-    return (_backward(spec, valid)(*saved, g),)
+    return (_backward(*saved, g, spec, valid),)
 
 
 attend.defvjp(_attend_fwd, _attend_bwd)
@@ -81,37 +81,23 @@ attend.defvjp(_attend_fwd, _attend_bwd)
 # --- calls ------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=64)
-def _forward(spec: ModelSpec, valid: int) -> Callable[[Array], Array]:
+def _forward(qkv: Array, spec: ModelSpec, valid: int) -> Array:
     kernel = functools.partial(_forward_kernel, spec=spec, valid=valid)
-    return _over_batch(functools.partial(_call, kernel, "attention_forward", spec.width, 2, spec), inputs=1)
+    return _over_batch(functools.partial(_call, kernel, "attention_forward", spec.width, 2, spec), qkv)
 
 
-@functools.lru_cache(maxsize=64)
-def _backward(spec: ModelSpec, valid: int) -> Callable[[Array, Array, Array], Array]:
+def _backward(qkv: Array, out: Array, g: Array, spec: ModelSpec, valid: int) -> Array:
     kernel = functools.partial(_backward_kernel, spec=spec, valid=valid)
-    return _over_batch(functools.partial(_call, kernel, "attention_backward", 3 * spec.width, 5, spec), inputs=3)
+    return _over_batch(functools.partial(_call, kernel, "attention_backward", 3 * spec.width, 5, spec), qkv, out, g)
 
 
-def _over_batch(call: Callable[..., Array], inputs: int) -> Callable[..., Array]:
-    """Tells the partitioner that devices work on their own part of the batch (it cannot look into a kernel)."""
-    split = custom_partitioning(call)
-
-    def along(mesh: jax.sharding.Mesh, shape: jax.ShapeDtypeStruct) -> NamedSharding:
-        spec = shape.sharding.spec
-        return NamedSharding(mesh, P(spec[0] if spec else None, None, None))
-
-    def partition(mesh: jax.sharding.Mesh, arguments: tuple, result: jax.ShapeDtypeStruct) -> tuple:
-        return mesh, call, along(mesh, arguments[0]), tuple(along(mesh, arguments[0]) for _ in arguments)
-
-    names = [f"b n{i} c{i}" for i in range(inputs)]
-    split.def_partition(
-        partition,
-        infer_sharding_from_operands=lambda mesh, arguments, result: along(mesh, arguments[0]),
-        sharding_rule=f"{', '.join(names)} -> b n c",
-        need_replication_factors=(*(f"{x}{i}" for x in "nc" for i in range(inputs)), "n", "c"),
-    )
-    return split
+def _over_batch(call: Callable[..., Array], *arrays: Array) -> Array:
+    """Every device works on its own part of the batch: the partitioner cannot look into a kernel."""
+    mesh = get_abstract_mesh()
+    axes = tuple(name for name in BATCH_AXES if name in mesh.axis_names)
+    if mesh.size == 1 or not axes:
+        return call(*arrays)
+    return jax.shard_map(call, mesh=mesh, in_specs=P(axes), out_specs=P(axes), check_vma=False)(*arrays)
 
 
 def _call(

@@ -90,11 +90,3 @@ def compile_only(
         for instruction in found:
             instruction.cycles = cycles.get(instruction.name)
     return compiled, module
-
-
-def compiler_options(chip: str) -> dict[str, str]:
-    """XLA options that training uses on a chip (``Chip.name``); empty where none was found to help."""
-    return dict(_OPTIONS.get(chip, {}))
-
-
-_OPTIONS: dict[str, dict[str, str]] = {}
