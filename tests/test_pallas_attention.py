@@ -115,7 +115,7 @@ def test_auto_takes_the_kernels_only_on_tpu_with_a_mesh_in_context():
 
 def test_what_does_not_fit_is_named():
     spec = ModelSpec(width=96, heads=2, attention="pallas", fusion_heads=8)
-    with pytest.raises(ValueError, match="32 columns.*heads of 48"):
+    with pytest.raises(ValueError, match=r"32 columns.*heads of 48"):
         attend(jnp.zeros((1, 8, 288)), spec)
-    with pytest.raises(ValueError, match="at most 640.*found.*1000 tokens"):
+    with pytest.raises(ValueError, match=r"at most 640.*found.*1000 tokens"):
         attend(jnp.zeros((1, 1000, 384)), ModelSpec(width=128, heads=2, attention="pallas", fusion_heads=8))

@@ -15,7 +15,7 @@ LB: loop body
      0   :  { %s0 = inlined_call_operand.hbm [shape: bf16[8]] }
    0x1 LB: > { %s5_s1 = sphi %s0_s1, %s9_s1 }
    0x2 LB: >> { %s7_s2 = sphi %s0_s2, %s8_s2  ;;  %s8_s2 = sadd.s32 2, %s7_s2 /* copy for cssa */ }
-   0x3   : > { %p1_p1 = scmp.ge.s32.totalorder %s8_s2, 48 /* loop exit test */  ;;  %9 = sbr.rel (!%p1_p1) target = $region1 }
+   0x3   : > { %p1_p1 = scmp.ge.s32.totalorder %s8_s2, 48 /* loop exit test */ ;; %9 = sbr.rel (!%p1_p1) target = $r1 }
    0x4   : > { %s9_s1 = sadd.s32 1, %s5_s1  ;;  %p2_p2 = scmp.ge.s32.totalorder %s9_s1, 4 /* loop exit test */ }
    0x5   : > { %12 = sbr.rel (!%p2_p2) target = $region2 }
    0x6   :  { %v1 = vld [vmem:[%s1]] }
