@@ -33,23 +33,30 @@ def test_without_bundles_or_bound_it_is_an_error():
         kernels.cycles(NESTED.replace("4 /* loop exit test */", "%s3"))
 
 
-def test_last_compilation_counts(tmp_path):
-    for stamp, text in (("100", NESTED), ("200", "   0x1   :  { nop }\n")):
-        (tmp_path / f"{stamp}-attention_forward.1-07-final_bundles.txt").write_text(text)
-    (tmp_path / "300-other.2-07-final_bundles.txt").write_text("not bundles")
-    assert kernels.read(tmp_path, frozenset({"attention_forward.1", "absent"})) == {"attention_forward.1": 1}
-
-
-def kernel(cycles: float | None) -> hlo.Module:
-    """A program of one kernel that reads and writes 8 MiB."""
+def kernel(cycles: float | None, *names: str) -> hlo.Module:
+    """A program of kernels that read 4 MiB and write as much."""
+    calls = "".join(
+        f'  {name} = f32[1024,1024]{{1,0:T(8,128)}} custom-call(%p), custom_call_target="tpu_custom_call", '
+        'backend_config={"custom_call_config":{"cost_estimate":{"flops":"5000"}}}\n'
+        for name in names or ("%k",)
+    )
     module = hlo.parse(
         "HloModule toy\n\nENTRY %main (p: f32[1024,1024]) -> f32[1024,1024] {\n"
-        "  %p = f32[1024,1024]{1,0:T(8,128)} parameter(0)\n"
-        '  %k = f32[1024,1024]{1,0:T(8,128)} custom-call(%p), custom_call_target="tpu_custom_call", '
-        'backend_config={"custom_call_config":{"cost_estimate":{"flops":"5000"}}}\n}\n'
+        f"  %p = f32[1024,1024]{{1,0:T(8,128)}} parameter(0)\n{calls}}}\n"
     )
-    module.entry.by_name["k"].cycles = cycles
+    for instruction in module.entry.instructions:
+        if instruction.is_kernel:
+            instruction.cycles = cycles
     return module
+
+
+def test_one_file_speaks_for_all_that_are_alike_and_the_last_compilation_counts(tmp_path):
+    for stamp, text in (("100", NESTED), ("200", "   0x1   :  { nop }\n")):
+        (tmp_path / f"{stamp}-k.3-07-final_bundles.txt").write_text(text)
+    (tmp_path / "300-other.2-07-final_bundles.txt").write_text("not bundles")
+    module = kernel(None, "%k.1", "%k.3", "%unlike.3")
+    kernels.fill(module, tmp_path)
+    assert [module.entry.by_name[name].cycles for name in ("k.1", "k.3", "unlike.3")] == [1, 1, None]
 
 
 @pytest.mark.parametrize(("cycles", "seconds"), [(3e6, 3e6 / 1.5e9), (1.0, 8 * 2**20 / 8.19e11)])

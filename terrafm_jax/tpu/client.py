@@ -84,9 +84,5 @@ def compile_only(
     finally:
         jax.config.update(key, before)
     module = hlo.parse(compiled.as_text())
-    found = [i for _, i in module.walk() if i.is_kernel]
-    if found:
-        cycles = kernels.read(_bundles(), frozenset(i.name for i in found))
-        for instruction in found:
-            instruction.cycles = cycles.get(instruction.name)
+    kernels.fill(module, _bundles())
     return compiled, module

@@ -12,6 +12,8 @@ import dataclasses
 import re
 from pathlib import Path
 
+from terrafm_jax.tpu.hlo import Instruction, Module
+
 FLAGS = "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=^final_bundles"
 
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*: ")
@@ -56,11 +58,21 @@ def cycles(text: str) -> float:
     return around[0].cycles
 
 
-def read(folder: Path, names: frozenset[str]) -> dict[str, float]:
-    """Cycles of the instructions ``names`` among the files that libtpu wrote with FLAGS, the last compilation's."""
-    files = {}
-    for path in sorted(folder.glob("*-final_bundles.txt")):
-        found = _FILE.match(path.name)
-        if found and found.group(1) in names:
-            files[found.group(1)] = path
-    return {name: cycles(path.read_text()) for name, path in files.items()}
+def fill(module: Module, folder: Path) -> None:
+    """Sets ``cycles`` of every kernel in ``module`` from the files that libtpu wrote with FLAGS.
+
+    Kernels that are alike are compiled once and written down once: of those with the same name, but for its
+    number, and the same shapes, one file speaks for all. The last compilation's files count.
+    """
+    files = {
+        found.group(1): path for path in sorted(folder.glob("*-final_bundles.txt")) if (found := _FILE.match(path.name))
+    }
+    alike: dict[tuple, list[Instruction]] = {}
+    for computation, instruction in module.walk():
+        if instruction.is_kernel:
+            shapes = tuple(computation.by_name[name].shapes for name in instruction.operands)
+            alike.setdefault((instruction.name.rsplit(".", 1)[0], instruction.shapes, shapes), []).append(instruction)
+    for group in alike.values():
+        path = next((files[i.name] for i in group if i.name in files), None)
+        for instruction in group if path is not None else ():
+            instruction.cycles = cycles(path.read_text())
