@@ -18,7 +18,7 @@ from data_prep.radar import power_from, same_place, to_hundredths, warp_power
 from data_prep.raster import BadInput, Grid
 from data_prep.records import Group, Layer
 from data_prep.splits import BlockSplit, unit_hash
-from data_prep.worldcover import WorldCover, fractions, is_ocean, lonlat_outline, majority, ocean
+from data_prep.worldcover import WorldCover, fractions, lonlat_outline, majority, oceans
 from terrafm_jax import landcover
 from terrafm_jax.data.tiles import EXTENT_ORDER, INDEX_DTYPE, SPLITS
 from terrafm_jax.sensors import S1, SENSOR_KEYS
@@ -107,11 +107,11 @@ def prepare(cell: Cell, cover: WorldCover, options: Options) -> Prepared:
     )
     height, width = tiling.whole(finest.height, native), tiling.whole(finest.width, native)
     categories = _categories(cell, cover, finest)
-    sea = ocean(categories)
     tiles: list[Tile] = []
     shared: set[str] = set()
-    for window in tiling.windows(height, width, options.tile_size, options.stride):
-        tile = _tile(cell, layers, finest, window, categories, sea, options, shared)
+    windows = tiling.windows(height, width, options.tile_size, options.stride)
+    for window, is_sea in zip(windows, oceans(categories, windows), strict=True):
+        tile = _tile(cell, layers, finest, window, categories, is_sea, options, shared)
         if isinstance(tile, Tile):
             tiles.append(tile)
         else:
@@ -155,9 +155,8 @@ def _radar(given: SensorInput, target: Grid | None, snap: str) -> Layer:
         raise BadInput(f"s1: VV and VH lie on different grids: {[(r.grid.crs, r.grid.shape) for r in rasters]}")
     grid = snap_origin(grid) if snap == "on" else grid
     power = np.stack([power_from(r.pixels, given.unit, r.nodata) for r in rasters])
-    missing = np.isnan(power).any(axis=0)
-    if missing.any():
-        power[:, missing] = np.nan  # -32768 in one polarization must never pass for a value
+    if np.isnan(power.min()):  # -32768 in one polarization must never pass for a value
+        power[:, np.isnan(power).any(axis=0)] = np.nan
     target = target or grid
     stored = to_hundredths(warp_power(power, grid, target))
     group = Group(tuple(stored), stored[0] != S1.nodata, target)
@@ -201,7 +200,7 @@ def _tile(
     finest: Grid,
     window: tiling.Window,
     categories: np.ndarray,
-    sea: np.ndarray,
+    is_sea: bool,
     options: Options,
     shared: set[str],
 ) -> Tile | str:
@@ -217,7 +216,6 @@ def _tile(
         return SHARED
     name = cell.name if cell.number == 0 else f"{cell.name}/p{cell.number}"
     tile_id = f"{name}/{window.name}"
-    is_sea = is_ocean(tiling.cut(sea, window, False))
     thinned = cell.split is None or cell.split == SPLITS[0]  # a split file is taken at its word for evaluation
     if is_sea and thinned and unit_hash(f"sea {tile_id}") >= options.sea_keep:
         return "open ocean"

@@ -156,8 +156,21 @@ def measured(empty: Mapping[str, np.ndarray], grids: Mapping[str, Grid]) -> dict
             mixed |= not same
             nothing &= theirs if same else _empty_on(theirs, grids[other], grids[group])
         if mixed and nothing.any():
-            nothing = ndimage.binary_propagation(nothing, np.ones((3, 3), bool), own)
+            nothing = connected(own, nothing)
         result[group] = ~nothing
+    return result
+
+
+def connected(mask: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+    """bool [H, W]: the parts of ``mask`` (8 neighbors) in which there is a pixel of ``seeds``."""
+    rows, cols = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    result = np.zeros_like(mask)
+    if len(rows):  # labels take much longer than all else here, and masks are often a corner of the array
+        box = np.s_[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
+        labels, count = ndimage.label(mask[box], structure=np.ones((3, 3), bool))
+        chosen = np.zeros(count + 1, bool)
+        chosen[labels[seeds[box] & mask[box]]] = True
+        result[box] = chosen[labels]
     return result
 
 

@@ -65,7 +65,7 @@ def _classes(data: DataSet) -> str:
     lines = [
         f"{'land cover (majority)':<26}"
         + "".join(f"{name:>12}" for name in data.splits)
-        + "   drawn: uniform   paper   balanced"
+        + f"{'drawn: uniform':>16}{'paper':>10}{'balanced':>10}"
     ]
     drawn = {mode: order.expected_histogram() for mode, order in data.sampling().items()}
     for i, category in enumerate(landcover.CATEGORIES):

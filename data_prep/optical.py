@@ -38,7 +38,7 @@ def optical(key: str, given: SensorInput, snap: str) -> Layer:
     for name in _dropped(sensor, given):  # B10 counts as a band of its own group
         if pixels[name].shape == pixels[groups["60m"][0]].shape:
             groups["60m"].append(name)
-    empty = {name: reduce(np.bitwise_or, [pixels[b] for b in bands]) == 0 for name, bands in groups.items()}
+    empty = {name: _all_zero([pixels[b] for b in bands]) for name, bands in groups.items()}
     valid = measured(empty, grids)
     by_band = {b: valid[g] for g, bands in sensor.groups.items() for b in bands}
     for name in _dropped(sensor, given):
@@ -51,6 +51,13 @@ def optical(key: str, given: SensorInput, snap: str) -> Layer:
     offset = given.offset or decide_offset(given.product, verdict)
     stored = {g: Group(tuple(pixels[b] for b in bands), valid[g], grids[g]) for g, bands in sensor.groups.items()}
     return Layer(given, stored, offset, verdict)
+
+
+def _all_zero(bands: list[np.ndarray]) -> np.ndarray:
+    """bool [H, W]: zero in every band [H, W]; a band without any zero spares looking at the others."""
+    if bands[0].size and bands[0].min() > 0:
+        return np.zeros(bands[0].shape, bool)
+    return reduce(np.bitwise_or, bands) == 0
 
 
 def _dropped(sensor: Sensor, given: SensorInput) -> list[str]:

@@ -41,7 +41,8 @@ def draw_all(data: DataSet, out: Path, tiles: int) -> dict[str, str]:
     for key in SENSORS:
         if any(r[key]["present"] for r in records):
             band_histograms(data, records, key, out / f"bands_{key}.png")
-            made[f"bands_{key}.png"] = f"{SENSORS[key].title}: values against the published statistics"
+            name = SENSORS[key].title.removesuffix(" RTC")  # the tiles may be GRD
+            made[f"bands_{key}.png"] = f"{name}: values against the published statistics"
     return made
 
 
@@ -111,7 +112,7 @@ def _region(axis: Axes, title: str, rows: np.ndarray) -> None:
     margin = max(0.1, 0.1 * float(max(np.ptp(rows["lon"]), np.ptp(rows["lat"]))))
     axis.set_xlim(rows["lon"].min() - margin, rows["lon"].max() + margin)
     axis.set_ylim(rows["lat"].min() - margin, rows["lat"].max() + margin)
-    axis.set(title=title, facecolor="#f3f6f9", xlabel="longitude", ylabel="latitude")
+    axis.set(title=title, facecolor="#f3f6f9", xlabel="longitude, °", ylabel="latitude, °")
     axis.set_aspect(1 / max(0.1, np.cos(np.radians(float(rows["lat"].mean())))))
     axis.grid(alpha=0.3)
 
@@ -124,7 +125,8 @@ def _legend(axis: Axes, entries: list[tuple[str, str]]) -> None:
 
 
 def _world(axis: Axes, title: str) -> None:
-    axis.set(xlim=(-180, 180), ylim=(-90, 90), title=title, facecolor="#f3f6f9", xlabel="longitude", ylabel="latitude")
+    axis.set(xlim=(-180, 180), ylim=(-90, 90), title=title, facecolor="#f3f6f9")
+    axis.set(xlabel="longitude, °", ylabel="latitude, °")
     axis.set_xticks(range(-180, 181, 30))
     axis.set_yticks(range(-90, 91, 30))
     axis.axhline(0, color="#99a5b1", linewidth=0.7)
@@ -159,7 +161,8 @@ def class_histogram(data: DataSet, path: Path) -> None:
     axis.set_xticks(range(len(shown)), [landcover.CATEGORIES[i].title for i in shown], rotation=25, ha="right")
     axis.set_ylabel("share of the tiles, %")
     axis.set_title("land cover of the records, and of what sampling draws from them")
-    axis.legend(handles=marks, frameon=False)
+    axis.set_xlim(-0.5, max(len(shown), 5) - 0.5)  # one class alone would fill the picture
+    figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 
@@ -180,29 +183,35 @@ def _is_dark(color: str) -> bool:
 def quick_looks(data: DataSet, path: Path, count: int) -> None:
     """A sheet of tiles, four pictures each."""
     plt = _plt()
-    places = _places(data, count)
-    columns = 2 if len(places) > 1 else 1
-    rows = -(-len(places) // columns)
+    records = [data.record(*place) for place in _places(data, count)]
+    pictures = [views(record) for record in records]
+    kept = [v for v in range(len(VIEWS)) if any(found[v] is not None for found in pictures)]
+    columns = 2 if len(records) > 1 else 1
+    rows, wide = -(-len(records) // columns), len(kept)
     figure, axes = plt.subplots(
-        rows, 4 * columns, figsize=(7.6 * columns, 2.15 * rows), squeeze=False, constrained_layout=True
+        rows, wide * columns, figsize=(1.9 * wide * columns, 2.15 * rows + 0.5), squeeze=False, layout="constrained"
     )
+    figure.get_layout_engine().set(h_pad=0.08)  # or the topmost titles touch the edge
     for axis in axes.flat:
         axis.set_axis_off()
     shown: set[int] = set()
-    for i, (split, number) in enumerate(places):
-        record = data.record(split, number)
-        line = axes[i // columns, 4 * (i % columns) : 4 * (i % columns) + 4]
-        for axis, picture, name in zip(line, views(record), VIEWS, strict=True):
+    for i, (record, found) in enumerate(zip(records, pictures, strict=True)):
+        line = axes[i // columns, wide * (i % columns) : wide * (i % columns + 1)]
+        for axis, view in zip(line, kept, strict=True):
+            picture, name = found[view], VIEWS[view]
             if picture is None:
+                axis.set_box_aspect(1)
                 axis.text(0.5, 0.5, f"no {name.split(':')[0]}", fontsize=7, color="#777777", ha="center", va="center")
             else:
                 axis.imshow(picture, interpolation="nearest")
-            if i < columns:
+            if i < columns and picture is not None:
                 box = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1.5}
                 axis.text(0.02, 0.02, name, fontsize=6, transform=axis.transAxes, bbox=box)
         title = landcover.CATEGORIES[record["landcover"]].title
-        line[0].set_title(f"{record['tile_id']}  {title}", fontsize=7, loc="left")
-        shown |= set(np.unique(record["landcover_map"]).tolist())
+        kinds = ", ".join(record[key]["kind"] or SENSORS[key].title for key in _shown_sensors(record))
+        line[0].set_title(f"{record['tile_id']}  {title}  ({kinds})", fontsize=7, loc="left")
+        if found[-1] is not None:
+            shown |= set(np.unique(record["landcover_map"]).tolist())
     entries = [(landcover.CATEGORIES[c].title, landcover.CATEGORIES[c].color) for c in sorted(shown)]
     _patches(figure, [*entries, ("no measurement", NODATA)])
     _save(figure, path)
@@ -217,7 +226,7 @@ def _patches(figure: Any, entries: list[tuple[str, str]]) -> None:
 
 def views(record: dict[str, Any]) -> list[np.ndarray | None]:
     """True color, false color, Sentinel-1 composite and land cover of a record, each [H, W, 3] in 0..1 or None."""
-    optical = next((key for key in ("s2_l2a", "s2_l1c") if record[key]["present"]), None)
+    optical = next((key for key in _shown_sensors(record) if key != "s1"), None)
     true = _optical(record[optical], optical, ("B04", "B03", "B02")) if optical else None
     false = _optical(record[optical], optical, ("B08", "B04", "B03")) if optical else None
     radar = _radar(record["s1"]) if record["s1"]["present"] else None
@@ -226,6 +235,12 @@ def views(record: dict[str, Any]) -> list[np.ndarray | None]:
         palette = np.array([tuple(bytes.fromhex(c.color.lstrip("#"))) for c in landcover.CATEGORIES]) / 255.0
         cover = palette[record["landcover_map"]]
     return [true, false, radar, cover]
+
+
+def _shown_sensors(record: dict[str, Any]) -> list[str]:
+    """What the quick-looks of a record show: Level 2A, or Level 1C where there is none, and Sentinel-1."""
+    optical = [key for key in ("s2_l2a", "s2_l1c") if record[key]["present"]][:1]
+    return [*optical, *(["s1"] if record["s1"]["present"] else [])]
 
 
 def _optical(entry: dict[str, Any], key: str, bands: tuple[str, ...]) -> np.ndarray:
@@ -270,6 +285,7 @@ def band_histograms(data: DataSet, records: list[dict[str, Any]], key: str, path
         rows, columns, figsize=(3.4 * columns, 2.4 * rows + 0.6), squeeze=False, constrained_layout=True
     )
     own = data.statistics.get("sensors", {}).get(key)
+    digits = 0 if sensor.unit == "DN" else 1
     for i, (axis, band) in enumerate(zip(axes.flat, sensor.band_names, strict=False)):
         values = _values(records, key, band)
         mean, std = sensor.mean[i], sensor.std[i]
@@ -277,18 +293,31 @@ def band_histograms(data: DataSet, records: list[dict[str, Any]], key: str, path
         low, high = min(low, mean - 2 * std), max(high, mean + 2 * std)
         axis.hist(values, bins=80, range=(low, high), color="#8fa9bf", density=True)
         axis.axvspan(mean - 2 * std, mean + 2 * std, color="#e08214", alpha=0.14)
-        axis.axvline(mean, color="#e08214", linewidth=1.6, label=f"published {mean:.0f} ± {std:.0f}")
+        axis.axvline(mean, color="#e08214", linewidth=1.6, label=f"published {mean:.{digits}f} ± {std:.{digits}f}")
         if own:
             m, s = own["mean"][i], own["std"][i]
-            axis.axvline(m, color="#20496b", linewidth=1.6, linestyle="--", label=f"here {m:.0f} ± {s:.0f}")
+            axis.axvline(
+                m, color="#20496b", linewidth=1.6, linestyle="--", label=f"here {m:.{digits}f} ± {s:.{digits}f}"
+            )
         axis.set_title(f"{band} ({sensor.unit})", fontsize=9)
         axis.set_yticks([])
         axis.tick_params(labelsize=7)
         axis.legend(fontsize=6.5, frameon=False)
-    figure.suptitle(
-        f"{sensor.title}: {len(records)} tiles; band: published mean ± 2 std, which becomes 0..1", fontsize=10
-    )
+    for axis in axes[:, 0]:
+        axis.set_ylabel("density of pixels", fontsize=8)
+    for axis in axes.flat[len(sensor.bands) :]:
+        axis.set_axis_off()
+    figure.suptitle(_sample(records, key), fontsize=10)
     _save(figure, path)
+
+
+def _sample(records: list[dict[str, Any]], key: str) -> str:
+    """Title of the band histograms: how many tiles of which product kinds they show."""
+    kinds = [record[key]["kind"] for record in records if record[key]["present"]]
+    counted = ", ".join(f"{kinds.count(kind)} {kind or 'of unknown kind'}" for kind in sorted(set(kinds)))
+    satellite = SENSORS[key].title.split()[0]
+    harmonized = "; offset subtracted" if SENSORS[key].unit == "DN" else ""
+    return f"{satellite}, tiles: {counted}{harmonized}\nshaded: published mean ± 2 std, which becomes 0..1"
 
 
 def _values(records: list[dict[str, Any]], key: str, band: str) -> np.ndarray:

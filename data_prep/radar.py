@@ -26,7 +26,9 @@ def power_from(values: np.ndarray, unit: str, nodata: float | None) -> np.ndarra
       unit: ``power`` (power <= 0 is nodata) or ``dB``.
       nodata: the value that the file declares, besides -32768, NaN and infinities.
     """
-    power = values.astype(np.float32)
+    power = values.astype(np.float32, copy=False)
+    if unit == "power" and power.size and power.min() > 0 and power.max() < np.inf and not (nodata or 0) > 0:
+        return power  # NaN fails both comparisons
     missing = ~(power < np.inf)  # NaN, too
     if nodata is not None and (unit == "dB" or nodata > 0):
         missing |= power == nodata
@@ -36,9 +38,7 @@ def power_from(values: np.ndarray, unit: str, nodata: float | None) -> np.ndarra
     elif unit != "power":
         raise ValueError(f"unit of Sentinel-1 must be 'power' or 'dB', found {unit!r}")
     missing |= ~(power > 0)
-    if missing.any():
-        power[missing] = np.nan
-    return power
+    return np.where(missing, np.float32(np.nan), power)
 
 
 def warp_power(power: np.ndarray, grid: Grid, target: Grid) -> np.ndarray:
@@ -95,7 +95,6 @@ def to_hundredths(power: np.ndarray) -> np.ndarray:
         np.rint(decibel, out=decibel)
         np.clip(decibel, _LOWEST, _HIGHEST, out=decibel)
         stored = decibel.astype(np.int16)
-    missing = np.isnan(power)
-    if missing.any():
-        stored[missing] = S1.nodata
+    if power.size and np.isnan(power.min()):
+        stored[np.isnan(power)] = S1.nodata
     return stored

@@ -96,16 +96,17 @@ def read(source: rasterio.DatasetReader, what: str, band: int = 1, window: Any =
 def grid_of(source: rasterio.DatasetReader, what: str) -> Grid:
     """Grid of an open file. Raises BadInput where it has no CRS or is not north-up."""
     transform = source.transform
+    six = (transform.a, transform.b, transform.c, transform.d, transform.e, transform.f)
     if source.crs is None or transform.is_identity:
-        raise BadInput(f"{what}: no georeference (CRS {source.crs}, transform {tuple(transform)[:6]})")
+        raise BadInput(f"{what}: no georeference (CRS {source.crs}, transform {six})")
     if transform.b or transform.d or transform.a <= 0 or transform.e >= 0:
-        raise BadInput(f"{what}: not a north-up grid, transform {tuple(transform)[:6]}")
-    return Grid(_crs_text(source.crs), tuple(transform)[:6], source.height, source.width)
+        raise BadInput(f"{what}: not a north-up grid, transform {six}")
+    return Grid(_crs_text(source.crs.wkt), six, source.height, source.width)
 
 
 @lru_cache(maxsize=256)
-def _crs_text(crs: rasterio.CRS) -> str:
-    return normalize_crs(crs.to_string())
+def _crs_text(wkt: str) -> str:
+    return normalize_crs(rasterio.CRS.from_wkt(wkt).to_string())
 
 
 def first_line(error: BaseException) -> str:

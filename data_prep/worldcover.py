@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,8 +16,9 @@ from rasterio.enums import Resampling
 from rasterio.errors import RasterioError
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform as transform_points
-from scipy import ndimage
 
+from data_prep import tiling
+from data_prep.harmonize import connected
 from data_prep.raster import BadInput, Grid, first_line
 from terrafm_jax import landcover
 
@@ -241,10 +242,23 @@ def ocean(categories: np.ndarray) -> np.ndarray:
     water = categories == landcover.WATER
     if not sea.any() or not water.any():
         return sea
-    labels, count = ndimage.label(sea | water, structure=np.ones((3, 3), bool))
-    connected = np.zeros(count + 1, bool)
-    connected[labels[sea]] = True
-    return connected[labels]
+    return connected(sea | water, sea)
+
+
+def oceans(categories: np.ndarray, windows: Sequence[tiling.Window]) -> list[bool]:
+    """Whether each window of category indices [H, W] is open ocean, see :func:`ocean`.
+
+    Tracing what is connected is needed only where sea alone is too little and sea with all water enough.
+    """
+    sea = categories == landcover.SEA
+    if not sea.any():
+        return [False] * len(windows)
+    wet = sea | (categories == landcover.WATER)
+    least, most = ([is_ocean(tiling.cut(mask, w, False)) for w in windows] for mask in (sea, wet))
+    if least == most:
+        return least
+    connected_water = ocean(categories)
+    return [is_ocean(tiling.cut(connected_water, w, False)) for w in windows]
 
 
 def is_ocean(ocean_mask: np.ndarray) -> bool:

@@ -8,7 +8,7 @@ import pytest
 from data_prep.encode import encode_record
 from terrafm_jax import landcover
 from terrafm_jax.data.decode import decode_record
-from terrafm_jax.data.tiles import features, pack_valid
+from terrafm_jax.data.tiles import features, pack_valid, unpack_valid
 from terrafm_jax.sensors import SENSORS
 
 
@@ -45,6 +45,17 @@ def test_message_equals_that_of_tfds(present: tuple[bool, ...]):
         data = encode_record(record)
         assert len(data) == example.ByteSize(), "only the order of the fields may differ"
         assert type(example).FromString(data) == example
+
+
+@pytest.mark.parametrize("width", [8, 37, 534])
+def test_valid_is_packed_bit_by_bit(width: int):
+    valid = np.ones((5, width), bool)
+    for _ in range(2):  # without and with a hole
+        packed = pack_valid(valid)
+        assert packed.dtype == np.uint8
+        assert (packed == np.packbits(valid, axis=1)).all()
+        assert (unpack_valid(packed, width) == valid).all()
+        valid[2, -1] = False
 
 
 def test_what_is_written_is_read():

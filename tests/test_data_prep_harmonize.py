@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import rasterio
 from data_prep_cells import scene
+from scipy import ndimage
 
 from data_prep.geotiff import bands_of
 from data_prep.harmonize import (
     baseline,
+    connected,
     darker,
     decide_offset,
     measured,
@@ -179,6 +181,15 @@ def test_nodata_across_samplings_at_the_edge_of_a_swath():
     assert measured(empty, grids)["10m"][9:11, 8:10].all()
     empty["10m"][:] = False  # nothing is missing at 10 m: zero at 60 m is dark reflectance
     assert measured(empty, grids)["60m"].all()
+
+
+def test_connected_is_the_propagation_of_its_seeds():
+    rng = np.random.default_rng(0)
+    for share in (0.0, 0.05, 0.4, 1.0):
+        mask = np.pad(rng.random((20, 30)) < share, ((7, 3), (0, 5)))
+        for seeds in (mask & (rng.random(mask.shape) < 0.1), rng.random(mask.shape) < 0.05, np.zeros_like(mask)):
+            expected = ndimage.binary_propagation(seeds & mask, np.ones((3, 3), bool), mask)
+            assert (connected(mask, seeds) == expected).all()
 
 
 def test_zeros_in_some_bands_of_real_ships_stay_valid(real_data: Path):

@@ -10,7 +10,7 @@ import rasterio
 from data_prep_cells import SIZE, make_source, place, scene
 from PIL import Image
 
-from data_prep import inspect, majortom
+from data_prep import inspect, majortom, pictures
 from data_prep.dataset import DataSet
 from terrafm_jax import landcover
 from terrafm_jax.sensors import SENSORS
@@ -111,6 +111,17 @@ def test_nodata_is_masked_in_the_export(tmp_path: Path):
     with rasterio.open(path) as source:
         assert (source.read_masks(1) == np.where(valid, 255, 0)).all()
         assert source.read(1)[valid] == pytest.approx(-12.34)
+
+
+def test_pictures_name_the_products_they_show():
+    def record(**kinds: str) -> dict:
+        return {key: {"present": key in kinds, "kind": kinds.get(key, "")} for key in SENSORS}
+
+    records = [record(s1="GRD sigma0", s2_l1c="L1C"), record(s2_l1c="L1C", s2_l2a="L2A"), record(s1="RTC gamma0")]
+    assert pictures._sample(records, "s1").startswith("Sentinel-1, tiles: 1 GRD sigma0, 1 RTC gamma0\n")
+    assert pictures._sample(records, "s2_l1c").startswith("Sentinel-2, tiles: 2 L1C; offset subtracted\n")
+    shown = [pictures._shown_sensors(r) for r in records]
+    assert shown == [["s2_l1c", "s1"], ["s2_l2a"], ["s1"]]
 
 
 def test_errors_say_what_is_there(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -28,6 +28,16 @@ def test_nodata_of_power_and_decibels():
         power_from(decibel, "amplitude", None)
 
 
+def test_delivered_power_stays_as_it_is():
+    whole = np.array([[0.1, 0.2], [3.0, 4.0]], np.float32)
+    holes = np.array([[0.1, 0.0], [np.nan, 4.0]], np.float32)
+    before = holes.copy()
+    assert np.array_equal(power_from(whole, "power", 0.0), whole)
+    assert np.isnan(power_from(whole, "power", 3.0)[1, 0]), "nodata of the file, though all values are positive"
+    assert np.isnan(power_from(holes, "power", None)).tolist() == [[False, True], [True, False]]
+    assert np.array_equal(holes, before, equal_nan=True)
+
+
 def test_equal_grids_are_not_resampled():
     power = np.random.default_rng(0).gamma(2, 0.05, (24, 24)).astype(np.float32)
     assert warp_power(power, _grid(10.0, 24), _grid(10.0, 24)) is power

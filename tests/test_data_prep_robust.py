@@ -240,6 +240,24 @@ def test_a_cell_that_kills_its_worker_is_rejected_alone(source: Path, tmp_path: 
     assert "ends the worker" in row["reason"]
 
 
+def test_flushing_a_growing_file_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(chunks.Flusher, "STEP", 100)
+    path = tmp_path / "shard"
+    with open(path, "wb") as file:
+        flusher = chunks.Flusher(path)
+        for number in range(50):
+            file.write(bytes([number]) * 37)
+            file.flush()
+            flusher.wrote(37)
+    flusher.close()
+    flusher.close()
+    assert path.read_bytes() == b"".join(bytes([number]) * 37 for number in range(50))
+    monkeypatch.delattr(os, "posix_fadvise")  # not every system has it
+    flusher = chunks.Flusher(path)
+    flusher.wrote(1000)
+    flusher.close()
+
+
 def test_chunks_are_fixed_by_the_plan():
     units = [Unit(f"c{i}", 0, None, outlook="holdout" if i % 5 == 0 else "train") for i in range(23)]
     found = make_chunks(units[::-1], 4)

