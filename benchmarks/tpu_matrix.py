@@ -39,9 +39,9 @@ class Entry:
 def entries() -> list[Entry]:
     """The comparison with the naive step first, then the paper's batches (1024 for B, 2048 for L), most telling first.
 
-    "B" and "L" are what the configs say: unrolled layers, nothing recomputed. Scanned ones compile several times faster,
-    and slower steps come of it; "dots" keeps of every block the results of products with weights and recomputes the
-    rest: without it a scan stores every float32 intermediate.
+    "B" is what the config says: unrolled layers, nothing recomputed. Scanned ones compile several times faster, and
+    slower steps come of it; "dots" keeps of every block the results of products with weights and recomputes the rest:
+    without it a scan stores every float32 intermediate.
     """
     dots, block = (("--config.compute.scan=True", f"--config.compute.remat={kind}") for kind in ("dots", "block"))
     found = []

@@ -21,8 +21,8 @@ def resolve(spec: ModelSpec, tokens: int) -> str:
         return spec.attention
     if spec.backend == "gpu":
         return "xla"
-    kernels = spec.backend == "tpu" and not get_abstract_mesh().empty and pallas_attention.fits(spec, tokens)
-    return "pallas" if kernels else "head_major"
+    whole = pallas_attention.fits(spec, tokens) and pallas_attention.cut(spec) == pallas_attention.LANES
+    return "pallas" if spec.backend == "tpu" and whole and not get_abstract_mesh().empty else "head_major"
 
 
 def rows(spec: ModelSpec, tokens: int) -> int:

@@ -28,6 +28,7 @@ from terrafm_jax.models.layers import linear, precision
 from terrafm_jax.models.spec import ModelSpec
 
 NORM_EPS = 1e-5  # PyTorch's default; upstream left it there for norm_input only
+HEAD_SUMS = "head_sums"  # scope of the products that are sums over heads, and no FLOPs of the network
 ABSENT = -1e30  # score of an absent sensor: finite, so that a view without any sensor stays finite
 
 
@@ -144,10 +145,9 @@ def _head_columns(spec: ModelSpec) -> np.ndarray:
 def _per_head(x: Array, columns: Array | np.ndarray, spec: ModelSpec) -> Array:
     """[..., D] times [D, N] -> [..., N], summed in the type of norms."""
     dtype, dims = spec.compute_dtype, (((x.ndim - 1,), (0,)), ((), ()))
-    columns = jnp.asarray(columns, dtype)
-    return lax.dot_general(
-        x.astype(dtype), columns, dims, precision=precision(dtype), preferred_element_type=spec.stat_dtype
-    )
+    x, columns = x.astype(dtype), jnp.asarray(columns, dtype)
+    with jax.named_scope(HEAD_SUMS):
+        return lax.dot_general(x, columns, dims, precision=precision(dtype), preferred_element_type=spec.stat_dtype)
 
 
 def _over_columns(x: Array, spec: ModelSpec) -> Array:

@@ -46,7 +46,7 @@ def cut(spec: ModelSpec) -> int:
 
 
 def fits(spec: ModelSpec, tokens: int) -> bool:
-    """Whether the kernels take so many tokens and heads of this width."""
+    """Whether the kernels take so many tokens and heads of this width. A TPU wants cuts of LANES columns besides."""
     return cut(spec) % (spec.width // spec.heads) == 0 and tokens <= LONGEST
 
 
