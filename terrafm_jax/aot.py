@@ -22,7 +22,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/X.py[:argumen
 _TOPOLOGY = flags.DEFINE_string("topology", None, "[SLICES*]CHIP:AxB[xC] with CHIP v4, v5e, v5p or v6e")
 _PER_CHIP = flags.DEFINE_integer("images_per_chip", 0, "sets config.batch_size to so many times the chips")
 _METERS = flags.DEFINE_integer("tile_meters", 5340, "side of the tiles; 5340 is a quarter of a Major-TOM cell")
-_OPTIONS = flags.DEFINE_multi_string("option", None, "XLA option KEY=VALUE instead of those training uses")
+_OPTIONS = flags.DEFINE_multi_string("option", None, "XLA option KEY=VALUE, on top of those training uses")
 _JSON = flags.DEFINE_string("json", None, "file for the report")
 _HLO = flags.DEFINE_string("hlo", None, "file for the optimized HLO")
 

@@ -24,7 +24,7 @@ SWITCHES = {
     "scan and remat block": {"scan": True, "remat": "block"},
     "attention xla": {"attention": "xla"},
     "attention head_major": {"attention": "head_major"},
-    "attention lanes": {"attention": "lanes"},
+    "attention pallas": {"attention": "pallas"},
     "layers of an accelerator": {"platform": "tpu"},
     "written out": {"folded": False},
 }

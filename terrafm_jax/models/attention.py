@@ -1,46 +1,54 @@
-"""Self-attention over one view's tokens, in four implementations of one function; TPU's is in ``lanes``."""
+"""Self-attention over one view's tokens, in four implementations of one function; TPU's is ``pallas_attention``."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import get_abstract_mesh
 
-from terrafm_jax.models import lanes
+from terrafm_jax.models import pallas_attention
 from terrafm_jax.models.layers import precision
 from terrafm_jax.models.spec import ModelSpec
 
 
-def resolve(spec: ModelSpec) -> str:
-    """The implementation "auto" stands for: head-major on CPU, lanes on TPU where heads fill them, XLA elsewhere.
+def resolve(spec: ModelSpec, tokens: int) -> str:
+    """The implementation "auto" stands for: on TPU kernels, else head-major, which CPU takes, too; XLA on GPU.
 
-    cuDNN must be asked for.
+    Kernels must fit, and need the mesh in context. cuDNN must be asked for.
     """
     if spec.attention != "auto":
         return spec.attention
     if spec.backend == "gpu":
         return "xla"
-    fits = lanes.cut(spec.width) % (spec.width // spec.heads) == 0
-    return "lanes" if spec.backend == "tpu" and fits else "head_major"
+    whole = pallas_attention.fits(spec, tokens) and pallas_attention.cut(spec) == pallas_attention.LANES
+    return "pallas" if spec.backend == "tpu" and whole and not get_abstract_mesh().empty else "head_major"
 
 
-def attend(qkv: Array, spec: ModelSpec) -> Array:
+def rows(spec: ModelSpec, tokens: int) -> int:
+    """Rows that ``tokens`` of one view are to be padded to before the blocks."""
+    return pallas_attention.padded(tokens) if resolve(spec, tokens) == "pallas" else tokens
+
+
+def attend(qkv: Array, spec: ModelSpec, tokens: int | None = None) -> Array:
     """Softmax attention of packed ``[B, N, 3 * d]`` (3, heads, head_dim) -> ``[B, N, d]``.
 
-    Softmax is computed in float32. Raises ValueError where "cudnn" meets a type it does not support, or "lanes"
-    heads that do not fill vector lanes.
+    Softmax is computed in float32. ``tokens``: how many of the N rows are keys; the others are padding, which only
+    "pallas" knows (see :func:`rows`). Raises ValueError where "cudnn" meets a type it does not support, or "pallas"
+    heads or a number of tokens that it does not.
     """
-    batch, tokens, packed = qkv.shape
+    batch, length, packed = qkv.shape
     head_dim = packed // (3 * spec.heads)
-    implementation = resolve(spec)
-    if implementation == "lanes":
-        if lanes.cut(spec.width) % head_dim:
+    tokens = length if tokens is None else tokens
+    implementation = resolve(spec, tokens)
+    if implementation == "pallas":
+        if not pallas_attention.fits(spec, tokens):
             raise ValueError(
-                f"model: attention 'lanes' needs whole heads in {lanes.cut(spec.width)} columns; found heads of "
-                f"{head_dim}. Use attention='xla'"
+                f"model: attention 'pallas' needs whole heads in {pallas_attention.cut(spec)} columns and at most "
+                f"{pallas_attention.LONGEST} tokens; found heads of {head_dim} and {tokens} tokens. Use attention='xla'"
             )
-        return lanes.attend(qkv, spec)
-    qkv = qkv.reshape(batch, tokens, 3, spec.heads, head_dim)
+        return pallas_attention.attend(qkv, spec, tokens)
+    qkv = qkv.reshape(batch, length, 3, spec.heads, head_dim)
     if implementation == "head_major":
         out = _head_major(qkv, spec)
     elif implementation == "cudnn":
@@ -52,7 +60,7 @@ def attend(qkv: Array, spec: ModelSpec) -> Array:
         out = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], implementation="cudnn")
     else:
         out = _token_major(qkv, spec)
-    return out.reshape(batch, tokens, packed // 3)
+    return out.reshape(batch, length, packed // 3)
 
 
 def _softmax(logits: Array, head_dim: int, spec: ModelSpec) -> Array:

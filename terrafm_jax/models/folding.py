@@ -20,13 +20,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from terrafm_jax.models.columns import stem_product
-from terrafm_jax.models.layers import expand, linear
+from terrafm_jax.models.layers import linear, precision
 from terrafm_jax.models.spec import ModelSpec
 
 NORM_EPS = 1e-5  # PyTorch's default; upstream left it there for norm_input only
+HEAD_SUMS = "head_sums"  # scope of the products that are sums over heads, and no FLOPs of the network
 ABSENT = -1e30  # score of an absent sensor: finite, so that a view without any sensor stays finite
 
 
@@ -118,20 +120,39 @@ def _normalize(x: Array, spec: ModelSpec) -> Array:
 
 def _fuse(spec: ModelSpec, folded: Folded, patches: Mapping[str, Array], present: Array | None) -> Array:
     """Weighted mean over queries of their normalised vectors, [B, h, w, D], none of which is formed."""
-    queries, heads = spec.queries, spec.fusion_heads
     values, scores = [], []
     for sensor, x in patches.items():
-        value = stem_product(x, *folded.value[sensor], spec)
-        values.append(value.reshape(*value.shape[:-1], heads, -1))
+        values.append(stem_product(x, *folded.value[sensor], spec))
         score = stem_product(x, *folded.score[sensor], spec, out_dtype=spec.stat_dtype)
-        scores.append(score.reshape(*score.shape[:-1], queries, heads))
+        scores.append(score.reshape(*score.shape[:-1], spec.queries, spec.fusion_heads))
     weights = _sensor_weights(scores, present)
     mean, inverse, logits = _moments(values, weights, folded, spec)
     share = jax.nn.softmax(logits, axis=-1) * inverse  # [B, h, w, Q]
-    mixed = [(share[..., None] * weight).sum(-2)[..., None] for weight in weights]  # [B, h, w, H, 1]
+    mixed = [_over_columns((share[..., None] * weight).sum(-2), spec) for weight in weights]
     total = sum(mix * value.astype(spec.stat_dtype) for mix, value in zip(mixed, values, strict=True))
-    total = total - (share * mean).sum(-1)[..., None, None]
-    return total.reshape(*total.shape[:3], spec.stem_width).astype(spec.compute_dtype)
+    return (total - (share * mean).sum(-1)[..., None]).astype(spec.compute_dtype)
+
+
+def _head_columns(spec: ModelSpec) -> np.ndarray:
+    """[D, H]: 1 where a column of D belongs to the head.
+
+    Sums and spreads over heads are products with it: a head's 144 or so columns fill no whole vector registers, and an
+    axis of heads would be padded to nearly twice its size.
+    """
+    return np.repeat(np.eye(spec.fusion_heads), spec.stem_width // spec.fusion_heads, axis=0)
+
+
+def _per_head(x: Array, columns: Array | np.ndarray, spec: ModelSpec) -> Array:
+    """[..., D] times [D, N] -> [..., N], summed in the type of norms."""
+    dtype, dims = spec.compute_dtype, (((x.ndim - 1,), (0,)), ((), ()))
+    x, columns = x.astype(dtype), jnp.asarray(columns, dtype)
+    with jax.named_scope(HEAD_SUMS):
+        return lax.dot_general(x, columns, dims, precision=precision(dtype), preferred_element_type=spec.stat_dtype)
+
+
+def _over_columns(x: Array, spec: ModelSpec) -> Array:
+    """[..., H] -> [..., D]: every head's number in each of its columns."""
+    return _per_head(x, _head_columns(spec).T, spec)
 
 
 def _sensor_weights(scores: Sequence[Array], present: Array | None) -> list[Array]:
@@ -154,18 +175,17 @@ def _reduce(function, items):  # type: ignore[no-untyped-def]
 def _moments(
     values: Sequence[Array], weights: Sequence[Array], folded: Folded, spec: ModelSpec
 ) -> tuple[Array, Array, Array]:
-    """Mean, inverse deviation and pooling logit of every query's vector, each [B, h, w, Q]."""
-    width = spec.stem_width
+    """Mean, inverse deviation and pooling logit of every query's vector, each [B, h, w, Q]; values [B, h, w, D]."""
+    width, columns = spec.stem_width, jnp.asarray(_head_columns(spec), spec.stat_dtype)
+    both = jnp.concatenate([columns, columns * folded.pool[:, None]], axis=1)
+    first = asked = second = 0.0
+    for weight, value in zip(weights, values, strict=True):
+        sums, pooled = jnp.split(_per_head(value, both, spec)[..., None, :], 2, axis=-1)
+        first, asked = first + (weight * sums).sum(-1), asked + (weight * pooled).sum(-1)
     wide = [value.astype(spec.stat_dtype) for value in values]
-    pool = folded.pool.reshape(spec.fusion_heads, -1)
-    first = sum((w * v.sum(-1)[..., None, :]).sum(-1) for w, v in zip(weights, wide, strict=True))
-    asked = sum(
-        (w * (v * expand(pool, v.ndim)).sum(-1)[..., None, :]).sum(-1) for w, v in zip(weights, wide, strict=True)
-    )
-    second = 0.0
     for m in range(len(wide)):
         for n in range(m, len(wide)):
-            gram = (wide[m] * wide[n]).sum(-1)[..., None, :]
+            gram = _per_head(wide[m] * wide[n], columns, spec)[..., None, :]
             second = second + (1.0 if m == n else 2.0) * (weights[m] * weights[n] * gram).sum(-1)
     mean = first / width
     # A difference of two sums may round below zero where a patch is constant.

@@ -15,7 +15,8 @@ SIZES: dict[str, tuple[int, int, int]] = {"s": (384, 12, 6), "b": (768, 12, 12),
 STEM_FACTOR = 3  # stems are three times as wide as the backbone
 DTYPES = ("float32", "bfloat16", "float64")  # float64 serves the parity tests
 REMATS = ("none", "dots", "block")
-ATTENTIONS = ("auto", "xla", "cudnn", "head_major", "lanes")
+BATCH_AXES = ("data", "fsdp")  # of a mesh: those that split the batch
+ATTENTIONS = ("auto", "xla", "cudnn", "head_major", "pallas")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +37,8 @@ class ModelSpec:
       dtype: of matrix products and activations. Parameters, softmax and norms stay in float32.
       scan: runs the blocks as one ``lax.scan`` (compiles faster, takes more temporaries).
       remat: "none", "dots" (keeps matrix products) or "block" (keeps block inputs only).
-      attention: "xla", "cudnn" (bfloat16 on NVIDIA), "head_major" (fastest on CPU), "lanes" (fastest by TPU's
-        compiler) or "auto".
+      attention: "xla", "cudnn" (bfloat16 on NVIDIA), "head_major" (fastest on CPU), "pallas" (TPU kernels) or
+        "auto".
       folded: multiplies stems into projection and fusion weights first: same function, fewer FLOPs.
       platform: "cpu", "gpu" or "tpu" the code is compiled for; "" takes the default backend. Set it when
         compiling ahead of time for another machine.

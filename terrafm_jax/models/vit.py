@@ -12,8 +12,8 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
-from terrafm_jax.models import lanes
-from terrafm_jax.models.attention import attend
+from terrafm_jax.models import pallas_attention
+from terrafm_jax.models.attention import attend, rows
 from terrafm_jax.models.layers import MOMENTS, PRODUCT, LayerNorm, Linear, gelu
 from terrafm_jax.models.spec import ModelSpec
 
@@ -28,8 +28,8 @@ class Attention(nnx.Module):
         self.qkv = Linear(spec, spec.width, 3 * spec.width, rngs=rngs)
         self.proj = Linear(spec, spec.width, spec.width, rngs=rngs)
 
-    def __call__(self, x: Array) -> Array:
-        return self.proj(attend(self.qkv(x), self.spec))
+    def __call__(self, x: Array, tokens: int) -> Array:
+        return self.proj(attend(self.qkv(x), self.spec, tokens))
 
 
 class Mlp(nnx.Module):
@@ -52,9 +52,12 @@ class Block(nnx.Module):
         self.norm2 = LayerNorm(spec, spec.width)
         self.mlp = Mlp(spec, rngs=rngs)
 
-    def __call__(self, x: Array, keep: Array | None) -> Array:
-        """Tokens [B, N, d]; ``keep`` [2, B] scales the two residuals of each sample (0 drops), or None."""
-        x = x + _scaled(self.attn(self.norm1(x)), keep, 0)
+    def __call__(self, x: Array, keep: Array | None, tokens: int) -> Array:
+        """[B, N, d]; ``keep`` [2, B] scales the two residuals of each sample (0 drops), or None.
+
+        The first ``tokens`` of the N rows are tokens, the others padding.
+        """
+        x = x + _scaled(self.attn(self.norm1(x), tokens), keep, 0)
         return x + _scaled(self.mlp(self.norm2(x)), keep, 1)
 
 
@@ -67,9 +70,11 @@ def _block_graph(spec: ModelSpec) -> Any:
     return nnx.split(nnx.eval_shape(lambda: Block(spec, rngs=nnx.Rngs(0))))[0]
 
 
-def apply_block(spec: ModelSpec, params: Params, x: Array, keep: Array | None = None) -> Array:
-    """One block with plain parameters: tokens [B, N, d] -> [B, N, d]."""
-    return nnx.merge(_block_graph(spec), params)(x, keep)
+def apply_block(
+    spec: ModelSpec, params: Params, x: Array, keep: Array | None = None, tokens: int | None = None
+) -> Array:
+    """One block with plain parameters: [B, N, d] -> [B, N, d]; ``tokens`` of the N rows are no padding (None: all)."""
+    return nnx.merge(_block_graph(spec), params)(x, keep, x.shape[1] if tokens is None else tokens)
 
 
 def drop_path_keep(spec: ModelSpec, batch: int, key: Array) -> Array:
@@ -82,13 +87,13 @@ def drop_path_keep(spec: ModelSpec, batch: int, key: Array) -> Array:
     return jnp.where(draws < kept, 1.0 / kept, 0.0)
 
 
-def _rematerialized(spec: ModelSpec) -> Any:
+def _rematerialized(spec: ModelSpec, tokens: Sequence[int]) -> Any:
     def step(params: Params, x: tuple[Array, ...], keep: tuple[Array | None, ...]) -> tuple[Array, ...]:
-        return tuple(apply_block(spec, params, *both) for both in zip(x, keep, strict=True))
+        return tuple(apply_block(spec, params, *each) for each in zip(x, keep, tokens, strict=True))
 
     if spec.remat == "none":
         return step
-    kept = jax.checkpoint_policies.save_only_these_names(PRODUCT, MOMENTS, lanes.SAVED)
+    kept = jax.checkpoint_policies.save_only_these_names(PRODUCT, MOMENTS, pallas_attention.SAVED)
     return jax.checkpoint(step, policy=kept if spec.remat == "dots" else None, prevent_cse=not spec.scan)
 
 
@@ -116,14 +121,15 @@ def run_blocks_together(
     Args:
       keep: for every array what :func:`drop_path_keep` drew, or None.
     """
-    step = _rematerialized(spec)
-    x, keep, tapped = tuple(x), tuple(keep), {}
+    tokens = [a.shape[1] for a in x]
+    step = _rematerialized(spec, tokens)
+    x, keep, tapped = tuple(_pad(a, rows(spec, n)) for a, n in zip(x, tokens, strict=True)), tuple(keep), {}
     if not spec.scan:
         for i in range(spec.depth):
             x = step(blocks[str(i)], x, tuple(None if k is None else k[i] for k in keep))
             if i in taps:
                 tapped[i] = x
-        return x, tapped
+        return _cut(x, tokens), {i: _cut(a, tokens) for i, a in tapped.items()}
     stacked = stack_blocks(blocks, spec.depth)
     start = 0
     for stop in sorted({*(i + 1 for i in taps), spec.depth}):  # one scan between two taps
@@ -132,4 +138,13 @@ def run_blocks_together(
         start = stop
         if stop - 1 in taps:
             tapped[stop - 1] = x
-    return x, tapped
+    return _cut(x, tokens), {i: _cut(a, tokens) for i, a in tapped.items()}
+
+
+def _pad(x: Array, length: int) -> Array:
+    """[B, N, d] -> [B, length, d], zeros behind. No token sees them, and so no gradient comes from them."""
+    return x if x.shape[1] == length else jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0)))
+
+
+def _cut(x: Sequence[Array], tokens: Sequence[int]) -> tuple[Array, ...]:
+    return tuple(a[:, :n] for a, n in zip(x, tokens, strict=True))

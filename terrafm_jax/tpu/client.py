@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import importlib.util
 import os
+import shutil
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 
 from jax.stages import Compiled, Lowered
 
+from terrafm_jax.tpu import hlo, kernels
 from terrafm_jax.tpu.chips import Topology
 
 
@@ -26,6 +32,17 @@ def prepare_environment() -> None:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    _bundles()
+
+
+@functools.lru_cache(maxsize=1)
+def _bundles() -> Path:
+    """Folder in which libtpu leaves the bundles of what it compiles; it reads the flags once, when it is loaded."""
+    folder = Path(tempfile.mkdtemp(prefix="terrafm_bundles_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    given = os.environ.get("LIBTPU_INIT_ARGS", "")
+    os.environ["LIBTPU_INIT_ARGS"] = f"{given} {kernels.FLAGS.format(folder=folder)}".strip()
+    return folder
 
 
 def compile_only_devices(topology: Topology) -> list:
@@ -47,10 +64,15 @@ def compile_only_devices(topology: Topology) -> list:
     return list(found)
 
 
-def compile_only(lowered: Lowered, options: Mapping[str, str | bool | int] | None = None) -> Compiled:
+def compile_only(
+    lowered: Lowered, options: Mapping[str, str | bool | int] | None = None
+) -> tuple[Compiled, hlo.Module]:
     """Compiles for absent devices, with XLA ``options`` by name, past the persistent cache.
 
     An executable of a compile-only client can be written to the cache but not read back.
+
+    Returns:
+      The executable, and its program with the cycles of Pallas kernels filled in.
     """
     import jax
 
@@ -58,14 +80,9 @@ def compile_only(lowered: Lowered, options: Mapping[str, str | bool | int] | Non
     before = getattr(jax.config, key)
     jax.config.update(key, float("inf"))
     try:
-        return lowered.compile(compiler_options=dict(options or {}))
+        compiled = lowered.compile(compiler_options=dict(options or {}))
     finally:
         jax.config.update(key, before)
-
-
-def compiler_options(chip: str) -> dict[str, str]:
-    """XLA options that training uses on a chip (``Chip.name``); empty where none was found to help."""
-    return dict(_OPTIONS.get(chip, {}))
-
-
-_OPTIONS: dict[str, dict[str, str]] = {}
+    module = hlo.parse(compiled.as_text())
+    kernels.fill(module, _bundles())
+    return compiled, module

@@ -18,6 +18,9 @@ def matrix_flops(module: Module, computation: Computation, instruction: Instruct
         return _convolution_flops(computation, instruction)
     if instruction.opcode == "dot":
         return _dot_flops(computation, instruction)
+    if instruction.is_kernel:  # what its author declared (pl.CostEstimate)
+        declared = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', instruction.attributes)
+        return float(declared.group(1)) if declared else 0.0
     called = module.computations.get(instruction.called("calls") or "") if instruction.opcode == "fusion" else None
     if called is None:
         return 0.0

@@ -64,6 +64,11 @@ class Instruction:
         found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
         return float(found.group(1)) if found else None
 
+    @property
+    def is_kernel(self) -> bool:
+        """Whether this calls a Pallas kernel; ``cycles`` is None then, until someone finds it (``kernels``)."""
+        return self.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in self.attributes
+
     @functools.cached_property
     def op_name(self) -> str:
         """The JAX name stack, for example ``jit(step)/transpose(jvp(student))/dot_general``."""

@@ -3,7 +3,8 @@
 Compute comes from the compiler's ``estimated_cycles``. A scanned body is printed once, so loops are
 multiplied by their trip counts. Collectives and copies carry no estimate: a synchronous one costs its
 bytes over the stated bandwidth, an asynchronous one only what its ``start ... done`` span does not
-cover. Instructions without either cost their HBM traffic. None of this is a measurement.
+cover. Pallas kernels cost their bundles (``kernels``), or their HBM traffic where that is more. Instructions
+without any of these cost their HBM traffic. None of this is a measurement.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Item:
     """One instruction of the schedule, summed over the iterations of the loops around it.
 
     Attributes:
-      kind: ``compute``, ``collective``, ``dcn``, ``copy`` or ``other`` (costed by its HBM bytes).
+      kind: ``compute``, ``kernel`` (Pallas), ``collective``, ``dcn``, ``copy`` or ``other`` (costed by its HBM bytes).
       seconds: time it adds to the step; ``hidden`` the part of its duration that other work covers.
       flops: of its matrix products; ``hbm`` bytes it moves to and from HBM.
       wire: bytes of a collective's whole array, ``dtype`` its element type, ``group`` its chips.
@@ -275,9 +276,14 @@ class _Player:
     def _compute(self, computation: Computation, instruction: Instruction) -> Item:
         hbm = cost.hbm_bytes(self.module, computation, instruction)
         flops = cost.matrix_flops(self.module, computation, instruction)
+        chip = self.network.topology.chip
+        if instruction.is_kernel and instruction.cycles is None:
+            raise ReckoningError(f"{instruction.name}: a kernel whose bundles the compiler did not write down")
+        if instruction.is_kernel:
+            seconds = max(instruction.cycles / self.clock, hbm / chip.bandwidth)
+            return self._item(instruction, "kernel", seconds, flops=flops, hbm=hbm)
         if instruction.cycles is not None:
             return self._item(instruction, "compute", instruction.cycles / self.clock, flops=flops, hbm=hbm)
-        chip = self.network.topology.chip
         return self._item(instruction, "other", max(hbm / chip.bandwidth, flops / chip.flops), flops=flops, hbm=hbm)
 
     def _collective_of(self, instruction: Instruction) -> Instruction | None:

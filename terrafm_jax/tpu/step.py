@@ -16,16 +16,15 @@ from ml_collections import ConfigDict
 from terrafm_jax import config as config_lib
 from terrafm_jax import landcover
 from terrafm_jax.sensors import Statistics
-from terrafm_jax.tpu import hlo
 from terrafm_jax.tpu.chips import Topology
-from terrafm_jax.tpu.client import compile_only, compile_only_devices, compiler_options
+from terrafm_jax.tpu.client import compile_only, compile_only_devices
 from terrafm_jax.tpu.network import Network
 from terrafm_jax.tpu.reckon import Item, Reckoning, reckon
 from terrafm_jax.tpu.scaling import TILES
 from terrafm_jax.training.batches import TILE_METERS, batch_shapes
 from terrafm_jax.training.flops import step_flops
 from terrafm_jax.training.sharding import batch_sharding, batch_shards, bytes_per_device, make_mesh
-from terrafm_jax.training.step import TrainSpec, abstract_state, make_step
+from terrafm_jax.training.step import TPU_OPTIONS, TrainSpec, abstract_state, make_step
 
 # Parts of the step by JAX's name stack, first match wins.
 SCOPES = (
@@ -62,7 +61,7 @@ def compile_step(
 
     Args:
       meters: side of the square tiles in the batch.
-      options: XLA options by name; by default those that training uses on this chip.
+      options: XLA options by name, on top of those that training uses.
 
     Returns:
       JSON-able report (see ``render``), with the optimized HLO under ``"hlo"``.
@@ -70,23 +69,22 @@ def compile_step(
     Raises:
       ReckoningError: the estimate is above 85 % MFU.
     """
-    options = compiler_options(topology.chip.name) if options is None else dict(options)
+    options = dict(options or {})
     state = abstract_state(spec, mesh)
     batch = batch_shapes(spec.model.sensors, spec.optim.batch_size, meters, batch_sharding(mesh))
     begun = time.monotonic()
     lowered = make_step(spec, mesh).lower(state, batch)
     lowered_at = time.monotonic()
-    compiled = compile_only(lowered, options)
+    compiled, module = compile_only(lowered, options)
     compiled_at = time.monotonic()
-    text = compiled.as_text()
-    found = reckon(hlo.parse(text), Network.of(topology, list(mesh.devices.flat)), spec.model.depth)
+    found = reckon(module, Network.of(topology, list(mesh.devices.flat)), spec.model.depth)
     report = _header(spec, mesh, topology, options)
     report |= {"seconds_to_lower": lowered_at - begun, "seconds_to_compile": compiled_at - lowered_at}
     report |= _memory(compiled, state, batch, topology)
     report |= _time(spec, mesh, found)
     report |= _communication(spec, state, mesh, found)
     report["costliest"] = [_item(i) for i in found.costliest(10)]
-    return report | {"hlo": text}
+    return report | {"hlo": compiled.as_text()}
 
 
 def _header(spec: TrainSpec, mesh: Mesh, topology: Topology, options: Mapping) -> dict[str, Any]:
@@ -100,7 +98,7 @@ def _header(spec: TrainSpec, mesh: Mesh, topology: Topology, options: Mapping) -
         "model": {"width": spec.model.width, "depth": spec.model.depth, "scan": spec.model.scan},
         "remat": spec.model.remat,
         "dtype": spec.model.dtype,
-        "compiler_options": dict(options),
+        "compiler_options": {**TPU_OPTIONS, **options},
         "versions": {name: _version(name) for name in ("jax", "libtpu")},
     }
 

@@ -20,10 +20,11 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from terrafm_jax.models.spec import BATCH_AXES
 from terrafm_jax.training.optim import Optimizer, match, paths
 
-AXES = ("data", "fsdp", "tensor")
-BATCH = P(("data", "fsdp"))
+AXES = (*BATCH_AXES, "tensor")
+BATCH = P(BATCH_AXES)
 
 # Kernels are [in, out]. Vectors and small embeddings are replicated: splitting them costs a collective
 # each and saves less than a thousandth of the memory.

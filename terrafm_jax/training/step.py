@@ -57,6 +57,17 @@ __all__ = [
 
 Metrics = dict[str, jax.Array]
 
+# TPU's compiler, left alone, sums all gradients at once after the backward pass, and computes nothing meanwhile.
+# These let it sum each one as soon as it is there, beside what is computed next (docs/scaling.md).
+TPU_OPTIONS = {
+    "xla_jf_crs_combiner_threshold_in_bytes": "1000000",
+    "xla_enable_async_all_reduce": "true",
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    "xla_tpu_overlap_compute_collective_tc": "true",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainSpec:
@@ -347,11 +358,13 @@ def make_step(spec: TrainSpec, mesh: Mesh) -> Callable[[TrainState, Mapping[str,
     state = jax.tree.map(lambda x: x.sharding, abstract_state(spec, mesh))
 
     def step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
-        return train_step(spec, state, batch, mesh)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for kernels, which see their device's part
+            return train_step(spec, state, batch, mesh)
 
     return jax.jit(
         step,
         in_shardings=(state, batch_sharding(mesh)),
         out_shardings=(state, NamedSharding(mesh, P())),
         donate_argnums=0,
+        compiler_options=TPU_OPTIONS if spec.model.backend == "tpu" else None,
     )

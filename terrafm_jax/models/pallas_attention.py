@@ -1,0 +1,251 @@
+"""Attention for TPU as two Pallas kernels, one for each direction: logits never leave the chip.
+
+A view has few tokens, so a kernel holds one view's queries, keys and values whole; nothing is tiled over
+keys. Heads are 64 wide and vector registers 128: as many heads as fill the lanes are read together and told
+apart by zeros in the queries and keys of the others, which moves nothing; contracting over the zeros is
+free, because the matrix unit is as deep as the registers are wide.
+
+Rows beyond ``valid`` are padding up to whole registers. They take part as queries, whose results nobody
+reads, and never as keys.
+
+Elsewhere than on TPU the kernels are interpreted: slowly, and with the same result by test. Where arrays are
+spread over devices, the mesh must be in context (``jax.sharding.use_abstract_mesh``), as in the train step.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec as P
+from jax.sharding import get_abstract_mesh
+
+from terrafm_jax.models.layers import precision
+from terrafm_jax.models.spec import BATCH_AXES, ModelSpec
+
+LANES, ROWS = 128, 8  # of a vector register
+LONGEST = 640  # tokens whose logits still fit into on-chip memory beside everything else
+SAVED = "attention"  # name of what jax.checkpoint keeps of it
+
+_ROWS_BY_ROWS = (((1,), (1,)), ((), ()))  # [m, c] x [n, c] -> [m, n]
+_PLAIN = (((1,), (0,)), ((), ()))  # [m, n] x [n, c] -> [m, c]
+_TRANSPOSED = (((0,), (0,)), ((), ()))  # [n, m] x [n, c] -> [m, c]
+_BLOCK_ROWS = 400  # tokens of one grid step: enough to hide the transfers of the next behind it
+
+
+def cut(spec: ModelSpec) -> int:
+    """Columns that are read together: whole heads."""
+    return math.gcd(spec.width, LANES)
+
+
+def fits(spec: ModelSpec, tokens: int) -> bool:
+    """Whether the kernels take so many tokens and heads of this width. A TPU wants cuts of LANES columns besides."""
+    return cut(spec) % (spec.width // spec.heads) == 0 and tokens <= LONGEST
+
+
+def padded(tokens: int) -> int:
+    """Rows that ``tokens`` take up in whole registers."""
+    return -(-tokens // ROWS) * ROWS
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def attend(qkv: Array, spec: ModelSpec, valid: int) -> Array:
+    """Softmax attention of packed ``[B, N, 3 * d]`` (3, heads, head_dim) -> ``[B, N, d]``.
+
+    Args:
+      qkv: N a multiple of ROWS.
+      valid: tokens that are keys; the rows after them are padding.
+    """
+    return _forward(qkv, spec, valid)
+
+
+def _attend_fwd(qkv: Array, spec: ModelSpec, valid: int) -> tuple[Array, tuple[Array, Array]]:
+    out = checkpoint_name(attend(qkv, spec, valid), SAVED)
+    return out, (qkv, out)
+
+
+def _attend_bwd(spec: ModelSpec, valid: int, saved: tuple[Array, Array], g: Array) -> tuple[Array]:
+    return (_backward(*saved, g, spec, valid),)
+
+
+attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+# --- calls ------------------------------------------------------------------------------------
+
+
+def _forward(qkv: Array, spec: ModelSpec, valid: int) -> Array:
+    kernel = functools.partial(_forward_kernel, spec=spec, valid=valid)
+    return _over_batch(functools.partial(_call, kernel, "attention_forward", spec.width, 2, spec), qkv)
+
+
+def _backward(qkv: Array, out: Array, g: Array, spec: ModelSpec, valid: int) -> Array:
+    kernel = functools.partial(_backward_kernel, spec=spec, valid=valid)
+    return _over_batch(functools.partial(_call, kernel, "attention_backward", 3 * spec.width, 5, spec), qkv, out, g)
+
+
+def _over_batch(call: Callable[..., Array], *arrays: Array) -> Array:
+    """Every device works on its own part of the batch: the partitioner cannot look into a kernel."""
+    mesh = get_abstract_mesh()
+    axes = tuple(name for name in BATCH_AXES if name in mesh.axis_names)
+    if mesh.size == 1 or not axes:
+        return call(*arrays)
+    return jax.shard_map(call, mesh=mesh, in_specs=P(axes), out_specs=P(axes), check_vma=False)(*arrays)
+
+
+def _call(
+    kernel: Callable[..., None], name: str, columns: int, products: int, spec: ModelSpec, *arrays: Array
+) -> Array:
+    """Runs a kernel over blocks of views. ``products``: how many of [N, N] with head_dim it takes a head."""
+    batch, rows, _ = arrays[0].shape
+    pairs = batch * rows * rows
+    cost = pl.CostEstimate(
+        flops=2 * products * pairs * spec.width,
+        transcendentals=pairs * spec.heads,
+        bytes_accessed=(sum(x.size for x in arrays) + batch * rows * columns) * arrays[0].dtype.itemsize,
+    )
+    views = max(i for i in range(1, batch + 1) if batch % i == 0 and (i == 1 or i * rows <= _BLOCK_ROWS))
+
+    def block(width: int) -> pl.BlockSpec:
+        return pl.BlockSpec((views, rows, width), lambda i: (i, 0, 0))
+
+    def run(*arrays: Array, interpret: bool) -> Array:
+        return pl.pallas_call(
+            kernel,
+            grid=(batch // views,),
+            in_specs=[block(x.shape[2]) for x in arrays],
+            out_specs=block(columns),
+            out_shape=jax.ShapeDtypeStruct((batch, rows, columns), arrays[0].dtype),
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+            cost_estimate=cost,
+            interpret=interpret,
+            name=name,
+        )(*arrays)
+
+    there, elsewhere = (functools.partial(run, interpret=i) for i in (False, True))
+    return lax.platform_dependent(*arrays, tpu=there, default=elsewhere)
+
+
+def _each_cut(views: int, rows: int, spec: ModelSpec, work: Callable[[Array, Callable[[int], pl.Slice]], None]) -> None:
+    """Calls ``work(view, columns)`` for every view and cut; ``columns(third)`` is where the cut lies."""
+    size = cut(spec)
+    count = spec.width // size
+
+    def one(index: Array, _: None) -> None:
+        view, at = lax.div(index, count), lax.rem(index, count)
+        work(view, lambda third: pl.ds(pl.multiple_of(third * spec.width + at * size, size), size))
+
+    # Short views leave the units idle between two dependent products, so many are worked on side by side.
+    most = 8 if rows <= LANES // 2 else 3
+    together = max(n for n in range(1, most + 1) if views * count % n == 0)
+    lax.fori_loop(0, views * count, one, None, unroll=together)
+
+
+# --- kernels ----------------------------------------------------------------------------------
+
+
+def _forward_kernel(qkv: pl.Ref, out: pl.Ref, *, spec: ModelSpec, valid: int) -> None:
+    """One block: qkv [views, N, 3 * d] -> out [views, N, d]."""
+    heads, head = cut(spec) * spec.heads // spec.width, spec.width // spec.heads
+
+    def work(view: Array, columns: Callable[[int], pl.Slice]) -> None:
+        q, k, v = (qkv[view, :, columns(i)] for i in range(3))
+        q, k = q * jnp.asarray(head**-0.5, q.dtype), _repeat_first(k, valid)
+        mixed, totals = [], []
+        for i in range(heads):
+            logits = _dot(_own(q, i, head), k, _ROWS_BY_ROWS, spec)
+            powers = jnp.exp(logits - logits.max(-1, keepdims=True)).astype(q.dtype)
+            # Ones in the columns of the other heads: the product with the values sums the powers on the side.
+            values = _zero_after(_own(v, i, head, jnp.ones_like(v)), valid)
+            mixed.append(_dot(powers, values, _PLAIN, spec))
+            if heads == 1:
+                totals.append(_dot(powers, _zero_after(jnp.ones_like(v), valid), _PLAIN, spec))
+        if heads > 1:  # the sums of head i, found in the columns of head i - 1, move to those of head i
+            totals.append(pltpu.roll(_side_by_side(mixed[1:] + mixed[:1], head), head, 1))
+        out[view, :, columns(0)] = (_side_by_side(mixed, head) / totals[0]).astype(out.dtype)
+
+    _each_cut(*qkv.shape[:2], spec, work)
+
+
+def _backward_kernel(qkv: pl.Ref, out: pl.Ref, g: pl.Ref, dqkv: pl.Ref, *, spec: ModelSpec, valid: int) -> None:
+    """One block: with ``g``, the gradient of ``out`` [views, N, d], to that of qkv [views, N, 3 * d].
+
+    Logits lie transposed here, [keys, queries]: what belongs to a query is one row, and of the three
+    gradients only one needs a transposition.
+    """
+    heads, head = cut(spec) * spec.heads // spec.width, spec.width // spec.heads
+
+    def work(view: Array, columns: Callable[[int], pl.Slice]) -> None:
+        q, k, v = (qkv[view, :, columns(i)] for i in range(3))
+        do = g[view, :, columns(0)]
+        scale = jnp.asarray(head**-0.5, q.dtype)
+        q, filled, k = q * scale, _repeat_first(k, valid), _zero_after(k, valid) * scale
+        products = out[view, :, columns(0)] * do
+        parts: tuple[list[Array], ...] = ([], [], [])
+        for i in range(heads):
+            logits = _dot(_own(filled, i, head), q, _ROWS_BY_ROWS, spec)
+            powers = jnp.exp(logits - logits.max(0, keepdims=True))
+            weights = powers * (1.0 / _sum_of_first(powers, valid))
+            ones = _own(jnp.ones((2 * ROWS, products.shape[1]), spec.stat_dtype), i, head).astype(q.dtype)
+            shift = _dot(ones, products, _ROWS_BY_ROWS, spec)[:1]
+            dlogits = (weights * (_dot(_own(v, i, head), do, _ROWS_BY_ROWS, spec) - shift)).astype(q.dtype)
+            parts[0].append(_dot(dlogits, k, _TRANSPOSED, spec))
+            parts[1].append(_dot(dlogits, q, _PLAIN, spec))
+            parts[2].append(_dot(weights.astype(q.dtype), do, _PLAIN, spec))
+        for third, part in enumerate(parts):
+            grad = _side_by_side(part, head)
+            dqkv[view, :, columns(third)] = (_zero_after(grad, valid) if third else grad).astype(dqkv.dtype)
+
+    _each_cut(*qkv.shape[:2], spec, work)
+
+
+def _dot(a: Array, b: Array, dims: tuple, spec: ModelSpec) -> Array:
+    return lax.dot_general(a, b, dims, precision=precision(a.dtype), preferred_element_type=spec.stat_dtype)
+
+
+def _columns(x: Array, i: int, head: int) -> Array:
+    """Which elements of [N, cut] lie in the columns of head ``i``."""
+    at = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    return (at >= i * head) & (at < (i + 1) * head)
+
+
+def _own(x: Array, i: int, head: int, others: Array | None = None) -> Array:
+    """``x`` with zeros, or ``others``, in the columns of other heads."""
+    return jnp.where(_columns(x, i, head), x, jnp.zeros_like(x) if others is None else others)
+
+
+def _side_by_side(parts: Sequence[Array], head: int) -> Array:
+    """[N, cut] with the columns of head i taken from part i."""
+    whole = parts[0]
+    for i, part in enumerate(parts[1:], 1):
+        whole = jnp.where(_columns(part, i, head), part, whole)
+    return whole
+
+
+def _first_rows(x: Array, valid: int) -> Array:
+    return lax.broadcasted_iota(jnp.int32, x.shape, 0) < valid
+
+
+def _zero_after(x: Array, valid: int) -> Array:
+    return x if x.shape[0] == valid else jnp.where(_first_rows(x, valid), x, jnp.zeros_like(x))
+
+
+def _repeat_first(x: Array, valid: int) -> Array:
+    """Padding rows become copies of row 0: as keys they leave the maximum over keys as it is."""
+    return x if x.shape[0] == valid else jnp.where(_first_rows(x, valid), x, x[:1])
+
+
+def _sum_of_first(x: Array, valid: int) -> Array:
+    """[N, M] -> [1, M], the sum over the first ``valid`` rows."""
+    whole = valid // ROWS * ROWS
+    parts = [x[:whole]] if whole else []
+    if x.shape[0] > whole:
+        parts.append(_zero_after(x[whole:], valid - whole))
+    return sum((part.sum(0, keepdims=True) for part in parts[1:]), parts[0].sum(0, keepdims=True))

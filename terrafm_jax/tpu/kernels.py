@@ -1,0 +1,78 @@
+"""Cycles of Pallas kernels, from the instruction bundles that the TPU compiler scheduled for them.
+
+The optimized program tells nothing about what a kernel costs. libtpu can write down each kernel's final
+bundles, the very long instruction words that a core issues one a cycle, with the loops around them and the
+bounds they run to. Their sum is the kernel's time as long as its transfers hide behind it; stalls at run
+time are not in it. None of this is a measurement.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+from terrafm_jax.tpu.hlo import Instruction, Module
+
+FLAGS = "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=^final_bundles"
+
+_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*: ")
+_STEP = re.compile(r"%(\w+) = sadd\.s32 (\d+), ")
+_EXIT = re.compile(r"%(\w+) = scmp\.ge\.s32\.totalorder %(\w+), (\d+) /\* loop exit test")
+_BACK = re.compile(r"sbr\.rel \(!%(\w+)\) target")
+_FILE = re.compile(r"^\d+-(.+)-\d+-final_bundles\.txt$")
+
+
+@dataclasses.dataclass
+class _Loop:
+    """A loop (or the straight code around all loops): cycles of one iteration, how often it runs, its exit test."""
+
+    cycles: float = 0.0
+    trips: int = 1
+    test: str = ""
+
+
+def cycles(text: str) -> float:
+    """Bundles of one final_bundles file, loops multiplied.
+
+    Both branches of a condition count. Raises ValueError on text without bundles, or a loop whose bound it lacks.
+    """
+    steps = {name: int(by) for name, by in _STEP.findall(text)}
+    bundles = [(found.group(1), line) for line in text.splitlines() if (found := _BUNDLE.match(line))]
+    if not bundles:
+        raise ValueError("kernel: no instruction bundles in the compiler's output")
+    around = [_Loop()]
+    for mark, line in bundles:
+        if mark == "LB":
+            around.append(_Loop())
+        loop = around[-1]
+        loop.cycles += 1
+        if found := _EXIT.search(line):
+            loop.test, counter, bound = found.groups()
+            loop.trips = -(-int(bound) // steps.get(counter, 1))
+        if len(around) > 1 and loop.test in _BACK.findall(line):
+            around.pop()
+            around[-1].cycles += loop.cycles * loop.trips
+    if len(around) > 1:
+        raise ValueError("kernel: a loop without an exit test; cannot tell how often it runs")
+    return around[0].cycles
+
+
+def fill(module: Module, folder: Path) -> None:
+    """Sets ``cycles`` of every kernel in ``module`` from the files that libtpu wrote with FLAGS.
+
+    Kernels that are alike are compiled once and written down once: of those with the same name, but for its
+    number, and the same shapes, one file speaks for all. The last compilation's files count.
+    """
+    files = {
+        found.group(1): path for path in sorted(folder.glob("*-final_bundles.txt")) if (found := _FILE.match(path.name))
+    }
+    alike: dict[tuple, list[Instruction]] = {}
+    for computation, instruction in module.walk():
+        if instruction.is_kernel:
+            shapes = tuple(computation.by_name[name].shapes for name in instruction.operands)
+            alike.setdefault((instruction.name.rsplit(".", 1)[0], instruction.shapes, shapes), []).append(instruction)
+    for group in alike.values():
+        path = next((files[i.name] for i in group if i.name in files), None)
+        for instruction in group if path is not None else ():
+            instruction.cycles = cycles(path.read_text())

@@ -1,0 +1,88 @@
+"""Cycles of Pallas kernels from the compiler's bundles: hand-written ones, and a kernel that is really compiled."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from terrafm_jax.tpu import chips, client, hlo, kernels, network, reckon
+
+# Two bundles around a loop of 3 + inner loop of 2 bundles; the outer runs to 4, the inner to 48 by twos.
+NESTED = """
+= control target key start
+LB: loop body
+     0   :  { %s0 = inlined_call_operand.hbm [shape: bf16[8]] }
+   0x1 LB: > { %s5_s1 = sphi %s0_s1, %s9_s1 }
+   0x2 LB: >> { %s7_s2 = sphi %s0_s2, %s8_s2  ;;  %s8_s2 = sadd.s32 2, %s7_s2 /* copy for cssa */ }
+   0x3   : > { %p1_p1 = scmp.ge.s32.totalorder %s8_s2, 48 /* loop exit test */ ;; %9 = sbr.rel (!%p1_p1) target = $r1 }
+   0x4   : > { %s9_s1 = sadd.s32 1, %s5_s1  ;;  %p2_p2 = scmp.ge.s32.totalorder %s9_s1, 4 /* loop exit test */ }
+   0x5   : > { %12 = sbr.rel (!%p2_p2) target = $region2 }
+   0x6   :  { %v1 = vld [vmem:[%s1]] }
+"""
+
+
+def test_loops_are_multiplied():
+    assert kernels.cycles(NESTED) == 2 + 4 * (3 + 24 * 2)
+
+
+def test_without_bundles_or_bound_it_is_an_error():
+    with pytest.raises(ValueError, match="no instruction bundles"):
+        kernels.cycles("nothing")
+    with pytest.raises(ValueError, match="loop without an exit test"):
+        kernels.cycles(NESTED.replace("4 /* loop exit test */", "%s3"))
+
+
+def kernel(cycles: float | None, *names: str) -> hlo.Module:
+    """A program of kernels that read 4 MiB and write as much."""
+    calls = "".join(
+        f'  {name} = f32[1024,1024]{{1,0:T(8,128)}} custom-call(%p), custom_call_target="tpu_custom_call", '
+        'backend_config={"custom_call_config":{"cost_estimate":{"flops":"5000"}}}\n'
+        for name in names or ("%k",)
+    )
+    module = hlo.parse(
+        "HloModule toy\n\nENTRY %main (p: f32[1024,1024]) -> f32[1024,1024] {\n"
+        f"  %p = f32[1024,1024]{{1,0:T(8,128)}} parameter(0)\n{calls}}}\n"
+    )
+    for instruction in module.entry.instructions:
+        if instruction.is_kernel:
+            instruction.cycles = cycles
+    return module
+
+
+def test_one_file_speaks_for_all_that_are_alike_and_the_last_compilation_counts(tmp_path):
+    for stamp, text in (("100", NESTED), ("200", "   0x1   :  { nop }\n")):
+        (tmp_path / f"{stamp}-k.3-07-final_bundles.txt").write_text(text)
+    (tmp_path / "300-other.2-07-final_bundles.txt").write_text("not bundles")
+    module = kernel(None, "%k.1", "%k.3", "%unlike.3")
+    kernels.fill(module, tmp_path)
+    assert [module.entry.by_name[name].cycles for name in ("k.1", "k.3", "unlike.3")] == [1, 1, None]
+
+
+@pytest.mark.parametrize(("cycles", "seconds"), [(3e6, 3e6 / 1.5e9), (1.0, 8 * 2**20 / 8.19e11)])
+def test_a_kernel_costs_its_bundles_or_its_traffic(cycles, seconds):
+    topology = chips.Topology.parse("v5e:2x2")
+    grid = network.Network(topology, tuple((0, i, j) for i in range(2) for j in range(2)))
+    (item,) = reckon.reckon(kernel(cycles), grid).items
+    assert (item.kind, item.flops) == ("kernel", 5000)
+    assert item.seconds == pytest.approx(seconds)
+    with pytest.raises(reckon.ReckoningError, match="k: a kernel whose bundles"):
+        reckon.reckon(kernel(None), grid)
+
+
+@pytest.mark.slow
+def test_compiled_attention_is_reckoned_from_its_bundles():
+    if not client.available():
+        pytest.skip("libtpu is not installed")
+    from terrafm_jax.models import ModelSpec, pallas_attention
+
+    device = client.compile_only_devices(chips.Topology.parse("v5e:2x2"))[0]
+    spec = ModelSpec(width=128, heads=2, dtype="bfloat16", fusion_heads=8)
+    found = {}
+    for views in (4, 8):
+        shape = (views * 10, 40, 384)
+        qkv = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(device))
+        _, module = client.compile_only(jax.jit(lambda x: pallas_attention.attend(x, spec, 37)).lower(qkv))
+        (found[views],) = [i.cycles for _, i in module.walk() if i.is_kernel]
+    assert found[8] == pytest.approx(2 * found[4], rel=0.3)
+    assert found[8] > 80 * 2 * 37 * 37 * 64 * 4 / 131072  # cycles that the matrix units alone take
