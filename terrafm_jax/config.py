@@ -16,6 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from terrafm_jax import landcover
@@ -316,7 +317,8 @@ def train_spec(config: ConfigDict, steps: Mapping[str, int], stats: Statistics, 
     Args:
       steps: from :func:`durations`.
       stats: normalisation statistics.
-      shares: [NUM_CATEGORIES] expected share of each land-cover category among the sampled records.
+      shares: [NUM_CATEGORIES] expected share of each land-cover category among the sampled records. Where no
+        frequent class is among them (maps were not given), there is one center: alpha is 1.
     """
     from terrafm_jax.ssl.views import ViewSpec
     from terrafm_jax.training.optim import OptimSpec
@@ -324,6 +326,8 @@ def train_spec(config: ConfigDict, steps: Mapping[str, int], stats: Statistics, 
 
     v, o, opt = config.views, config.objective, config.optim
     frequent = landcover.frequent(shares, o.frequent)
+    # A center that no record feeds stays zero and would only weaken the other.
+    alpha = o.alpha if (frequent & (np.asarray(shares) > 0)).any() else 1.0
     return TrainSpec(
         model=model_spec(config),
         views=ViewSpec(
@@ -340,7 +344,7 @@ def train_spec(config: ConfigDict, steps: Mapping[str, int], stats: Statistics, 
         objective=ObjectiveSpec(
             student_temp=o.student_temp, teacher_temp_start=o.teacher_temp_start, teacher_temp=o.teacher_temp,
             teacher_temp_warmup_steps=steps["objective.teacher_temp_warmup"], ema_start=o.ema_start,
-            ema_end=o.ema_end, alpha=o.alpha, center_momentum=o.center_momentum,
+            ema_end=o.ema_end, alpha=alpha, center_momentum=o.center_momentum,
         ),
         stats=stats,
         frequent=tuple(bool(f) for f in frequent),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 
+import numpy as np
 import pytest
 
 from terrafm_jax import config as config_lib
+from terrafm_jax import landcover
 from terrafm_jax.config import ABLATIONS, ConfigError, Duration, base, check, durations, flatten
+from terrafm_jax.sensors import Statistics
 
 CONFIGS = ("vits", "vitb", "vitl", "demo")
 
@@ -84,3 +87,15 @@ def test_ablation_rows_add_one_thing_each() -> None:
 def test_an_unknown_argument_names_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"runlokal.*runlocal.*single"):
         config_lib.apply_argument(base(), "runlokal")
+
+
+def test_without_a_frequent_class_there_is_one_center() -> None:
+    """Tiles prepared without maps are all unknown: nothing would feed the second center."""
+    config = importlib.import_module("configs.demo").get_config("runlocal")
+    steps = durations(config, 100)
+    unknown, mapped = np.zeros(landcover.NUM_CATEGORIES), np.zeros(landcover.NUM_CATEGORIES)
+    unknown[landcover.UNKNOWN] = 1.0
+    mapped[:3] = 0.8, 0.1, 0.1
+    one, two = (config_lib.train_spec(config, steps, Statistics.published(), shares) for shares in (unknown, mapped))
+    assert (one.objective.alpha, two.objective.alpha) == (1.0, config.objective.alpha)
+    assert config.objective.alpha < 1
