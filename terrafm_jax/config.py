@@ -109,6 +109,7 @@ def base() -> ConfigDict:
     c.compute.remat = "none"  # "block" recomputes blocks in the backward pass
     c.compute.attention = "auto"
     c.compute.reduce_dtype = "float32"  # of sums of gradients over devices; "bfloat16" halves the traffic
+    c.compute.overlap = True  # TPU: sums gradients beside computing, by options that another compiler may not know
     c.compute.folded = True  # stems and fusion as merged products: same parameters and gradients, fewer FLOPs
 
     c.mesh = ConfigDict()
@@ -352,4 +353,5 @@ def train_spec(config: ConfigDict, steps: Mapping[str, int], stats: Statistics, 
         total_steps=steps["total_steps"],
         microbatches=config.microbatches,
         reduce_dtype=config.compute.reduce_dtype,
+        overlap=config.compute.overlap,
     )  # fmt: skip

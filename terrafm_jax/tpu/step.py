@@ -98,7 +98,7 @@ def _header(spec: TrainSpec, mesh: Mesh, topology: Topology, options: Mapping) -
         "model": {"width": spec.model.width, "depth": spec.model.depth, "scan": spec.model.scan},
         "remat": spec.model.remat,
         "dtype": spec.model.dtype,
-        "compiler_options": {**TPU_OPTIONS, **options},
+        "compiler_options": {**(TPU_OPTIONS if spec.overlap else {}), **options},
         "versions": {name: _version(name) for name in ("jax", "libtpu")},
     }
 

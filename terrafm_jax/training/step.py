@@ -83,6 +83,7 @@ class TrainSpec:
         rounding and other random draws, less memory.
       reduce_dtype: "float32" or "bfloat16": in which the gradients of kernels are summed over devices, and in
         which kernels are gathered over the fsdp axis. bfloat16 halves the traffic and rounds the sums.
+      overlap: compiles for TPU with TPU_OPTIONS.
     """
 
     model: ModelSpec
@@ -95,6 +96,7 @@ class TrainSpec:
     total_steps: int = 100_000
     microbatches: int = 1
     reduce_dtype: str = "float32"
+    overlap: bool = True
 
     def __post_init__(self) -> None:
         faults = []
@@ -117,7 +119,7 @@ class TrainSpec:
 
     def __hash__(self) -> int:  # Statistics holds mappings
         fields = (self.model, self.views, self.optim, self.objective, self.frequent, self.seed, self.total_steps)
-        return hash((*fields, self.microbatches, self.reduce_dtype, self.stats.to_json()))
+        return hash((*fields, self.microbatches, self.reduce_dtype, self.overlap, self.stats.to_json()))
 
 
 # --- state ------------------------------------------------------------------------------------
@@ -366,5 +368,5 @@ def make_step(spec: TrainSpec, mesh: Mesh) -> Callable[[TrainState, Mapping[str,
         in_shardings=(state, batch_sharding(mesh)),
         out_shardings=(state, NamedSharding(mesh, P())),
         donate_argnums=0,
-        compiler_options=TPU_OPTIONS if spec.model.backend == "tpu" else None,
+        compiler_options=TPU_OPTIONS if spec.overlap and spec.model.backend == "tpu" else None,
     )
