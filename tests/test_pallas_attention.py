@@ -100,7 +100,8 @@ def test_devices_work_on_their_own_part_of_the_batch(shape):
     step = jax.jit(on_mesh, in_shardings=(whole, split), out_shardings=whole)
     assert "all-gather" not in step.lower(params, patches).compile().as_text()
     expected = jax.jit(gradient)(params, patches)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), step(params, patches), expected)
+    for a, b in zip(jax.tree.leaves(step(params, patches)), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1.0, float(jnp.abs(b).max())))
 
 
 def test_auto_takes_the_kernels_only_on_tpu_with_a_mesh_in_context():
