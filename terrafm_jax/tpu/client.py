@@ -37,7 +37,10 @@ def prepare_environment() -> None:
 
 @functools.lru_cache(maxsize=1)
 def _bundles() -> Path:
-    """Folder in which libtpu leaves the bundles of what it compiles; it reads the flags once, when it is loaded."""
+    """Folder in which libtpu leaves the bundles of what it compiles, gone when the process ends.
+
+    The flags are read once, when libtpu is loaded, and know no filter by kernel: a step of 12 layers takes 0.6 GB.
+    """
     folder = Path(tempfile.mkdtemp(prefix="terrafm_bundles_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     given = os.environ.get("LIBTPU_INIT_ARGS", "")

@@ -148,7 +148,7 @@ def describe(run: Run, say: Progress) -> None:
     say.line(f"{run.total} steps of {run.config.batch_size}, {run.order.examples_per_epoch} records an epoch")
     for line in run.order.describe().splitlines():
         say.line(line)
-    say.line(f"frequent land cover: {', '.join(frequent) or 'none'}")
+    say.line(f"frequent land cover: {', '.join(frequent) or 'none, so there is one center'}")
     if run.first:
         folder = epath.Path(run.workdir)
         resolved = {"config": config_lib.flatten(run.config), "steps": dict(run.steps), "frequent": frequent}
