@@ -268,7 +268,8 @@ def test_hub_folder_holds_what_a_user_asks(folder, loaded):
         "ESA WorldCover", "Single-date", '{"knn": 0.5}', "`tiles`", "B8A", "batch size (`batch_size`): 8",
     ):  # fmt: skip
         assert wanted in card
-    assert "/somewhere" not in card
+    assert config["config"]["data.dir"] == "tiles"
+    assert not any("/somewhere" in (folder / name).read_bytes().decode("latin-1") for name in files)
     assert_bitwise(weights.flatten(read(folder).params), weights.flatten(loaded.params))
 
 

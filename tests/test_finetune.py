@@ -188,6 +188,9 @@ def test_learns_keeps_the_best_and_reports(straight):
     assert weights.load_npz(run / "best/head")[0]["head"]["linear"]["kernel"].shape == (32, 3)
     scores = [json.loads(line).get("val_top1") for line in (run / "lr_0.003/metrics.jsonl").read_text().splitlines()]
     assert meta["score"] == pytest.approx(max(scores))
+    for given_away in (run / "results.jsonl", run / "results.md", run / "predictions/predictions.csv"):
+        assert str(run.parents[1]) not in given_away.read_text()
+    assert str(run.parents[1]) not in json.dumps(meta)
 
 
 def same_weights(a, b):
