@@ -287,7 +287,7 @@ def test_report_shows_published_rows_beside_ours(tmp_path):
     other = {**row, "key": "m", "note": "bands=as_labelled; wrong", "weights": "w"}
     both = report.markdown([row, other, {**row, "key": "n", "seed": 1}])
     assert "| ours (bands=as_labelled) | s2_l1c | 224 | 50.0 [" in both  # never averaged with the other reading
-    assert "| ours (bands=corrected) | s2_l1c | 224 | 50.0 ± 0.0 (n=2) |" in both
+    assert "| ours (bands=corrected) | s2_l1c | 224 | 50.0 ± 0.0 [40.0, 60.0] (n=2) |" in both
     renamed = report.markdown([row, {**row, "key": "o", "weights": "another"}])
     assert "| ours (w) |" in renamed
     assert "| ours (anothe) |" in renamed
