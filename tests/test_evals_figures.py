@@ -79,6 +79,7 @@ def test_several_draws_carry_their_interval_in_table_and_bars(drawn, tmp_path):
     text = report.markdown(rows)
     assert f"| ours | s1 | 64 | 50.0 ± 2.0 [{low:.1f}, {high:.1f}] (n=3) |" in text
     assert "Student's t over the draws and the bootstrap over the test samples" in text
+    assert "draws" not in report.markdown(rows[:1])
     assert report.bars(rows, tmp_path / "scores.png")
     (axis,) = drawn["scores.png"].axes
     np.testing.assert_allclose(axis.collections[0].get_segments()[0][:, 1], [low, high], rtol=1e-6)

@@ -274,6 +274,22 @@ def test_best_weights_predict_like_the_run(folder, straight):
 
 
 @pytest.mark.slow
+def test_batch_norm_statistics_are_those_of_the_kept_weights(folder, straight):
+    """Running ones lag behind: with few steps an epoch validation saw one class only, and training stopped early."""
+    job = Job(config(folder), str(straight[1]), quiet)
+    source = job.sources()["train"]
+    encoder = encoders.open_encoder(str(straight[1] / "best"), 32)
+    norm = weights.load_npz(straight[1] / "best/head")[0]["head_state"]["norm"]
+    means, variances = [], []
+    for batch in source.train(0, -(-len(source) // 8), 8, job.config.seed):
+        cls = np.asarray(encoder(ImageBatch(batch["images"], batch["bands"], batch["offset"]))[0], np.float64)
+        means.append(cls.mean(0))
+        variances.append(cls.var(0, ddof=1))
+    np.testing.assert_allclose(norm["mean"], np.mean(means, 0), atol=1e-4)
+    np.testing.assert_allclose(norm["var"], np.mean(variances, 0), rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_upstream_stem_of_level_2a_needs_no_flag_afterwards(folder, tmp_path, monkeypatch):
     path = tmp_path / "released.safetensors"
     write_state(sample(head=False), path)
@@ -336,7 +352,7 @@ def test_shipped_configs_fit_the_schema(name):
     assert "terrafm_jax.finetune" in module.__doc__
     job = object.__new__(Job)
     job.config = module.get_config()
-    named = {"classification": "galileo-finetune/1", "segmentation_upernet": "upernet-finetune/1"}
+    named = {"classification": "galileo-finetune/1", "segmentation_upernet": "upernet-finetune/2"}
     assert job.protocol() == named.get(name, f"finetune: {job.config.mode}, {job.config.epochs} epochs")
     with pytest.raises(ConfigError, match="unknown argument 'x'"):
         module.get_config("x")

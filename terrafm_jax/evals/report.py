@@ -68,26 +68,32 @@ def _setting(row: Row) -> tuple[str, float, int]:
     return row["protocol"], row["fraction"], row["shots"]
 
 
-def _amount(fraction: float, shots: int) -> str:
-    return f"{shots} labels per class" if shots else f"{100 * fraction:g} % of the train labels"
+def amount(fraction: float, shots: int) -> str:
+    return f"{shots} label{'s' * (shots > 1)} per class" if shots else f"{100 * fraction:g} % of the train labels"
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """Tables by protocol and label amount: our models, then the published rows of the same protocol."""
     rows = [r for r in rows if "error" not in r]
-    legend = (
-        "brackets: 95 % bootstrap interval over the test samples; of n draws of labels, ±: standard deviation over the "
-        "draws, brackets: 95 % interval of their mean, Student's t over the draws and the bootstrap over the test "
-        "samples added in squares"
-    )
+    legend = "brackets: 95 % bootstrap interval over the test samples"
+    if any(r.get("seed") for r in rows):
+        legend += (
+            "; of n draws of labels, ±: standard deviation over the draws, brackets: 95 % interval of their mean, "
+            "Student's t over the draws and the bootstrap over the test samples added in squares"
+        )
     parts = ["# Results\n", f"Shares in percent, {legend}.\n"]
     for setting in sorted({_setting(r) for r in rows}):
         chosen = [r for r in rows if _setting(r) == setting]
         parts.append(_table(setting, chosen))
-    notes = sorted({f"- {r['dataset']}: {r['note']}" for r in rows if r.get("note")})
+    counts = {f"- {r['dataset']}: {_counts(r['samples'])} samples" for r in rows if r.get("samples")}
+    notes = sorted(counts | {f"- {r['dataset']}: {r['note']}" for r in rows if r.get("note")})
     if notes:
         parts += ["## Notes\n", *notes, ""]
     return "\n".join(parts)
+
+
+def _counts(samples: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {split}" for split, count in samples.items())
 
 
 def _table(setting: tuple[str, float, int], rows: Sequence[Row]) -> str:
@@ -100,7 +106,7 @@ def _table(setting: tuple[str, float, int], rows: Sequence[Row]) -> str:
             if any(number.metric in r["metrics"] for r in rows if r["dataset"] == d):
                 metric[d] = number.metric
     header = ["model", "inputs", "px"] + [f"{d} ({metric[d]})" for d in datasets]
-    lines = [f"## {protocol}, {_amount(fraction, shots)}\n"]
+    lines = [f"## {protocol}, {amount(fraction, shots)}\n"]
     lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     groups: dict[tuple, list[Row]] = defaultdict(list)
     for r in rows:
@@ -138,7 +144,7 @@ def paired_table(rows: Sequence[Row], folder: Path) -> str:
             groups[where][(r["model"], r["weights"], r.get("note") or "")][r["seed"]] = r
     lines = []
     for (dataset, protocol, fraction, shots, inputs), models in sorted(groups.items()):
-        where = f"{dataset}, {protocol}, {_amount(fraction, shots)}, {'+'.join(inputs)}"
+        where = f"{dataset}, {protocol}, {amount(fraction, shots)}, {'+'.join(inputs)}"
         for a, b in itertools.combinations(models.values(), 2):
             seeds = sorted(a.keys() & b.keys())
             first, second = [a[s] for s in seeds], [b[s] for s in seeds]
@@ -225,7 +231,7 @@ def _series(rows: Sequence[Row]) -> tuple[list[str], dict[str, dict[str, list[Ro
     for r in rows:
         if "error" in r or r["task"] == "regression":
             continue
-        label = f"{r['dataset']}\n{r['protocol']}\n{_amount(r['fraction'], r['shots'])}"
+        label = f"{r['dataset']}\n{r['protocol']}\n{amount(r['fraction'], r['shots'])}"
         labels += [] if label in labels else [label]
         found[f"{r['model']} ({'+'.join(r['inputs'])})"][label].append(r)
     return labels, found
