@@ -98,7 +98,7 @@ def test_scores_pairs_and_tables():
 
 def test_fine_tuning_is_held_against_the_linear_probe_of_raw_statistics():
     right = {name: np.linspace(0, level, 50) for name, level in (("raw", 0.8), ("tuned", 1.0), ("knn", 0.5))}
-    tuned = Score("ours", "fold-finetune/1", right["tuned"][None])
+    tuned = Score("ours", "fold-finetune/2", right["tuned"][None])
     probe, neighbors = Score(RAW, "logreg/1", right["raw"][None]), Score(RAW, "galileo-knn20/1", right["knn"][None])
     assert arms.pairs([neighbors, probe, tuned]) == [(tuned, probe)]
     assert arms.pairs([neighbors, tuned]) == []
@@ -119,7 +119,7 @@ def test_more_arms_than_colors_are_drawn(tmp_path):
 def test_writes_resumes_and_keeps_folds_paired(folder, checkpoint, tmp_path, monkeypatch):
     scores = experiment(folder, checkpoint, tmp_path).run(lambda text: None)
     assert {s.arm for s in scores} == {RAW, RANDOM, "pretrained"}
-    assert {s.protocol for s in scores} == {"torchgeo-bench-knn5/1, 2-fold x 3", "fold-finetune/1, 2-fold x 1"}
+    assert {s.protocol for s in scores} == {"torchgeo-bench-knn5/1, 2-fold x 3", "fold-finetune/2, 2-fold x 1"}
     assert not [s for s in scores if s.arm == RAW and "finetune" in s.protocol]
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["settings"]["samples"] == 24

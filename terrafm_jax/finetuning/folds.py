@@ -29,10 +29,12 @@ PROTOCOL = "fold-finetune"
 
 @dataclasses.dataclass(frozen=True)
 class Recipe(Versioned):
-    """``fold-finetune/1`` [ours]: whole network with batch norm + linear, AdamW, warm-up 10 %, cosine, flips.
+    """``fold-finetune/2`` [ours]: whole network with batch norm + linear, AdamW, warm-up 10 %, cosine, flips.
 
     The rate is the best of ``rates`` on a held-out fifth of the training fold; then all of the fold is trained on and
-    the last epoch taken. Nothing else is chosen on labels.
+    the last epoch taken. Nothing else is chosen on labels. Version 2 predicts with batch-norm statistics of the final
+    weights, measured over at most 16 batches of the rows trained on; version 1 took the running ones, which lag behind
+    a network that trains.
     """
 
     name = PROTOCOL
@@ -41,7 +43,7 @@ class Recipe(Versioned):
     batch_size: int = 32
     weight_decay: float = 0.05
     label_smoothing: float = 0.1
-    version: int = 1
+    version: int = 2
 
 
 def order(rows: np.ndarray, batch_size: int, epochs: int, seed: int) -> np.ndarray:
@@ -60,6 +62,10 @@ def _program(spec: TuneSpec, recipe: Recipe) -> Callable[..., Array]:
         trainable, frozen, head = network.init(spec, backbone, key)
         zeros = {k: jnp.zeros_like(v) for k, v in trainable.items()}
 
+        def take(chosen):
+            batch = {k: {s: v[chosen] for s, v in data[k].items()} for k in ("images", "offset")}
+            return {**batch, "bands": data["bands"]}
+
         def loss(trainable, head, batch, targets, key):
             params = network.merged(spec, trainable, frozen)
             outputs, head = network.forward(spec, params, head, stats, batch, train=True, key=key)
@@ -68,15 +74,19 @@ def _program(spec: TuneSpec, recipe: Recipe) -> Callable[..., Array]:
         def step(carry, now):
             (trainable, mu, nu, head), (count, chosen) = carry, now
             flip_key, net_key = jax.random.split(jax.random.fold_in(key, count))
-            batch = {k: {s: v[chosen] for s, v in data[k].items()} for k in ("images", "offset")}
-            batch, targets = network.flip(flip_key, {**batch, "bands": data["bands"]}, data["targets"][chosen])
+            batch, targets = network.flip(flip_key, take(chosen), data["targets"][chosen])
             grads, head = jax.grad(loss, has_aux=True)(trainable, head, batch, targets, net_key)
             trainable, mu, nu, _ = adam.update(spec, trainable, grads, mu, nu, count, rate)
             return (trainable, mu, nu, head), None
 
         start = (trainable, zeros, zeros, head)
         (trainable, _, _, head), _ = jax.lax.scan(step, start, (jnp.arange(rows.shape[0]), rows))
-        (logits, *_), _ = network.forward(spec, network.merged(spec, trainable, frozen), head, stats, data)
+        params = network.merged(spec, trainable, frozen)
+
+        first = rows[: min(rows.shape[0] // recipe.epochs, network.MEASURED)]  # of one epoch, which shows every row
+        found = jax.lax.map(lambda chosen: network.measured(spec, params, head, stats, take(chosen)), first)
+        head = jax.tree.map(lambda x: x.mean(0), found)
+        (logits, *_), _ = network.forward(spec, params, head, stats, data)
         return logits
 
     return fit

@@ -18,6 +18,7 @@ from terrafm_jax.evals.features import encode_images, target_size
 from terrafm_jax.models.spec import ModelSpec
 
 LORA_TARGETS = r"backbone/blocks/\d+/(attn/qkv|attn/proj|mlp/fc1|mlp/fc2)/kernel"
+MEASURED = 16  # train batches, at most, that batch-norm statistics are measured over
 Flat = dict[str, Array]
 
 
@@ -132,6 +133,13 @@ def forward(
     )  # fmt: skip
     maps = tuple(m for _, m in found.layers) if spec.layers else (found.patches,)
     return spec.make_head().apply(params["head"], state, heads.Features(found.cls, maps), train, rest)
+
+
+def measured(spec: TuneSpec, params: Mapping[str, Any], state: dict, stats: Any, batch: Mapping[str, Any]) -> dict:
+    """The head's batch-norm statistics of this batch alone, in the shape of ``state``, whose values do not count."""
+    nothing = jax.tree.map(jnp.zeros_like, state)  # a step from zero is exact; one from running ones would cancel
+    _, found = forward(spec, params, nothing, stats, batch, train=True)
+    return jax.tree.map(lambda x: x / heads.MOMENTUM, found)
 
 
 def loss(

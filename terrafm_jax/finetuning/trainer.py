@@ -177,9 +177,7 @@ def make_measure(plan: Plan) -> Callable[[TuneState, Any], Any]:
 
     @partial(jax.jit, out_shardings=NamedSharding(plan.mesh, P()))
     def measure(trainable, frozen, head, batch):
-        params = network.merged(spec, trainable, frozen)
-        _, found = network.forward(spec, params, head, arrays, batch, train=True)
-        return jax.tree.map(lambda h, s: (h - (1 - heads.MOMENTUM) * s) / heads.MOMENTUM, found, head)
+        return network.measured(spec, network.merged(spec, trainable, frozen), head, arrays, batch)
 
     return lambda state, batch: measure(
         state.trainable, state.frozen, state.head, {k: v for k, v in batch.items() if k != "targets"}
@@ -255,13 +253,13 @@ class Run:
         return True, state
 
     def _settle(self, state: TuneState) -> TuneState:
-        """Batch-norm statistics of the weights as they are, over at most 16 train batches.
+        """Batch-norm statistics of the weights as they are, over at most ``MEASURED`` train batches.
 
         Running ones lag behind a network that trains. Class tokens of a pretrained encoder lie close together far from
         zero, so the lag outweighs their differences: with a few steps an epoch validation saw one class everywhere,
         and early stopping ended the run there.
         """
-        count = min(self.per_epoch, 16)
+        count = min(self.per_epoch, network.MEASURED)
         total = None
         for batch in self.sources["train"].train(0, count, self.plan.batch_size, self.plan.seed):
             found = self._measure(state, to_device(self.plan, batch))
