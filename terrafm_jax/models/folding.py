@@ -25,9 +25,10 @@ from jax import Array, lax
 
 from terrafm_jax.models import pallas_fusion
 from terrafm_jax.models.columns import stem_product, stem_products
+from terrafm_jax.models.fusion_rows import NORM_EPS
 from terrafm_jax.models.layers import linear, precision
-from terrafm_jax.models.placement import everywhere
-from terrafm_jax.models.pallas_fusion import NORM_EPS, masked
+from terrafm_jax.models.pallas_fusion import masked
+from terrafm_jax.models.placement import gather_rows
 from terrafm_jax.models.spec import ModelSpec
 
 HEAD_SUMS = "head_sums"  # scope of the products that are sums over heads, and no FLOPs of the network
@@ -69,7 +70,7 @@ def fold(
 
     def joined(kernel: Array) -> dict[str, tuple[Array, Array]]:
         return {
-            s: (everywhere(_product(stem, kernel, spec), spec.compute_dtype), _row(bias, kernel, None, spec))
+            s: (gather_rows(_product(stem, kernel, spec), spec.compute_dtype), _row(bias, kernel, None, spec))
             for s, (stem, bias) in stems.items()
         }
 

@@ -26,14 +26,15 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from terrafm_jax.models.fusion_rows import Sums, mixture, of, pairs, pull
 from terrafm_jax.models.layers import precision
 from terrafm_jax.models.pallas_calls import over_batch, run, wanted
 from terrafm_jax.models.spec import ModelSpec
 
 LANES, ROWS = 128, 16  # of a vector register of bfloat16
-NORM_EPS = 1e-5  # of the LayerNorm over a query's vector: PyTorch's default, which upstream left for this norm only
 ABSENT = -1e30  # score of an absent sensor: finite, so that a view without any sensor stays finite
 BLOCK_ROWS = 128  # patches of one grid step
+CHUNK, UNROLL = 256, 3  # columns worked on at once, and chunks written out one after another (3 divide any stem)
 
 _PLAIN = (((1,), (0,)), ((), ()))
 
@@ -64,14 +65,14 @@ class Tables(NamedTuple):
     """Constants and parameters that every block needs; J = queries * heads.
 
     columns: [D, J], 1 where a column belongs to the head. spread: its transpose.
-    asked: [D, J], ``columns`` times the pooling vector.
+    both: [D, 2 * heads], the same for one query, and that times the pooling vector.
     group: [J, J], 1 where two lanes belong to the same query.
     pool: [1, D] in the type of norms.
     """
 
     columns: Array
     spread: Array
-    asked: Array
+    both: Array
     group: Array
     pool: Array
 
@@ -79,135 +80,16 @@ class Tables(NamedTuple):
 def tables(pool: Array, spec: ModelSpec) -> Tables:
     """The tables of one step. ``pool``: [D]."""
     dtype, size = spec.compute_dtype, spec.stem_width // spec.fusion_heads
-    columns = np.tile(np.repeat(np.eye(spec.fusion_heads), size, axis=0), (1, spec.queries))
+    heads = np.repeat(np.eye(spec.fusion_heads), size, axis=0)
+    columns = np.tile(heads, (1, spec.queries))
     group = np.kron(np.eye(spec.queries), np.ones((spec.fusion_heads,) * 2))
     pool = pool.astype(spec.stat_dtype)
     return Tables(
         columns=jnp.asarray(columns, dtype),
         spread=jnp.asarray(columns.T, dtype),
-        asked=(columns * pool[:, None]).astype(dtype),
+        both=jnp.concatenate([jnp.asarray(heads), heads * pool[:, None]], axis=1).astype(dtype),
         group=jnp.asarray(group, spec.stat_dtype),
         pool=pool[None],
-    )
-
-
-# --- what belongs to a patch: rows of J lanes ----------------------------------------------------
-
-
-class Sums(NamedTuple):
-    """Sums over the columns of each head, [R, J] each: of values, of values times pool, of products of values."""
-
-    first: list[Array]
-    asked: list[Array]
-    gram: dict[tuple[int, int], Array]
-
-
-class Mixture(NamedTuple):
-    """How a block's values are mixed; lists over sensors, [R, J] each (what belongs to a query repeats over heads).
-
-    weights: softmax over sensors. mean, inverse, share: of each query's vector its mean, inverse deviation, share in
-    the result. varies: whether the variance is above zero. ask: the logit of the share before mean and deviation.
-    """
-
-    weights: list[Array]
-    mean: Array
-    inverse: Array
-    share: Array
-    varies: Array
-    ask: Array
-
-
-def pairs(count: int) -> list[tuple[int, int]]:
-    return [(m, n) for m in range(count) for n in range(m, count)]
-
-
-def _of(gram: dict[tuple[int, int], Array], m: int, n: int) -> Array:
-    return gram[min(m, n), max(m, n)]
-
-
-def _mixture(scores: Sequence[Array], sums: Sums, group: Array, total_pool: Array, spec: ModelSpec) -> Mixture:
-    top = functools.reduce(jnp.maximum, scores)
-    powers = [jnp.exp(score - top) for score in scores]
-    whole = 1.0 / sum(powers)
-    weights = [power * whole for power in powers]
-
-    def over_heads(x: Array) -> Array:
-        return lax.dot_general(x, group, _PLAIN, precision=lax.Precision.HIGHEST, preferred_element_type=x.dtype)
-
-    def square(m: int) -> Array:
-        return weights[m] * sum(weights[n] * _of(sums.gram, m, n) for n in range(len(weights)))
-
-    mean = over_heads(sum(w * x for w, x in zip(weights, sums.first, strict=True))) / spec.stem_width
-    ask = over_heads(sum(w * x for w, x in zip(weights, sums.asked, strict=True)))
-    second = over_heads(sum(square(m) for m in range(len(weights)))) / spec.stem_width
-    variance = second - mean * mean  # may round below zero where a patch is constant
-    inverse = lax.rsqrt(jnp.maximum(variance, 0.0) + NORM_EPS)
-    logits = (ask - mean * total_pool) * inverse
-    share = jnp.exp(logits - logits.max(-1, keepdims=True))
-    share = share * (spec.fusion_heads / share.sum(-1, keepdims=True))
-    return Mixture(weights, mean, inverse, share, variance > 0.0, ask)
-
-
-class Pulled(NamedTuple):
-    """Gradients of what belongs to a patch, [R, J]: scores, and the factors of sums (lists or by pair of sensors).
-
-    asked: [R, heads] each, summed over queries. total_pool: [R, J], to be summed over rows and queries (each repeats over heads).
-    """
-
-    scores: list[Array]
-    first: list[Array]
-    asked: list[Array]
-    gram: dict[tuple[int, int], Array]
-    total_pool: Array
-
-
-def _over_queries(x: Array, spec: ModelSpec) -> Array:
-    """[R, J] -> [R, heads]. What queries pull the pool with nearly cancels, so they are added before it is rounded."""
-    heads = spec.fusion_heads
-    return sum(x[:, i * heads : (i + 1) * heads] for i in range(1, spec.queries)) + x[:, :heads]
-
-
-def _pull(
-    mixture: Mixture,
-    sums: Sums,
-    products: Sequence[Array],
-    whole: Array,
-    group: Array,
-    total_pool: Array,
-    spec: ModelSpec,
-) -> Pulled:
-    """The way back through :func:`_mixture`.
-
-    Args:
-      products: per sensor [R, J], sums over the columns of each head of values times the result's gradient.
-      whole: [R, 1], sum of the result's gradient.
-    """
-    weights, mean, inverse, share, varies, ask = mixture
-    count, width = len(weights), spec.stem_width
-    part = share * inverse
-
-    def over_heads(x: Array) -> Array:
-        return lax.dot_general(x, group, _PLAIN, precision=lax.Precision.HIGHEST, preferred_element_type=x.dtype)
-
-    dpart = over_heads(sum(w * x for w, x in zip(weights, products, strict=True))) - whole * mean
-    dshare = dpart * inverse
-    dlogits = share * (dshare - (share * dshare).sum(-1, keepdims=True) / spec.fusion_heads)
-    centered = ask - mean * total_pool
-    dvariance = jnp.where(varies, -0.5 * inverse * inverse * inverse * (dpart * share + centered * dlogits), 0.0)
-    dask = dlogits * inverse
-    dmean = -whole * part - total_pool * dask - 2.0 * mean * dvariance
-    dfirst, dsecond = dmean / width, dvariance / width
-    dweights = []
-    for m in range(count):
-        square = sum(weights[n] * _of(sums.gram, m, n) for n in range(count))
-        dweights.append(part * products[m] + dfirst * sums.first[m] + dask * sums.asked[m] + 2.0 * dsecond * square)
-    mean_dweight = sum(w * d for w, d in zip(weights, dweights, strict=True))
-    return Pulled(
-        scores=[w * (d - mean_dweight) for w, d in zip(weights, dweights, strict=True)],
-        first=[dfirst * w for w in weights],
-        asked=[_over_queries(dask * w, spec) for w in weights],
-        gram={(m, n): 2.0 * dsecond * weights[m] * weights[n] for m, n in pairs(count)},
-        total_pool=-mean * dask,
     )
 
 
@@ -231,9 +113,6 @@ def _chunks(spec: ModelSpec, work: Any) -> None:
     lax.fori_loop(0, spec.stem_width // size, one, None, unroll=UNROLL)
 
 
-CHUNK, UNROLL = 256, 3
-
-
 def _stacked(parts: Sequence[Array], right: Array, spec: ModelSpec) -> list[Array]:
     """Products of several [R, K] with one matrix: it enters the matrix unit once."""
     rows = parts[0].shape[0]
@@ -241,47 +120,65 @@ def _stacked(parts: Sequence[Array], right: Array, spec: ModelSpec) -> list[Arra
     return [whole[i * rows : (i + 1) * rows] for i in range(len(parts))]
 
 
-def _sum_columns(values: Sequence[pl.Ref], g: pl.Ref | None, refs: Tables, total: pl.Ref, spec: ModelSpec) -> None:
-    """Fills ``total`` [slots, R, J]: sums of values, times pool, of pairs, and of values times ``g`` if there is one."""
-    total[...] = jnp.zeros(total.shape, total.dtype)
-    wide = spec.stat_dtype
+class Scratch(NamedTuple):
+    """Sums over columns while they are made.
+
+    both: [M, R, 2 * heads] of values, and of values times the pooling vector.
+    products: [slots, R, J] of the values' products in pairs, and with the result's gradient in the backward pass.
+    """
+
+    both: pl.Ref
+    products: pl.Ref
+
+
+def _sum_columns(values: Sequence[pl.Ref], g: pl.Ref | None, table: Tables, to: Scratch, spec: ModelSpec) -> None:
+    to.both[...] = jnp.zeros(to.both.shape, to.both.dtype)
+    to.products[...] = jnp.zeros(to.products.shape, to.products.dtype)
 
     def work(at: pl.Slice) -> None:
         parts = [value[:, at] for value in values]
-        upcast = [part.astype(wide) for part in parts]
+        upcast = [part.astype(spec.stat_dtype) for part in parts]
         products = [upcast[m] * upcast[n] for m, n in pairs(len(parts))]
         if g is not None:
-            there = g[:, at].astype(wide)
-            products += [part * there for part in upcast]
-        plain = _stacked([*parts, *products], refs.columns[at, :], spec)
-        asked = _stacked(parts, refs.asked[at, :], spec)
-        for slot, x in enumerate([*plain[: len(parts)], *asked, *plain[len(parts) :]]):
-            total[slot] += x
+            products += [part * g[:, at].astype(spec.stat_dtype) for part in upcast]
+        for slot, x in enumerate(_stacked(parts, table.both[at, :], spec)):
+            to.both[slot] += x
+        for slot, x in enumerate(_stacked(products, table.columns[at, :], spec)):
+            to.products[slot] += x
 
     _chunks(spec, work)
 
 
-def _read_sums(total: pl.Ref, count: int) -> tuple[Sums, list[Array]]:
-    slots = [total[i] for i in range(total.shape[0])]
-    gram = dict(zip(pairs(count), slots[2 * count :], strict=False))
-    return Sums(slots[:count], slots[count : 2 * count], gram), slots[2 * count + len(gram) :]
+def _read_sums(scratch: Scratch, spec: ModelSpec) -> tuple[Sums, list[Array]]:
+    """The sums, and those of values times the result's gradient (none in the forward pass)."""
+    count, heads = scratch.both.shape[0], spec.fusion_heads
+    slots = [scratch.products[i] for i in range(scratch.products.shape[0])]
+    gram = dict(zip(pairs(count), slots, strict=False))
+    first, asked = (
+        [
+            jnp.concatenate([scratch.both[m][:, i * heads : (i + 1) * heads]] * spec.queries, axis=1)
+            for m in range(count)
+        ]
+        for i in range(2)
+    )
+    return Sums(first, asked, gram), slots[len(gram) :]
 
 
 def _forward_kernel(*refs: pl.Ref, spec: ModelSpec, count: int) -> None:
     """values and scores of every sensor, tables -> the mixed values [R, D]."""
     values, scores, rest = refs[:count], refs[count : 2 * count], refs[2 * count :]
-    table, (out, total) = Tables(*rest[:5]), rest[5:]
-    _sum_columns(values, None, table, total, spec)
-    sums, _ = _read_sums(total, count)
-    mixture = _mixture([s[...] for s in scores], sums, table.group[...], table.pool[...].sum(), spec)
-    part = mixture.share * mixture.inverse
-    factors = [part * weight for weight in mixture.weights]
-    shift = (part * mixture.mean).sum(-1, keepdims=True) / spec.fusion_heads
+    table, out, scratch = Tables(*rest[:5]), rest[5], Scratch(*rest[6:])
+    _sum_columns(values, None, table, scratch, spec)
+    sums, _ = _read_sums(scratch, spec)
+    how = mixture([score[...] for score in scores], sums, table.group[...], table.pool[...].sum(), spec)
+    part = how.share * how.inverse
+    factors = [part * weight for weight in how.weights]
+    shift = (part * how.mean).sum(-1, keepdims=True) / spec.fusion_heads
 
     def work(at: pl.Slice) -> None:
-        mixed = _stacked(factors, table.spread[:, at], spec)
-        result = sum(m * value[:, at].astype(spec.stat_dtype) for m, value in zip(mixed, values, strict=True))
-        out[:, at] = (result - shift).astype(out.dtype)
+        spread = _stacked(factors, table.spread[:, at], spec)
+        mixed = sum(x * value[:, at].astype(spec.stat_dtype) for x, value in zip(spread, values, strict=True))
+        out[:, at] = (mixed - shift).astype(out.dtype)
 
     _chunks(spec, work)
 
@@ -290,41 +187,37 @@ def _backward_kernel(*refs: pl.Ref, spec: ModelSpec, count: int) -> None:
     """As forward, and the result's gradient -> per sensor [R, D + J] of value and score, and of pool [8, D]."""
     values, scores, rest = refs[:count], refs[count : 2 * count], refs[2 * count :]
     g, table, rest = rest[0], Tables(*rest[1:6]), rest[6:]
-    grads, dpool, total = rest[:count], rest[count], rest[count + 1]
-    wide, width = spec.stat_dtype, spec.stem_width
+    grads, dpool, scratch = rest[:count], rest[count], Scratch(*rest[count + 1 :])
+    wide = spec.stat_dtype
 
     @pl.when(pl.program_id(0) == 0)
     def _() -> None:
         dpool[...] = jnp.zeros(dpool.shape, dpool.dtype)
 
-    _sum_columns(values, g, table, total, spec)
-    sums, products = _read_sums(total, count)
+    _sum_columns(values, g, table, scratch, spec)
+    sums, products = _read_sums(scratch, spec)
     total_pool, group = table.pool[...].sum(), table.group[...]
-    mixture = _mixture([s[...] for s in scores], sums, group, total_pool, spec)
-    whole = sum(x for x in [g[...].astype(wide).sum(-1, keepdims=True)])
-    pulled = _pull(mixture, sums, products, whole, group, total_pool, spec)
+    how = mixture([score[...] for score in scores], sums, group, total_pool, spec)
+    pulled = pull(how, sums, products, g[...].astype(wide).sum(-1, keepdims=True), group, total_pool, spec)
     for grad, score in zip(grads, pulled.scores, strict=True):
-        grad[:, width:] = score.astype(grad.dtype)
+        grad[:, spec.stem_width :] = score.astype(grad.dtype)
+    # The sum of the pooling vector pulls each of its entries alike.
     every = pulled.total_pool.sum() / spec.fusion_heads
-    part = mixture.share * mixture.inverse
-    factors = [
-        *(part * weight for weight in mixture.weights),
-        *pulled.first,
-        *pulled.gram.values(),
-    ]
+    part = how.share * how.inverse
+    factors = [*(part * weight for weight in how.weights), *pulled.first, *pulled.gram.values()]
 
     def work(at: pl.Slice) -> None:
         spread = _stacked(factors, table.spread[:, at], spec)
         asked = _stacked(pulled.asked, table.spread[: spec.fusion_heads, at], spec)
+        gram = dict(zip(pairs(count), spread[2 * count :], strict=True))
         there, pool = g[:, at].astype(wide), table.pool[:, at]
         upcast = [value[:, at].astype(wide) for value in values]
-        gram = dict(zip(pairs(count), spread[2 * count :], strict=True))
         for m, grad in enumerate(grads):
             found = spread[m] * there + spread[count + m] + asked[m] * pool
-            found += sum(_of(gram, m, n) * upcast[n] for n in range(count))
+            found += sum(of(gram, m, n) * upcast[n] for n in range(count))
             grad[:, at] = found.astype(grad.dtype)
-        by_row = sum(a * value for a, value in zip(asked, upcast, strict=True))
-        dpool[:, at] += by_row.reshape(-1, 8, by_row.shape[1]).sum(0)
+        by_row = sum(x * value for x, value in zip(asked, upcast, strict=True))
+        dpool[:, at] += by_row.reshape(-1, dpool.shape[0], by_row.shape[1]).sum(0)
         dpool[:1, at] += jnp.broadcast_to(every, (1, by_row.shape[1]))
 
     _chunks(spec, work)
@@ -421,7 +314,13 @@ def _call(
     def whole(x: Any) -> pl.BlockSpec:
         return pl.BlockSpec(x.shape, lambda i: (0, 0))
 
-    sums = 2 * count + len(pairs(count)) + products
+    scratch = Scratch(
+        both=pltpu.VMEM((count, block, 2 * spec.fusion_heads), spec.stat_dtype),
+        products=pltpu.VMEM((len(pairs(count)) + products, block, spec.queries * spec.fusion_heads), spec.stat_dtype),
+    )
+    # Sums by matrix products are no FLOPs of the network.
+    moved = sum(x.size * x.dtype.itemsize for x in (*flat, *every, *outs))
+    cost = pl.CostEstimate(flops=0, transcendentals=count * padded * every[0].shape[1], bytes_accessed=moved)
     build = functools.partial(
         pl.pallas_call,
         functools.partial(kernel, spec=spec, count=count),
@@ -429,8 +328,9 @@ def _call(
         in_specs=[*map(spread, flat), *map(whole, every)],
         out_specs=[*map(spread, outs[: len(widths)]), *map(whole, outs[len(widths) :])],
         out_shape=outs,
-        scratch_shapes=[pltpu.VMEM((sums, block, spec.queries * spec.fusion_heads), spec.stat_dtype)],
+        scratch_shapes=list(scratch),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        cost_estimate=cost,
         name=name,
     )
     found = run(build, *flat, *every)

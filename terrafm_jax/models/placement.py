@@ -1,4 +1,8 @@
-"""Where an intermediate value lies on the mesh in context (``jax.sharding.use_abstract_mesh``); nothing without one."""
+"""Where weights lie while they are used, on the mesh in context (``jax.sharding.use_abstract_mesh``) if there is one.
+
+Most weights are gathered over the fsdp axis before use (``training.sharding.gather_params``). Some are better worked
+on where they lie, each device on its part, and only the result is gathered.
+"""
 
 from __future__ import annotations
 
@@ -11,28 +15,36 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import get_abstract_mesh
 
 
-def everywhere(x: Array, dtype: jnp.dtype) -> Array:
-    """``x``, whose rows may be split over the fsdp axis, whole on every device. It travels in ``dtype``.
+def gather_rows(x: Array, dtype: jnp.dtype) -> Array:
+    """[N, ...] whose rows may be split over the fsdp axis, whole on every device. It travels in ``dtype``.
 
-    The gradient goes the other way, in the type of ``x``: summed over the batch's parts, rows left where they belong.
+    The gradient goes the other way, in the type of ``x``: summed over the batch's parts, and left where ``x`` lies.
     """
-    mesh = get_abstract_mesh()
-    split = not mesh.empty and mesh.shape.get("fsdp", 1) > 1 and x.shape[0] % mesh.shape["fsdp"] == 0
-    return _gathered(x, dtype) if split else x
+    return _gather(x, dtype, P("fsdp"), P())
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gathered(x: Array, dtype: jnp.dtype) -> Array:
-    rows = jax.lax.with_sharding_constraint(x.astype(dtype), P("fsdp"))
-    return jax.lax.with_sharding_constraint(rows, P()).astype(x.dtype)
+def gather_columns(x: Array, dtype: jnp.dtype) -> Array:
+    """As :func:`gather_rows`, for [N, K] whose columns are split over tensor and fsdp and stay split over tensor."""
+    return _gather(x, dtype, P(None, ("tensor", "fsdp")), P(None, "tensor"))
 
 
-def _gathered_fwd(x: Array, dtype: jnp.dtype) -> tuple[Array, None]:
-    return _gathered(x, dtype), None
+def _gather(x: Array, dtype: jnp.dtype, split: P, whole: P) -> Array:
+    shape = dict(get_abstract_mesh().shape)
+    return _moved(x, jnp.dtype(dtype), split, whole) if shape.get("fsdp", 1) > 1 and "tensor" in shape else x
 
 
-def _gathered_bwd(dtype: jnp.dtype, _: None, g: Array) -> tuple[Array]:
-    return (jax.lax.with_sharding_constraint(g, P("fsdp")),)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _moved(x: Array, dtype: jnp.dtype, split: P, whole: P) -> Array:
+    part = jax.lax.with_sharding_constraint(x.astype(dtype), split)
+    return jax.lax.with_sharding_constraint(part, whole).astype(x.dtype)
 
 
-_gathered.defvjp(_gathered_fwd, _gathered_bwd)
+def _moved_fwd(x: Array, dtype: jnp.dtype, split: P, whole: P) -> tuple[Array, None]:
+    return _moved(x, dtype, split, whole), None
+
+
+def _moved_bwd(dtype: jnp.dtype, split: P, whole: P, _: None, g: Array) -> tuple[Array]:
+    return (jax.lax.with_sharding_constraint(g, split),)
+
+
+_moved.defvjp(_moved_fwd, _moved_bwd)

@@ -35,7 +35,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r".*/mlp/fc2/kernel", P("tensor", "fsdp")),
     (r"head/mlp/0/kernel", P("fsdp", "tensor")),
     (r"head/mlp/1/kernel", P("tensor", "fsdp")),
-    (r"head/last_layer/kernel", P("fsdp", "tensor")),
+    (r"head/last_layer/kernel", P(None, ("tensor", "fsdp"))),
     (r".*/mlp/fc1/bias|head/mlp/0/bias", P("tensor")),
     (r".*/kernel", P("fsdp", None)),
     (r".*/(bias|scale|pool|queries|cls_token|pos_embed|[a-z0-9_]+_embed)", P()),
@@ -160,11 +160,11 @@ def whole_over_fsdp(spec: P) -> P:
     return P(*(strip(names) for names in spec))
 
 
-# Multiplied with other weights where they lie (``models.folding.fold``), which gathers the products.
-STEMS = r"backbone/patch_embed/conv2d_.*/kernel"
+# Worked on where they lie by the networks, which gather the results (``models.placement``). Stems: if folded.
+PROTOTYPES, STEMS = r"head/last_layer/kernel", r"backbone/patch_embed/conv2d_.*/kernel"
 
 
-def gather_params(mesh: Mesh | None, params: Any, kernel_dtype: Any = None, *, keep: str | None = None) -> Any:
+def gather_params(mesh: Mesh | None, params: Any, kernel_dtype: Any = None, *, keep: str = PROTOTYPES) -> Any:
     """Parameters as the networks use them: each one whole over the fsdp axis, still split over tensor.
 
     The gradients go the other way: summed over the batch's shards and left where the parameter lives. Without
@@ -180,7 +180,7 @@ def gather_params(mesh: Mesh | None, params: Any, kernel_dtype: Any = None, *, k
         return params
 
     def gather(path: str, x: jax.Array, spec: P) -> jax.Array:
-        if keep is not None and re.fullmatch(keep, path):
+        if re.fullmatch(keep, path):
             return x
         stored, used = NamedSharding(mesh, spec), NamedSharding(mesh, whole_over_fsdp(spec))
         return x if stored == used else _moved(x, stored, used)

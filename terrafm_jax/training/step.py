@@ -221,7 +221,9 @@ def _loss_and_gradients(
 ) -> tuple[Any, CenterSums, Metrics]:
     """Gradients, center sums and metrics of a batch or microbatch."""
     kernel_dtype = jnp.bfloat16 if spec.reduce_dtype == "bfloat16" else None
-    gather = functools.partial(gather_params, mesh, kernel_dtype=kernel_dtype, keep=STEMS if spec.model.folded else None)
+    gather = functools.partial(
+        gather_params, mesh, kernel_dtype=kernel_dtype, keep=STEMS if spec.model.folded else None
+    )
     view_key, drop_key = jax.random.split(key)
     stats = {name: spec.stats.arrays(name) for name in spec.model.sensors}
     with jax.named_scope("views"):
