@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from terrafm_jax.provenance import place, portable
 from terrafm_jax.scenes.errors import SceneError
 from terrafm_jax.scenes.flags import declared, parse
 
@@ -138,27 +139,28 @@ def _load(args: argparse.Namespace) -> Any:
 
 
 def provenance(model: Any, reader: Any, plan: Any, args: argparse.Namespace) -> dict[str, str]:
-    """Tags of the output: everything needed to make it again."""
+    """Tags of the output: everything needed to make it again, files by name (others get it)."""
     from terrafm_jax.scenes.readback import WEIGHTS_TAG
 
     statistics = {k: [np.asarray(v).tolist() for v in model.stats[k]] for k in reader.bands}
+    area = portable(args.aoi) or "none"
     sources = {
         key: [
-            {"files": list(a.paths), "product": a.product, "time": a.time, "unit": a.unit, "offset": a.offset}
+            {"files": [place(p) for p in a.paths], **{k: getattr(a, k) for k in ("product", "time", "unit", "offset")}}
             for a in dates
         ]
         for key, dates in reader.dates.items()
     }
     return {
         WEIGHTS_TAG: str(model.weights_hash),
-        "TERRAFM_CHECKPOINT": str(args.checkpoint) + (" (upstream L2A stem)" if args.upstream_l2a_stem else ""),
+        "TERRAFM_CHECKPOINT": place(args.checkpoint) + (" (upstream L2A stem)" if args.upstream_l2a_stem else ""),
         "TERRAFM_CODE": f"terrafm_jax {importlib.metadata.version('terrafm_jax')}",
         "TERRAFM_STATISTICS": json.dumps(statistics),
         "TERRAFM_BANDS": json.dumps({k: list(v) for k, v in reader.bands.items()}),
         "TERRAFM_SOURCES": json.dumps(sources),
         "TERRAFM_GSD": f"{plan.grid.gsd:g}",
         "TERRAFM_WINDOW": f"{plan.window} px, overlap {plan.overlap} px, stride {plan.stride} px",
-        "TERRAFM_COMPOSITE": f"{args.composite}; masks {args.mask}; scl {args.use_scl}; aoi {args.aoi or 'none'}",
+        "TERRAFM_COMPOSITE": f"{args.composite}; masks {portable(args.mask)}; scl {args.use_scl}; aoi {area}",
     }
 
 

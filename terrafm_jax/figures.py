@@ -14,14 +14,15 @@ import numpy as np
 
 from terrafm_jax import landcover
 
-CURVES = (
-    ("loss", "loss"),
-    ("teacher_entropy", "teacher entropy (nats)"),
-    ("center_distance", "distance of the two centers"),
-    ("feature_std", "spread of class tokens (1 = random directions)"),
-    ("grad_norm", "gradient norm"),
-    ("knn_top1", "kNN top-1"),
+CURVES = (  # name, title, unit
+    ("loss", "loss", "nats"),
+    ("teacher_entropy", "teacher entropy", "nats"),
+    ("center_distance", "distance of the two centers", ""),
+    ("feature_std", "spread of class tokens", "1 = random directions"),
+    ("grad_norm", "gradient norm", "logarithmic"),
+    ("knn_top1", "kNN top-1", "%"),
 )
+_FROM_ZERO = ("teacher_entropy", "feature_std")  # monitors of a collapse: how far above zero has to be seen
 
 
 def read_metrics(workdir: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -40,9 +41,16 @@ def learning_curves(path: Any, workdir: Any) -> None:
     plt = _pyplot()
     series = read_metrics(workdir)
     figure, axes = plt.subplots(2, 3, figsize=(12, 5.6), constrained_layout=True)
-    for axis, (name, title) in zip(axes.flat, CURVES, strict=True):
+    for axis, (name, title, unit) in zip(axes.flat, CURVES, strict=True):
         if name in series:
-            axis.plot(*series[name], color="#0b6e4f", marker="o" if len(series[name][0]) < 12 else None)
+            steps, values = series[name]
+            factor = 100 if unit == "%" else 1
+            axis.plot(steps, factor * values, color="#0b6e4f", marker="o" if len(steps) < 12 else None)
+            axis.set_ylabel(unit, fontsize=8)
+            if name in _FROM_ZERO:
+                axis.set_ylim(bottom=0)
+            if unit == "logarithmic":  # the first steps' gradients are ten times all later ones
+                axis.set_yscale("log")
         else:  # an empty frame from 0 to 1 would look like a measurement
             axis.text(0.5, 0.5, "not measured", ha="center", color="#888888", transform=axis.transAxes)
             axis.set_yticks([])

@@ -226,7 +226,7 @@ class Statistics:
                 faults.append(f"{key}: mean and std must be finite and std above zero, found {mean[key]}, {std[key]}")
         if faults:
             raise SensorError(f"statistics {source or 'text'}: " + "; ".join(faults))
-        return cls(mean, std, data.get("source", source or "file"))
+        return cls(mean, std, data.get("source", source.rsplit("/", 1)[-1] or "file"))
 
     def to_json(self) -> str:
         entries = {

@@ -47,6 +47,7 @@ if os.environ.get("TERRAFM_TEST_COMPILE") == "quick":  # XLA reads its flags at 
 REFERENCE = {
     "test_models_parity", "test_models_fusion", "test_models_compute", "test_objective", "test_optim",
     "test_step_torch", "test_views", "test_views_resample", "test_columns", "test_export",
+    "test_export_hub",
 }  # fmt: skip
 
 # The files that take longest, longest first: the last one to start should be short. The order is all that counts.

@@ -71,6 +71,25 @@ def test_bars_carry_values_and_intervals(drawn, tmp_path):
     np.testing.assert_allclose(spans, [[40, 55], [20, 35]])
 
 
+def test_several_draws_carry_their_interval_in_table_and_bars(drawn, tmp_path):
+    same = {"image_size": 64, "weights": "w", "fraction": 0.2}
+    rows = [row("ours", "x", v, key=str(s), seed=s, **same) for s, v in enumerate((0.48, 0.50, 0.52))]
+    reach = 4.302653 * 0.02 / 3**0.5
+    low, high = 50 - 100 * np.hypot(reach, 0.1), 50 + 100 * np.hypot(reach, 0.05)
+    text = report.markdown(rows)
+    assert f"| ours | s1 | 64 | 50.0 ± 2.0 [{low:.1f}, {high:.1f}] (n=3) |" in text
+    assert "Student's t over the draws and the bootstrap over the test samples" in text
+    assert "draws" not in report.markdown(rows[:1])
+    assert report.bars(rows, tmp_path / "scores.png")
+    (axis,) = drawn["scores.png"].axes
+    np.testing.assert_allclose(axis.collections[0].get_segments()[0][:, 1], [low, high], rtol=1e-6)
+    certain = [row("ours", "x", v, key=str(s), seed=s, **same) for s, v in enumerate((0.95, 1.0))]
+    assert "100.0] (n=2)" in report.markdown(certain)  # no share above one
+    for r in rows:
+        r["metrics"]["top1"] |= {"low": None, "high": None}
+    assert "| 50.0 ± 2.0 (n=3) |" in report.markdown(rows)  # no resampling: no interval
+
+
 def test_thumbnails_lose_the_haze_and_keep_calm_scenes_calm():
     info = DatasetInfo("x", "classification", ("a",), {"s2_l1c": S2})
     rng = np.random.default_rng(0)

@@ -49,6 +49,19 @@ def test_two_sensors_masks_and_suffixes(tmp_path):
     assert collate(dataset.info, [sample], ["s1", "s2_l1c"]).images["s2_l1c"].shape == (1, 8, 8, 12)
 
 
+def test_masks_below_the_images_are_no_images(tmp_path):
+    for i in range(5):
+        fake.tiff(tmp_path / "north" / f"s{i}.tif", fake.planes(RNG, 16, 2))
+        fake.tiff(tmp_path / "masks" / "north" / f"s{i}_mask.tif", np.full((16, 16), i % 2, np.uint8))
+    (tmp_path / "dataset.yaml").write_text(
+        "task: segmentation\nclasses: [dry, water]\nmasks: masks\nmask_suffix: _mask.tif\nsplits: {test: 1.0}\n"
+        "inputs:\n  s2_l2a: {bands: [B02, B03], unit: DN, suffix: .tif}\n"
+    )
+    test = open_one(tmp_path).split("test")
+    assert len(test) == 5
+    assert [int(test[i].target[0, 0]) for i in range(5)] == [0, 1, 0, 1, 0]
+
+
 def test_tables_tags_and_regression(tmp_path):
     for i in range(4):
         fake.tiff(tmp_path / f"p{i}.tif", fake.planes(RNG, 8, 2), tags={"LABELS": json.dumps(["a", "b"][: 1 + i % 2])})

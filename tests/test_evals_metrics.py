@@ -103,3 +103,35 @@ def test_bootstrap_matches_the_binomial_and_pairing_narrows():
 def test_seed_summary():
     assert metrics.summarize_seeds([1.0, 3.0]) == (2.0, pytest.approx(np.sqrt(2)))
     assert metrics.summarize_seeds([1.0]) == (1.0, 0.0)
+
+
+def test_interval_over_draws_and_samples():
+    images = metrics.Interval(0.8, 0.77, 0.82)
+    alone = metrics.over_draws([0.8, 0.8, 0.8], images)  # draws that agree: the samples alone
+    assert (alone.value, alone.low, alone.high) == pytest.approx((0.8, 0.77, 0.82))
+    draws = metrics.over_draws([0.78, 0.8, 0.82], metrics.Interval(0.8, 0.8, 0.8))
+    assert draws.high - draws.value == pytest.approx(4.302653 * 0.02 / np.sqrt(3), rel=1e-6)  # Student's t, 2 degrees
+    both = metrics.over_draws([0.78, 0.8, 0.82], images)
+    assert both.value - both.low == pytest.approx(np.hypot(draws.high - draws.value, 0.03))
+    assert both.high - both.value == pytest.approx(np.hypot(draws.high - draws.value, 0.02))
+    assert np.isnan(metrics.over_draws([0.7, 0.8], metrics.Interval(0.75)).low)  # no resampling: no interval
+
+
+def test_interval_over_draws_covers_the_truth():
+    """Draws differ, images differ in difficulty: as often as promised the interval holds the expected accuracy."""
+    rng = np.random.default_rng(0)
+    truth, hits, narrow, runs = 0.8, 0, 0, 300
+    for _ in range(runs):
+        difficulty = rng.normal(0, 0.1, 200)
+        chance = np.clip(truth + rng.normal(0, 0.03, (4, 1)) + difficulty, 0, 1)  # 4 draws, the same 200 images
+        right = rng.random((4, 200)) < chance
+        parts = []
+        for r in right:
+            half = 1.96 * np.sqrt(r.mean() * (1 - r.mean()) / 200)
+            parts.append(metrics.Interval(r.mean(), r.mean() - half, r.mean() + half))
+        found = metrics.over_draws([p.value for p in parts], metrics.mean_interval(parts))
+        hits += found.low <= truth <= found.high
+        spread = right.mean(1).std(ddof=1)
+        narrow += abs(right.mean() - truth) <= spread  # what mean ± sd would promise
+    assert hits / runs >= 0.95
+    assert narrow < hits

@@ -238,6 +238,8 @@ def test_session_writes_resumes_and_compares(tmp_path):
     text = (out / "results.md").read_text()
     assert "## torchgeo-bench-knn5/1, 100 % of the train labels" in text
     assert "(n=2)" in text
+    assert "- tiny: 12 train, 3 val, 9 test samples" in text
+    assert any("50 % of the train labels, draw 1: top1" in line for line in said)
     assert (out / "figures/scores.png").stat().st_size > 5000
     assert len(list((out / "figures").glob("confusion-*.png"))) == 1
     assert next(r for r in rows if r["fraction"] == 1)["metrics"]["top1"]["value"] > 0.6
@@ -287,7 +289,7 @@ def test_report_shows_published_rows_beside_ours(tmp_path):
     other = {**row, "key": "m", "note": "bands=as_labelled; wrong", "weights": "w"}
     both = report.markdown([row, other, {**row, "key": "n", "seed": 1}])
     assert "| ours (bands=as_labelled) | s2_l1c | 224 | 50.0 [" in both  # never averaged with the other reading
-    assert "| ours (bands=corrected) | s2_l1c | 224 | 50.0 ± 0.0 (n=2) |" in both
+    assert "| ours (bands=corrected) | s2_l1c | 224 | 50.0 ± 0.0 [40.0, 60.0] (n=2) |" in both
     renamed = report.markdown([row, {**row, "key": "o", "weights": "another"}])
     assert "| ours (w) |" in renamed
     assert "| ours (anothe) |" in renamed

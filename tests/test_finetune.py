@@ -1,4 +1,4 @@
-"""Fine-tuning: what trains, layer-wise rates, LoRA, exact resume, every task, sharding, the command."""
+"""Fine-tuning runs: what they keep, exact resume, sharding, every task, configs."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ from terrafm_jax.evals.features import ImageBatch
 from terrafm_jax.export.formats import write_state
 from terrafm_jax.finetuning import config as schema
 from terrafm_jax.finetuning import job as job_lib
-from terrafm_jax.finetuning import network
 from terrafm_jax.finetuning.data import Source, class_weights
 from terrafm_jax.finetuning.job import Job
-from terrafm_jax.finetuning.network import Adam, TuneSpec
+from terrafm_jax.finetuning.network import TuneSpec
 from terrafm_jax.finetuning.trainer import TuningError, init_state, make_predict, make_step, to_device
 from terrafm_jax.finetuning.tuned import Tuned
 from terrafm_jax.models.spec import ModelSpec
@@ -77,100 +76,6 @@ def quiet(*_):
     """No output."""
 
 
-# --- what trains ---
-
-
-@pytest.mark.parametrize(
-    ("mode", "trained"),
-    [("frozen", {"head"}), ("last", {"head", "backbone/blocks/1", "backbone/norm"}), ("lora", {"head", "lora"})],
-)
-def test_modes_train_what_they_say(mode, trained):
-    spec = dataclasses.replace(SPEC, mode=mode, last_blocks=1)
-    backbone = encoders.random_encoder(TINY, 0, 32, Statistics.published()).params
-    trainable, frozen, _ = network.init(spec, backbone, jax.random.key(0))
-    for path in trainable:
-        assert any(path.startswith(t + "/") for t in trained), path
-    assert not set(trainable) & set(frozen)
-    assert set(weights.flatten({"backbone": backbone})) <= set(trainable) | set(frozen)
-    whole, none, _ = network.init(SPEC, backbone, jax.random.key(0))
-    assert not none
-    assert set(whole) == {k for k in (*trainable, *frozen) if not k.startswith("lora/")}
-
-
-def test_lora_starts_as_the_pretrained_network_and_folds_in():
-    spec = dataclasses.replace(SPEC, mode="lora", lora_rank=2)
-    backbone = encoders.random_encoder(TINY, 0, 32, Statistics.published()).params
-    trainable, frozen, _ = network.init(spec, backbone, jax.random.key(0))
-    assert sum(k.endswith("/a") for k in trainable) == 4 * TINY.depth
-    start = weights.flatten(network.merged(spec, trainable, frozen)["backbone"])
-    np.testing.assert_array_equal(start["blocks/0/attn/qkv/kernel"], backbone["blocks"]["0"]["attn"]["qkv"]["kernel"])
-    name = "lora/blocks/1/mlp/fc1"
-    trainable[f"{name}/b"] = jnp.ones_like(trainable[f"{name}/b"])
-    after = weights.flatten(network.merged(spec, trainable, frozen)["backbone"])
-    expected = frozen["backbone/blocks/1/mlp/fc1/kernel"] + 8.0 * trainable[f"{name}/a"].sum(1, keepdims=True)
-    np.testing.assert_allclose(after["blocks/1/mlp/fc1/kernel"], jnp.broadcast_to(expected, (32, 128)), atol=1e-5)
-
-
-def test_layer_wise_rates_and_decay():
-    scales = {p: network.layer_scale(SPEC, p, 0.5) for p in (
-        "head/linear/kernel", "backbone/norm/scale", "backbone/blocks/1/attn/qkv/kernel",
-        "backbone/blocks/0/mlp/fc1/bias", "backbone/pos_embed", "backbone/patch_embed/projection/proj1/kernel",
-    )}  # fmt: skip
-    assert list(scales.values()) == [1, 1, 0.5, 0.25, 0.125, 0.125]
-    assert network.decays("backbone/blocks/0/mlp/fc1/kernel", (4, 4))
-    assert not network.decays("backbone/blocks/0/mlp/fc1/bias", (4,))
-    assert not network.decays("backbone/pos_embed", (1, 5, 4))
-
-
-def test_adam_equals_torch():
-    torch = pytest.importorskip("torch")
-    rng = np.random.default_rng(0)
-    values = {"head/linear/kernel": rng.normal(size=(4, 3)), "backbone/blocks/0/norm1/scale": rng.normal(size=4)}
-    params = {k: jnp.asarray(v, jnp.float32) for k, v in values.items()}
-    theirs = {k: torch.nn.Parameter(torch.tensor(v, dtype=torch.float32)) for k, v in values.items()}
-    adam = Adam(20, 4, 1e-6, 0.1, 1.0, layer_decay=0.5)
-    groups = [
-        {"params": [theirs["head/linear/kernel"]], "weight_decay": 0.1, "scale": 1.0},
-        {"params": [theirs["backbone/blocks/0/norm1/scale"]], "weight_decay": 0.0, "scale": 0.25},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=1.0)
-    mu = nu = {k: jnp.zeros_like(v) for k, v in params.items()}
-    for step in range(8):
-        grads = {k: rng.normal(size=v.shape).astype(np.float32) for k, v in values.items()}
-        params, mu, nu, _ = adam.update(
-            SPEC, params, {k: jnp.asarray(g) for k, g in grads.items()}, mu, nu, jnp.int32(step), 1e-2
-        )
-        for k, p in theirs.items():
-            p.grad = torch.tensor(grads[k])
-        torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = float(adam.learning_rate(step, 1e-2)) * group["scale"]
-        optimizer.step()
-    for k in params:
-        np.testing.assert_allclose(params[k], theirs[k].detach().numpy(), atol=2e-5)
-    assert float(adam.learning_rate(0, 1e-2)) == pytest.approx(2.5e-3)
-    assert float(adam.learning_rate(20, 1e-2)) == pytest.approx(1e-6)
-
-
-def test_mixup_and_flips():
-    rng = np.random.default_rng(0)
-    batch = {
-        "images": {"s1": jnp.asarray(rng.normal(size=(4, 6, 6, 2)), jnp.float32)},
-        "offset": {"s1": jnp.array([0.0, 1.0, 0.0, 1.0])},
-    }
-    mixed, soft = network.mixup(jax.random.key(0), batch, jnp.arange(4) % 3, 0.5, 3)
-    np.testing.assert_allclose(soft.sum(1), 1, atol=1e-6)
-    raw = batch["images"]["s1"] - batch["offset"]["s1"][:, None, None, None]
-    np.testing.assert_allclose(mixed["images"]["s1"].sum(), raw.sum(), rtol=1e-4)  # a mixture of all, all used
-    assert not mixed["offset"]["s1"].any()
-    masks = jnp.arange(36).reshape(1, 6, 6).repeat(4, 0)
-    images = {"s1": jnp.stack([masks, masks], -1).astype(jnp.float32)}
-    flipped, labels = network.flip(jax.random.key(1), {**batch, "images": images}, masks)
-    np.testing.assert_array_equal(flipped["images"]["s1"][..., 0], labels)
-    assert len({int(x) for x in labels[:, 0, 0]} | {0, 5, 30, 35}) == 4
-    assert (labels != masks).any()
-
-
 # --- runs ---
 
 
@@ -188,6 +93,9 @@ def test_learns_keeps_the_best_and_reports(straight):
     assert weights.load_npz(run / "best/head")[0]["head"]["linear"]["kernel"].shape == (32, 3)
     scores = [json.loads(line).get("val_top1") for line in (run / "lr_0.003/metrics.jsonl").read_text().splitlines()]
     assert meta["score"] == pytest.approx(max(scores))
+    for given_away in (run / "results.jsonl", run / "results.md", run / "predictions/predictions.csv"):
+        assert str(run.parents[1]) not in given_away.read_text()
+    assert str(run.parents[1]) not in json.dumps(meta)
 
 
 def same_weights(a, b):
@@ -366,6 +274,22 @@ def test_best_weights_predict_like_the_run(folder, straight):
 
 
 @pytest.mark.slow
+def test_batch_norm_statistics_are_those_of_the_kept_weights(folder, straight):
+    """Running ones lag behind: with few steps an epoch validation saw one class only, and training stopped early."""
+    job = Job(config(folder), str(straight[1]), quiet)
+    source = job.sources()["train"]
+    encoder = encoders.open_encoder(str(straight[1] / "best"), 32)
+    norm = weights.load_npz(straight[1] / "best/head")[0]["head_state"]["norm"]
+    means, variances = [], []
+    for batch in source.train(0, -(-len(source) // 8), 8, job.config.seed):
+        cls = np.asarray(encoder(ImageBatch(batch["images"], batch["bands"], batch["offset"]))[0], np.float64)
+        means.append(cls.mean(0))
+        variances.append(cls.var(0, ddof=1))
+    np.testing.assert_allclose(norm["mean"], np.mean(means, 0), atol=1e-4)
+    np.testing.assert_allclose(norm["var"], np.mean(variances, 0), rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_upstream_stem_of_level_2a_needs_no_flag_afterwards(folder, tmp_path, monkeypatch):
     path = tmp_path / "released.safetensors"
     write_state(sample(head=False), path)
@@ -428,7 +352,7 @@ def test_shipped_configs_fit_the_schema(name):
     assert "terrafm_jax.finetune" in module.__doc__
     job = object.__new__(Job)
     job.config = module.get_config()
-    named = {"classification": "galileo-finetune/1", "segmentation_upernet": "upernet-finetune/1"}
+    named = {"classification": "galileo-finetune/1", "segmentation_upernet": "upernet-finetune/2"}
     assert job.protocol() == named.get(name, f"finetune: {job.config.mode}, {job.config.epochs} epochs")
     with pytest.raises(ConfigError, match="unknown argument 'x'"):
         module.get_config("x")

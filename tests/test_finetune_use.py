@@ -11,9 +11,9 @@ import labelled_fake as fake
 import numpy as np
 import pytest
 
-from terrafm_jax import weights
+from terrafm_jax import provenance, weights
 from terrafm_jax.evals.encoders import random_encoder
-from terrafm_jax.finetuning import export
+from terrafm_jax.finetuning import export, legend
 from terrafm_jax.finetuning import map as mapping
 from terrafm_jax.finetuning.network import TuneSpec
 from terrafm_jax.finetuning.tuned import Tuned
@@ -105,6 +105,8 @@ def test_export_without_a_network_is_one_line(tmp_path, capsys):
 @pytest.mark.slow
 def test_maps_cover_the_scene_pixel_by_pixel(tmp_path):
     tuned = tuned_folder(tmp_path / "run", "patch_linear", "segmentation")
+    (tmp_path / "run/results.jsonl").write_text('{"protocol": "some-protocol/1"}\n')
+    (tmp_path / "run/config.json").write_text(json.dumps({"data.dir": str(tmp_path / "data"), "seed": 0}))
     scene = pixels(70, 1)[0][:, :55].clip(1, 20000).astype(np.uint16)
     scene[:20, :20] = 0  # no data
     names = tuned.bands["s2_l2a"]
@@ -115,11 +117,21 @@ def test_maps_cover_the_scene_pixel_by_pixel(tmp_path):
     assert code == 0
     with rasterio.open(out) as found, rasterio.open(file) as source:
         assert (found.shape, found.crs, found.transform) == (source.shape, source.crs, source.transform)
-        classes, sure = found.read()
-        assert found.tags()["classes"] == "0=a;1=b;2=c"
+        assert found.count == 1  # QGIS shows files of several bands as composites, whatever their palette
+        classes = found.read(1)
+        tags = found.tags()
+        assert [found.colormap(1)[i][:3] for i in range(3)] == legend.colors("abc")
+    assert tags["classes"] == "0=a;1=b;2=c"
+    assert (tags["TERRAFM_TUNED"], tags["TERRAFM_PROTOCOL"]) == ("run", "some-protocol/1")
+    assert tags["TERRAFM_CONFIG"] == provenance.digest({"data.dir": "data", "seed": 0})
+    assert str(tmp_path) not in str(tags)
+    with rasterio.open(tmp_path / "map_probability.tif") as found:
+        sure = found.read(1)
+        assert found.descriptions == ("probability (%)",)
     np.testing.assert_array_equal(classes == 255, (scene == 0).all(-1))
     assert set(np.unique(classes)) == {0, 1, 2, 255}
     assert sure[32:, 32:].max() <= 100
+    np.testing.assert_array_equal(sure == 255, classes == 255)
     # Without overlap a window's pixels are exactly what the network says of that window.
     mapping.predict_scene(tuned, [f"s2_l2a={file}"], out, window=32, overlap=0)
     window = np.zeros((1, 32, 32, 12), np.float32)

@@ -75,6 +75,8 @@ def test_curves_show_the_last_value_of_a_step_and_say_what_was_not_measured(tmp_
     curve, entropy = axes["loss"].get_lines()
     np.testing.assert_array_equal(curve.get_xydata(), [[0, 6], [10, 4]])
     np.testing.assert_array_equal(entropy.get_xydata(), [[10, 2]])
+    assert axes["teacher entropy"].get_ylim()[0] == 0  # a monitor of collapse: how far above zero has to be seen
+    assert axes["teacher entropy"].get_ylabel() == "nats"
     assert [t.get_text() for t in axes["kNN top-1"].texts] == ["not measured"]
     assert not axes["kNN top-1"].get_lines()
     assert not axes["loss"].texts

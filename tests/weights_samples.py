@@ -38,3 +38,18 @@ def images(size: tuple[int, int], batch: int = 2, sensors: tuple[str, ...] = TIN
         else:
             found[key] = rng.normal(-14, 4, shape).astype(np.float32)
     return found
+
+
+TOLERANCE = 1e-4  # relative to the largest value, float32
+
+
+def assert_close(ours, theirs) -> None:
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert ours.shape == theirs.shape
+    assert np.abs(ours - theirs).max() <= TOLERANCE * np.abs(theirs).max()
+
+
+def assert_bitwise(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)

@@ -178,7 +178,7 @@ class _Scope:
     def classify(self, name: str, x: Array, classes: int) -> Array:
         if self.creating:
             self.params[name] = _dense_init(self._next(), x.shape[-1], classes)
-        elif self.train:
+        elif self.train and self.key is not None:
             keep = jax.random.bernoulli(self._next(), 0.9, (x.shape[0], 1, 1, x.shape[-1]))
             x = jnp.where(keep, x / 0.9, 0.0)  # whole channels, dropout 0.1
         return _dense(self.params[name], x)

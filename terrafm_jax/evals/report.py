@@ -19,6 +19,7 @@ from terrafm_jax.sensors import SENSORS
 
 Row = dict[str, Any]
 RAW_UNITS = ("rmse", "mae", "r2")  # metrics that are no shares: printed as they are
+_LIMITS = {"rmse": (0.0, np.inf), "mae": (0.0, np.inf), "r2": (-np.inf, 1.0)}  # shares: 0 to 1
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -35,40 +36,64 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _cell(rows: Sequence[Row], metric: str) -> str:
-    """One run: value with its interval over test samples; several seeds: mean and deviation over them."""
+    """One run: value with its interval; several draws of labels: mean, deviation over them and interval."""
     values = [r["metrics"][metric]["value"] for r in rows if metric in r["metrics"]]
     if not values:
         return "–"
     factor, digits = (1, 3) if metric in RAW_UNITS else (100, 1)
-    if len(values) > 1:
-        mean, sd = metrics.summarize_seeds(values)
-        return f"{factor * mean:.{digits}f} ± {factor * sd:.{digits}f} (n={len(values)})"
-    entry = rows[0]["metrics"][metric]
-    low, high = entry.get("low"), entry.get("high")
-    interval = "" if low is None or np.isnan(low) else f" [{factor * low:.{digits}f}, {factor * high:.{digits}f}]"
-    return f"{factor * entry['value']:.{digits}f}{interval}"
+    i = _interval(rows, metric)
+    interval = "" if np.isnan(i.low) else f" [{factor * i.low:.{digits}f}, {factor * i.high:.{digits}f}]"
+    if len(values) == 1:
+        return f"{factor * i.value:.{digits}f}{interval}"
+    sd = metrics.summarize_seeds(values)[1]
+    return f"{factor * i.value:.{digits}f} ± {factor * sd:.{digits}f}{interval} (n={len(values)})"
+
+
+def _interval(rows: Sequence[Row], metric: str) -> metrics.Interval:
+    """Over test samples; where labels were drawn several times, over the draws as well. NaN ends: not computed."""
+
+    def read(entry: Mapping[str, float | None]) -> metrics.Interval:
+        low, high = (np.nan if entry.get(k) is None else entry[k] for k in ("low", "high"))
+        return metrics.Interval(entry["value"], low, high)
+
+    found = [read(r["metrics"][metric]) for r in rows if metric in r["metrics"]]
+    if len(found) == 1:
+        return found[0]
+    i = metrics.over_draws([f.value for f in found], metrics.mean_interval(found))
+    least, most = _LIMITS.get(metric, (0.0, 1.0))
+    return metrics.Interval(i.value, np.clip(i.low, least, most), np.clip(i.high, least, most))
 
 
 def _setting(row: Row) -> tuple[str, float, int]:
     return row["protocol"], row["fraction"], row["shots"]
 
 
-def _amount(fraction: float, shots: int) -> str:
-    return f"{shots} labels per class" if shots else f"{100 * fraction:g} % of the train labels"
+def amount(fraction: float, shots: int) -> str:
+    return f"{shots} label{'s' * (shots > 1)} per class" if shots else f"{100 * fraction:g} % of the train labels"
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """Tables by protocol and label amount: our models, then the published rows of the same protocol."""
     rows = [r for r in rows if "error" not in r]
-    legend = "brackets: 95 % bootstrap interval over the test samples; ±: deviation over draws of labels"
+    legend = "brackets: 95 % bootstrap interval over the test samples"
+    if any(r.get("seed") for r in rows):
+        legend += (
+            "; of n draws of labels, ±: standard deviation over the draws, brackets: 95 % interval of their mean, "
+            "Student's t over the draws and the bootstrap over the test samples added in squares"
+        )
     parts = ["# Results\n", f"Shares in percent, {legend}.\n"]
     for setting in sorted({_setting(r) for r in rows}):
         chosen = [r for r in rows if _setting(r) == setting]
         parts.append(_table(setting, chosen))
-    notes = sorted({f"- {r['dataset']}: {r['note']}" for r in rows if r.get("note")})
+    counts = {f"- {r['dataset']}: {_counts(r['samples'])} samples" for r in rows if r.get("samples")}
+    notes = sorted(counts | {f"- {r['dataset']}: {r['note']}" for r in rows if r.get("note")})
     if notes:
         parts += ["## Notes\n", *notes, ""]
     return "\n".join(parts)
+
+
+def _counts(samples: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {split}" for split, count in samples.items())
 
 
 def _table(setting: tuple[str, float, int], rows: Sequence[Row]) -> str:
@@ -81,7 +106,7 @@ def _table(setting: tuple[str, float, int], rows: Sequence[Row]) -> str:
             if any(number.metric in r["metrics"] for r in rows if r["dataset"] == d):
                 metric[d] = number.metric
     header = ["model", "inputs", "px"] + [f"{d} ({metric[d]})" for d in datasets]
-    lines = [f"## {protocol}, {_amount(fraction, shots)}\n"]
+    lines = [f"## {protocol}, {amount(fraction, shots)}\n"]
     lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     groups: dict[tuple, list[Row]] = defaultdict(list)
     for r in rows:
@@ -109,7 +134,8 @@ def _variant(row: Row, rows: Sequence[Row]) -> str:
 def paired_table(rows: Sequence[Row], folder: Path) -> str:
     """Differences between models on the same test samples, with paired 95 % intervals (classification, multilabel).
 
-    The checkpoint that was named first is the minuend. Where labels were drawn several times, the mean over the draws.
+    The checkpoint that was named first is the minuend. Where labels were drawn several times, the mean over the draws,
+    its interval over samples and draws (:func:`metrics.over_draws`).
     """
     groups: dict[tuple, dict[tuple, dict[int, Row]]] = defaultdict(lambda: defaultdict(dict))
     for r in rows:
@@ -118,7 +144,7 @@ def paired_table(rows: Sequence[Row], folder: Path) -> str:
             groups[where][(r["model"], r["weights"], r.get("note") or "")][r["seed"]] = r
     lines = []
     for (dataset, protocol, fraction, shots, inputs), models in sorted(groups.items()):
-        where = f"{dataset}, {protocol}, {_amount(fraction, shots)}, {'+'.join(inputs)}"
+        where = f"{dataset}, {protocol}, {amount(fraction, shots)}, {'+'.join(inputs)}"
         for a, b in itertools.combinations(models.values(), 2):
             seeds = sorted(a.keys() & b.keys())
             first, second = [a[s] for s in seeds], [b[s] for s in seeds]
@@ -138,7 +164,12 @@ def _paired_folds(a: Sequence[Row], b: Sequence[Row], folder: Path) -> tuple[str
     shares = [[f["right"] for r in rows if (f := _stored(r, folder)) and "right" in f] for rows in (a, b)]
     if not shares[0] or len(shares[0]) != len(shares[1]) or len({s.shape for part in shares for s in part}) > 1:
         return None
-    return "top1", crossval.paired(*(np.mean(s, axis=0) for s in reversed(shares)))
+    found = crossval.paired(*(np.mean(s, axis=0) for s in reversed(shares)))
+    return "top1", _over_draws([float(np.mean(x) - np.mean(y)) for x, y in zip(*shares, strict=True)], found)
+
+
+def _over_draws(values: Sequence[float], images: metrics.Interval) -> metrics.Interval:
+    return metrics.over_draws(values, images) if len(values) > 1 else images
 
 
 def _paired_metrics(a: Sequence[Row], b: Sequence[Row], folder: Path) -> tuple[str, metrics.Interval] | None:
@@ -148,7 +179,10 @@ def _paired_metrics(a: Sequence[Row], b: Sequence[Row], folder: Path) -> tuple[s
         return None
     name = "top1" if a[0]["task"] == "classification" else "f1_micro"
     mean = [lambda w, parts=parts: {name: float(np.mean([p(w)[name] for p, _ in parts]))} for parts in (second, first)]
-    return name, metrics.paired_difference(*mean, first[0][1], resamples=500)[name]
+    found, ones = metrics.paired_difference(*mean, first[0][1], resamples=500)[name], np.ones(first[0][1])
+    return name, _over_draws(
+        [p(ones)[name] - q(ones)[name] for (p, _), (q, _) in zip(first, second, strict=True)], found
+    )
 
 
 def _stored(row: Row, folder: Path) -> dict[str, np.ndarray] | None:
@@ -197,7 +231,7 @@ def _series(rows: Sequence[Row]) -> tuple[list[str], dict[str, dict[str, list[Ro
     for r in rows:
         if "error" in r or r["task"] == "regression":
             continue
-        label = f"{r['dataset']}\n{r['protocol']}\n{_amount(r['fraction'], r['shots'])}"
+        label = f"{r['dataset']}\n{r['protocol']}\n{amount(r['fraction'], r['shots'])}"
         labels += [] if label in labels else [label]
         found[f"{r['model']} ({'+'.join(r['inputs'])})"][label].append(r)
     return labels, found
@@ -226,7 +260,7 @@ def bars(rows: Sequence[Row], path: Path) -> bool:
     axis.set_xticks(range(len(labels)), labels, fontsize=7)
     axis.set_ylabel("%")
     axis.set_ylim(0, 100)
-    axis.set_title("lines: 95 % interval over test samples, or ± one deviation where labels were drawn", fontsize=7)
+    axis.set_title("lines: 95 % interval over test samples, and over draws where labels were drawn", fontsize=7)
     axis.grid(axis="y", alpha=0.3)
     axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=min(3, len(series)), frameon=False)
     _save(figure, path)
@@ -235,13 +269,9 @@ def bars(rows: Sequence[Row], path: Path) -> bool:
 
 def _span(rows: Sequence[Row]) -> tuple[float, float, float]:
     metric = headline(rows[0]["protocol"].split("/")[0], rows[0]["task"])
-    values = np.array([r["metrics"][metric]["value"] for r in rows]) * 100
-    if len(rows) > 1:
-        mean, sd = metrics.summarize_seeds(values)
-        return mean, mean - sd, mean + sd
-    entry = rows[0]["metrics"][metric]
-    low, high = (entry["value"] if entry.get(k) is None else entry[k] for k in ("low", "high"))
-    return float(values[0]), 100 * low, 100 * high
+    i = _interval(rows, metric)
+    low, high = (i.value if np.isnan(end) else end for end in (i.low, i.high))
+    return 100 * i.value, 100 * low, 100 * high
 
 
 def radar(rows: Sequence[Row], path: Path) -> bool:

@@ -189,12 +189,12 @@ class Session:
         self._keep(encoder, dataset, keys, options, key, result, splits["test"], time.monotonic() - start)
 
     def _keep(self, encoder, dataset, keys, options, key, result: Result, test, seconds: float) -> None:
-        info = dataset.info
+        info, limit = dataset.info, self.settings.limit
         row = {
             "key": key, "model": encoder.name, "weights": encoder.weights_hash, "suite": self.settings.suite,
             "dataset": info.name, "task": info.task, "inputs": list(keys), "image_size": encoder.image_size,
             "protocol": result.protocol, "fraction": info.share * options.fraction, "shots": options.shots,
-            "seed": options.seed,
+            "seed": options.seed, "samples": {k: min(len(v), limit or len(v)) for k, v in dataset.splits.items()},
             "metrics": report.as_entry(result.metrics), "per_class": result.per_class, "classes": list(info.classes),
             "confusion": result.confusion, "settings": result.settings, "note": self._note(dataset, keys),
             "seconds": round(seconds, 2),
@@ -209,7 +209,10 @@ class Session:
             )  # fmt: skip
         self._append(row)
         headline = protocols.headline(result.protocol.split("/")[0], info.task)
-        shown = f"{info.name} {'+'.join(keys)} {result.protocol} {encoder.name}"
+        drawn = ""
+        if options.fraction < 1 or options.shots:
+            drawn = f", {report.amount(options.fraction, options.shots)}, draw {options.seed}"
+        shown = f"{info.name} {'+'.join(keys)} {result.protocol} {encoder.name}{drawn}"
         self.say(f"{shown}: {headline} {result.metrics[headline]}")
 
     def _note(self, dataset: Dataset, keys: tuple[str, ...]) -> str:

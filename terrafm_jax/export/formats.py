@@ -20,6 +20,7 @@ from terrafm_jax.export.safetensors_file import write_safetensors
 from terrafm_jax.inference import FILL
 from terrafm_jax.loader import CONFIG_FILE, SAFETENSORS_FILE, Loaded
 from terrafm_jax.models import encode, patchify
+from terrafm_jax.provenance import portable
 from terrafm_jax.sensors import SENSOR_KEYS, SENSORS, normalize
 
 MODELING_FILE, CARD_FILE = "modeling_terrafm.py", "README.md"
@@ -60,7 +61,7 @@ def write_state(loaded: Loaded, path: Path, *, full: bool = False) -> None:
 def description(loaded: Loaded, *, full: bool = True) -> dict[str, Any]:
     """What ``config.json`` says: the network, statistics, how it was trained, and the PyTorch module's settings."""
     spec = loaded.spec if full else dataclasses.replace(loaded.spec, fusion=False)
-    kept = {k: loaded.meta[k] for k in ("step", "config", "metrics") if k in loaded.meta}
+    kept = {k: portable(loaded.meta[k]) for k in ("step", "config", "metrics") if k in loaded.meta}
     return {
         "model_type": "terrafm",
         "model": dataclasses.asdict(spec),

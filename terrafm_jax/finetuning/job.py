@@ -138,7 +138,8 @@ class Job:
             "key": f"finetune-{Path(self.workdir).name}", "model": best.plan.name, "weights": self.encoder.weights_hash,
             "suite": c.data.suite, "dataset": info.name, "task": info.task, "inputs": list(self.inputs),
             "image_size": c.image_size, "protocol": self.protocol(), "fraction": c.data.fraction,
-            "shots": c.data.shots, "seed": c.seed, "metrics": report.as_entry(result.metrics),
+            "shots": c.data.shots, "seed": c.seed, "samples": {k: len(s) for k, s in sources.items()},
+            "metrics": report.as_entry(result.metrics),
             "per_class": result.per_class, "classes": list(info.classes), "confusion": result.confusion,
             "settings": result.settings | {"split": split, "rates": list(c.rates)}, "note": info.note,
         }  # fmt: skip
@@ -174,7 +175,7 @@ _DEFINING = ("epochs", "batch_size", "warmup", "weight_decay", "clip", "layer_de
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "galileo-finetune/1": {"rates": GALILEO_FINETUNE_RATES},
     # [ours] how the paper trained on Landslide4Sense is not published.
-    "upernet-finetune/1": {
+    "upernet-finetune/2": {
         "rates": (1e-4,), "head": ("upernet",), "batch_size": 16, "layer_decay": 0.75, "class_weights": "balanced",
         "patience": 10,
     },

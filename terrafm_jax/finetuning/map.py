@@ -2,12 +2,14 @@
 
 Runs through the scene engine: windowed reads, overlapping windows blended by their probabilities, resumable.
 Segmentation writes one class per scene pixel, image-level tasks one class (or value) per 16 px from the windows
-around it. Band 1 is the class (255: no data), band 2 its probability in percent; regression writes one float32 band.
+around it. ``MAP.tif`` holds the classes (255: no data) with their colors, ``MAP.tif.aux.xml`` their names,
+``MAP_probability.tif`` the probability of the class in percent; regression writes one float32 file.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from terrafm_jax.finetuning import legend
 from terrafm_jax.finetuning.tuned import Tuned
 from terrafm_jax.sensors import SENSORS
 
@@ -60,6 +63,11 @@ class WindowClassifier:
         return np.zeros((batch, self.width), np.float32), np.ascontiguousarray(tokens, np.float32)
 
 
+def probability_file(out: Path) -> Path:
+    """Where the probabilities of a class map lie: a file of their own, since a GIS shows two bands as a composite."""
+    return out.with_name(f"{out.stem}_probability{out.suffix}")
+
+
 def write_map(out: Path, tokens: np.ndarray, plan: Any, tuned: Tuned, tags: Mapping[str, str]) -> None:
     """Blended tokens [rows, columns, width] as GeoTIFF, one row of tokens at a time."""
     import rasterio
@@ -71,19 +79,27 @@ def write_map(out: Path, tokens: np.ndarray, plan: Any, tuned: Tuned, tags: Mapp
     regression = tuned.spec.task == "regression"
     profile = {
         "driver": "GTiff", "height": grid.height, "width": grid.width, "crs": grid.crs, "transform": grid.transform,
-        "count": 1 if regression else 2, "dtype": "float32" if regression else "uint8", "compress": "deflate",
+        "count": 1, "dtype": "float32" if regression else "uint8", "compress": "deflate",
         "nodata": np.nan if regression else NODATA, "tiled": True, "blockxsize": 256, "blockysize": 256,
     }  # fmt: skip
-    with rasterio.open(out, "w", **profile) as dst:
+    paths = {"regression": out} if regression else {"class": out, "probability (%)": probability_file(out)}
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(rasterio.open(path, "w", **profile)) for path in paths.values()]
+        for dst, name in zip(files, paths, strict=True):
+            dst.descriptions = (name,)
+            dst.update_tags(classes=legend.as_tag(tuned.classes), **tags)
+        if not regression:
+            legend.write_palette(files[0], tuned.classes)
         for row in range(len(tokens)):
             lines = _lines(np.asarray(tokens[row]), dense, patch, tuned.spec.outputs)
             height = min(step, grid.height - row * step)
             if height <= 0:
                 break
             planes = _planes(lines[:height, : grid.width], regression)
-            dst.write(planes, window=Window(0, row * step, planes.shape[2], height))
-        dst.descriptions = (tuned.spec.task,) if regression else ("class", "probability (%)")
-        dst.update_tags(classes=";".join(f"{i}={n}" for i, n in enumerate(tuned.classes)), **tags)
+            for dst, plane in zip(files, planes, strict=True):
+                dst.write(plane, 1, window=Window(0, row * step, plane.shape[1], height))
+    if not regression:
+        legend.write_names(out, tuned.classes)
 
 
 def _lines(tokens: np.ndarray, dense: bool, patch: int, classes: int) -> np.ndarray:
@@ -144,7 +160,7 @@ def predict_scene(
     unfinished = store.Unfinished(out, plan, classify.width, mark)
     ground = 1e-6 if classify.dense else 0.5  # dense maps know of every pixel whether it was measured
     run.Job(classify, reader, plan, classify.width, unfinished, min_ground=ground).run(threads=threads)
-    tags = {"TERRAFM_TUNED": str(tuned.folder), "TERRAFM_TASK": tuned.spec.task, WEIGHTS_TAG: tuned.weights_hash}
+    tags = {**tuned.tags(), WEIGHTS_TAG: tuned.weights_hash}
     write_map(out, unfinished.tokens(), plan, tuned, tags)
     unfinished.remove()
 

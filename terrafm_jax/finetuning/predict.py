@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from terrafm_jax.evals.datasets.base import DatasetInfo
+from terrafm_jax.finetuning import legend
 from terrafm_jax.finetuning.trainer import Run, TuneState
 
 NODATA = 255
@@ -48,7 +49,10 @@ def _answer(scores: np.ndarray, info: DatasetInfo) -> str:
 
 
 def write_mask(path: Path, classes: np.ndarray, like: str, names: Any) -> None:
-    """uint8 GeoTIFF of class numbers [H, W]; grid and CRS of the raster ``like`` when it has the same size."""
+    """uint8 GeoTIFF of class numbers [H, W], with colors and names.
+
+    Grid and CRS are those of the raster ``like`` when it has the same size.
+    """
     import rasterio
 
     profile = {"driver": "GTiff", "count": 1, "dtype": "uint8", "nodata": NODATA, "compress": "deflate",
@@ -58,5 +62,7 @@ def write_mask(path: Path, classes: np.ndarray, like: str, names: Any) -> None:
             if src.shape == classes.shape and src.crs is not None:
                 profile |= {"crs": src.crs, "transform": src.transform}
     with rasterio.open(path, "w", **profile) as dst:
+        legend.write_palette(dst, names)
         dst.write(classes.astype(np.uint8), 1)
-        dst.update_tags(classes=";".join(f"{i}={n}" for i, n in enumerate(names)))
+        dst.update_tags(classes=legend.as_tag(names))
+    legend.write_names(path, names)

@@ -171,6 +171,21 @@ def make_predict(plan: Plan) -> Callable[[TuneState, Any], Array]:
     return run
 
 
+def make_measure(plan: Plan) -> Callable[[TuneState, Any], Any]:
+    """(state, batch) -> the head's batch-norm statistics of this batch alone, in the shape of ``state.head``."""
+    spec, arrays = plan.spec, plan.arrays
+
+    @partial(jax.jit, out_shardings=NamedSharding(plan.mesh, P()))
+    def measure(trainable, frozen, head, batch):
+        params = network.merged(spec, trainable, frozen)
+        _, found = network.forward(spec, params, head, arrays, batch, train=True)
+        return jax.tree.map(lambda h, s: (h - (1 - heads.MOMENTUM) * s) / heads.MOMENTUM, found, head)
+
+    return lambda state, batch: measure(
+        state.trainable, state.frozen, state.head, {k: v for k, v in batch.items() if k != "targets"}
+    )
+
+
 def to_device(plan: Plan, batch: Mapping[str, Any]) -> dict[str, Any]:
     """Batch arrays split over the mesh; band masks on every device."""
     rows = make_batch(plan.mesh, {k: v for k, v in batch.items() if k != "bands"})
@@ -193,7 +208,7 @@ class Run:
         self.writer = MetricWriter(str(self.folder), self.first, tensorboard)
         self.per_epoch = steps_per_epoch(len(self.sources["train"]), plan.batch_size)
         self.best: tuple[float, int] = (-np.inf, -1)
-        self._predict = make_predict(plan)
+        self._predict, self._measure = make_predict(plan), make_measure(plan)
 
     @property
     def done(self) -> bool:
@@ -227,6 +242,8 @@ class Run:
             state, found = step_fn(state, to_device(self.plan, next(batches)))
             at_end = (step + 1) % self.per_epoch == 0
             epoch = (step + 1) // self.per_epoch
+            if at_end and state.head:
+                state = self._settle(state)
             if at_end and self._epoch_end(state, epoch, found):
                 return True, state
             if at_end and stop_at_epoch and epoch >= stop_at_epoch and step + 1 < last:
@@ -236,6 +253,20 @@ class Run:
                     self._save(state)
                 return False, state
         return True, state
+
+    def _settle(self, state: TuneState) -> TuneState:
+        """Batch-norm statistics of the weights as they are, over at most 16 train batches.
+
+        Running ones lag behind a network that trains. Class tokens of a pretrained encoder lie close together far from
+        zero, so the lag outweighs their differences: with a few steps an epoch validation saw one class everywhere,
+        and early stopping ended the run there.
+        """
+        count = min(self.per_epoch, 16)
+        total = None
+        for batch in self.sources["train"].train(0, count, self.plan.batch_size, self.plan.seed):
+            found = self._measure(state, to_device(self.plan, batch))
+            total = found if total is None else jax.tree.map(jnp.add, total, found)
+        return state.replace(head=jax.tree.map(lambda x: x / count, total))
 
     def _epoch_end(self, state: TuneState, epoch: int, found: Mapping[str, Array]) -> bool:
         """Validates, keeps the best, saves. True: no better score for ``patience`` epochs."""

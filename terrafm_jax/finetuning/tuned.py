@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from terrafm_jax import weights
+from terrafm_jax import provenance, weights
 from terrafm_jax.evals import heads
 from terrafm_jax.finetuning import network
 from terrafm_jax.finetuning.network import TuneSpec
@@ -64,6 +65,19 @@ class Tuned:
         return weights.content_hash(
             {"backbone": self.loaded.params["backbone"], "head": self.head, "state": self.state}
         )
+
+    def tags(self) -> dict[str, str]:
+        """Where the network came from, for files that others get: name of the workdir, protocol, digest of the config.
+
+        The last two only where ``path`` was a finished workdir.
+        """
+        workdir = self.folder.parent if self.folder.name == "best" else self.folder
+        found = {"TERRAFM_TUNED": provenance.place(workdir), "TERRAFM_TASK": self.spec.task}
+        if (workdir / "results.jsonl").exists():
+            found["TERRAFM_PROTOCOL"] = json.loads((workdir / "results.jsonl").read_text())["protocol"]
+        if (workdir / "config.json").exists():
+            found["TERRAFM_CONFIG"] = provenance.digest(json.loads((workdir / "config.json").read_text()))
+        return found
 
     def mask(self, sensor: str) -> np.ndarray:
         """bool [C] of the bands that the network was tuned on."""

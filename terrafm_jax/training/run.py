@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from terrafm_jax import config as config_lib
 from terrafm_jax import weights
 from terrafm_jax.data.sampling import Order
+from terrafm_jax.provenance import portable
 from terrafm_jax.training.checkpoint import Checkpointer, to_host
 from terrafm_jax.training.metrics import MetricWriter, Progress
 from terrafm_jax.training.preemption import StopRequest
@@ -80,7 +81,7 @@ class Tools:
                 "step": step,
                 "model": dataclasses.asdict(self.run.spec.model),
                 "statistics": json.loads(self.run.spec.stats.to_json()),
-                "config": config_lib.flatten(self.run.config),
+                "config": portable(config_lib.flatten(self.run.config)),  # users pass these folders on
             }
             weights.save_npz(epath.Path(self.run.workdir) / "teacher" / str(step), params, meta)
 

@@ -104,8 +104,11 @@ class _Reader:
 
     def _find(self, key: str) -> list[Path]:
         suffix = self.declared[key].get("suffix", "")
-        wanted = files.need(self._folder(key), f"images of {key}").rglob("*")
-        return sorted(p for p in wanted if p.suffix.lower() in (".tif", ".tiff") and p.name.endswith(suffix))
+        folder = files.need(self._folder(key), f"images of {key}")
+        found = (p for p in folder.rglob("*") if p.suffix.lower() in (".tif", ".tiff") and p.name.endswith(suffix))
+        masks = self.root / self.spec.get("masks", ".")
+        inside = folder in masks.parents  # masks below the images' folder are no images
+        return sorted(p for p in found if not (inside and masks in p.parents))
 
     def _relative(self, path: Path) -> str:
         """Name shared by all sensors and the mask: path below the sensor's folder without its suffix."""
