@@ -61,8 +61,8 @@ def fold(
 ) -> Folded:
     """Forms the products. Sums are kept in float32 and rounded once, to the compute dtype, at use.
 
-    The stems' kernels may lie split over the fsdp axis: each device multiplies its rows, and what is gathered are the
-    products, which have as many values.
+    The kernels of stems and keys may lie split over the fsdp axis: each device multiplies its rows, and the products,
+    which have no more values, are gathered.
     """
     scale, shift = norm
     out_kernel = _product(scale[:, None] * proj2[0], proj3[0], spec)
@@ -78,7 +78,8 @@ def fold(
     if fusion is None:
         return Folded(value, None, None, (out_kernel, out_bias))
     queries, key, pool = fusion
-    return Folded(value, joined(_asked(queries, key, spec)), pool * scale, (out_kernel, out_bias))
+    asked = gather_rows(_asked(queries, key, spec), spec.stat_dtype)
+    return Folded(value, joined(asked), pool * scale, (out_kernel, out_bias))
 
 
 def _asked(queries: Array, key: Array, spec: ModelSpec) -> Array:

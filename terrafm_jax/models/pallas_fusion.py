@@ -318,9 +318,6 @@ def _call(
         both=pltpu.VMEM((count, block, 2 * spec.fusion_heads), spec.stat_dtype),
         products=pltpu.VMEM((len(pairs(count)) + products, block, spec.queries * spec.fusion_heads), spec.stat_dtype),
     )
-    # Sums by matrix products are no FLOPs of the network.
-    moved = sum(x.size * x.dtype.itemsize for x in (*flat, *every, *outs))
-    cost = pl.CostEstimate(flops=0, transcendentals=count * padded * every[0].shape[1], bytes_accessed=moved)
     build = functools.partial(
         pl.pallas_call,
         functools.partial(kernel, spec=spec, count=count),
@@ -330,7 +327,6 @@ def _call(
         out_shape=outs,
         scratch_shapes=list(scratch),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
-        cost_estimate=cost,
         name=name,
     )
     found = run(build, *flat, *every)

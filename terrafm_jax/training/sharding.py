@@ -160,8 +160,9 @@ def whole_over_fsdp(spec: P) -> P:
     return P(*(strip(names) for names in spec))
 
 
-# Worked on where they lie by the networks, which gather the results (``models.placement``). Stems: if folded.
-PROTOTYPES, STEMS = r"head/last_layer/kernel", r"backbone/patch_embed/conv2d_.*/kernel"
+# Worked on where they lie by the networks, which gather the results (``models.placement``). The second if folded.
+PROTOTYPES = r"head/last_layer/kernel"
+STEMS_AND_KEYS = r"backbone/patch_embed/(conv2d_.*|fusion/key)/kernel"
 
 
 def gather_params(mesh: Mesh | None, params: Any, kernel_dtype: Any = None, *, keep: str = PROTOTYPES) -> Any:
