@@ -65,7 +65,7 @@ def fold(
     which have no more values, are gathered.
     """
     scale, shift = norm
-    out_kernel = _product(scale[:, None] * proj2[0], proj3[0], spec)
+    out_kernel = gather_rows(_product(scale[:, None] * proj2[0], proj3[0], spec), spec.compute_dtype)
     out_bias = _row(_row(shift, *proj2, spec), *proj3, spec)
 
     def joined(kernel: Array) -> dict[str, tuple[Array, Array]]:
@@ -78,7 +78,7 @@ def fold(
     if fusion is None:
         return Folded(value, None, None, (out_kernel, out_bias))
     queries, key, pool = fusion
-    asked = gather_rows(_asked(queries, key, spec), spec.stat_dtype)
+    asked = gather_rows(_asked(queries, key, spec), spec.compute_dtype)
     return Folded(value, joined(asked), pool * scale, (out_kernel, out_bias))
 
 

@@ -36,7 +36,8 @@ def _gather(x: Array, dtype: jnp.dtype, split: P, whole: P) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _moved(x: Array, dtype: jnp.dtype, split: P, whole: P) -> Array:
     part = jax.lax.with_sharding_constraint(x.astype(dtype), split)
-    return jax.lax.with_sharding_constraint(part, whole).astype(x.dtype)
+    # Behind a barrier, or the compiler gathers once more for the backward pass, and on TPU has the gradients' sums wait.
+    return jax.lax.optimization_barrier(jax.lax.with_sharding_constraint(part, whole)).astype(x.dtype)
 
 
 def _moved_fwd(x: Array, dtype: jnp.dtype, split: P, whole: P) -> tuple[Array, None]:
