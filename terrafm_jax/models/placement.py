@@ -35,9 +35,11 @@ def _gather(x: Array, dtype: jnp.dtype, split: P, whole: P) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _moved(x: Array, dtype: jnp.dtype, split: P, whole: P) -> Array:
-    part = jax.lax.with_sharding_constraint(x.astype(dtype), split)
-    # Behind a barrier, or the compiler gathers once more for the backward pass, and on TPU has the gradients' sums wait.
-    return jax.lax.optimization_barrier(jax.lax.with_sharding_constraint(part, whole)).astype(x.dtype)
+    constrain = jax.lax.with_sharding_constraint
+    gathered = constrain(constrain(x.astype(dtype), split), whole)
+    # Said again behind a barrier, or the compiler splits it once more, gathers a second time for the backward pass, and
+    # on TPU lets the sums of gradients wait for that.
+    return constrain(jax.lax.optimization_barrier(gathered), whole).astype(x.dtype)
 
 
 def _moved_fwd(x: Array, dtype: jnp.dtype, split: P, whole: P) -> tuple[Array, None]:
