@@ -108,12 +108,13 @@ def base() -> ConfigDict:
     c.compute.scan = False  # lax.scan over blocks: compiles faster, needs more memory
     c.compute.remat = "none"  # "block" recomputes blocks in the backward pass
     c.compute.attention = "auto"
+    c.compute.fusion_kernel = "auto"
     c.compute.reduce_dtype = "float32"  # of sums of gradients over devices; "bfloat16" halves the traffic
     c.compute.overlap = True  # TPU: sums gradients beside computing, by options that another compiler may not know
     c.compute.folded = True  # stems and fusion as merged products: same parameters and gradients, fewer FLOPs
 
     c.mesh = ConfigDict()
-    c.mesh.data, c.mesh.fsdp, c.mesh.tensor = -1, 1, 1  # -1 takes the devices that are left
+    c.mesh.data, c.mesh.fsdp, c.mesh.tensor = -1, 0, 1  # -1 takes the devices that are left; fsdp 0: 16 on TPU, else 1
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = "1 epoch"
@@ -292,7 +293,8 @@ def model_spec(config: ConfigDict) -> Any:
         sensors=tuple(m.sensors), fusion=m.fusion, queries=m.queries, fusion_heads=m.fusion_heads,
         drop_path=m.drop_path, init_std=m.init_std, prototypes=m.prototypes, head_hidden=m.head_hidden,
         head_bottleneck=m.head_bottleneck,
-        dtype=how.dtype, scan=how.scan, remat=how.remat, attention=how.attention, folded=how.folded,
+        dtype=how.dtype, scan=how.scan, remat=how.remat, attention=how.attention, fusion_kernel=how.fusion_kernel,
+        folded=how.folded,
     )  # fmt: skip
     if m.size:
         return ModelSpec.of_size(m.size, **fields)

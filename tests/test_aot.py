@@ -22,13 +22,15 @@ def small_config():
     return config
 
 
-@pytest.fixture(scope="module")
-def report():
+@pytest.fixture(scope="module", params=[1, 0], ids=["whole state", "split state"])
+def report(request):
     if not client.available():
         pytest.skip("libtpu is not installed")
-    topology = Topology.parse("v5e:2x2")
-    spec, mesh = step.build(small_config(), topology)
+    topology, config = Topology.parse("v5e:2x2"), small_config()
+    config.mesh.fsdp = request.param
+    spec, mesh = step.build(config, topology)
     assert spec.model.platform == "tpu"
+    assert mesh.shape["fsdp"] == (request.param or 4)
     return step.compile_step(spec, mesh, topology, meters=960)
 
 

@@ -72,6 +72,13 @@ def test_data_axis_is_hybrid_over_slices() -> None:
     np.testing.assert_array_equal(index, [[0, 0], [0, 0], [1, 1], [1, 1]])
 
 
+def test_fsdp_of_zero_splits_the_state_over_the_chips_of_a_slice_on_tpu_only() -> None:
+    assert dict(make_mesh(fsdp=0, devices=slices(2)).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert dict(make_mesh(fsdp=0, tensor=2, devices=slices(2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(make_mesh(data=4, fsdp=0, devices=slices(2)).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert dict(make_mesh(fsdp=0).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+
+
 def test_slices_must_divide_data() -> None:
     with pytest.raises(ShardingError, match="data = 1 must be a multiple of the 2 slices"):
         make_mesh(data=1, fsdp=8, devices=slices(2))

@@ -86,3 +86,37 @@ def test_compiled_attention_is_reckoned_from_its_bundles():
         (found[views],) = [i.cycles for _, i in module.walk() if i.is_kernel]
     assert found[8] == pytest.approx(2 * found[4], rel=0.3)
     assert found[8] > 80 * 2 * 37 * 37 * 64 * 4 / 131072  # cycles that the matrix units alone take
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("topology", "size"), [("v5e:2x2", "s"), ("v5e:2x2", "l"), ("v6e:2x2", "b")])
+def test_fusion_compiles_for_every_size_and_moves_no_values(topology, size):
+    """The stems deliver patches with samples last; the kernels take them so."""
+    if not client.available():
+        pytest.skip("libtpu is not installed")
+    from terrafm_jax.models import ModelSpec, pallas_fusion
+
+    device = client.compile_only_devices(chips.Topology.parse(topology))[0]
+    spec = ModelSpec.of_size(size, dtype="bfloat16")
+
+    def shape(columns: int, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((6, 6, 32, columns), dtype, sharding=jax.sharding.SingleDeviceSharding(device))
+
+    def both_directions(values, scores, pool, g):
+        def mix(*arrays):
+            return pallas_fusion.mix(
+                *jax.tree.map(lambda x: x.transpose(2, 0, 1, 3), arrays[:2]), None, arrays[2], spec
+            )
+
+        out, pull = jax.vjp(mix, values, scores, pool)
+        return out, pull(g.transpose(2, 0, 1, 3))
+
+    values, scores = ([shape(n, t)] * 3 for n, t in ((spec.stem_width, jnp.bfloat16), (80, jnp.float32)))
+    pool = jax.ShapeDtypeStruct((spec.stem_width,), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
+    arguments = (values, scores, pool, shape(spec.stem_width, jnp.bfloat16))
+    _, module = client.compile_only(jax.jit(both_directions).lower(*arguments))
+    found = {i.name.split(".")[0]: i.cycles for _, i in module.walk() if i.is_kernel}
+    assert set(found) == {"fusion_forward", "fusion_backward"}
+    products = 36 * 32 * spec.stem_width / 1024 * 2  # cycles of one sum over columns in all matrix units
+    assert found["fusion_forward"] > 6 * products
+    assert found["fusion_backward"] > 12 * products

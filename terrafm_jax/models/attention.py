@@ -5,9 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import get_abstract_mesh
 
-from terrafm_jax.models import pallas_attention
+from terrafm_jax.models import pallas_attention, pallas_calls
 from terrafm_jax.models.layers import precision
 from terrafm_jax.models.spec import ModelSpec
 
@@ -22,7 +21,7 @@ def resolve(spec: ModelSpec, tokens: int) -> str:
     if spec.backend == "gpu":
         return "xla"
     whole = pallas_attention.fits(spec, tokens) and pallas_attention.cut(spec) == pallas_attention.LANES
-    return "pallas" if spec.backend == "tpu" and whole and not get_abstract_mesh().empty else "head_major"
+    return "pallas" if whole and pallas_calls.wanted(spec) else "head_major"
 
 
 def rows(spec: ModelSpec, tokens: int) -> int:

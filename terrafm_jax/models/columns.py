@@ -8,12 +8,13 @@ activations it is the kernel, a thousand times smaller, that is brought into ord
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from terrafm_jax.models.layers import expand, linear, precision
+from terrafm_jax.models.layers import expand, linear, precision, sum_rows
 from terrafm_jax.models.spec import ModelSpec
 
 
@@ -41,11 +42,29 @@ def stem_product(
     """
     if x.ndim == 4:
         return linear(x, kernel, bias, spec, out_dtype)
-    dtype, p = spec.compute_dtype, x.shape[2]
-    kernel = kernel.reshape(p, p, -1, kernel.shape[-1]).transpose(1, 2, 0, 3)
-    kernel = kernel.reshape(p, x.shape[-1], -1)
-    y = _product(x.astype(dtype), kernel, dtype, dtype if out_dtype is None else jnp.dtype(out_dtype))
+    dtype = spec.compute_dtype
+    y = _product(x.astype(dtype), _ordered(kernel, x), dtype, dtype if out_dtype is None else jnp.dtype(out_dtype))
     return y if bias is None else y + expand(bias.astype(y.dtype), y.ndim)
+
+
+def stem_products(
+    x: Array, layers: Sequence[tuple[Array, Array]], out_dtypes: Sequence[jnp.dtype], spec: ModelSpec
+) -> list[Array]:
+    """:func:`stem_product` with several kernels and biases, whose gradients are one product.
+
+    A gradient brings the patches into another order, which costs as much as a narrow kernel's product itself.
+    """
+    if x.ndim == 4:
+        return [stem_product(x, *layer, spec, dtype) for layer, dtype in zip(layers, out_dtypes, strict=True)]
+    layers = [(_ordered(kernel, x), bias) for kernel, bias in layers]
+    return _products(x.astype(spec.compute_dtype), layers, tuple(map(jnp.dtype, out_dtypes)), spec)
+
+
+def _ordered(kernel: Array, x: Array) -> Array:
+    """[p * p * C, N] -> [p, C * p, N], the order of ``x`` [B, h, p, w, C * p]."""
+    p = x.shape[2]
+    kernel = kernel.reshape(p, p, -1, kernel.shape[-1]).transpose(1, 2, 0, 3)
+    return kernel.reshape(p, x.shape[-1], -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -68,3 +87,32 @@ def _product_bwd(dtype: jnp.dtype, out_dtype: jnp.dtype, saved: tuple, g: Array)
 
 
 _product.defvjp(_product_fwd, _product_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _products(
+    x: Array, layers: list[tuple[Array, Array]], out_dtypes: tuple[jnp.dtype, ...], spec: ModelSpec
+) -> list[Array]:
+    found = []
+    for (kernel, bias), out_dtype in zip(layers, out_dtypes, strict=True):
+        y = _product(x, kernel, spec.compute_dtype, out_dtype)
+        found.append(y + expand(bias.astype(y.dtype), y.ndim))
+    return found
+
+
+def _products_fwd(x: Array, layers: list, out_dtypes: tuple[jnp.dtype, ...], spec: ModelSpec) -> tuple:
+    return _products(x, layers, out_dtypes, spec), (x, layers)
+
+
+def _products_bwd(out_dtypes: tuple, spec: ModelSpec, saved: tuple, gs: list[Array]) -> tuple[Array, list]:
+    x, layers = saved
+    g = jnp.concatenate([part.astype(spec.compute_dtype) for part in gs], axis=-1)
+    joint = jnp.concatenate([kernel for kernel, _ in layers], axis=-1)
+    dx, dkernel = _product_bwd(spec.compute_dtype, out_dtypes[0], (x, joint), g)
+    dbias, ends = sum_rows(g, layers[0][1].dtype, spec), []
+    for kernel, _ in layers:
+        ends.append((ends[-1] if ends else 0) + kernel.shape[-1])
+    return dx, list(zip(jnp.split(dkernel, ends[:-1], -1), jnp.split(dbias, ends[:-1], -1), strict=True))
+
+
+_products.defvjp(_products_fwd, _products_bwd)

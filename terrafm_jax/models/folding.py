@@ -23,13 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from terrafm_jax.models.columns import stem_product
+from terrafm_jax.models import pallas_fusion
+from terrafm_jax.models.columns import stem_product, stem_products
+from terrafm_jax.models.fusion_rows import NORM_EPS
 from terrafm_jax.models.layers import linear, precision
+from terrafm_jax.models.pallas_fusion import masked
+from terrafm_jax.models.placement import gather_rows
 from terrafm_jax.models.spec import ModelSpec
 
-NORM_EPS = 1e-5  # PyTorch's default; upstream left it there for norm_input only
 HEAD_SUMS = "head_sums"  # scope of the products that are sums over heads, and no FLOPs of the network
-ABSENT = -1e30  # score of an absent sensor: finite, so that a view without any sensor stays finite
 
 
 class Folded(NamedTuple):
@@ -37,15 +39,13 @@ class Folded(NamedTuple):
 
     value: sensor -> kernel [p*p*C, D] and bias [D] (stem, modality embedding, proj1).
     score: sensor -> kernel [p*p*C, Q*H] and bias [Q*H] (stem, keys, queries, scale).
-    pool: [D], the pooling vector times the LayerNorm's scale.
-    pool_bias: scalar, the pooling vector times the LayerNorm's bias.
+    pool: [D], the pooling vector times the LayerNorm's scale. (Its bias adds the same to every query's logit.)
     out: kernel [D, d] and bias [d] (LayerNorm's affine part, proj2, proj3).
     """
 
     value: dict[str, tuple[Array, Array]]
     score: dict[str, tuple[Array, Array]] | None
     pool: Array | None
-    pool_bias: Array | None
     out: tuple[Array, Array]
 
 
@@ -59,17 +59,27 @@ def fold(
     proj3: tuple[Array, Array],
     fusion: tuple[Array, Array, Array] | None,
 ) -> Folded:
-    """Forms the products. Sums are kept in float32 and rounded once, to the compute dtype, at use."""
+    """Forms the products. Sums are kept in float32 and rounded once, to the compute dtype, at use.
+
+    The kernels of stems and keys may lie split over the fsdp axis: each device multiplies its rows, and the products,
+    which have no more values, are gathered.
+    """
     scale, shift = norm
-    out_kernel = _product(scale[:, None] * proj2[0], proj3[0], spec)
+    out_kernel = gather_rows(_product(scale[:, None] * proj2[0], proj3[0], spec), spec.compute_dtype)
     out_bias = _row(_row(shift, *proj2, spec), *proj3, spec)
-    value = {s: (_product(kernel, proj1, spec), _row(bias, proj1, None, spec)) for s, (kernel, bias) in stems.items()}
+
+    def joined(kernel: Array) -> dict[str, tuple[Array, Array]]:
+        return {
+            s: (gather_rows(_product(stem, kernel, spec), spec.compute_dtype), _row(bias, kernel, None, spec))
+            for s, (stem, bias) in stems.items()
+        }
+
+    value = joined(proj1)
     if fusion is None:
-        return Folded(value, None, None, None, (out_kernel, out_bias))
+        return Folded(value, None, None, (out_kernel, out_bias))
     queries, key, pool = fusion
-    asked = _asked(queries, key, spec)
-    score = {s: (_product(kernel, asked, spec), _row(bias, asked, None, spec)) for s, (kernel, bias) in stems.items()}
-    return Folded(value, score, pool * scale, (pool * shift).sum(), (out_kernel, out_bias))
+    asked = gather_rows(_asked(queries, key, spec), spec.compute_dtype)
+    return Folded(value, joined(asked), pool * scale, (out_kernel, out_bias))
 
 
 def _asked(queries: Array, key: Array, spec: ModelSpec) -> Array:
@@ -120,6 +130,8 @@ def _normalize(x: Array, spec: ModelSpec) -> Array:
 
 def _fuse(spec: ModelSpec, folded: Folded, patches: Mapping[str, Array], present: Array | None) -> Array:
     """Weighted mean over queries of their normalised vectors, [B, h, w, D], none of which is formed."""
+    if pallas_fusion.resolve(spec):
+        return _fuse_by_kernel(spec, folded, patches, present)
     values, scores = [], []
     for sensor, x in patches.items():
         values.append(stem_product(x, *folded.value[sensor], spec))
@@ -131,6 +143,16 @@ def _fuse(spec: ModelSpec, folded: Folded, patches: Mapping[str, Array], present
     mixed = [_over_columns((share[..., None] * weight).sum(-2), spec) for weight in weights]
     total = sum(mix * value.astype(spec.stat_dtype) for mix, value in zip(mixed, values, strict=True))
     return (total - (share * mean).sum(-1)[..., None]).astype(spec.compute_dtype)
+
+
+def _fuse_by_kernel(spec: ModelSpec, folded: Folded, patches: Mapping[str, Array], present: Array | None) -> Array:
+    values, scores = [], []
+    for sensor, x in patches.items():
+        layers = (folded.value[sensor], folded.score[sensor])
+        value, score = stem_products(x, layers, (spec.compute_dtype, spec.stat_dtype), spec)
+        values.append(value)
+        scores.append(score)
+    return pallas_fusion.mix(values, scores, present, folded.pool, spec)
 
 
 def _head_columns(spec: ModelSpec) -> np.ndarray:
@@ -157,8 +179,7 @@ def _over_columns(x: Array, spec: ModelSpec) -> Array:
 
 def _sensor_weights(scores: Sequence[Array], present: Array | None) -> list[Array]:
     """Softmax over the sensors present: M arrays [B, h, w, Q, H]."""
-    if present is not None:
-        scores = [jnp.where(present[:, i, None, None, None, None], score, ABSENT) for i, score in enumerate(scores)]
+    scores = masked(scores, present)
     top = lax.stop_gradient(_reduce(jnp.maximum, scores))
     powers = [jnp.exp(score - top) for score in scores]
     total = sum(powers)
@@ -191,5 +212,5 @@ def _moments(
     # A difference of two sums may round below zero where a patch is constant.
     variance = jnp.maximum(second / width - jnp.square(mean), 0.0)
     inverse = lax.rsqrt(variance + NORM_EPS)
-    logits = (asked - mean * folded.pool.sum()) * inverse + folded.pool_bias
+    logits = (asked - mean * folded.pool.sum()) * inverse
     return mean, inverse, logits

@@ -9,6 +9,7 @@ from flax import nnx
 from jax import Array, lax
 
 from terrafm_jax.models.layers import Linear, gelu, linear, uniform_fan_in
+from terrafm_jax.models.placement import gather_columns
 from terrafm_jax.models.spec import ModelSpec
 
 _TINY = 1e-12  # torch.nn.functional.normalize
@@ -44,8 +45,9 @@ class DinoHead(nnx.Module):
         return unit(third(gelu(second(gelu(first(cls))))), -1, self.spec.stat_dtype)
 
     def prototypes(self) -> Array:
-        """Unit columns [bottleneck, K] in ``stat_dtype``."""
-        return unit(self.last_layer.kernel[...], 0, self.spec.stat_dtype)
+        """Unit columns [bottleneck, K] in ``stat_dtype``. Devices that share the kernel norm their columns each."""
+        columns = unit(self.last_layer.kernel[...], 0, self.spec.stat_dtype)
+        return gather_columns(columns, self.spec.compute_dtype)
 
     def __call__(self, cls: Array) -> Array:
         """Logits [B, K] in ``stat_dtype``: sums in float32 of products in the compute dtype."""

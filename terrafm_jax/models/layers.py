@@ -49,7 +49,7 @@ def _affine_bwd(spec: ModelSpec, out_dtype: jnp.dtype, saved: tuple, g: Array) -
     x, kernel, bias = saved
     dtype = spec.compute_dtype
     rows, exact = tuple(range(x.ndim - 1)), precision(dtype)
-    dbias = None if bias is None else _sum_rows(g, bias.dtype, spec)
+    dbias = None if bias is None else sum_rows(g, bias.dtype, spec)
     if g.dtype != dtype:
         # Where devices sum g, as they do for products of weights, TPU's compiler would move the conversion before the
         # sum. A rounding it leaves where it is (an optimization barrier does not help).
@@ -63,7 +63,7 @@ def _affine_bwd(spec: ModelSpec, out_dtype: jnp.dtype, saved: tuple, g: Array) -
 _affine.defvjp(_affine_fwd, _affine_bwd)
 
 
-def _sum_rows(x: Array, dtype: jnp.dtype, spec: ModelSpec) -> Array:
+def sum_rows(x: Array, dtype: jnp.dtype, spec: ModelSpec) -> Array:
     """[..., N] -> [N], summed in ``dtype``.
 
     A TPU adds rows up in its matrix unit, as a product with ones, in a tenth of the time its vector unit takes.

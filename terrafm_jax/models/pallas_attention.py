@@ -8,8 +8,7 @@ free, because the matrix unit is as deep as the registers are wide.
 Rows beyond ``valid`` are padding up to whole registers. They take part as queries, whose results nobody
 reads, and never as keys.
 
-Elsewhere than on TPU the kernels are interpreted: slowly, and with the same result by test. Where arrays are
-spread over devices, the mesh must be in context (``jax.sharding.use_abstract_mesh``), as in the train step.
+Elsewhere than on TPU the kernels are interpreted, with the same result by test (``pallas_calls``).
 """
 
 from __future__ import annotations
@@ -24,11 +23,10 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec as P
-from jax.sharding import get_abstract_mesh
 
 from terrafm_jax.models.layers import precision
-from terrafm_jax.models.spec import BATCH_AXES, ModelSpec
+from terrafm_jax.models.pallas_calls import over_batch, run
+from terrafm_jax.models.spec import ModelSpec
 
 LANES, ROWS = 128, 8  # of a vector register
 LONGEST = 640  # tokens whose logits still fit into on-chip memory beside everything else
@@ -83,21 +81,13 @@ attend.defvjp(_attend_fwd, _attend_bwd)
 
 def _forward(qkv: Array, spec: ModelSpec, valid: int) -> Array:
     kernel = functools.partial(_forward_kernel, spec=spec, valid=valid)
-    return _over_batch(functools.partial(_call, kernel, "attention_forward", spec.width, 2, spec), qkv)
+    return over_batch(functools.partial(_call, kernel, "attention_forward", spec.width, 2, spec), [qkv])
 
 
 def _backward(qkv: Array, out: Array, g: Array, spec: ModelSpec, valid: int) -> Array:
     kernel = functools.partial(_backward_kernel, spec=spec, valid=valid)
-    return _over_batch(functools.partial(_call, kernel, "attention_backward", 3 * spec.width, 5, spec), qkv, out, g)
-
-
-def _over_batch(call: Callable[..., Array], *arrays: Array) -> Array:
-    """Every device works on its own part of the batch: the partitioner cannot look into a kernel."""
-    mesh = get_abstract_mesh()
-    axes = tuple(name for name in BATCH_AXES if name in mesh.axis_names)
-    if mesh.size == 1 or not axes:
-        return call(*arrays)
-    return jax.shard_map(call, mesh=mesh, in_specs=P(axes), out_specs=P(axes), check_vma=False)(*arrays)
+    call = functools.partial(_call, kernel, "attention_backward", 3 * spec.width, 5, spec)
+    return over_batch(call, [qkv, out, g])
 
 
 def _call(
@@ -116,21 +106,18 @@ def _call(
     def block(width: int) -> pl.BlockSpec:
         return pl.BlockSpec((views, rows, width), lambda i: (i, 0, 0))
 
-    def run(*arrays: Array, interpret: bool) -> Array:
-        return pl.pallas_call(
-            kernel,
-            grid=(batch // views,),
-            in_specs=[block(x.shape[2]) for x in arrays],
-            out_specs=block(columns),
-            out_shape=jax.ShapeDtypeStruct((batch, rows, columns), arrays[0].dtype),
-            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
-            cost_estimate=cost,
-            interpret=interpret,
-            name=name,
-        )(*arrays)
-
-    there, elsewhere = (functools.partial(run, interpret=i) for i in (False, True))
-    return lax.platform_dependent(*arrays, tpu=there, default=elsewhere)
+    build = functools.partial(
+        pl.pallas_call,
+        kernel,
+        grid=(batch // views,),
+        in_specs=[block(x.shape[2]) for x in arrays],
+        out_specs=block(columns),
+        out_shape=jax.ShapeDtypeStruct((batch, rows, columns), arrays[0].dtype),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        cost_estimate=cost,
+        name=name,
+    )
+    return run(build, *arrays)
 
 
 def _each_cut(views: int, rows: int, spec: ModelSpec, work: Callable[[Array, Callable[[int], pl.Slice]], None]) -> None:

@@ -16,6 +16,7 @@ STEM_FACTOR = 3  # stems are three times as wide as the backbone
 DTYPES = ("float32", "bfloat16", "float64")  # float64 serves the parity tests
 REMATS = ("none", "dots", "block")
 BATCH_AXES = ("data", "fsdp")  # of a mesh: those that split the batch
+FUSION_KERNELS = ("auto", "xla", "pallas")
 ATTENTIONS = ("auto", "xla", "cudnn", "head_major", "pallas")
 
 
@@ -39,6 +40,7 @@ class ModelSpec:
       remat: "none", "dots" (keeps matrix products) or "block" (keeps block inputs only).
       attention: "xla", "cudnn" (bfloat16 on NVIDIA), "head_major" (fastest on CPU), "pallas" (TPU kernels) or
         "auto".
+      fusion_kernel: "xla", "pallas" (TPU kernels, for the folded embedding) or "auto".
       folded: multiplies stems into projection and fusion weights first: same function, fewer FLOPs.
       platform: "cpu", "gpu" or "tpu" the code is compiled for; "" takes the default backend. Set it when
         compiling ahead of time for another machine.
@@ -63,6 +65,7 @@ class ModelSpec:
     scan: bool = False
     remat: str = "none"
     attention: str = "auto"
+    fusion_kernel: str = "auto"
     folded: bool = True
     platform: str = ""
 
@@ -116,7 +119,8 @@ class ModelSpec:
             faults.append(f"stem width {self.stem_width} is not divisible by fusion_heads {self.fusion_heads}")
         if not 0.0 <= self.drop_path < 1.0:
             faults.append(f"drop_path is {self.drop_path}; expected 0 <= drop_path < 1")
-        for name, allowed in (("dtype", DTYPES), ("remat", REMATS), ("attention", ATTENTIONS)):
+        choices = {"dtype": DTYPES, "remat": REMATS, "attention": ATTENTIONS, "fusion_kernel": FUSION_KERNELS}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 faults.append(f"{name} is {getattr(self, name)!r}; expected one of {allowed}")
         return faults

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from terrafm_jax.training.optim import Optimizer, match, paths
 
 AXES = (*BATCH_AXES, "tensor")
 BATCH = P(BATCH_AXES)
+SPLIT = 16  # chips that share one state by default: an update over 16 of them is a hundredth of a step
 
 # Kernels are [in, out]. Vectors and small embeddings are replicated: splitting them costs a collective
 # each and saves less than a thousandth of the memory.
@@ -33,7 +35,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r".*/mlp/fc2/kernel", P("tensor", "fsdp")),
     (r"head/mlp/0/kernel", P("fsdp", "tensor")),
     (r"head/mlp/1/kernel", P("tensor", "fsdp")),
-    (r"head/last_layer/kernel", P("fsdp", "tensor")),
+    (r"head/last_layer/kernel", P(None, ("tensor", "fsdp"))),
     (r".*/mlp/fc1/bias|head/mlp/0/bias", P("tensor")),
     (r".*/kernel", P("fsdp", None)),
     (r".*/(bias|scale|pool|queries|cls_token|pos_embed|[a-z0-9_]+_embed)", P()),
@@ -47,6 +49,9 @@ class ShardingError(ValueError):
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh ("data", "fsdp", "tensor") over all devices; one size may be -1 and takes what is left.
 
+    ``fsdp = 0`` leaves it to us: on TPU up to SPLIT chips of a slice share the state, so that each updates its part;
+    elsewhere it is whole on every device.
+
     On several TPU slices the data axis is hybrid: its outer part runs over the slices (slow network), its
     inner part and the other axes stay within a slice.
 
@@ -54,8 +59,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
       ShardingError: the sizes do not multiply to the number of devices, or the slices do not divide ``data``.
     """
     devices = list(jax.devices() if devices is None else devices)
-    shape = _fill([data, fsdp, tensor], len(devices))
     slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if fsdp == 0:
+        share = len(devices) // (max(tensor, 1) * (slices if data == -1 else max(data, 1)))
+        fsdp = math.gcd(share, SPLIT) if devices[0].platform == "tpu" else 1
+    shape = _fill([data, fsdp, tensor], len(devices))
     auto = (AxisType.Auto,) * len(AXES)
     if slices == 1:
         return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
@@ -152,12 +160,18 @@ def whole_over_fsdp(spec: P) -> P:
     return P(*(strip(names) for names in spec))
 
 
-def gather_params(mesh: Mesh | None, params: Any, kernel_dtype: Any = None) -> Any:
+# Worked on where they lie by the networks, which gather the results (``models.placement``). The second if folded.
+PROTOTYPES = r"head/last_layer/kernel"
+STEMS_AND_KEYS = r"backbone/patch_embed/(conv2d_.*|fusion/key)/kernel"
+
+
+def gather_params(mesh: Mesh | None, params: Any, kernel_dtype: Any = None, *, keep: str = PROTOTYPES) -> Any:
     """Parameters as the networks use them: each one whole over the fsdp axis, still split over tensor.
 
     The gradients go the other way: summed over the batch's shards and left where the parameter lives. Without
     this the compiler is free to move activations instead of weights, and does. Kernels travel in ``kernel_dtype``
-    if it is given, and so do their gradients; by default in their own, float32.
+    if it is given, and so do their gradients; by default in their own, float32. Parameters whose path matches the
+    regular expression ``keep`` stay as they are.
     """
     if kernel_dtype is not None:
         params = jax.tree_util.tree_map_with_path(
@@ -166,11 +180,14 @@ def gather_params(mesh: Mesh | None, params: Any, kernel_dtype: Any = None) -> A
     if mesh is None or mesh.shape["fsdp"] == 1:
         return params
 
-    def gather(x: jax.Array, spec: P) -> jax.Array:
+    def gather(path: str, x: jax.Array, spec: P) -> jax.Array:
+        if re.fullmatch(keep, path):
+            return x
         stored, used = NamedSharding(mesh, spec), NamedSharding(mesh, whole_over_fsdp(spec))
         return x if stored == used else _moved(x, stored, used)
 
-    return jax.tree.map(gather, params, param_specs(params))
+    leaves, tree = jax.tree.flatten(params)
+    return tree.unflatten(map(gather, paths(params), leaves, _specs(param_specs(params))))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

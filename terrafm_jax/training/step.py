@@ -7,6 +7,7 @@ with the step, and every schedule is a function of the step. ``make_step`` compi
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ from terrafm_jax.ssl.objective import (
 from terrafm_jax.ssl.views import ViewSet, ViewSpec, make_views
 from terrafm_jax.training.optim import OptimSpec, ema, make_optimizer
 from terrafm_jax.training.sharding import (
+    PROTOTYPES,
+    STEMS_AND_KEYS,
     batch_sharding,
     check_batch,
     describe,
@@ -58,7 +61,8 @@ __all__ = [
 Metrics = dict[str, jax.Array]
 
 # TPU's compiler, left alone, sums all gradients at once after the backward pass, and computes nothing meanwhile.
-# These let it sum each one as soon as it is there, beside what is computed next (docs/scaling.md).
+# These let it sum each one as soon as it is there, beside what is computed next (docs/scaling.md). The last keeps it
+# from cutting products with gathered weights into one part per device, which takes longer than gathering.
 TPU_OPTIONS = {
     "xla_jf_crs_combiner_threshold_in_bytes": "1000000",
     "xla_enable_async_all_reduce": "true",
@@ -66,6 +70,7 @@ TPU_OPTIONS = {
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
     "xla_tpu_overlap_compute_collective_tc": "true",
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
 }
 
 
@@ -217,6 +222,8 @@ def _loss_and_gradients(
 ) -> tuple[Any, CenterSums, Metrics]:
     """Gradients, center sums and metrics of a batch or microbatch."""
     kernel_dtype = jnp.bfloat16 if spec.reduce_dtype == "bfloat16" else None
+    keep = f"{PROTOTYPES}|{STEMS_AND_KEYS}" if spec.model.folded else PROTOTYPES
+    gather = functools.partial(gather_params, mesh, kernel_dtype=kernel_dtype, keep=keep)
     view_key, drop_key = jax.random.split(key)
     stats = {name: spec.stats.arrays(name) for name in spec.model.sensors}
     with jax.named_scope("views"):
@@ -224,13 +231,13 @@ def _loss_and_gradients(
         layout = "columns" if spec.model.backend == "tpu" else "patches"
         global_views, local_views = make_views(spec.views, stats, batch, view_key, layout=layout)
     with jax.named_scope("teacher"):
-        weights = gather_params(mesh, state.teacher, kernel_dtype)
+        weights = gather(state.teacher)
         (tokens,) = _class_tokens(spec.model, weights["backbone"], [(global_views, global_views.teacher)], None)
         teacher = jax.lax.stop_gradient(_project(spec.model, weights["head"], tokens))
 
     def loss_fn(params: Any) -> tuple[jax.Array, Metrics]:
         with jax.named_scope("student"):
-            weights = gather_params(mesh, params, kernel_dtype)
+            weights = gather(params)
             student = _student(
                 spec.model, weights, global_views, local_views, drop_key if spec.model.drop_path else None
             )
