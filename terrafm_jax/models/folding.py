@@ -61,16 +61,17 @@ def fold(
 ) -> Folded:
     """Forms the products. Sums are kept in float32 and rounded once, to the compute dtype, at use.
 
-    The kernels of stems and keys may lie split over the fsdp axis: each device multiplies its rows, and the products,
-    which have no more values, are gathered.
+    The kernels may lie split over the fsdp axis. Each device multiplies its rows of stems and keys, and the products,
+    which have no more values, are gathered; of the projections the kernels are.
     """
-    scale, shift = norm
-    out_kernel = gather_rows(_product(scale[:, None] * proj2[0], proj3[0], spec), spec.compute_dtype)
-    out_bias = _row(_row(shift, *proj2, spec), *proj3, spec)
+    (scale, shift), dtype = norm, spec.compute_dtype
+    proj1, last = gather_rows(proj1, dtype), (gather_rows(proj3[0], dtype), proj3[1])
+    out_kernel = _product(gather_rows(scale[:, None] * proj2[0], dtype), last[0], spec)
+    out_bias = _row(_row(shift, *proj2, spec), *last, spec)
 
     def joined(kernel: Array) -> dict[str, tuple[Array, Array]]:
         return {
-            s: (gather_rows(_product(stem, kernel, spec), spec.compute_dtype), _row(bias, kernel, None, spec))
+            s: (gather_rows(_product(stem, kernel, spec), dtype), _row(bias, kernel, None, spec))
             for s, (stem, bias) in stems.items()
         }
 
@@ -78,7 +79,7 @@ def fold(
     if fusion is None:
         return Folded(value, None, None, (out_kernel, out_bias))
     queries, key, pool = fusion
-    asked = gather_rows(_asked(queries, key, spec), spec.compute_dtype)
+    asked = gather_rows(_asked(queries, key, spec), dtype)
     return Folded(value, joined(asked), pool * scale, (out_kernel, out_bias))
 
 

@@ -162,7 +162,7 @@ def whole_over_fsdp(spec: P) -> P:
 
 # Worked on where they lie by the networks, which gather the results (``models.placement``). The second if folded.
 PROTOTYPES = r"head/last_layer/kernel"
-STEMS_AND_KEYS = r"backbone/patch_embed/(conv2d_.*|fusion/key)/kernel"
+EMBEDDING = r"backbone/patch_embed/(conv2d_.*|fusion/key|projection/.*)/kernel"
 
 
 def gather_params(mesh: Mesh | None, params: Any, kernel_dtype: Any = None, *, keep: str = PROTOTYPES) -> Any:

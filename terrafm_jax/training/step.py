@@ -33,8 +33,8 @@ from terrafm_jax.ssl.objective import (
 from terrafm_jax.ssl.views import ViewSet, ViewSpec, make_views
 from terrafm_jax.training.optim import OptimSpec, ema, make_optimizer
 from terrafm_jax.training.sharding import (
+    EMBEDDING,
     PROTOTYPES,
-    STEMS_AND_KEYS,
     batch_sharding,
     check_batch,
     describe,
@@ -222,7 +222,7 @@ def _loss_and_gradients(
 ) -> tuple[Any, CenterSums, Metrics]:
     """Gradients, center sums and metrics of a batch or microbatch."""
     kernel_dtype = jnp.bfloat16 if spec.reduce_dtype == "bfloat16" else None
-    keep = f"{PROTOTYPES}|{STEMS_AND_KEYS}" if spec.model.folded else PROTOTYPES
+    keep = f"{PROTOTYPES}|{EMBEDDING}" if spec.model.folded else PROTOTYPES
     gather = functools.partial(gather_params, mesh, kernel_dtype=kernel_dtype, keep=keep)
     view_key, drop_key = jax.random.split(key)
     stats = {name: spec.stats.arrays(name) for name in spec.model.sensors}
