@@ -107,8 +107,8 @@ def base() -> ConfigDict:
     c.compute.dtype = "bfloat16"  # matrix products; parameters, norms, softmax, loss and EMA stay fp32
     c.compute.scan = False  # lax.scan over blocks: compiles faster, needs more memory
     c.compute.remat = "none"  # "block" recomputes blocks in the backward pass
-    c.compute.attention = "auto"
-    c.compute.fusion_kernel = "auto"
+    c.compute.attention = "auto"  # "xla", "head_major", "cudnn" or "pallas"
+    c.compute.fusion_kernel = "auto"  # "xla", or "pallas": one pass over the values; "auto" takes it on TPU
     c.compute.reduce_dtype = "float32"  # of sums of gradients over devices; "bfloat16" halves the traffic
     c.compute.overlap = True  # TPU: sums gradients beside computing, by options that another compiler may not know
     c.compute.folded = True  # stems and fusion as merged products: same parameters and gradients, fewer FLOPs

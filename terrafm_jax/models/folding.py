@@ -15,6 +15,7 @@ A derivation of ours; values and gradients equal the written-out form by test, 2
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -25,9 +26,8 @@ from jax import Array, lax
 
 from terrafm_jax.models import pallas_fusion
 from terrafm_jax.models.columns import stem_product, stem_products
-from terrafm_jax.models.fusion_rows import NORM_EPS
+from terrafm_jax.models.fusion_rows import NORM_EPS, head_columns, masked
 from terrafm_jax.models.layers import linear, precision
-from terrafm_jax.models.pallas_fusion import masked
 from terrafm_jax.models.placement import gather_rows
 from terrafm_jax.models.spec import ModelSpec
 
@@ -147,6 +147,7 @@ def _fuse(spec: ModelSpec, folded: Folded, patches: Mapping[str, Array], present
 
 
 def _fuse_by_kernel(spec: ModelSpec, folded: Folded, patches: Mapping[str, Array], present: Array | None) -> Array:
+    """The same on TPU, in one pass over the values."""
     values, scores = [], []
     for sensor, x in patches.items():
         layers = (folded.value[sensor], folded.score[sensor])
@@ -154,15 +155,6 @@ def _fuse_by_kernel(spec: ModelSpec, folded: Folded, patches: Mapping[str, Array
         values.append(value)
         scores.append(score)
     return pallas_fusion.mix(values, scores, present, folded.pool, spec)
-
-
-def _head_columns(spec: ModelSpec) -> np.ndarray:
-    """[D, H]: 1 where a column of D belongs to the head.
-
-    Sums and spreads over heads are products with it: a head's 144 or so columns fill no whole vector registers, and an
-    axis of heads would be padded to nearly twice its size.
-    """
-    return np.repeat(np.eye(spec.fusion_heads), spec.stem_width // spec.fusion_heads, axis=0)
 
 
 def _per_head(x: Array, columns: Array | np.ndarray, spec: ModelSpec) -> Array:
@@ -175,30 +167,23 @@ def _per_head(x: Array, columns: Array | np.ndarray, spec: ModelSpec) -> Array:
 
 def _over_columns(x: Array, spec: ModelSpec) -> Array:
     """[..., H] -> [..., D]: every head's number in each of its columns."""
-    return _per_head(x, _head_columns(spec).T, spec)
+    return _per_head(x, head_columns(spec).T, spec)
 
 
 def _sensor_weights(scores: Sequence[Array], present: Array | None) -> list[Array]:
     """Softmax over the sensors present: M arrays [B, h, w, Q, H]."""
     scores = masked(scores, present)
-    top = lax.stop_gradient(_reduce(jnp.maximum, scores))
+    top = lax.stop_gradient(functools.reduce(jnp.maximum, scores))
     powers = [jnp.exp(score - top) for score in scores]
     total = sum(powers)
     return [power / total for power in powers]
-
-
-def _reduce(function, items):  # type: ignore[no-untyped-def]
-    result = items[0]
-    for item in items[1:]:
-        result = function(result, item)
-    return result
 
 
 def _moments(
     values: Sequence[Array], weights: Sequence[Array], folded: Folded, spec: ModelSpec
 ) -> tuple[Array, Array, Array]:
     """Mean, inverse deviation and pooling logit of every query's vector, each [B, h, w, Q]; values [B, h, w, D]."""
-    width, columns = spec.stem_width, jnp.asarray(_head_columns(spec), spec.stat_dtype)
+    width, columns = spec.stem_width, jnp.asarray(head_columns(spec), spec.stat_dtype)
     both = jnp.concatenate([columns, columns * folded.pool[:, None]], axis=1)
     first = asked = second = 0.0
     for weight, value in zip(weights, values, strict=True):

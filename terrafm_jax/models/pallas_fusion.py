@@ -26,13 +26,12 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from terrafm_jax.models.fusion_rows import Sums, mixture, of, pairs, pull
+from terrafm_jax.models.fusion_rows import Sums, head_columns, masked, mixture, of, pairs, pull
 from terrafm_jax.models.layers import precision
 from terrafm_jax.models.pallas_calls import over_batch, run, wanted
 from terrafm_jax.models.spec import ModelSpec
 
 LANES, ROWS = 128, 16  # of a vector register of bfloat16
-ABSENT = -1e30  # score of an absent sensor: finite, so that a view without any sensor stays finite
 BLOCK_ROWS = 128  # patches of one grid step
 CHUNK, UNROLL = 256, 3  # columns worked on at once, and chunks written out one after another (3 divide any stem)
 
@@ -53,14 +52,6 @@ def resolve(spec: ModelSpec) -> bool:
     return spec.fusion_kernel == "pallas" or (spec.fusion_kernel == "auto" and whole and wanted(spec))
 
 
-def masked(scores: Sequence[Array], present: Array | None) -> list[Array]:
-    """Scores [B, ...] of every sensor with ABSENT where it is absent; ``present``: bool [B, M] or None."""
-    if present is None:
-        return list(scores)
-    seen = (lax.expand_dims(present[:, i], range(1, score.ndim)) for i, score in enumerate(scores))
-    return [jnp.where(there, score, ABSENT) for there, score in zip(seen, scores, strict=True)]
-
-
 class Tables(NamedTuple):
     """Constants and parameters that every block needs; J = queries * heads.
 
@@ -79,8 +70,7 @@ class Tables(NamedTuple):
 
 def tables(pool: Array, spec: ModelSpec) -> Tables:
     """The tables of one step. ``pool``: [D]."""
-    dtype, size = spec.compute_dtype, spec.stem_width // spec.fusion_heads
-    heads = np.repeat(np.eye(spec.fusion_heads), size, axis=0)
+    dtype, heads = spec.compute_dtype, head_columns(spec)
     columns = np.tile(heads, (1, spec.queries))
     group = np.kron(np.eye(spec.queries), np.ones((spec.fusion_heads,) * 2))
     pool = pool.astype(spec.stat_dtype)
@@ -103,7 +93,7 @@ def _dot(a: Array, b: Array, spec: ModelSpec) -> Array:
     )
 
 
-def _chunks(spec: ModelSpec, work: Any) -> None:
+def _chunks(spec: ModelSpec, work: Callable[[pl.Slice], None]) -> None:
     """Calls ``work(columns)`` for every register-wide slice of the stem's columns."""
     size = math.gcd(spec.stem_width, CHUNK)
 
@@ -132,6 +122,7 @@ class Scratch(NamedTuple):
 
 
 def _sum_columns(values: Sequence[pl.Ref], g: pl.Ref | None, table: Tables, to: Scratch, spec: ModelSpec) -> None:
+    """Fills the scratch. ``g``: the result's gradient [R, D] in the backward pass."""
     to.both[...] = jnp.zeros(to.both.shape, to.both.dtype)
     to.products[...] = jnp.zeros(to.products.shape, to.products.dtype)
 

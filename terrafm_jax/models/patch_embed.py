@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from terrafm_jax.models import folding, fusion_rows, pallas_fusion
+from terrafm_jax.models import folding, fusion_rows
 from terrafm_jax.models.columns import stem_product
 from terrafm_jax.models.layers import LayerNorm, Linear, expand, precision, trunc_normal, uniform_fan_in
 from terrafm_jax.models.spec import ModelSpec
@@ -68,7 +68,7 @@ class Fusion(nnx.Module):
         )
         scores = scores * split[1] ** -0.5
         if present is not None:
-            scores = jnp.where(present[:, None, None, None, None, :], scores, pallas_fusion.ABSENT)
+            scores = jnp.where(present[:, None, None, None, None, :], scores, fusion_rows.ABSENT)
         weights = jax.nn.softmax(scores, axis=-1).astype(spec.compute_dtype)
         heads = values.reshape(*values.shape[:-1], *split)
         fused = jnp.einsum("bijqhm,bijmhc->bijqhc", weights, heads, precision=exact)
