@@ -86,7 +86,8 @@ def encode_values(values: np.ndarray, dtype: str, step: np.ndarray | None) -> np
 def write_cog(out: Path, tokens: np.ndarray, grid: Grid, meta: Meta, dtype: str = "float32") -> None:
     """Tokens [rows, columns, d] as a COG with one band per feature and averaged overviews.
 
-    float16 is stored as 32-bit TIFF samples of 16 bits (NBITS = 16); int8 carries its scale per band.
+    float16 is stored as TIFF samples of 16 bits (NBITS = 16), which GDAL below 3.11 reads as float32; int8 carries its
+    scale per band.
     Memory stays at a few blocks (GDAL's cache is limited), whatever the size. The overviews are ours: GDAL's
     own go band by band and would decode every pixel-interleaved block once per band.
     """
@@ -117,7 +118,8 @@ def write_cog(out: Path, tokens: np.ndarray, grid: Grid, meta: Meta, dtype: str 
             while max(_shape(files[-1])) > _OVERVIEW_EDGE:
                 files.append(_overview(files[-1], size, options))
             copied = {"blocksize": size, "compress": "deflate", "level": 1, "bigtiff": "IF_SAFER", "predictor": "yes"}
-            copied |= {"nbits": 16} if dtype == "float16" else {}
+            if dtype == "float16":  # of halves GDAL 3.12 takes differences of whole numbers only
+                copied |= {"predictor": "standard"} | ({"nbits": 16} if _dtype(plain) == "float32" else {})
             raster_copy(plain, temporary, driver="COG", overviews="auto", num_threads=2, **copied)
         os.replace(temporary, out)
     except (RasterioError, OSError) as error:
@@ -136,6 +138,11 @@ def _blocks(rows: int, columns: int, size: int) -> Iterator[Window]:
 def _shape(path: Path) -> tuple[int, int]:
     with rasterio.open(path) as file:
         return file.shape
+
+
+def _dtype(path: Path) -> str:
+    with rasterio.open(path) as file:
+        return file.dtypes[0]
 
 
 def _overview(below: Path, size: int, options: Mapping[str, Any]) -> Path:
@@ -215,6 +222,8 @@ def _zarr_array(
 ) -> None:
     stored = np.dtype(dtype or data.dtype)
     fill: Any = "NaN" if stored.kind == "f" else INT8_NODATA if stored == np.int8 else 0
+    if stored == np.float16:
+        fill = None  # GDAL 3.12 opens no array of halves with one; every chunk is written, so none is needed
     folder.mkdir()
     header = {
         "zarr_format": 2,
