@@ -33,7 +33,9 @@ def traced(function: Any, *arguments: Any) -> float:
             if wanted.isdisjoint(equation.outvars):
                 continue
             wanted |= {v for v in equation.invars if not hasattr(v, "val")}
-            if equation.primitive.name == "dot_general" and HEAD_SUMS not in str(equation.source_info.name_stack):
+            if HEAD_SUMS in str(equation.source_info.name_stack):  # inside a call the stack begins anew
+                continue
+            if equation.primitive.name == "dot_general":
                 (contracted, _), _ = equation.params["dimension_numbers"]
                 depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
                 total += 2.0 * depth * math.prod(equation.outvars[0].aval.shape)

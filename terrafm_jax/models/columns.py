@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from terrafm_jax.models.layers import expand, linear, precision, sum_rows
@@ -35,7 +36,7 @@ def stem_product(
 
     Args:
       x: [B, h, w, p * p * C] or [B, h, p, w, C * p].
-      kernel: [p * p * C, N], rows ordered (row, column, band); bias: [N] or None.
+      kernel: [p * p * C, N], rows ordered (row, column, band), or what :func:`ordered` made of it; bias: [N] or None.
 
     Returns:
       [B, h, w, N].
@@ -43,28 +44,41 @@ def stem_product(
     if x.ndim == 4:
         return linear(x, kernel, bias, spec, out_dtype)
     dtype = spec.compute_dtype
-    y = _product(x.astype(dtype), _ordered(kernel, x), dtype, dtype if out_dtype is None else jnp.dtype(out_dtype))
+    kernel = kernel if kernel.ndim == 3 else ordered(kernel, spec)
+    y = _product(x.astype(dtype), kernel, dtype, dtype if out_dtype is None else jnp.dtype(out_dtype))
     return y if bias is None else y + expand(bias.astype(y.dtype), y.ndim)
 
 
 def stem_products(
-    x: Array, layers: Sequence[tuple[Array, Array]], out_dtypes: Sequence[jnp.dtype], spec: ModelSpec
+    x: Array, kernel: Array, bias: Array, widths: Sequence[int], out_dtypes: Sequence[jnp.dtype], spec: ModelSpec
 ) -> list[Array]:
-    """:func:`stem_product` with several kernels and biases, whose gradients are one product.
+    """:func:`stem_product` cut along its columns, each part in a type of its own; the gradients are one product.
 
     A gradient brings the patches into another order, which costs as much as a narrow kernel's product itself.
+
+    Args:
+      kernel, bias: as there; widths: of the parts, N together.
     """
+    out_dtypes = tuple(map(jnp.dtype, out_dtypes))
     if x.ndim == 4:
-        return [stem_product(x, *layer, spec, dtype) for layer, dtype in zip(layers, out_dtypes, strict=True)]
-    layers = [(_ordered(kernel, x), bias) for kernel, bias in layers]
-    return _products(x.astype(spec.compute_dtype), layers, tuple(map(jnp.dtype, out_dtypes)), spec)
+        layers = zip(_cut(kernel, widths), _cut(bias, widths), out_dtypes, strict=True)
+        return [stem_product(x, part, offset, spec, dtype) for part, offset, dtype in layers]
+    kernel = kernel if kernel.ndim == 3 else ordered(kernel, spec)
+    return _products(x.astype(spec.compute_dtype), kernel, bias, tuple(widths), out_dtypes, spec)
 
 
-def _ordered(kernel: Array, x: Array) -> Array:
-    """[p * p * C, N] -> [p, C * p, N], the order of ``x`` [B, h, p, w, C * p]."""
-    p = x.shape[2]
-    kernel = kernel.reshape(p, p, -1, kernel.shape[-1]).transpose(1, 2, 0, 3)
-    return kernel.reshape(p, x.shape[-1], -1)
+def _cut(x: Array, widths: Sequence[int]) -> list[Array]:
+    """The parts of the last axis."""
+    return jnp.split(x, np.cumsum(widths)[:-1], axis=-1)
+
+
+def ordered(kernel: Array, spec: ModelSpec) -> Array:
+    """[p * p * C, N] -> [p, C * p, N], the order of patches [B, h, p, w, C * p].
+
+    Done before the kernel meets several sizes of views, it lets their gradients be added before devices are summed.
+    """
+    p, (values, features) = spec.patch, kernel.shape
+    return kernel.reshape(p, p, -1, features).transpose(1, 2, 0, 3).reshape(p, values // p, features)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -89,30 +103,26 @@ def _product_bwd(dtype: jnp.dtype, out_dtype: jnp.dtype, saved: tuple, g: Array)
 _product.defvjp(_product_fwd, _product_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _products(
-    x: Array, layers: list[tuple[Array, Array]], out_dtypes: tuple[jnp.dtype, ...], spec: ModelSpec
+    x: Array, kernel: Array, bias: Array, widths: tuple[int, ...], out_dtypes: tuple[jnp.dtype, ...], spec: ModelSpec
 ) -> list[Array]:
     found = []
-    for (kernel, bias), out_dtype in zip(layers, out_dtypes, strict=True):
-        y = _product(x, kernel, spec.compute_dtype, out_dtype)
-        found.append(y + expand(bias.astype(y.dtype), y.ndim))
+    for part, offset, out_dtype in zip(_cut(kernel, widths), _cut(bias, widths), out_dtypes, strict=True):
+        y = _product(x, part, spec.compute_dtype, out_dtype)
+        found.append(y + expand(offset.astype(y.dtype), y.ndim))
     return found
 
 
-def _products_fwd(x: Array, layers: list, out_dtypes: tuple[jnp.dtype, ...], spec: ModelSpec) -> tuple:
-    return _products(x, layers, out_dtypes, spec), (x, layers)
+def _products_fwd(x: Array, kernel: Array, bias: Array, widths: tuple, out_dtypes: tuple, spec: ModelSpec) -> tuple:
+    return _products(x, kernel, bias, widths, out_dtypes, spec), (x, kernel, bias)
 
 
-def _products_bwd(out_dtypes: tuple, spec: ModelSpec, saved: tuple, gs: list[Array]) -> tuple[Array, list]:
-    x, layers = saved
+def _products_bwd(widths: tuple, out_dtypes: tuple, spec: ModelSpec, saved: tuple, gs: list[Array]) -> tuple:
+    x, kernel, bias = saved
     g = jnp.concatenate([part.astype(spec.compute_dtype) for part in gs], axis=-1)
-    joint = jnp.concatenate([kernel for kernel, _ in layers], axis=-1)
-    dx, dkernel = _product_bwd(spec.compute_dtype, out_dtypes[0], (x, joint), g)
-    dbias, ends = sum_rows(g, layers[0][1].dtype, spec), []
-    for kernel, _ in layers:
-        ends.append((ends[-1] if ends else 0) + kernel.shape[-1])
-    return dx, list(zip(jnp.split(dkernel, ends[:-1], -1), jnp.split(dbias, ends[:-1], -1), strict=True))
+    dx, dkernel = _product_bwd(spec.compute_dtype, out_dtypes[0], (x, kernel), g)
+    return dx, dkernel, sum_rows(g, bias.dtype, spec)
 
 
 _products.defvjp(_products_fwd, _products_bwd)

@@ -25,26 +25,27 @@ import numpy as np
 from jax import Array, lax
 
 from terrafm_jax.models import pallas_fusion
-from terrafm_jax.models.columns import stem_product, stem_products
+from terrafm_jax.models.columns import ordered, stem_product, stem_products
 from terrafm_jax.models.fusion_rows import NORM_EPS, head_columns, masked
-from terrafm_jax.models.layers import linear, precision
-from terrafm_jax.models.placement import gather_rows
+from terrafm_jax.models.layers import linear, product
+from terrafm_jax.models.placement import gather_rows, row_product, weight_product, whole
 from terrafm_jax.models.spec import ModelSpec
 
 HEAD_SUMS = "head_sums"  # scope of the products that are sums over heads, and no FLOPs of the network
 
 
 class Folded(NamedTuple):
-    """Products of weights; D = 3d, Q queries, H fusion heads. ``score`` and pooling are None without fusion.
+    """Products of weights; D = 3d, Q queries, H fusion heads.
 
-    value: sensor -> kernel [p*p*C, D] and bias [D] (stem, modality embedding, proj1).
-    score: sensor -> kernel [p*p*C, Q*H] and bias [Q*H] (stem, keys, queries, scale).
-    pool: [D], the pooling vector times the LayerNorm's scale. (Its bias adds the same to every query's logit.)
+    stems: sensor -> kernel [p*p*C, D + Q*H] (or as ``columns.ordered`` left it) and bias [D + Q*H]. The first D
+      columns give a sensor's value (stem, modality embedding, proj1), the others its scores (stem, keys, queries,
+      scale); without fusion there are only the first. They lie in one array since devices sum their gradients as one.
+    pool: [D], the pooling vector times the LayerNorm's scale. (Its bias adds the same to every query's logit.) None
+      without fusion.
     out: kernel [D, d] and bias [d] (LayerNorm's affine part, proj2, proj3).
     """
 
-    value: dict[str, tuple[Array, Array]]
-    score: dict[str, tuple[Array, Array]] | None
+    stems: dict[str, tuple[Array, Array]]
     pool: Array | None
     out: tuple[Array, Array]
 
@@ -58,29 +59,28 @@ def fold(
     proj2: tuple[Array, Array],
     proj3: tuple[Array, Array],
     fusion: tuple[Array, Array, Array] | None,
+    by_columns: bool = False,
 ) -> Folded:
     """Forms the products. Sums are kept in float32 and rounded once, to the compute dtype, at use.
 
-    The kernels may lie split over the fsdp axis. Each device multiplies its rows of stems and keys, and the products,
-    which have no more values, are gathered; of the projections the kernels are.
+    The kernels may lie split over the fsdp axis. Each device multiplies its rows of the stems, and the products, which
+    have no more values, are gathered; of the others the kernels are (``placement``).
     """
     (scale, shift), dtype = norm, spec.compute_dtype
-    proj1, last = gather_rows(proj1, dtype), (gather_rows(proj3[0], dtype), proj3[1])
-    out_kernel = _product(gather_rows(scale[:, None] * proj2[0], dtype), last[0], spec)
-    out_bias = _row(_row(shift, *proj2, spec), *last, spec)
+    second, last = gather_rows(proj2[0], dtype), gather_rows(proj3[0], dtype)
+    out_kernel = whole(linear(scale[:, None] * second, last, None, spec, out_dtype=spec.stat_dtype))
+    out_bias = row_product(row_product(shift, second, spec) + proj2[1], last, spec) + proj3[1]
+    kernel, pool = proj1, None
+    if fusion is not None:
+        queries, key, pool = fusion
+        kernel, pool = jnp.concatenate([proj1, _asked(queries, key, spec)], axis=1), pool * scale
+    kernel = gather_rows(kernel, dtype)
 
-    def joined(kernel: Array) -> dict[str, tuple[Array, Array]]:
-        return {
-            s: (gather_rows(_product(stem, kernel, spec), dtype), _row(bias, kernel, None, spec))
-            for s, (stem, bias) in stems.items()
-        }
+    def joint(stem: Array, bias: Array) -> tuple[Array, Array]:
+        product = weight_product(stem, kernel, spec)
+        return ordered(product, spec) if by_columns else product, row_product(bias, kernel, spec)
 
-    value = joined(proj1)
-    if fusion is None:
-        return Folded(value, None, None, (out_kernel, out_bias))
-    queries, key, pool = fusion
-    asked = gather_rows(_asked(queries, key, spec), dtype)
-    return Folded(value, joined(asked), pool * scale, (out_kernel, out_bias))
+    return Folded({sensor: joint(*stem) for sensor, stem in stems.items()}, pool, (out_kernel, out_bias))
 
 
 def _asked(queries: Array, key: Array, spec: ModelSpec) -> Array:
@@ -93,26 +93,22 @@ def _asked(queries: Array, key: Array, spec: ModelSpec) -> Array:
     return (asked * size**-0.5).reshape(spec.stem_width, spec.queries * spec.fusion_heads)
 
 
-def _product(a: Array, b: Array, spec: ModelSpec) -> Array:
-    return linear(a, b, None, spec, out_dtype=spec.stat_dtype)
-
-
-def _row(row: Array, kernel: Array, bias: Array | None, spec: ModelSpec) -> Array:
-    product = linear(row[None], kernel, None, spec, out_dtype=spec.stat_dtype)[0]
-    return product if bias is None else product + bias
-
-
 def embed(spec: ModelSpec, folded: Folded, patches: Mapping[str, Array], present: Array | None) -> Array:
     """Patches per sensor (either layout of ``columns``) -> tokens [B, h, w, d]; ``present``: bool [B, M] or None."""
     if len(patches) == 1:
         ((sensor, x),) = patches.items()
-        core = _normalize(stem_product(x, *folded.value[sensor], spec), spec)
+        core = _normalize(_value(spec, folded, sensor, x), spec)
     elif not spec.fusion:
-        values = {sensor: stem_product(x, *folded.value[sensor], spec) for sensor, x in patches.items()}
+        values = {sensor: _value(spec, folded, sensor, x) for sensor, x in patches.items()}
         core = _normalize(select(values, present), spec)
     else:
         core = _fuse(spec, folded, patches, present)
     return linear(core, *folded.out, spec)
+
+
+def _value(spec: ModelSpec, folded: Folded, sensor: str, x: Array) -> Array:
+    kernel, bias = folded.stems[sensor]
+    return stem_product(x, kernel[..., : spec.stem_width], bias[: spec.stem_width], spec)
 
 
 def select(values: Mapping[str, Array], present: Array) -> Array:
@@ -131,13 +127,15 @@ def _normalize(x: Array, spec: ModelSpec) -> Array:
 
 def _fuse(spec: ModelSpec, folded: Folded, patches: Mapping[str, Array], present: Array | None) -> Array:
     """Weighted mean over queries of their normalised vectors, [B, h, w, D], none of which is formed."""
-    if pallas_fusion.resolve(spec):
-        return _fuse_by_kernel(spec, folded, patches, present)
+    joint = (spec.stem_width, spec.queries * spec.fusion_heads)
     values, scores = [], []
     for sensor, x in patches.items():
-        values.append(stem_product(x, *folded.value[sensor], spec))
-        score = stem_product(x, *folded.score[sensor], spec, out_dtype=spec.stat_dtype)
-        scores.append(score.reshape(*score.shape[:-1], spec.queries, spec.fusion_heads))
+        value, score = stem_products(x, *folded.stems[sensor], joint, (spec.compute_dtype, spec.stat_dtype), spec)
+        values.append(value)
+        scores.append(score)
+    if pallas_fusion.resolve(spec):  # the same on TPU, in one pass over the values
+        return pallas_fusion.mix(values, scores, present, folded.pool, spec)
+    scores = [score.reshape(*score.shape[:-1], spec.queries, spec.fusion_heads) for score in scores]
     weights = _sensor_weights(scores, present)
     mean, inverse, logits = _moments(values, weights, folded, spec)
     share = jax.nn.softmax(logits, axis=-1) * inverse  # [B, h, w, Q]
@@ -146,23 +144,10 @@ def _fuse(spec: ModelSpec, folded: Folded, patches: Mapping[str, Array], present
     return (total - (share * mean).sum(-1)[..., None]).astype(spec.compute_dtype)
 
 
-def _fuse_by_kernel(spec: ModelSpec, folded: Folded, patches: Mapping[str, Array], present: Array | None) -> Array:
-    """The same on TPU, in one pass over the values."""
-    values, scores = [], []
-    for sensor, x in patches.items():
-        layers = (folded.value[sensor], folded.score[sensor])
-        value, score = stem_products(x, layers, (spec.compute_dtype, spec.stat_dtype), spec)
-        values.append(value)
-        scores.append(score)
-    return pallas_fusion.mix(values, scores, present, folded.pool, spec)
-
-
 def _per_head(x: Array, columns: Array | np.ndarray, spec: ModelSpec) -> Array:
-    """[..., D] times [D, N] -> [..., N], summed in the type of norms."""
-    dtype, dims = spec.compute_dtype, (((x.ndim - 1,), (0,)), ((), ()))
-    x, columns = x.astype(dtype), jnp.asarray(columns, dtype)
+    """[..., D] times [D, N] -> [..., N], summed in the type of norms, as are gradients of ``columns``."""
     with jax.named_scope(HEAD_SUMS):
-        return lax.dot_general(x, columns, dims, precision=precision(dtype), preferred_element_type=spec.stat_dtype)
+        return product(x.astype(spec.compute_dtype), jnp.asarray(columns, spec.stat_dtype), None, spec, spec.stat_dtype)
 
 
 def _over_columns(x: Array, spec: ModelSpec) -> Array:

@@ -27,18 +27,18 @@ def precision(dtype: jnp.dtype) -> lax.Precision | None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _affine(x: Array, kernel: Array, bias: Array | None, spec: ModelSpec, out_dtype: jnp.dtype) -> Array:
+def product(x: Array, kernel: Array, bias: Array | None, spec: ModelSpec, out_dtype: jnp.dtype) -> Array:
     dims, dtype = (((x.ndim - 1,), (0,)), ((), ())), spec.compute_dtype
     kernel = kernel.astype(dtype)
     y = lax.dot_general(x, kernel, dims, precision=precision(dtype), preferred_element_type=out_dtype)
     return y if bias is None else y + expand(bias.astype(y.dtype), y.ndim)
 
 
-def _affine_fwd(x: Array, kernel: Array, bias: Array | None, spec: ModelSpec, out_dtype: jnp.dtype) -> tuple:
-    return _affine(x, kernel, bias, spec, out_dtype), (x, kernel, bias)
+def product_fwd(x: Array, kernel: Array, bias: Array | None, spec: ModelSpec, out_dtype: jnp.dtype) -> tuple:
+    return product(x, kernel, bias, spec, out_dtype), (x, kernel, bias)
 
 
-def _affine_bwd(spec: ModelSpec, out_dtype: jnp.dtype, saved: tuple, g: Array) -> tuple[Array, Array, Array | None]:
+def product_bwd(spec: ModelSpec, out_dtype: jnp.dtype, saved: tuple, g: Array) -> tuple[Array, Array, Array | None]:
     """Gradients as products in the compute dtype.
 
     Those of weights and biases are summed, over rows and then over devices, in the type the parameters came in:
@@ -50,17 +50,25 @@ def _affine_bwd(spec: ModelSpec, out_dtype: jnp.dtype, saved: tuple, g: Array) -
     dtype = spec.compute_dtype
     rows, exact = tuple(range(x.ndim - 1)), precision(dtype)
     dbias = None if bias is None else sum_rows(g, bias.dtype, spec)
-    if g.dtype != dtype:
-        # Where devices sum g, as they do for products of weights, TPU's compiler would move the conversion before the
-        # sum. A rounding it leaves where it is (an optimization barrier does not help).
-        kept = jnp.finfo(dtype)
-        g = lax.reduce_precision(g, kept.nexp, kept.nmant).astype(dtype)
+    g = round_to(g, dtype)
     dx = lax.dot_general(g, kernel.astype(dtype), (((g.ndim - 1,), (1,)), ((), ())), precision=exact)
     dkernel = lax.dot_general(x, g, ((rows, rows), ((), ())), precision=exact, preferred_element_type=kernel.dtype)
     return dx, dkernel, dbias
 
 
-_affine.defvjp(_affine_fwd, _affine_bwd)
+product.defvjp(product_fwd, product_bwd)
+
+
+def round_to(x: Array, dtype: jnp.dtype) -> Array:
+    """``x.astype(dtype)``, and where devices sum ``x`` only after that.
+
+    TPU's compiler would move a conversion before the sum. A rounding it leaves where it is (an optimization barrier
+    does not help).
+    """
+    if x.dtype == dtype:
+        return x
+    kept = jnp.finfo(dtype)
+    return lax.reduce_precision(x, kept.nexp, kept.nmant).astype(dtype)
 
 
 def sum_rows(x: Array, dtype: jnp.dtype, spec: ModelSpec) -> Array:
@@ -88,9 +96,9 @@ def linear(x: Array, kernel: Array, bias: Array | None, spec: ModelSpec, out_dty
     out_dtype = dtype if out_dtype is None else jnp.dtype(out_dtype)
     x = x.astype(dtype)
     if spec.backend == "cpu" and x.ndim > 2:  # XLA:CPU multiplies plain matrices fastest
-        y = _affine(x.reshape(-1, x.shape[-1]), kernel, bias, spec, out_dtype)
+        y = product(x.reshape(-1, x.shape[-1]), kernel, bias, spec, out_dtype)
         return checkpoint_name(y.reshape(*x.shape[:-1], kernel.shape[-1]), PRODUCT)
-    return checkpoint_name(_affine(x, kernel, bias, spec, out_dtype), PRODUCT)
+    return checkpoint_name(product(x, kernel, bias, spec, out_dtype), PRODUCT)
 
 
 def expand(x: Array, ndim: int) -> Array:

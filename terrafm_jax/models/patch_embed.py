@@ -99,8 +99,11 @@ class PatchEmbed(nnx.Module):
         stem = getattr(self, f"conv2d_{sensor}")
         return stem.kernel[...], stem.bias[...] + getattr(self, f"{sensor}_embed")[0]
 
-    def fold(self) -> folding.Folded:
-        """Multiplies the weights that meet without a non-linearity in between; gradients flow through."""
+    def fold(self, *, by_columns: bool = False) -> folding.Folded:
+        """Multiplies the weights that meet without a non-linearity in between; gradients flow through.
+
+        Kernels for patches are brought into the order of ``models.columns`` if ``by_columns``.
+        """
         projection = self.projection
         return folding.fold(
             self.spec,
@@ -112,6 +115,7 @@ class PatchEmbed(nnx.Module):
             fusion=(self.fusion.queries[...], self.fusion.key.kernel[...], self.fusion.pool[...])
             if self.spec.fusion
             else None,
+            by_columns=by_columns,
         )
 
     def __call__(self, patches: Mapping[str, Array], present: Array | None) -> Array:

@@ -107,15 +107,19 @@ def patchify(images: Array, p: int) -> Array:
     return blocks.reshape(batch, height // p, width // p, p * p * bands)
 
 
-def prepare(spec: ModelSpec, backbone: Params) -> Prepared | Params:
+def prepare(spec: ModelSpec, backbone: Params, *, by_columns: bool = False) -> Prepared | Params:
     """Forms the weight products once for several calls of :func:`encode` in the same step.
 
     Without it each call forms its own, and so does its backward pass. Gradients reach ``backbone``.
     Returns ``backbone`` itself when ``spec.folded`` is False.
+
+    Args:
+      by_columns: the calls' patches will be in the layout of ``models.columns``.
     """
     if not spec.folded:
         return backbone
-    return Prepared(backbone, nnx.merge(_graphs(spec)["patch_embed"], backbone["patch_embed"]).fold())
+    embed = nnx.merge(_graphs(spec)["patch_embed"], backbone["patch_embed"])
+    return Prepared(backbone, embed.fold(by_columns=by_columns))
 
 
 def encode(
@@ -165,7 +169,7 @@ def encode_cls(
 ) -> list[Array]:
     """Class tokens [B_i, d] of several sets of views, whose sizes may differ, with one pass over the layers.
 
-    Equals :func:`encode` of each set; see ``vit.run_blocks_together`` for what it saves.
+    Equals :func:`encode` of each set, with weight products formed once; see ``vit.run_blocks_together``.
 
     Args:
       sets: (patches, present) as for :func:`encode`.
@@ -176,7 +180,8 @@ def encode_cls(
     """
     for patches, present in sets:
         _check(spec, _params(backbone)["patch_embed"], patches, present, ())
-    prepared = prepare(spec, backbone) if not isinstance(backbone, Prepared) else backbone
+    by_columns = all(x.ndim == 5 for patches, _ in sets for x in patches.values())
+    prepared = backbone if isinstance(backbone, Prepared) else prepare(spec, backbone, by_columns=by_columns)
     backbone = _params(prepared)
     tokens = [_tokens(spec, prepared, patches, present)[0] for patches, present in sets]
     keep = [_keep(spec, x.shape[0], key) for x, key in zip(tokens, drop_keys, strict=True)]

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from terrafm_jax import landcover
 from terrafm_jax.models.spec import ModelSpec
-from terrafm_jax.models.terrafm import encode_cls, init_params, prepare, project
+from terrafm_jax.models.terrafm import encode_cls, init_params, project
 from terrafm_jax.sensors import Statistics
 from terrafm_jax.ssl import schedules
 from terrafm_jax.ssl.objective import (
@@ -199,9 +199,8 @@ def _student(
     spec: ModelSpec, params: Any, global_views: ViewSet, local_views: ViewSet, drop_key: jax.Array | None
 ) -> jax.Array:
     """Logits [B, V, K] of all views, global ones first; the head runs once."""
-    backbone = prepare(spec, params["backbone"])  # weight products once for both sizes
     sets = [(views, views.student) for views in (global_views, local_views) if views.student.shape[1]]
-    tokens = _class_tokens(spec, backbone, sets, drop_key)
+    tokens = _class_tokens(spec, params["backbone"], sets, drop_key)
     return _project(spec, params["head"], jnp.concatenate(tokens, axis=1))
 
 
