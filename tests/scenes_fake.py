@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -104,3 +105,13 @@ def tokens(path: Path) -> np.ndarray:
     """float32 [rows, columns, d] of an output."""
     with open_embedding(path) as source:
         return whole(source)
+
+
+def jumps(values: np.ndarray, borders: Sequence[int], axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean cosine jumps between neighboring lines of tokens [rows, columns, d]: across window borders, elsewhere."""
+    unit = np.moveaxis(values / np.linalg.norm(values, axis=-1, keepdims=True), axis, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # lines of nodata
+        found = np.nanmean(1 - (unit[1:] * unit[:-1]).sum(-1), 1)
+    at = np.isin(np.arange(len(found)) + 1, list(borders))
+    return found[at], found[~at]
