@@ -89,7 +89,9 @@ def test_compiled_attention_is_reckoned_from_its_bundles():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("topology", "size"), [("v5e:2x2", "s"), ("v5e:2x2", "l"), ("v6e:2x2", "b")])
+@pytest.mark.parametrize(
+    ("topology", "size"), [("v5e:2x2", "s"), ("v5e:2x2", "l"), ("v6e:2x2", "b"), ("v5p:2x2x1", "l"), ("v4:2x2x1", "l")]
+)
 def test_fusion_compiles_for_every_size_and_moves_no_values(topology, size):
     """The stems deliver patches with samples last; the kernels take them so."""
     if not client.available():

@@ -28,17 +28,18 @@ def precision(dtype: jnp.dtype) -> lax.Precision | None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def product(x: Array, kernel: Array, bias: Array | None, spec: ModelSpec, out_dtype: jnp.dtype) -> Array:
+    """:func:`linear` of ``x`` in the compute dtype, as it is: neither flattened nor kept by name."""
     dims, dtype = (((x.ndim - 1,), (0,)), ((), ())), spec.compute_dtype
     kernel = kernel.astype(dtype)
     y = lax.dot_general(x, kernel, dims, precision=precision(dtype), preferred_element_type=out_dtype)
     return y if bias is None else y + expand(bias.astype(y.dtype), y.ndim)
 
 
-def product_fwd(x: Array, kernel: Array, bias: Array | None, spec: ModelSpec, out_dtype: jnp.dtype) -> tuple:
+def _product_fwd(x: Array, kernel: Array, bias: Array | None, spec: ModelSpec, out_dtype: jnp.dtype) -> tuple:
     return product(x, kernel, bias, spec, out_dtype), (x, kernel, bias)
 
 
-def product_bwd(spec: ModelSpec, out_dtype: jnp.dtype, saved: tuple, g: Array) -> tuple[Array, Array, Array | None]:
+def _product_bwd(spec: ModelSpec, out_dtype: jnp.dtype, saved: tuple, g: Array) -> tuple[Array, Array, Array | None]:
     """Gradients as products in the compute dtype.
 
     Those of weights and biases are summed, over rows and then over devices, in the type the parameters came in:
@@ -56,7 +57,7 @@ def product_bwd(spec: ModelSpec, out_dtype: jnp.dtype, saved: tuple, g: Array) -
     return dx, dkernel, dbias
 
 
-product.defvjp(product_fwd, product_bwd)
+product.defvjp(_product_fwd, _product_bwd)
 
 
 def round_to(x: Array, dtype: jnp.dtype) -> Array:

@@ -32,7 +32,10 @@ from terrafm_jax.models.pallas_calls import over_batch, run, wanted
 from terrafm_jax.models.spec import ModelSpec
 
 LANES, ROWS = 128, 16  # of a vector register of bfloat16
-BLOCK_ROWS = 128  # patches of one grid step
+BLOCK_ROWS = 128  # most patches of one grid step
+BLOCK_VALUES = (
+    128 * 2304
+)  # most values of a sensor in it: more (L) do not fit into the 16 MiB a kernel has on v4 and v5p
 CHUNK, UNROLL = 256, 3  # columns worked on at once, and chunks written out one after another (3 divide any stem)
 
 _PLAIN = (((1,), (0,)), ((), ()))
@@ -294,7 +297,8 @@ def _call(
     count, rows = len(ours) // 2, flat[0].shape[0]
     padded = -(-rows // ROWS) * ROWS
     flat = [jnp.pad(x, ((0, padded - rows), (0, 0))) for x in flat]
-    block = max(i for i in range(ROWS, BLOCK_ROWS + 1, ROWS) if padded % i == 0)
+    most = min(BLOCK_ROWS, BLOCK_VALUES // spec.stem_width)
+    block = max(i for i in range(ROWS, max(most, ROWS) + 1, ROWS) if padded % i == 0)
     outs = [jax.ShapeDtypeStruct((padded, width), spec.compute_dtype) for width in widths]
     if products:
         outs.append(jax.ShapeDtypeStruct((8, spec.stem_width), spec.stat_dtype))

@@ -22,9 +22,10 @@ from terrafm_jax.tpu.network import Network
 from terrafm_jax.tpu.reckon import Item, Reckoning, reckon
 from terrafm_jax.tpu.scaling import TILES
 from terrafm_jax.training.batches import TILE_METERS, batch_shapes
+from terrafm_jax.training.compiler import compiler_options
 from terrafm_jax.training.flops import step_flops
 from terrafm_jax.training.sharding import batch_sharding, batch_shards, bytes_per_device, make_mesh
-from terrafm_jax.training.step import TPU_OPTIONS, TrainSpec, abstract_state, make_step
+from terrafm_jax.training.step import TrainSpec, abstract_state, make_step
 
 # Parts of the step by JAX's name stack, first match wins.
 SCOPES = (
@@ -98,7 +99,7 @@ def _header(spec: TrainSpec, mesh: Mesh, topology: Topology, options: Mapping) -
         "model": {"width": spec.model.width, "depth": spec.model.depth, "scan": spec.model.scan},
         "remat": spec.model.remat,
         "dtype": spec.model.dtype,
-        "compiler_options": {**(TPU_OPTIONS if spec.overlap else {}), **options},
+        "compiler_options": {**(compiler_options(mesh) if spec.overlap else {}), **options},
         "versions": {name: _version(name) for name in ("jax", "libtpu")},
     }
 

@@ -28,13 +28,13 @@ AXES = (*BATCH_AXES, "tensor")
 BATCH = P(BATCH_AXES)
 SPLIT = 16  # chips that share one state by default: an update over 16 of them is a hundredth of a step
 
-# Kernels are [in, out]. Vectors and small embeddings are replicated: splitting them costs a collective
-# each and saves less than a thousandth of the memory.
+# Kernels are [in, out] and gathered over fsdp by rows, as gathered columns would have to be put in order. Vectors and
+# small embeddings are replicated: splitting costs a collective each and saves less than a thousandth of the memory.
 RULES: tuple[tuple[str, P], ...] = (
     (r".*/mlp/fc1/kernel", P("fsdp", "tensor")),
-    (r".*/mlp/fc2/kernel", P("tensor", "fsdp")),
+    (r".*/mlp/fc2/kernel", P(("tensor", "fsdp"))),
     (r"head/mlp/0/kernel", P("fsdp", "tensor")),
-    (r"head/mlp/1/kernel", P("tensor", "fsdp")),
+    (r"head/mlp/1/kernel", P(("tensor", "fsdp"))),
     (r"head/last_layer/kernel", P(None, ("tensor", "fsdp"))),
     (r".*/mlp/fc1/bias|head/mlp/0/bias", P("tensor")),
     (r".*/kernel", P("fsdp", None)),

@@ -31,6 +31,7 @@ from terrafm_jax.ssl.objective import (
     move_centers,
 )
 from terrafm_jax.ssl.views import ViewSet, ViewSpec, make_views
+from terrafm_jax.training.compiler import compiler_options
 from terrafm_jax.training.optim import OptimSpec, ema, make_optimizer
 from terrafm_jax.training.sharding import (
     EMBEDDING,
@@ -60,19 +61,6 @@ __all__ = [
 
 Metrics = dict[str, jax.Array]
 
-# TPU's compiler, left alone, sums all gradients at once after the backward pass, and computes nothing meanwhile.
-# These let it sum each one as soon as it is there, beside what is computed next (docs/scaling.md). The last keeps it
-# from cutting products with gathered weights into one part per device, which takes longer than gathering.
-TPU_OPTIONS = {
-    "xla_jf_crs_combiner_threshold_in_bytes": "1000000",
-    "xla_enable_async_all_reduce": "true",
-    "xla_tpu_enable_async_collective_fusion": "true",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
-    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
-    "xla_tpu_overlap_compute_collective_tc": "true",
-    "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class TrainSpec:
@@ -88,7 +76,7 @@ class TrainSpec:
         rounding and other random draws, less memory.
       reduce_dtype: "float32" or "bfloat16": in which the gradients of kernels are summed over devices, and in
         which kernels are gathered over the fsdp axis. bfloat16 halves the traffic and rounds the sums.
-      overlap: compiles for TPU with TPU_OPTIONS.
+      overlap: compiles for TPU with ``compiler.TPU_OPTIONS``.
     """
 
     model: ModelSpec
@@ -374,5 +362,5 @@ def make_step(spec: TrainSpec, mesh: Mesh) -> Callable[[TrainState, Mapping[str,
         in_shardings=(state, batch_sharding(mesh)),
         out_shardings=(state, NamedSharding(mesh, P())),
         donate_argnums=0,
-        compiler_options=TPU_OPTIONS if spec.overlap and spec.model.backend == "tpu" else None,
+        compiler_options=compiler_options(mesh) if spec.overlap and spec.model.backend == "tpu" else None,
     )
