@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,10 +49,36 @@ def test_a_folder_with_foreign_files_is_refused_but_logs_are_fine(tmp_path: Path
     with pytest.raises(ConfigError, match=r"thesis\.txt"):
         workdir.claim(str(tmp_path / "thesis.txt"), config, write=True)
     assert sorted(p.name for p in (tmp_path / "thesis.txt").iterdir()) == ["thesis.txt"]
-    assert sorted(p.name for p in (tmp_path / "slurm.log").iterdir()) == ["config.json", "slurm.log"]
+    assert sorted(p.name for p in (tmp_path / "slurm.log").iterdir()) == [".lock", "config.json", "slurm.log"]
 
 
 def test_other_processes_leave_looking_and_writing_to_the_first(tmp_path: Path, config: ConfigDict) -> None:
     (tmp_path / "config.json").write_text("")  # the first process is about to write
     workdir.claim(str(tmp_path), config, write=False)
     assert (tmp_path / "config.json").read_text() == ""
+
+
+HOLD = """
+import sys, time
+from terrafm_jax.config import base
+from terrafm_jax.training import workdir
+workdir.claim(sys.argv[1], base(), write=True)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_folder_in_use_is_refused_until_its_process_is_gone(
+    tmp_path: Path, config: ConfigDict, monkeypatch: pytest.MonkeyPatch, root: Path
+) -> None:
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], cwd=root, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        monkeypatch.setattr(workdir, "PATIENCE", 0.1)
+        with pytest.raises(ConfigError, match=rf"in use by process {other.pid} on .*give another --workdir"):
+            workdir.claim(str(tmp_path), config, write=True)
+    finally:
+        other.kill()
+        other.wait()
+    workdir.claim(str(tmp_path), config, write=True)  # a killed process leaves no lock

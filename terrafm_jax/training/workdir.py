@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import logging
+import os
+import socket
+import time
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -20,8 +26,15 @@ _FREE = (
 )  # fmt: skip
 
 
+log = logging.getLogger(__name__)
+
+# Locks of this process, by folder: they go when it ends, however it ends.
+_held: dict[str, IO[str]] = {}
+PATIENCE = 100.0  # seconds: a network file system gives up the lock of a host that died after 90
+
+
 def claim(workdir: str, config: Mapping[str, Any], write: bool) -> None:
-    """Makes the folder this run's. Raises ConfigError where it already belongs to another recipe.
+    """Makes the folder this run's. Raises ConfigError where it belongs to another recipe, or a process works in it.
 
     Args:
       workdir: local or gs:// folder.
@@ -59,6 +72,8 @@ def _claim(workdir: str, config: Mapping[str, Any]) -> None:
                 "give an empty folder, or the workdir of a run to resume"
             )
     folder.mkdir(parents=True, exist_ok=True)
+    if "://" not in str(workdir):
+        _lock(folder)
     text = json.dumps(mine, indent=2)
     if "://" in str(workdir):  # objects appear whole
         record.write_text(text)
@@ -66,6 +81,39 @@ def _claim(workdir: str, config: Mapping[str, Any]) -> None:
         fresh = folder / ".config.json"
         fresh.write_text(text)
         fresh.replace(record)
+
+
+def _lock(folder: epath.Path) -> None:
+    """Keeps two processes from writing into one folder, which mixes their records and checkpoints.
+
+    Locks of the POSIX kind: data workers do not inherit them, so what a killed run leaves behind holds none.
+    """
+    file = _held.get(str(folder)) or open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+    begun, told = time.monotonic(), False
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            if time.monotonic() - begun > PATIENCE:
+                file.close()
+                raise ConfigError(
+                    f"workdir {folder} is in use by {owner}: wait for its end, stop it, or give another --workdir"
+                ) from None
+            if not told:
+                log.warning("workdir %s is in use by %s; waiting up to %.0f s for its end", folder, owner, PATIENCE)
+            told = True
+            time.sleep(0.5)
+        except OSError:  # a file system without locks
+            file.close()
+            return
+    _held[str(folder)] = file
+    file.truncate(0)
+    with contextlib.suppress(OSError):  # a full disk must not keep a run from ending
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
 
 
 def _same_recipe(folder: epath.Path, theirs: dict[str, Any], mine: dict[str, Any], allowed: bool) -> None:
