@@ -77,8 +77,8 @@ def fold(
     kernel = gather_rows(kernel, dtype)
 
     def joint(stem: Array, bias: Array) -> tuple[Array, Array]:
-        product = weight_product(stem, kernel, spec)
-        return ordered(product, spec) if by_columns else product, row_product(bias, kernel, spec)
+        merged = weight_product(stem, kernel, spec)
+        return ordered(merged, spec) if by_columns else merged, row_product(bias, kernel, spec)
 
     return Folded({sensor: joint(*stem) for sensor, stem in stems.items()}, pool, (out_kernel, out_bias))
 

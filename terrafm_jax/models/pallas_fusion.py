@@ -32,10 +32,8 @@ from terrafm_jax.models.pallas_calls import over_batch, run, wanted
 from terrafm_jax.models.spec import ModelSpec
 
 LANES, ROWS = 128, 16  # of a vector register of bfloat16
-BLOCK_ROWS = 128  # most patches of one grid step
-BLOCK_VALUES = (
-    128 * 2304
-)  # most values of a sensor in it: more (L) do not fit into the 16 MiB a kernel has on v4 and v5p
+# Most patches of one grid step, and values of a sensor in it: more do not fit into a kernel's 16 MiB on v4 and v5p.
+BLOCK_ROWS, BLOCK_VALUES = 128, 128 * 2304
 CHUNK, UNROLL = 256, 3  # columns worked on at once, and chunks written out one after another (3 divide any stem)
 
 _PLAIN = (((1,), (0,)), ((), ()))
