@@ -71,6 +71,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
+    package_dir={"": "."},  # a path entry, or a folder of this name in the working directory hides the package
     packages=find_packages(include=["terrafm_jax*", "data_prep*", "configs*", "benchmarks*"]),
     install_requires=CORE,
     extras_require={
