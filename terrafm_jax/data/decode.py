@@ -7,6 +7,7 @@ a worker imports nothing but NumPy and the pixels stay where they are: every arr
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import Any
 
@@ -108,14 +109,16 @@ def decode_record(data: bytes) -> dict[str, Any]:
     """
     found = parse_example(data)
     try:
-        record: dict[str, Any] = {name: _text(data, found[name]) for name in ("tile_id", "cell", "crs")}
-        record["lat"], record["lon"] = found["lat"][0], found["lon"][0]
-        record["landcover"] = found["landcover"][0]
-        record["fractions"] = _array(data, found["fractions"], "<f4", (landcover.NUM_CATEGORIES,))
+        record: dict[str, Any] = {name: _text(data, found, name) for name in ("tile_id", "cell", "crs")}
+        record |= {name: _number(found, name, float) for name in ("lat", "lon")}
+        record["landcover"] = _number(found, "landcover", int)
+        if not 0 <= record["landcover"] < landcover.NUM_CATEGORIES:
+            raise DecodeError(f"landcover is {record['landcover']}, expected 0 to {landcover.NUM_CATEGORIES - 1}")
+        record["fractions"] = _array(data, found, "fractions", "<f4", (landcover.NUM_CATEGORIES,))
         record["landcover_map"] = _shaped(data, found, "landcover_map", "u1")
         for key, sensor in SENSORS.items():
             record[key] = _sensor(data, found, key, sensor)
-    except (KeyError, IndexError, TypeError) as error:
+    except KeyError as error:
         raise DecodeError(f"record lacks {error}") from error
     except UnicodeDecodeError as error:
         raise DecodeError(f"record holds text that is not UTF-8: {error}") from error
@@ -124,9 +127,9 @@ def decode_record(data: bytes) -> dict[str, Any]:
 
 def _sensor(data: bytes, found: dict[str, Any], key: str, sensor: Any) -> dict[str, Any]:
     names = ("product", "kind", "time", "orbit", "offset_source", "cloud_source")
-    entry: dict[str, Any] = {name: _text(data, found[f"{key}/{name}"]) for name in names}
-    entry |= {name: found[f"{key}/{name}"][0] for name in ("offset", "nodata", "cloud")}
-    entry["present"] = bool(found[f"{key}/present"][0])
+    entry: dict[str, Any] = {name: _text(data, found, f"{key}/{name}") for name in names}
+    entry |= {name: _number(found, f"{key}/{name}", float) for name in ("offset", "nodata", "cloud")}
+    entry["present"] = bool(_number(found, f"{key}/present", int))
     for group, bands in sensor.groups.items():
         path = f"{key}/{group}"
         dn = _shaped(data, found, f"{path}/dn", np.dtype(sensor.dtype).newbyteorder("<"))
@@ -135,21 +138,43 @@ def _sensor(data: bytes, found: dict[str, Any], key: str, sensor: Any) -> dict[s
             raise DecodeError(f"{path}/dn has shape {dn.shape}, expected {len(bands)} bands")
         if entry["present"] and valid.shape != (dn.shape[0], -(-dn.shape[1] // 8)):
             raise DecodeError(f"{path}/valid has shape {valid.shape}, which does not fit dn {dn.shape}")
-        entry[group] = {"dn": dn, "valid": valid, "transform": _array(data, found[f"{path}/transform"], "<f8", (6,))}
+        transform = _array(data, found, f"{path}/transform", "<f8", (6,))
+        entry[group] = {"dn": dn, "valid": valid, "transform": transform}
     return entry
 
 
-def _text(data: bytes, span: tuple[int, int]) -> str:
-    return data[span[0] : span[1]].decode()
+def _span(found: dict[str, Any], name: str) -> tuple[int, int]:
+    if not isinstance(found[name], tuple):
+        raise DecodeError(f"{name} holds numbers or nothing, expected bytes")
+    return found[name]
+
+
+def _numbers(found: dict[str, Any], name: str, kind: type) -> list[Any]:
+    values = found[name]
+    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+        raise DecodeError(f"{name} is no list of {kind.__name__}")
+    return values
+
+
+def _number(found: dict[str, Any], name: str, kind: type) -> Any:
+    values = _numbers(found, name, kind)
+    if len(values) != 1:
+        raise DecodeError(f"{name} holds {len(values)} values, expected one")
+    return values[0]
+
+
+def _text(data: bytes, found: dict[str, Any], name: str) -> str:
+    start, stop = _span(found, name)
+    return data[start:stop].decode()
 
 
 def _shaped(data: bytes, found: dict[str, Any], name: str, dtype: Any) -> np.ndarray:
-    return _array(data, found[f"{name}/value"], dtype, tuple(found[f"{name}/shape"]), name)
+    return _array(data, found, f"{name}/value", dtype, tuple(_numbers(found, f"{name}/shape", int)))
 
 
-def _array(data: bytes, span: tuple[int, int], dtype: Any, shape: tuple[int, ...], name: str = "") -> np.ndarray:
-    dtype, (start, stop) = np.dtype(dtype), span
-    count = int(np.prod(shape, dtype=np.int64))
+def _array(data: bytes, found: dict[str, Any], name: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+    dtype, (start, stop) = np.dtype(dtype), _span(found, name)
+    count = math.prod(shape)  # in Python's integers: a damaged shape overflows those of NumPy
     if min(shape, default=1) < 1 or count * dtype.itemsize != stop - start:
-        raise DecodeError(f"{name or 'an array'}: {stop - start} bytes do not make shape {shape} of {dtype}")
+        raise DecodeError(f"{name}: {stop - start} bytes do not make shape {shape} of {dtype}")
     return np.frombuffer(data, dtype, count, start).reshape(shape)
