@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from terrafm_jax.data.decode import decode_record
 from terrafm_jax.data.sampling import MODES, Order, SamplingSpec
-from terrafm_jax.data.source import DataError, Records, Split, open_split
+from terrafm_jax.data.source import DataError, Records, Split, open_split, read_json
 from terrafm_jax.data.tiles import SPLITS
 
 
@@ -33,11 +32,11 @@ class DataSet:
         if not info_path.exists():
             unfinished = " (an unfinished preparation: start it again)" if (directory / ".work").exists() else ""
             raise DataError(f"{directory}: no dataset_info.json{unfinished}")
-        names = {s["name"] for s in json.loads(info_path.read_text())["splits"]}
+        names = read_json(info_path, lambda info: {s["name"] for s in info["splits"]})
         splits = {name: open_split(directory, name) for name in SPLITS if name in names}
         first = next(iter(splits.values()))
         files = {name: directory / f"{name}.json" for name in ("statistics", "summary")}
-        loaded = {name: json.loads(path.read_text()) if path.exists() else {} for name, path in files.items()}
+        loaded = {name: read_json(path, dict) if path.exists() else {} for name, path in files.items()}
         index = {name: np.asarray(split.index()) for name, split in splits.items()}
         return cls(directory, splits, index, loaded["statistics"], loaded["summary"], first.layouts())
 

@@ -26,6 +26,7 @@ from data_prep.chunks import WORK, Job, Unit, chunk_path, read, telling_full_dis
 from data_prep.progress import Progress
 from data_prep.survey import Verdicts, look, survey
 from data_prep.write import SUMMARY, finalize, write_text
+from terrafm_jax.data.source import read_json
 from terrafm_jax.data.tiles import SPLITS
 
 _TRIES = 3  # deaths of workers without a cell to blame before the job gives up
@@ -109,7 +110,7 @@ def _finished(directory: Path, digest: dict[str, str]) -> dict[str, Any] | None:
     if (directory / WORK).exists() or not (directory / "dataset_info.json").exists():
         return None
     path = directory / SUMMARY
-    summary = json.loads(path.read_text()) if path.exists() else {}
+    summary = read_json(path, dict) if path.exists() else {}
     if summary.get("digest") != digest["digest"]:
         raise PrepareError(f"{directory} holds a data set of other cells or options; choose another --out or delete it")
     return summary
@@ -119,7 +120,7 @@ def _check_same_job(path: Path, digest: dict[str, str], directory: Path) -> None
     if not path.exists():
         write_text(path, json.dumps(digest))
         return
-    found = json.loads(path.read_text())
+    found = read_json(path, dict)
     different = [key for key in digest if key != "digest" and found.get(key) != digest[key]]
     if different:
         raise PrepareError(
@@ -168,7 +169,7 @@ class _Pool:
         self.job, self.chunks, self.workers, self.bar = job, chunks, workers, bar
         self.crumbs = job.work / "crumbs"  # one file a worker: the cell it reads
         self.record = job.work / "deadly.json"  # survives an interruption, so that the result stays the same
-        self.deadly: list[str] = json.loads(self.record.read_text()) if self.record.exists() else []
+        self.deadly: list[str] = read_json(self.record, list) if self.record.exists() else []
         self._fruitless = 0
 
     def run(self, todo: list[int]) -> None:

@@ -17,6 +17,7 @@ from data_prep.harmonize import Offset, decide_offset
 from data_prep.optical import optical
 from data_prep.raster import BadInput
 from data_prep.write import write_text
+from terrafm_jax.data.source import read_json
 
 TRIES = 3  # cells of one product to look at before its id decides alone
 Key = tuple[str, str]  # sensor, product id
@@ -47,7 +48,7 @@ def survey(units: Sequence[Unit], run: Callable[[list[Unit]], Iterable[Verdicts]
       record: JSON file that keeps the result for a continued run.
     """
     if record.exists():
-        return {tuple(k): Offset(**v) for k, v in json.loads(record.read_text())}
+        return read_json(record, lambda rows: {tuple(k): Offset(**v) for k, v in rows})
     candidates = _shared(units)
     verdicts: Verdicts = {}
     tries: Counter[Key] = Counter()

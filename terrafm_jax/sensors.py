@@ -211,18 +211,23 @@ class Statistics:
 
         Sensors that the file lacks keep the published values. Raises SensorError naming every fault.
         """
-        data = json.loads(text)
+        try:
+            data = json.loads(text)
+            sensors = {key: entry for key, entry in data.get("sensors", {}).items() if key in SENSORS}
+            moments = {key: [tuple(map(float, e[m])) for m in ("mean", "std")] for key, e in sensors.items()}
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise SensorError(f"statistics {source or 'text'}: damaged ({type(error).__name__}: {error})") from error
         mean, std, faults = {}, {}, []
         for key, s in SENSORS.items():
-            entry = data.get("sensors", {}).get(key)
-            if entry is None:
-                mean[key], std[key] = s.mean, s.std
+            mean[key], std[key] = moments.get(key, (s.mean, s.std))
+            if key not in sensors:
                 continue
-            if tuple(entry.get("bands", ())) != s.band_names:
-                faults.append(f"{key}: bands {entry.get('bands')}, expected {list(s.band_names)}")
-                continue
-            mean[key], std[key] = tuple(map(float, entry["mean"])), tuple(map(float, entry["std"]))
-            if not (np.all(np.isfinite(mean[key])) and np.all(np.isfinite(std[key])) and min(std[key]) > 0):
+            bands = sensors[key].get("bands")
+            if bands != list(s.band_names):
+                faults.append(f"{key}: bands {bands}, expected {list(s.band_names)}")
+            elif not len(mean[key]) == len(std[key]) == len(bands):
+                faults.append(f"{key}: {len(mean[key])} means and {len(std[key])} stds, expected {len(bands)} of each")
+            elif not (np.all(np.isfinite(mean[key])) and np.all(np.isfinite(std[key])) and min(std[key]) > 0):
                 faults.append(f"{key}: mean and std must be finite and std above zero, found {mean[key]}, {std[key]}")
         if faults:
             raise SensorError(f"statistics {source or 'text'}: " + "; ".join(faults))

@@ -149,6 +149,9 @@ def test_geobench_damage_is_named(tmp_path):
         dataset.split("train")[0]
     with pytest.raises(DatasetError, match=r"sample_1.hdf5: cannot be read as HDF5"):
         dataset.split("val")[0]
+    (folder / "default_partition.json").write_text('{"train": ["sample_0"]}')
+    with pytest.raises(DatasetError, match=r"default_partition.json: unexpected content \(KeyError: 'valid'\)"):
+        datasets.open_suite("geobench", tmp_path)
 
 
 # --- GEO-Bench 2 ---

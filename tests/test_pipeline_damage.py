@@ -14,7 +14,8 @@ from tiles_fake import fake_record, write_dataset
 from terrafm_jax.data import decode
 from terrafm_jax.data.pipeline import iterate_split, make_order
 from terrafm_jax.data.reader import TooManySkipped
-from terrafm_jax.data.source import RecordError, Records, open_split
+from terrafm_jax.data.source import DataError, RecordError, Records, open_split
+from terrafm_jax.sensors import SensorError, Statistics
 
 
 def _overwrite(shard: Path, share: float, count: int = 64) -> None:
@@ -111,6 +112,47 @@ def test_nothing_readable_at_all(damaged: Path) -> None:
     batches.close()
 
 
+def _read_small_files(data: Path) -> None:
+    split = open_split(data, "train")
+    split.index()
+    split.layouts()
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "layouts.json", "index_train.npy"])
+def test_a_damaged_small_file_is_one_error_that_names_it(tmp_path: Path, name: str) -> None:
+    """Cut off anywhere, or with a byte that is no text: never an error of a parser."""
+    data = write_dataset(tmp_path, [fake_record(i, 24) for i in range(8)])
+    whole = (data / name).read_bytes()
+    cuts = [whole[:end] for end in range(0, len(whole) - 2, 7)]
+    for broken in (*cuts, b"[7]", b'{"splits": 3}', whole[:50] + b"\xff" + whole[51:]):
+        (data / name).write_bytes(broken)
+        with pytest.raises(DataError, match=name):
+            _read_small_files(data)
+
+
+def test_an_index_with_unknown_land_cover_is_refused(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path, [fake_record(i, 24) for i in range(8)])
+    index = np.load(data / "index_train.npy")
+    index["landcover"][3] = 99
+    np.save(data / "index_train.npy", index)
+    with pytest.raises(DataError, match=r"index_train.npy: land cover 99"):
+        open_split(data, "train").index()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "damaged"),
+        ('{"sensors": {"s1": {"bands": ["VV", "VH"], "mean": [-11, -18]}}}', "damaged .*'std'"),
+        ('{"sensors": {"s1": {"bands": ["VV", "VH"], "mean": [-11], "std": [4]}}}', "1 means and 1 stds, expected 2"),
+        ('{"sensors": {"s1": {"bands": ["VV", "VH"], "mean": [-11, -18], "std": [4, 0]}}}', "above zero"),
+    ],
+)
+def test_damaged_statistics_name_their_file(text: str, message: str) -> None:
+    with pytest.raises(SensorError, match=f"statistics here.json: .*{message}"):
+        Statistics.from_json(text, "here.json")
+
+
 def test_a_record_larger_than_its_layout_is_reported(tmp_path: Path) -> None:
     data = write_dataset(tmp_path, [fake_record(i, 24) for i in range(16)])
     layouts = [
@@ -119,7 +161,7 @@ def test_a_record_larger_than_its_layout_is_reported(tmp_path: Path) -> None:
     ]
     (data / "layouts.json").write_text(json.dumps(layouts))
     batches = loader(data, max_skipped=0.1)
-    with pytest.raises(TooManySkipped, match="no readable record"):
+    with pytest.raises(TooManySkipped, match=r"no readable record.*s1/10m is 24x24"):
         next(batches)
     batches.close()
 

@@ -41,6 +41,13 @@ def test_another_recipe_is_refused_with_every_difference(tmp_path: Path, config:
     workdir.claim(str(tmp_path), config, write=True)
 
 
+def test_a_damaged_record_of_the_config_is_named(tmp_path: Path, config: ConfigDict) -> None:
+    workdir.claim(str(tmp_path), config, write=True)
+    (tmp_path / "config.json").write_text('{"batch_size": 10')
+    with pytest.raises(ConfigError, match=r"config.json is damaged"):
+        workdir.claim(str(tmp_path), config, write=True)
+
+
 def test_a_folder_with_foreign_files_is_refused_but_logs_are_fine(tmp_path: Path, config: ConfigDict) -> None:
     for name in ("slurm.log", "thesis.txt"):
         (tmp_path / name).mkdir()

@@ -24,7 +24,7 @@ from etils import epath
 from terrafm_jax.data import canvas as canvas_lib
 from terrafm_jax.data.reader import Reader, SplitBatches, TooManySkipped, TrainBatches
 from terrafm_jax.data.sampling import Order, SamplingSpec
-from terrafm_jax.data.source import DataError, Split, find_root, open_split
+from terrafm_jax.data.source import DataError, Split, find_root, open_split, read_json
 from terrafm_jax.sensors import SENSOR_KEYS, Statistics
 
 _ENDLESS = 1 << 40  # steps
@@ -155,7 +155,7 @@ def load_statistics(data_dir: Any) -> Statistics:
 
 def _sea_is_thinned(split: Split) -> bool:
     path = epath.Path(split.directory) / "summary.json"
-    return path.exists() and bool(json.loads(path.read_text()).get("left_out", {}).get("open ocean"))
+    return path.exists() and read_json(path, lambda summary: bool(summary.get("left_out", {}).get("open ocean")))
 
 
 def make_order(

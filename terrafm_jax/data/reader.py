@@ -115,11 +115,14 @@ class TrainBatches:
                 self._replace_from_later(batch, row, step)
 
     def _replace_from_later(self, batch: dict[str, Any], row: int, step: int) -> None:
+        failed: dict[int, RecordError] = {}
         for numbers in self.order.spares(step):
             for number in numbers[self._slice]:
-                if not self.reader.fill(batch, [row], [number]):
+                failed = self.reader.fill(batch, [row], [number])
+                if not failed:
                     return
-        raise TooManySkipped(f"step {step}: no readable record in this batch nor in the 64 that follow it")
+        last = f": {failed[row]}" if failed else ""
+        raise TooManySkipped(f"step {step}: no readable record in this batch nor in the 64 that follow it{last}")
 
 
 class SplitBatches:

@@ -6,16 +6,35 @@ import collections
 import dataclasses
 import json
 import threading
-from typing import Any
+import tokenize
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 from etils import epath
 
+from terrafm_jax import landcover
 from terrafm_jax.data import shards, tiles
 
 
 class DataError(ValueError):
     """A prepared data set is missing, incomplete or inconsistent."""
+
+
+Parsed = TypeVar("Parsed")
+
+
+def read_json(path: Any, parse: Callable[[Any], Parsed]) -> Parsed:
+    """What ``parse`` makes of a JSON file. Raises DataError, which names the file, if it is missing or damaged."""
+    path = epath.Path(path)
+    if not path.exists():
+        raise DataError(f"{path} is missing; prepare the data set again")
+    try:
+        return parse(json.loads(path.read_text()))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path} is damaged ({type(error).__name__}: {error}); copy it again, or prepare the data set again"
+        ) from error
 
 
 class RecordError(RuntimeError):
@@ -53,25 +72,31 @@ class Split:
         path = epath.Path(self.directory) / f"index_{self.name}.npy"
         if not path.exists():
             raise DataError(f"{path} is missing; prepare the data set again")
-        if shards.is_remote(path):
-            with path.open("rb") as file:
-                index = np.load(file, allow_pickle=False)
-        else:
-            index = np.load(path, mmap_mode="r", allow_pickle=False)
+        try:
+            if shards.is_remote(path):
+                with path.open("rb") as file:
+                    index = np.load(file, allow_pickle=False)
+            else:
+                index = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, TypeError, EOFError, SyntaxError, tokenize.TokenError) as error:  # of its header
+            raise DataError(f"{path} is damaged ({error}); copy it again, or prepare the data set again") from error
         missing = set(tiles.INDEX_DTYPE.names or ()) - set(index.dtype.names or ())
-        if missing or len(index) != len(self):
+        if missing or index.shape != (len(self),):
             raise DataError(
-                f"{path}: {len(index)} rows, columns missing: {sorted(missing)}; "
+                f"{path}: shape {index.shape}, columns missing: {sorted(missing)}; "
                 f"dataset_info.json promises {len(self)} records"
             )
+        largest = index["landcover"].max(initial=0)
+        if largest >= landcover.NUM_CATEGORIES:
+            raise DataError(f"{path}: land cover {largest}, expected 0 to {landcover.NUM_CATEGORIES - 1}")
         return index
 
     def layouts(self) -> list[dict[str, tuple[int, int]]]:
         """Rows and columns of every ``sensor/group`` that a layout holds; raises DataError."""
-        path = epath.Path(self.directory) / "layouts.json"
-        if not path.exists():
-            raise DataError(f"{path} is missing; prepare the data set again")
-        return [{k: (int(v[0]), int(v[1])) for k, v in layout.items()} for layout in json.loads(path.read_text())]
+        return read_json(
+            epath.Path(self.directory) / "layouts.json",
+            lambda layouts: [{k: (int(v[0]), int(v[1])) for k, v in layout.items()} for layout in layouts],
+        )
 
 
 def open_split(data_dir: Any, name: str) -> Split:
@@ -84,20 +109,28 @@ def open_split(data_dir: Any, name: str) -> Split:
       DataError: no such data set or split, another file format, or shards are missing (all are named).
     """
     root = find_root(data_dir)
-    info = json.loads((root / "dataset_info.json").read_text())
-    if info.get("fileFormat") != "array_record":
-        raise DataError(f"{root}/dataset_info.json: fileFormat {info.get('fileFormat')!r}, expected 'array_record'")
-    splits = {s["name"]: s for s in info.get("splits", [])}
+    file_format, splits = read_json(root / "dataset_info.json", _splits)
+    if file_format != "array_record":
+        raise DataError(f"{root}/dataset_info.json: fileFormat {file_format!r}, expected 'array_record'")
     if name not in splits:
         raise DataError(f"{root}: no split {name!r}, found {sorted(splits)}")
-    lengths = tuple(int(n) for n in splits[name].get("shardLengths", []))
-    template = splits[name].get("filepathTemplate") or "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-    files = tuple(_shard_name(template, info["name"], name, i, len(lengths)) for i in range(len(lengths)))
+    files, lengths = splits[name]
     present = {p.name for p in root.iterdir()}
     missing = [f for f in files if f not in present]
     if missing or not files:
         raise DataError(f"{root}: split {name!r} lacks {len(missing)} of {len(files)} shards: {missing[:5]}")
     return Split(str(root), name, files, lengths)
+
+
+def _splits(info: dict[str, Any]) -> tuple[str, dict[str, tuple[tuple[str, ...], tuple[int, ...]]]]:
+    """File format, and names and lengths of the shards of every split, from ``dataset_info.json``."""
+    splits = {}
+    for split in info.get("splits", []):
+        lengths = tuple(int(n) for n in split.get("shardLengths", []))
+        template = split.get("filepathTemplate") or "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+        names = [_shard_name(template, info["name"], split["name"], i, len(lengths)) for i in range(len(lengths))]
+        splits[split["name"]] = tuple(names), lengths
+    return info.get("fileFormat", ""), splits
 
 
 def find_root(data_dir: Any) -> epath.Path:

@@ -63,7 +63,7 @@ def _claim(workdir: str, config: Mapping[str, Any]) -> None:
     record = folder / "config.json"
     mine = json.loads(json.dumps(flatten(config)))
     if record.exists():
-        _same_recipe(folder, json.loads(record.read_text()), mine, bool(config["allow_config_change"]))
+        _same_recipe(folder, _recorded(record), mine, bool(config["allow_config_change"]))
     elif folder.exists():
         foreign = sorted(p.name for p in folder.iterdir() if not (p.name.startswith(".") or p.suffix == ".log"))
         if foreign:
@@ -114,6 +114,13 @@ def _lock(folder: epath.Path) -> None:
     with contextlib.suppress(OSError):  # a full disk must not keep a run from ending
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
+
+
+def _recorded(path: epath.Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged ({error}): give another --workdir, or the file as it was") from error
 
 
 def _same_recipe(folder: epath.Path, theirs: dict[str, Any], mine: dict[str, Any], allowed: bool) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,14 @@ def need(path: Path, what: str, hint: str = "") -> Path:
     if not path.exists():
         raise DatasetError(f"{path}: not found; expected {what}{'; ' + hint if hint else ''}")
     return path
+
+
+def read_json(path: Path, parse: Callable[[Any], Any]) -> Any:
+    """What ``parse`` makes of a JSON file; DatasetError where it is damaged or lacks what ``parse`` looks for."""
+    try:
+        return parse(json.loads(path.read_text()))
+    except (ValueError, LookupError, TypeError, AttributeError) as e:
+        raise DatasetError(f"{path}: unexpected content ({type(e).__name__}: {e}); get the file again") from e
 
 
 def read_tiff(path: Path | str, channels: Sequence[int] | None = None, at: tuple[int, int] | None = None) -> np.ndarray:

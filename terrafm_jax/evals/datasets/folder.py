@@ -175,7 +175,7 @@ class _Reader:
             raise DatasetError(f"{self.file}: labels name none of the {len(images)} images below {self.root}")
         kept = sorted(rows)
         if self.task == "regression":
-            return kept, [float(rows[p]) for p in kept], []
+            return kept, [_value(p, rows[p]) for p in kept], []
         split = {p: v if isinstance(v, list) else _names(v) for p, v in rows.items()}
         classes = classes or sorted({name for names in split.values() for name in names})
         strange = sorted({name for names in split.values() for name in names} - set(classes))
@@ -183,13 +183,19 @@ class _Reader:
             raise DatasetError(f"{self.file}: labels {strange} are none of the classes {classes}")
         if self.task == "multilabel":
             return kept, [np.array([c in split[p] for c in classes]) for p in kept], classes
+        bare = [p.name for p in kept if not split[p]]
+        if bare:
+            raise DatasetError(f"{self.file}: {len(bare)} images have no label: {bare[:5]}")
         return kept, [classes.index(split[p][0]) for p in kept], classes
 
-    def _tag(self, path: Path, tag: str) -> list[str]:
+    def _tag(self, path: Path, tag: str) -> Any:
         text = files.tiff_size(path, ())["tags"].get(tag)
         if text is None:
             raise DatasetError(f"{path}: no tag {tag!r}")
-        return json.loads(text)
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise DatasetError(f"{path}: tag {tag!r} = {text[:40]!r} is not JSON ({error})") from error
 
     # --- splits ---
 
@@ -226,6 +232,13 @@ def _random_splits(count: int, labels: np.ndarray | None, shares: dict[str, floa
         for name, part in zip(shares, np.split(rng.permutation(members), cuts[:-1]), strict=True):
             out[name] += part.tolist()
     return {k: sorted(v) for k, v in out.items()}
+
+
+def _value(path: Path, found: Any) -> float:
+    try:
+        return float(found)
+    except (TypeError, ValueError):
+        raise DatasetError(f"{path}: value {found!r}, expected a number") from None
 
 
 def _names(text: str) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -122,9 +121,10 @@ def _open(folder: Path, name: str, bands: str, partition: str) -> Dataset:
         note="; ".join(t for t in (order, part, spec.note) if t),
     )  # fmt: skip
     chosen = files.need(folder / f"{partition}_partition.json", "a GEO-Bench partition", f"found {_partitions(folder)}")
-    parts = json.loads(chosen.read_text())
+    names = (("train", "train"), ("valid", "val"), ("test", "test"))
+    parts = files.read_json(chosen, lambda found: {new: [str(i) for i in found[old]] for old, new in names})
     reader = _Reader(folder, spec)
-    splits = {new: reader.split(parts[old]) for old, new in (("train", "train"), ("valid", "val"), ("test", "test"))}
+    splits = {name: reader.split(members) for name, members in parts.items()}
     return Dataset(info, splits)
 
 

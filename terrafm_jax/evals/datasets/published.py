@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,8 +122,10 @@ def _pastis(root: Path) -> Dataset:
 
     The model sees one image: the median of the dates of each sensor (radar: of power). Folds 1-3, 4, 5.
     """
-    meta = json.loads(files.need(root / "metadata.geojson", "PASTIS metadata").read_text())
-    patches = [(int(f["properties"]["ID_PATCH"]), int(f["properties"]["Fold"])) for f in meta["features"]]
+    patches = files.read_json(
+        files.need(root / "metadata.geojson", "PASTIS metadata"),
+        lambda meta: [(int(f["properties"]["ID_PATCH"]), int(f["properties"]["Fold"])) for f in meta["features"]],
+    )
     inputs = {"s2_l2a": Input("s2_l2a", labels.S2_10, "DN", level="L2A")}
     if (root / "DATA_S1A").is_dir():
         inputs["s1"] = Input("s1", ("VV", "VH", ""), "dB", level="GRD sigma0, ascending")
