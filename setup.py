@@ -30,6 +30,7 @@ DATA = [
     "pyarrow>=15",
     "rasterio>=1.4",
     "scipy>=1.11",
+    "shapely>=2.1",
 ]
 EVAL = [
     "h5py>=3.10",
@@ -39,6 +40,7 @@ EVAL = [
     "rasterio>=1.4",
     "scikit-learn>=1.4",
     "scipy>=1.11",
+    "shapely>=2.1",
 ]
 EXPORT = [
     "huggingface_hub>=0.24",

@@ -18,7 +18,6 @@ Manifest columns: ``file``, ``location`` (or ``cell``), ``sensor``; optional ``b
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import re
 from collections import Counter, defaultdict
@@ -29,6 +28,7 @@ from data_prep.harmonize import BASELINE_OFFSET
 from data_prep.times import iso_time
 from terrafm_jax.data.tiles import SPLITS
 from terrafm_jax.sensors import SENSORS, SensorError, band_name, sensor
+from terrafm_jax.tables import read_csv
 
 LANDCOVER = "landcover"
 CLOUD_MASK = "cloud_mask"  # Major-TOM's, beside the bands of Level 2A
@@ -163,14 +163,12 @@ def from_manifest(path: Path, root: Path, select: Mapping[str, set[str]]) -> tup
     Raises:
       ValueError: columns are missing, or rows are wrong (all are named).
     """
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        columns = {name.strip().lower(): name for name in reader.fieldnames or ()}
-        place = columns.get("location") or columns.get("cell") or columns.get("grid_cell")
-        missing = [c for c in ("file", "sensor", *select) if c.lower() not in columns] + ([] if place else ["location"])
-        if missing:
-            raise ValueError(f"{path}: columns {missing} are missing, found {reader.fieldnames}")
-        rows = [{k.strip().lower(): (v or "").strip() for k, v in row.items() if k} for row in reader]
+    rows = read_csv(path, ("file", "sensor", *map(str.lower, select)), lower=True)
+    if not rows:
+        raise ValueError(f"{path}: no rows; expected one for each file")
+    place = next((name for name in ("location", "cell", "grid_cell") if name in rows[0]), None)
+    if place is None:
+        raise ValueError(f"{path}: columns ['location'] are missing; found {list(rows[0])}")
     found: dict[str, list[SceneFile]] = defaultdict(list)
     splits: dict[str, str] = {}
     skipped: Counter[str] = Counter()
@@ -183,7 +181,7 @@ def from_manifest(path: Path, root: Path, select: Mapping[str, set[str]]) -> tup
         if not key or Path(row["file"]).suffix.lower() not in SUFFIXES:
             skipped[f"no sensor of the model: {row['sensor']}"] += 1
             continue
-        cell = row[str(place).strip().lower()].replace("/", "_")
+        cell = row[place].replace("/", "_")
         try:
             found[cell].append(_manifest_file(key, row, root))
         except ValueError as error:

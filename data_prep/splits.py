@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
 import math
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from terrafm_jax.data.tiles import SPLITS
+from terrafm_jax.tables import read_csv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +76,7 @@ def unit_hash(text: str) -> float:
 
 def read_splits(path: str | Path) -> Mapping[str, str]:
     """Reads ``grid_cell,split`` rows. Raises ValueError naming every fault."""
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        missing = {"grid_cell", "split"} - set(reader.fieldnames or ())
-        if missing:
-            raise ValueError(f"{path}: columns {sorted(missing)} are missing, found {reader.fieldnames}")
-        rows = [(row["grid_cell"], row["split"]) for row in reader]
+    rows = [(row["grid_cell"], row["split"]) for row in read_csv(path, ("grid_cell", "split"))]
     found = dict(rows)
     faults = [f"{cell}: split {split!r}, expected one of {list(SPLITS)}" for cell, split in rows if split not in SPLITS]
     faults += [f"{cell}: in {found[cell]} and in {split}" for cell, split in rows if found[cell] != split]

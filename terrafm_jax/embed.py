@@ -65,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_scene(args: argparse.Namespace) -> None:
     """Plans, loads the weights, embeds, writes."""
     from terrafm_jax.scenes import output, read
-    from terrafm_jax.scenes.grid import Plan, read_aoi, target_grid
+    from terrafm_jax.scenes.area import read_aoi
+    from terrafm_jax.scenes.grid import Plan, target_grid
     from terrafm_jax.scenes.inputs import resolve
 
     kind = output.format_of(args.out)

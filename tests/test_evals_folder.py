@@ -75,6 +75,7 @@ def test_tables_tags_and_regression(tmp_path):
     yaml.write_text(base + "task: regression\nlabels: t.csv\nunit: t/ha\n")
     found = open_one(yaml)
     assert sorted(float(v) for k in found.splits for v in found.split(k).labels) == [-1, 1.5, 2.5]
+    yaml.write_text(base + "task: regression\nlabels: t.csv\n")
     (tmp_path / "t.csv").write_text("file,value\np0.tif,1.5\np1.tif,much\n")
     with pytest.raises(DatasetError, match=r"p1.tif: value 'much', expected a number"):
         open_one(yaml)
@@ -122,13 +123,23 @@ def test_change_pairs(tmp_path):
     [
         ("inputs: [", "not valid YAML"),
         ("name: x", "expected a mapping with at least 'inputs'"),
-        ("inputs: {s2_l2a: {bands: [B04], colour: 1}}\ntaks: x", r"unknown fields \['taks', 'inputs.s2_l2a.colour'\]"),
+        (
+            "inputs: {s2_l2a: {bands: [B04], colour: 1}}\ntaks: x",
+            r"unknown fields \['taks'\]; unknown fields \['inputs.s2_l2a.colour'\]",
+        ),
         ("inputs: {s2_l2a: {bands: [B04]}}\ntask: detection", "task 'detection'"),
         ("inputs: {s2_l2a: {bands: [B04, B08]}}\ntask: segmentation", "needs 'masks'"),
         ("inputs: {landsat: {bands: [B04]}}", "sensor 'landsat' cannot be evaluated"),
         ("inputs: {s2_l2a: {bands: [B04]}}", "2 bands, .*dataset.yaml declares 1"),
         ("inputs: {s2_l2a: {bands: [B08, B04]}}", r"names its bands \['B04', 'B08'\]"),
         ("inputs: {s2_l2a: {bands: [B04, B08]}}\nsplits: {train: 0.9}", "sum to 1"),
+        ("inputs: {s2_l2a: {bands: [B04, B08]}}\nsplits: {train: much, test: 0.1}", "dataset.yaml: splits .*'much'"),
+        ("inputs: {s2_l2a: {bands: [B04, B08]}}\nsplits:", "splits = None, expected str or dict"),
+        ("inputs: {s2_l2a: {bands: [B04, B08]}}\nclasses: [no, yes]", "classes hold yes or no.*: quote them"),
+        ("inputs: {s2_l2a: {bands: [B04, B98]}}", r"dataset.yaml: inputs: s2_l2a: unknown bands \['B98'\]"),
+        ("inputs: {s2_l2a: {unit: DN}}", "dataset.yaml: inputs: needs 'bands'"),
+        ("inputs: {s2_l2a: {bands: [B04, B08], offset: }}", r"inputs.s2_l2a.offset = None, expected int or float"),
+        ("inputs: {s2_l2a: 3}", "inputs.s2_l2a is no mapping"),
         ("inputs: {s2_l2a: {bands: [B04, B08]}}\nroot: nowhere", "nowhere: not found"),
     ],
 )

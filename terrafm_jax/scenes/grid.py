@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rasterio.features
 from affine import Affine
 from rasterio.crs import CRS
-from rasterio.warp import transform_bounds, transform_geom
+from rasterio.warp import transform_bounds
 
 from terrafm_jax.data.tiles import EXTENT_ORDER
+from terrafm_jax.scenes import area
 from terrafm_jax.scenes.errors import SceneError, first_line
 from terrafm_jax.scenes.layers import Acquisition, open_raster
 
@@ -113,9 +111,7 @@ def _meters(degrees: float) -> float:
     return round(size / 10) * 10.0 if abs(size / 10 - round(size / 10)) < 0.08 and size > 5 else size
 
 
-def _common_extent(
-    acquisitions: Sequence[Acquisition], target: CRS, aoi: dict[str, Any] | None
-) -> tuple[float, float, float, float]:
+def _common_extent(acquisitions: Sequence[Acquisition], target: CRS, aoi: dict[str, Any] | None) -> tuple[float, ...]:
     boxes: dict[str, list[tuple[float, float, float, float]]] = {}
     for acquisition in acquisitions:
         for path in acquisition.paths:
@@ -126,40 +122,23 @@ def _common_extent(
         key: (min(b[0] for b in found), min(b[1] for b in found), max(b[2] for b in found), max(b[3] for b in found))
         for key, found in boxes.items()
     }
-    if aoi is not None:
-        shape = transform_geom("EPSG:4326", target, aoi)
-        extents["--aoi"] = tuple(rasterio.features.bounds(shape))
+    first = acquisitions[0].paths[0]
+    meeting = _meeting(extents, target, first)
+    if aoi is None:
+        return meeting
+    found = area.bounds_of(aoi, target, meeting)
+    if found is None:
+        raise SceneError(f"{first}: --aoi lies elsewhere; give longitudes and latitudes of the scene")
+    return _meeting({**extents, "--aoi": found}, target, first)
+
+
+def _meeting(extents: dict[str, tuple[float, float, float, float]], target: CRS, first: str) -> tuple[float, ...]:
     left, bottom = (max(e[i] for e in extents.values()) for i in (0, 1))
     right, top = (min(e[i] for e in extents.values()) for i in (2, 3))
     if left >= right or bottom >= top:
         shown = "; ".join(f"{k} {tuple(round(v) for v in e)}" for k, e in extents.items())
-        first = acquisitions[0].paths[0]
         raise SceneError(f"{first}: the extents do not meet in {target.to_string()} ({shown}); give files of one place")
     return left, bottom, right, top
-
-
-def read_aoi(text: str) -> dict[str, Any]:
-    """A GeoJSON geometry in EPSG:4326 from a GeoJSON file or from ``west,south,east,north``."""
-    parts = text.split(",")
-    if len(parts) == 4:
-        try:
-            w, s, e, n = map(float, parts)
-        except ValueError:
-            raise SceneError(f"--aoi {text}: expected a GeoJSON file or WEST,SOUTH,EAST,NORTH in degrees") from None
-        return {"type": "Polygon", "coordinates": [[[w, s], [e, s], [e, n], [w, n], [w, s]]]}
-    try:
-        data = json.loads(Path(text).read_text())
-        shapes = [f["geometry"] for f in data["features"]] if data["type"] == "FeatureCollection" else [data]
-        shapes = [s["geometry"] if s["type"] == "Feature" else s for s in shapes]
-        polygons = [s for s in shapes if s["type"] in ("Polygon", "MultiPolygon")]
-        crs = data.get("crs", {}).get("properties", {}).get("name", "EPSG:4326").replace("OGC:1.3:CRS84", "EPSG::4326")
-        if not polygons:
-            raise KeyError("polygon")
-        rings = [r for p in polygons for r in (p["coordinates"] if p["type"] == "MultiPolygon" else [p["coordinates"]])]
-        shape = {"type": "MultiPolygon", "coordinates": rings}
-        return shape if "4326" in crs else transform_geom(CRS.from_user_input(crs), "EPSG:4326", shape)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SceneError(f"--aoi {text}: holds no GeoJSON polygon ({first_line(error)})") from None
 
 
 # --- windows and tokens --------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import struct
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from rasterio.warp import transform as transform_points
 from terrafm_jax.scenes import output
 from terrafm_jax.scenes.errors import SceneError, first_line
 from terrafm_jax.scenes.grid import Grid
+from terrafm_jax.tables import read_csv
 
 _NAMES = (("lon", "lat"), ("longitude", "latitude"), ("x", "y"))
 
@@ -27,7 +27,7 @@ def read_points(path: Path) -> tuple[np.ndarray, dict[str, list[Any]]]:
     """
     try:
         columns = _columns(path)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
         raise SceneError(f"--points {path}: cannot be read ({first_line(error)}); give CSV with lon,lat") from None
     names = next((pair for pair in _NAMES if set(pair) <= set(columns)), None)
     if names is None:
@@ -57,9 +57,8 @@ def _columns(path: Path) -> dict[str, list[Any]]:
         keys = sorted({k for f in features for k in (f.get("properties") or {})} - {"lon", "lat"})
         rest = {k: [(f.get("properties") or {}).get(k) for f in features] for k in keys}
         return {"lon": [p[0] for p in places], "lat": [p[1] for p in places], **rest}
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {k.strip().lower(): [row[k] for row in rows] for k in (rows[0] if rows else {}) if k}
+    rows = read_csv(path, lower=True)
+    return {name: [row[name] for row in rows] for name in (rows[0] if rows else {})}
 
 
 def to_grid(places: np.ndarray, grid: Grid) -> np.ndarray:

@@ -21,9 +21,10 @@ import rasterio.features
 from rasterio.enums import Resampling
 from rasterio.errors import RasterioError
 from rasterio.transform import array_bounds
-from rasterio.warp import reproject, transform_bounds, transform_geom
+from rasterio.warp import reproject, transform_bounds
 from rasterio.windows import Window
 
+from terrafm_jax.scenes import area
 from terrafm_jax.scenes.errors import SceneError
 from terrafm_jax.scenes.grid import Grid
 from terrafm_jax.scenes.layers import Acquisition, Layer, broken, open_raster
@@ -337,10 +338,13 @@ def _shift(data: np.ndarray, offset: tuple[int, int], grid: Grid) -> np.ndarray:
 
 def inside(aoi: Mapping[str, Any] | None, grid: Grid) -> np.ndarray:
     """bool [H, W]: pixels of a grid whose center lies in the area of interest."""
+    size = grid.height, grid.width
     if aoi is None:
-        return np.ones((grid.height, grid.width), bool)
-    shape = transform_geom("EPSG:4326", grid.crs, aoi)
-    return rasterio.features.geometry_mask([shape], (grid.height, grid.width), grid.transform, invert=True)
+        return np.ones(size, bool)
+    shape = area.project(aoi, grid.crs, grid.bounds)
+    if shape is None:
+        return np.zeros(size, bool)
+    return rasterio.features.geometry_mask([shape], size, grid.transform, invert=True)
 
 
 def lonlat_bounds(grid: Grid) -> tuple[float, float, float, float]:

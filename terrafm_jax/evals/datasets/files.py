@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from terrafm_jax import tables
 from terrafm_jax.evals.datasets.base import DatasetError
 
 
@@ -84,13 +84,11 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_csv(path: Path, columns: Sequence[str] = ()) -> list[dict[str, str]]:
-    """Rows of a CSV file. Raises DatasetError when required columns are missing."""
-    with need(path, "a CSV file").open(newline="") as f:
-        reader = csv.DictReader(f)
-        lacking = [c for c in columns if c not in (reader.fieldnames or [])]
-        if lacking:
-            raise DatasetError(f"{path}: columns {reader.fieldnames}, lacks {lacking}")
-        return list(reader)
+    """Rows of a CSV file. Raises DatasetError when it cannot be read or required columns are missing."""
+    try:
+        return tables.read_csv(need(path, "a CSV file"), columns)
+    except tables.TableError as e:
+        raise DatasetError(str(e)) from e
 
 
 def open_h5(path: Path) -> Any:

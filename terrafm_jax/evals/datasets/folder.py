@@ -16,9 +16,13 @@ from terrafm_jax.evals.datasets import files
 from terrafm_jax.evals.datasets.base import SPLITS, TASKS, Dataset, DatasetError, DatasetInfo, Input, Sample, Split
 from terrafm_jax.sensors import SENSORS, band_name
 
-_FIELDS = {"name", "root", "task", "classes", "inputs", "masks", "mask_suffix", "labels", "splits", "ignore", "licence",
-           "note", "unit"}  # fmt: skip
-_INPUT_FIELDS = {"bands", "unit", "offset", "level", "folder", "suffix", "after"}
+_FIELDS = {
+    "name": str, "root": str, "task": str, "classes": list, "inputs": dict, "masks": str, "mask_suffix": str,
+    "labels": (str, dict), "splits": (str, dict), "ignore": int, "licence": str, "note": str, "unit": str,
+}  # fmt: skip
+_INPUT_FIELDS = {
+    "bands": list, "unit": str, "offset": (int, float), "level": str, "folder": str, "suffix": str, "after": str,
+}  # fmt: skip
 
 
 def open_folder(path: str | Path) -> list[Dataset]:
@@ -33,33 +37,52 @@ def open_folder(path: str | Path) -> list[Dataset]:
     import yaml
 
     try:
-        spec = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as e:
+        spec = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise DatasetError(f"{file}: not valid YAML ({str(e).splitlines()[0]})") from e
     return [_Reader(file, spec).dataset()]
+
+
+def _faults(found: Any, fields: dict[str, Any], where: str) -> list[str]:
+    """Fields that nobody knows, and values of another type than theirs."""
+    if not isinstance(found, dict):
+        return [f"{where[:-1]} is no mapping"]
+    unknown = sorted(f"{where}{name}" for name in found if name not in fields)
+    faults = [f"unknown fields {unknown}"] if unknown else []
+    for name in found.keys() & fields.keys():
+        kinds = fields[name] if isinstance(fields[name], tuple) else (fields[name],)
+        if not isinstance(found[name], kinds) or isinstance(found[name], bool):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            faults.append(f"{where}{name} = {found[name]!r}, expected {expected}")
+    if any(isinstance(name, bool) for name in found.get("classes") or () if isinstance(found["classes"], list)):
+        faults.append("classes hold yes or no, which YAML takes for truth values: quote them")
+    return faults
 
 
 class _Reader:
     def __init__(self, file: Path, spec: Any):
         if not isinstance(spec, dict) or "inputs" not in spec:
             raise DatasetError(f"{file}: expected a mapping with at least 'inputs', found {type(spec).__name__}")
-        unknown = sorted(set(spec) - _FIELDS)
+        faults = _faults(spec, _FIELDS, "")
         declared = spec["inputs"] if isinstance(spec["inputs"], dict) else {}
         for key, entry in declared.items():
-            fields = set(entry) if isinstance(entry, dict) else {"(not a mapping)"}
-            unknown += sorted(f"inputs.{key}.{f}" for f in fields - _INPUT_FIELDS)
+            faults += _faults(entry, _INPUT_FIELDS, f"inputs.{key}.")
         task = spec.get("task", "classification")
-        if unknown or task not in TASKS or not declared:
-            found = f"unknown fields {unknown}, task {task!r}, {len(declared)} inputs"
+        if faults or task not in TASKS or not declared:
+            found = "; ".join([*faults, f"task {task!r}, {len(declared)} inputs"])
             raise DatasetError(f"{file}: {found}; tasks are {list(TASKS)}, fields {sorted(_FIELDS)}")
         self.file, self.spec, self.task = file, spec, task
         self.root = (file.parent / spec.get("root", ".")).resolve()
         files.need(self.root, f"the folder 'root' of {file}")
         self.declared = declared
-        self.inputs = {
-            k: Input(k, tuple(v["bands"]), v.get("unit", ""), float(v.get("offset", 0)), v.get("level", ""))
-            for k, v in declared.items()
-        }
+        try:
+            self.inputs = {
+                k: Input(k, tuple(v["bands"]), v.get("unit", ""), float(v.get("offset", 0)), v.get("level", ""))
+                for k, v in declared.items()
+            }
+        except (KeyError, TypeError, ValueError) as e:  # DatasetError among them: it knows no file
+            text = f"needs {e}" if isinstance(e, KeyError) else e
+            raise DatasetError(f"{file}: inputs: {text}") from e
 
     def dataset(self) -> Dataset:
         first = next(iter(self.declared))
@@ -141,7 +164,7 @@ class _Reader:
     # --- labels ---
 
     def _targets(self, images: list[Path]) -> tuple[list[Path], list[Any] | None, list[str]]:
-        classes = list(self.spec.get("classes", ()))
+        classes = [str(name) for name in self.spec.get("classes", ())]
         if self.spec.get("masks"):
             if self.task not in ("segmentation", "change"):
                 raise DatasetError(f"{self.file}: 'masks' belong to segmentation and change, the task is {self.task}")
@@ -214,11 +237,15 @@ class _Reader:
             if unknown or not found:
                 raise DatasetError(f"{self.root / given}: splits {sorted(found)}, expected some of {list(SPLITS)}")
             return found
-        shares = {k: float(given[k]) for k in SPLITS if k in given}
-        if not shares or abs(sum(shares.values()) - 1) > 1e-6:
+        try:
+            shares = {k: float(given[k]) for k in SPLITS if k in given}
+            seed = int(given.get("seed", 0))
+        except (TypeError, ValueError, AttributeError):
+            shares, seed = {}, 0
+        if not shares or abs(sum(shares.values()) - 1) > 1e-6 or min(shares.values()) < 0:
             expected = f"shares of {list(SPLITS)} that sum to 1, or a CSV file"
             raise DatasetError(f"{self.file}: splits {given}, expected {expected}")
-        return _random_splits(len(images), labels, shares, int(given.get("seed", 0)))
+        return _random_splits(len(images), labels, shares, seed)
 
 
 def _random_splits(count: int, labels: np.ndarray | None, shares: dict[str, float], seed: int) -> dict[str, list[int]]:

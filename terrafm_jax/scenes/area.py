@@ -1,0 +1,81 @@
+"""The area of interest of ``--aoi``: read in degrees, laid onto a grid in meters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rasterio.features
+import shapely
+from rasterio.crs import CRS
+from rasterio.warp import transform_bounds, transform_geom
+
+from terrafm_jax.scenes.errors import SceneError, first_line
+
+_MARGIN = 0.1  # degrees around a grid beyond which an area is cut off
+_EDGE = 0.02  # degrees; a parallel sags less than a meter over so much
+
+
+def read_aoi(text: str) -> dict[str, Any]:
+    """A GeoJSON geometry in EPSG:4326 from a GeoJSON file or from ``west,south,east,north``.
+
+    A box whose west is larger than its east crosses the antimeridian. Raises SceneError.
+    """
+    parts = text.split(",")
+    try:
+        shape = _box(*map(float, parts)) if len(parts) == 4 else _polygons(json.loads(Path(text).read_text()))
+        found = shapely.geometry.shape(shape)
+        w, s, e, n = found.bounds
+        if not np.isfinite(shapely.get_coordinates(found)).all():
+            raise ValueError("a coordinate is no number")
+        if not (-180 <= w < e <= 180 and -90 <= s < n <= 90):
+            raise ValueError(f"west {w:g}, south {s:g}, east {e:g}, north {n:g} are no degrees of an area")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, shapely.errors.ShapelyError) as error:
+        expected = "expected a GeoJSON file or WEST,SOUTH,EAST,NORTH in degrees"
+        raise SceneError(f"--aoi {text}: holds no GeoJSON polygon ({first_line(error)}); {expected}") from None
+    return shape
+
+
+def _box(w: float, s: float, e: float, n: float) -> dict[str, Any]:
+    if s > n:
+        raise ValueError(f"south {s:g} is above north {n:g}")
+    spans = [(w, e)] if w <= e else [(w, 180.0), (-180.0, e)]
+    return shapely.geometry.mapping(shapely.MultiPolygon([shapely.box(a, s, b, n) for a, b in spans]))
+
+
+def _polygons(data: dict[str, Any]) -> dict[str, Any]:
+    shapes = [f["geometry"] for f in data["features"]] if data["type"] == "FeatureCollection" else [data]
+    shapes = [s["geometry"] if s["type"] == "Feature" else s for s in shapes]
+    polygons = [s for s in shapes if s["type"] in ("Polygon", "MultiPolygon")]
+    crs = data.get("crs", {}).get("properties", {}).get("name", "EPSG:4326").replace("OGC:1.3:CRS84", "EPSG::4326")
+    if not polygons:
+        raise KeyError("polygon")
+    rings = [r for p in polygons for r in (p["coordinates"] if p["type"] == "MultiPolygon" else [p["coordinates"]])]
+    shape = {"type": "MultiPolygon", "coordinates": rings}
+    return shape if "4326" in crs else transform_geom(CRS.from_user_input(crs), "EPSG:4326", shape)
+
+
+def project(aoi: dict[str, Any], crs: CRS, bounds: Sequence[float]) -> dict[str, Any] | None:
+    """The part of an area around ``bounds`` (left, bottom, right, top in ``crs``), in ``crs``; None if there is none.
+
+    What lies far away is cut off first, since a UTM zone bends or folds it, and edges become short, since parallels
+    are no straight lines there.
+    """
+    west, south, east, north = transform_bounds(crs, "EPSG:4326", *bounds)
+    spans = [(west, east)] if west <= east else [(west, 180.0), (-180.0, east)]
+    near = shapely.union_all([shapely.box(a, south, b, north).buffer(_MARGIN, join_style="mitre") for a, b in spans])
+    world = shapely.box(-180, -90, 180, 90)
+    found = shapely.make_valid(shapely.geometry.shape(aoi)).intersection(near).intersection(world)
+    faces = [part for part in shapely.get_parts(found) if part.area > 0]
+    if not faces:
+        return None
+    return transform_geom("EPSG:4326", crs, shapely.geometry.mapping(shapely.union_all(faces).segmentize(_EDGE)))
+
+
+def bounds_of(aoi: dict[str, Any], crs: CRS, near: Sequence[float]) -> tuple[float, float, float, float] | None:
+    """left, bottom, right, top of the part of an area around ``near``, in ``crs``; None if there is none."""
+    shape = project(aoi, crs, near)
+    return None if shape is None else tuple(rasterio.features.bounds(shape))
