@@ -147,13 +147,16 @@ def test_a_subset_of_sensors(folder: Path, records: list[dict[str, Any]]) -> Non
     assert all(b["present"].all() for b in take(only, 5))
 
 
-def test_shapes_announce_the_batches(folder: Path) -> None:
-    batches = loader(folder, canvases=3)
-    announced = [{k: (v.shape, v.dtype) for k, v in leaves(s).items()} for s in batches.shapes()]
-    assert len(announced) == 3
-    for _ in range(10):
-        batch = next(batches)
-        assert {k: (v.shape, v.dtype) for k, v in leaves(batch).items()} in announced
+@pytest.mark.parametrize("echo", [1, 2])
+def test_what_comes_is_announced_in_order(folder: Path, echo: int) -> None:
+    batches = loader(folder, canvases=3, start_step=4, echo=echo)
+    announced = [{k: (v.shape, v.dtype) for k, v in leaves(s).items()} for s in batches.coming(12)]
+    found: list[dict] = []
+    for _ in range(12):
+        shapes = {k: (v.shape, v.dtype) for k, v in leaves(next(batches)).items()}
+        found += [] if shapes in found else [shapes]
+    assert found == announced
+    assert len(found) > 1
     batches.close()
 
 

@@ -108,17 +108,17 @@ class Loader:
                 f"data.max_skipped = {self._max_skipped:g} allows; the last one: {report[-1]}"
             )
 
-    def shapes(self, batch_size: int | None = None) -> list[dict[str, Any]]:
-        """For every canvas a batch of the right shapes and dtypes that holds no memory (for compiling)."""
-        size = batch_size or self.size
+    def coming(self, steps: int) -> list[dict[str, Any]]:
+        """For compiling: a global batch of each canvas of the next steps, in the order in which they come.
+
+        The arrays have shape and dtype and hold no memory.
+        """
+        end = min(self.step + steps, self._stop)
+        buckets = dict.fromkeys(self.order.bucket(step // self._echo) for step in range(self.step, end))
+        specs = [canvas_lib.batch_spec(self.canvases[b], self._sensors, self.order.batch_size) for b in buckets]
         return [
-            canvas_lib.nested(
-                {
-                    path: np.broadcast_to(np.zeros((), dtype), shape)
-                    for path, (shape, dtype) in canvas_lib.batch_spec(canvas, self._sensors, size).items()
-                }
-            )
-            for canvas in self.canvases
+            canvas_lib.nested({p: np.broadcast_to(np.zeros((), dtype), shape) for p, (shape, dtype) in spec.items()})
+            for spec in specs
         ]
 
     def close(self) -> None:

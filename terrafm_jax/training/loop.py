@@ -36,6 +36,9 @@ from terrafm_jax.training.trace import Trace
 log = logging.getLogger(__name__)
 
 
+_SOON = 1000  # steps; a canvas that comes later is compiled when it does
+
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """How a run ended. ``exit_code`` is 0 only when complete, stopped where asked or interrupted by a person."""
@@ -164,6 +167,7 @@ def _loop(
 ) -> Outcome:
     run, steps = tools.run, tools.run.steps
     step_fn = Compiled(run, tools.progress)
+    step_fn.ahead(tools.loader.coming(min(run.stop - start, _SOON)))
     meter = Meter(run, tools)
     saved = start if start else None
     batch = arrays = None

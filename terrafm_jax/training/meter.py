@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -13,7 +15,7 @@ from terrafm_jax.training import flops
 from terrafm_jax.training.metrics import Progress, timed
 from terrafm_jax.training.run import Run, Tools
 from terrafm_jax.training.state import TrainState
-from terrafm_jax.training.step import make_step
+from terrafm_jax.training.step import abstract_state, make_step
 from terrafm_jax.training.watch import Watch
 
 
@@ -41,28 +43,47 @@ def _wait_for_the_others(what: str) -> None:
 
 
 class Compiled:
-    """The train step, compiled once for each canvas; prints the memory it will need before it runs."""
+    """The train step, compiled once for each canvas; prints the memory it will need before it runs.
+
+    Compiling is mostly one thread. The canvases that :meth:`ahead` hears of are compiled beside each other, and beside
+    what the program does until it needs them (evaluating the untrained model, reading the first batches).
+    """
 
     def __init__(self, run: Run, progress: Progress):
-        self._step = make_step(run.spec, run.mesh)
+        self._step, self._state = make_step(run.spec, run.mesh), abstract_state(run.spec, run.mesh)
         self._progress = progress
+        self._threads = ThreadPoolExecutor(os.cpu_count() or 1, "terrafm-compile")
+        self._begun: dict[tuple, Future] = {}
         self._by_shape: dict[tuple, Any] = {}
 
+    def ahead(self, batches: Iterable[Mapping[str, Any]]) -> None:
+        """Begins to compile for batches of these shapes (arrays of which only shape and dtype count)."""
+        for batch in batches:
+            if (shape := _shape(batch)) not in self._begun:
+                self._begun[shape] = self._threads.submit(self._compile, batch)
+
+    def _compile(self, batch: Mapping[str, Any]) -> tuple[Any, float]:
+        begun = time.monotonic()
+        return self._step.lower(self._state, batch).compile(), time.monotonic() - begun
+
     def __call__(self, state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, dict[str, jax.Array]]:
-        leaves = jax.tree.leaves(batch)
-        shape = tuple(x.shape for x in leaves)
+        shape = _shape(batch)
         if shape not in self._by_shape:
-            begun = time.monotonic()
-            compiled = self._step.lower(state, batch).compile()
+            self.ahead([batch])
+            compiled, seconds = self._begun[shape].result()
             self._by_shape[shape] = compiled
             memory = compiled.memory_analysis()
             needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else 0
             self._progress.line(
-                f"compiled step for canvas {len(self._by_shape)} in {time.monotonic() - begun:.1f} s; "
+                f"compiled step for canvas {len(self._by_shape)} in {seconds:.1f} s; "
                 f"arguments and temporaries {needed / 2**30:.2f} GiB a device"
             )
             _wait_for_the_others(f"compiled canvas {len(self._by_shape)}")
         return self._by_shape[shape](state, batch)
+
+
+def _shape(batch: Mapping[str, Any]) -> tuple:
+    return tuple(x.shape for x in jax.tree.leaves(batch))
 
 
 class Meter:
