@@ -39,22 +39,19 @@ class Entry:
 def entries() -> list[Entry]:
     """The comparison with the naive step first, then the paper's batches (1024 for B, 2048 for L), most telling first.
 
-    "B" is what the config says: unrolled layers, nothing recomputed. Scanned ones compile several times faster, and
-    slower steps come of it; "dots" keeps of every block the results of products with weights and recomputes the rest:
-    without it a scan stores every float32 intermediate.
+    "B" and "L" are what the configs say: unrolled layers, nothing recomputed. Scanned ones compile several times
+    faster, and slower steps come of it.
     """
-    dots, block = (("--config.compute.scan=True", f"--config.compute.remat={kind}") for kind in ("dots", "block"))
     found = []
     for topology, images in (("v5e:4x4", 16), ("v5p:2x2x2", 32)):
         found += [Entry("B", topology, images), Entry("naive", topology, images, "naive")]
-    found += [Entry("B scan, dots", "v5e:4x4", 16, "vitb", dots), Entry("B scan, dots", "v5p:2x2x2", 32, "vitb", dots)]
-    found += [Entry("L scan, dots", "v5p:4x4x8", 16, "vitl", dots)]
-    found += [Entry("B scan, dots", t, 16, "vitb", dots) for t in ("v5e:8x8", "v6e:8x8", "v4:4x4x4", "v5p:4x4x4")]
-    found += [Entry("B scan, dots", t, 8, "vitb", dots) for t in ("2*v5e:8x8", "2*v5p:4x4x4")]
-    found += [Entry("L scan, dots", t, 16, "vitl", dots) for t in ("v6e:8x16", "v4:4x4x8", "2*v5p:4x4x4")]
-    found += [Entry("L scan, block", "v5e:8x16", 16, "vitl", block)]
-    found += [Entry("B scan, dots", t, 4, "vitb", dots) for t in ("v5e:16x16", "v6e:16x16", "v5p:4x8x8", "v4:4x8x8")]
-    found += [Entry("B scan, dots", t, 16, "vitb", dots) for t in ("v4:2x2x2", "v5e:2x4", "v6e:2x4")]
+    found += [Entry("B", t, 4) for t in ("v5e:16x16",)]
+    found += [Entry("B", t, 16) for t in ("v6e:8x8", "v4:4x4x4")]
+    found += [Entry("B", t, 8) for t in ("2*v5e:8x8",)]
+    found += [Entry("L", t, 16, "vitl") for t in ("v5p:4x4x8", "v6e:8x16", "v4:4x4x8", "2*v5p:4x4x4")]
+    found += [Entry("L, block", "v5e:8x16", 16, "vitl", ("--config.compute.remat=block",))]
+    found += [Entry("B", t, 16) for t in ("v5e:8x8", "v5p:4x4x4", "v4:2x2x2", "v5e:2x4", "v6e:2x4")]
+    found += [Entry("B", "2*v5p:4x4x4", 8), *(Entry("B", t, 4) for t in ("v6e:16x16", "v5p:4x8x8", "v4:4x8x8"))]
     return [*found, Entry("B scan", "v5e:4x4", 16, "vitb", ("--config.compute.scan=True",))]
 
 
