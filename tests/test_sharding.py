@@ -10,6 +10,8 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from terrafm_jax.tpu.chips import CHIPS
+from terrafm_jax.tpu.scaling import SIZES, standard_topology
 from terrafm_jax.training.optim import RuleError
 from terrafm_jax.training.sharding import (
     ShardingError,
@@ -77,6 +79,28 @@ def test_fsdp_of_zero_splits_the_state_over_the_chips_of_a_slice_on_tpu_only() -
     assert dict(make_mesh(fsdp=0, tensor=2, devices=slices(2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
     assert dict(make_mesh(data=4, fsdp=0, devices=slices(2)).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
     assert dict(make_mesh(fsdp=0).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize("chip", list(CHIPS))
+@pytest.mark.parametrize("chips", SIZES)
+def test_every_slice_that_is_sold_has_a_default_mesh(chip: str, chips: int) -> None:
+    """The chips that share a state lie close together: in a block of the torus, at most a ring of 16 long."""
+    topology = standard_topology(chip, chips)
+    kind = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5p", "v6e": "TPU v6 lite"}[chip]
+    places = [(*at, 0)[:3] for at in np.ndindex(*topology.shape)]
+    devices = [
+        FakeTpu(s * len(places) + i, s, at, device_kind=kind)
+        for s in range(topology.slices)
+        for i, at in enumerate(places)
+    ]
+    mesh = make_mesh(fsdp=0, devices=devices)
+    share = min(16, len(places))
+    assert dict(mesh.shape) == {"data": chips // share, "fsdp": share, "tensor": 1}
+    assert {d.id for d in mesh.devices.flat} == set(range(chips))
+    for group in mesh.devices[::7, :, 0]:
+        spans = np.ptp([d.coords for d in group], axis=0) + 1
+        assert np.prod(spans) == share
+        assert len({d.slice_index for d in group}) == 1
 
 
 def test_slices_must_divide_data() -> None:

@@ -14,6 +14,7 @@ import jax
 from terrafm_jax.training import flops
 from terrafm_jax.training.metrics import Progress, timed
 from terrafm_jax.training.run import Run, Tools
+from terrafm_jax.training.sharding import batch_sharding
 from terrafm_jax.training.state import TrainState
 from terrafm_jax.training.step import abstract_state, make_step
 from terrafm_jax.training.watch import Watch
@@ -51,7 +52,7 @@ class Compiled:
 
     def __init__(self, run: Run, progress: Progress):
         self._step, self._state = make_step(run.spec, run.mesh), abstract_state(run.spec, run.mesh)
-        self._progress = progress
+        self._batch, self._progress = batch_sharding(run.mesh), progress
         self._threads = ThreadPoolExecutor(os.cpu_count() or 1, "terrafm-compile")
         self._begun: dict[tuple, Future] = {}
         self._by_shape: dict[tuple, Any] = {}
@@ -64,7 +65,8 @@ class Compiled:
 
     def _compile(self, batch: Mapping[str, Any]) -> tuple[Any, float]:
         begun = time.monotonic()
-        return self._step.lower(self._state, batch).compile(), time.monotonic() - begun
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._batch), batch)
+        return self._step.lower(self._state, shapes).compile(), time.monotonic() - begun
 
     def __call__(self, state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, dict[str, jax.Array]]:
         shape = _shape(batch)

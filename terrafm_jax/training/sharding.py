@@ -64,9 +64,6 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
         share = len(devices) // (max(tensor, 1) * (slices if data == -1 else max(data, 1)))
         fsdp = math.gcd(share, SPLIT) if devices[0].platform == "tpu" else 1
     shape = _fill([data, fsdp, tensor], len(devices))
-    auto = (AxisType.Auto,) * len(AXES)
-    if slices == 1:
-        return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
     if shape[0] % slices:
         raise ShardingError(
             f"mesh: data = {shape[0]} must be a multiple of the {slices} slices; fsdp and tensor "
@@ -74,8 +71,13 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
         )
     from jax.experimental import mesh_utils
 
-    grid = mesh_utils.create_hybrid_device_mesh((shape[0] // slices, *shape[1:]), (slices, 1, 1), devices)
-    return Mesh(grid, AXES, axis_types=auto)
+    # Many slices (v6e:8x8, v5p:8x8x8) have no axes of 16 chips together: two of ours share one of theirs there.
+    inside, split = (shape[0] // slices, *shape[1:]), {"allow_split_physical_axes": True}
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(inside, devices, **split)
+    else:
+        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, **split)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _fill(sizes: list[int], devices: int) -> tuple[int, int, int]:
