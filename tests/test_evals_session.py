@@ -260,6 +260,18 @@ def test_a_failing_data_set_does_not_stop_the_others(tmp_path):
     fake.eurosat_like(tmp_path / "tiny", per_class=8)
     rows = Session(settings(tmp_path, checkpoints=("raw",)), say=said.append).run()  # mended: the row is computed now
     assert any("error" not in r for r in rows)
+    assert "## Failed" not in (tmp_path / "out/results.md").read_text()
+
+
+def test_only_what_still_fails_is_told():
+    what = {"model": "m", "dataset": "d", "inputs": ["s1"], "fraction": 1.0, "shots": 0, "seed": 0}
+    knn, probe = {**what, "protocol": "galileo-knn20"}, {**what, "protocol": "galileo-linear"}
+    early = {"model": "m", "dataset": "d", "inputs": [], "protocol": "", "error": "no input"}
+    errors = [{**knn, "error": "first"}, {**knn, "error": "second"}, {**probe, "error": "third"}, early]
+    assert [r["error"] for r in report.failures(errors)] == ["second", "third", "no input"]
+    rows = [*errors, {**knn, "protocol": "galileo-knn20/1"}]
+    assert [r["error"] for r in report.failures(rows)] == ["third"]
+    assert [r["error"] for r in report.failures([*rows, {**knn, "shots": 5, "error": "x"}])] == ["third", "x"]
 
 
 def test_one_percent_partitions_stand_beside_published_one_percent(tmp_path):

@@ -35,6 +35,22 @@ def read_rows(path: Path) -> list[Row]:
     return list(found.values())
 
 
+def failures(rows: Sequence[Row]) -> list[Row]:
+    """What failed and still does: the last error of each evaluation of which there is no result."""
+
+    def tried(row: Row) -> tuple:
+        names = row["model"], row["dataset"]
+        if not row.get("protocol"):  # failed before any protocol: every result of the data set tells that it works now
+            return names
+        how = row["protocol"].split("/")[0], row.get("fraction"), row.get("shots"), row.get("seed")
+        return *names, tuple(row.get("inputs", ())), *how
+
+    results = {tried(row) for row in rows if "error" not in row}
+    results |= {names[:2] for names in results}
+    last = {tried(row): row for row in rows if "error" in row}
+    return [row for names, row in last.items() if names not in results]
+
+
 def _cell(rows: Sequence[Row], metric: str) -> str:
     """One run: value with its interval; several draws of labels: mean, deviation over them and interval."""
     values = [r["metrics"][metric]["value"] for r in rows if metric in r["metrics"]]

@@ -229,8 +229,11 @@ class Session:
         log.error(text)
         self.say(f"FAILED {text}")
         key = hashlib.sha256(text.encode()).hexdigest()[:20]
-        self._append({"key": key, "model": encoder.name, "dataset": dataset.info.name, "protocol": protocol,
-                      "error": str(error)})  # fmt: skip
+        self._append({
+            "key": key, "model": encoder.name, "dataset": dataset.info.name, "inputs": list(keys), "protocol": protocol,
+            "fraction": dataset.info.share * options.fraction, "shots": options.shots, "seed": options.seed,
+            "error": str(error),
+        })  # fmt: skip
 
     def _append(self, row: dict[str, Any]) -> None:
         with self.rows_file.open("a") as f:
@@ -239,7 +242,7 @@ class Session:
     # --- report ---
 
     def _write_report(self, rows: list[dict[str, Any]], datasets: dict[str, Dataset]) -> None:
-        failed = [f"- {r['dataset']} {r['protocol']} {r['model']}: {r['error']}" for r in rows if "error" in r]
+        failed = [f"- {r['dataset']} {r['protocol']} {r['model']}: {r['error']}" for r in report.failures(rows)]
         text = report.markdown(rows) + "\n" + report.paired_table(rows, self.out)
         if failed:
             text += "\n## Failed\n\n" + "\n".join(failed) + "\n"

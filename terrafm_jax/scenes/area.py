@@ -26,7 +26,7 @@ def read_aoi(text: str) -> dict[str, Any]:
     """
     parts = text.split(",")
     try:
-        shape = _box(*map(float, parts)) if len(parts) == 4 else _polygons(json.loads(Path(text).read_text()))
+        shape = _box(*map(float, parts)) if len(parts) == 4 else _polygons(json.loads(Path(text).read_bytes()))
         found = shapely.geometry.shape(shape)
         w, s, e, n = found.bounds
         if not np.isfinite(shapely.get_coordinates(found)).all():

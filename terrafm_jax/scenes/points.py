@@ -52,7 +52,7 @@ def _columns(path: Path) -> dict[str, list[Any]]:
         table = pq.read_table(path)
         return {name: table[name].to_pylist() for name in table.column_names if name != "geometry"}
     if kind in (".geojson", ".json"):
-        features = json.loads(path.read_text())["features"]
+        features = json.loads(path.read_bytes())["features"]
         places = [f["geometry"]["coordinates"] for f in features]
         keys = sorted({k for f in features for k in (f.get("properties") or {})} - {"lon", "lat"})
         rest = {k: [(f.get("properties") or {}).get(k) for f in features] for k in keys}
