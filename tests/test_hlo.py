@@ -92,6 +92,8 @@ def test_text_without_entry_is_refused():
         ("[4,2]<=[2,4]T(1,0)", (0, 4)),
         ("mesh['axis_0'=4,'axis_1'=2] {'axis_0'}", (0, 2, 4, 6)),
         ("mesh['axis_0'=4,'axis_1'=2] {'axis_1'}", (0, 1)),
+        ("mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}", (0, 1, 2, 3)),
+        ("mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'c','b'}", (0, 4)),
         ("mesh['a'=8] {'a':(2)4}", (0, 1, 2, 3)),
         ("mesh['a'=8] {'a':(1)2}", (0, 4)),
         ("", tuple(range(8))),
@@ -99,11 +101,16 @@ def test_text_without_entry_is_refused():
 )
 def test_replica_groups(text, expected):
     assert network.first_group(text, 8) == expected
+    line = f"%g = bf16[8]{{0}} all-gather(%p), replica_groups={text}, dimensions={{0}}, use_global_device_ids=true"
+    module = hlo.parse(f"ENTRY %main (p: bf16[1]) -> bf16[8] {{\n  {line}\n}}\n")
+    found = module.entry.instructions[-1].attribute("replica_groups")
+    assert network.first_group(found, 8) == expected
 
 
 def test_unknown_replica_groups_are_an_error():
-    with pytest.raises(ValueError, match="replica_groups"):
-        network.first_group("something else", 8)
+    for text in ("something else", "mesh['a'=4,'b'=2]"):
+        with pytest.raises(ValueError, match="replica_groups"):
+            network.first_group(text, 8)
 
 
 def test_collective_seconds_by_hand():

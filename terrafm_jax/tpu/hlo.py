@@ -76,7 +76,10 @@ class Instruction:
         return found.group(1) if found else ""
 
     def attribute(self, key: str) -> str | None:
-        """Value of ``key=...`` up to the next comma outside braces; None if absent."""
+        """Value of ``key=...`` up to the next comma outside braces; None if absent.
+
+        A mesh of replica groups has a comma before its ``device_ids``, which belong to it.
+        """
         found = re.search(rf"(?:^|[ ,]){re.escape(key)}=", self.attributes)
         if not found:
             return None
@@ -84,7 +87,7 @@ class Instruction:
         for at in range(start, len(self.attributes)):
             c = self.attributes[at]
             depth += (c in "{[(" and 1) or (c in "}])" and -1)
-            if c == "," and depth == 0:
+            if c == "," and depth == 0 and not self.attributes.startswith(", device_ids=", at):
                 return self.attributes[start:at]
         return self.attributes[start:]
 

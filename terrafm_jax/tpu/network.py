@@ -74,7 +74,9 @@ def _mesh_group(found: re.Match) -> tuple[int, ...]:
         raise ValueError(f"replica_groups={found.group(0)[:200]}: unknown order of devices")
     ids = ids.reshape(tuple(sizes.values()))
     group = re.search(r"\{([^{}]*)\}\s*$", found.group("rest").strip())
-    taken = [n.strip() for n in group.group(1).split(",")] if group else []
+    if group is None:
+        raise ValueError(f"replica_groups={found.group(0)[:200]}: no axes")
+    taken = [n.strip() for n in group.group(1).split(",")]
     index = []
     for name, size in sizes.items():
         index.append(_axis_part(name, size, taken))
