@@ -25,9 +25,11 @@ TILES = 1_530_000  # multimodal samples of the paper's data set
 STATE_COPIES = 4  # fp32 parameters, teacher and two moments
 UPDATE_PASSES = 9  # fp32 arrays the update reads (gradient and the four copies) and writes (the four)
 
-# What the compiler makes of B with 16 images a chip on v5e:4x4 (benchmarks/results/tpu_matrix.json): the share of
-# the peak reached outside the update and shown collectives, and the share of the collectives that compute hides.
-EFFICIENCY, HIDDEN = 0.49, 0.83
+# What the compiler makes of B on v5e:4x4, v5p:2x2x2 (benchmarks/results/tpu_matrix.json) and v6e:8x8: the share of the
+# peak reached outside the update and shown collectives, and the share of the collectives that compute hides. v4 was
+# not compiled and is taken for a v5p.
+EFFICIENCY = {"v4": 0.44, "v5e": 0.49, "v5p": 0.44, "v6e": 0.21}
+HIDDEN = {"v4": 0.41, "v5e": 0.83, "v5p": 0.41, "v6e": 0.12}
 
 _SLICES_2D = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
 _SLICES_3D = {
@@ -149,8 +151,8 @@ def step_time(
     topology: Topology,
     images: int,
     *,
-    efficiency: float = EFFICIENCY,
-    hidden: float = HIDDEN,
+    efficiency: float | None = None,
+    hidden: float | None = None,
     split: int = SPLIT,
     reduce_bytes: int = 4,
     view_sets: int = 1,
@@ -159,14 +161,16 @@ def step_time(
 
     Args:
       images: per chip and step.
-      efficiency: share of the peak that the cores reach outside the update.
-      hidden: share of the traffic that compute hides, as far as it is long enough.
+      efficiency: share of the peak that the cores reach outside the update (None: EFFICIENCY of the chip).
+      hidden: share of the traffic that compute hides, as far as it is long enough (None: HIDDEN of the chip).
       split: chips of a slice that share one state (``mesh.fsdp``): each updates its part, and both networks are
         gathered over them in bfloat16. 1 is a whole state on every chip.
       reduce_bytes: bytes per gradient element on the wire, 4 or 2.
       view_sets: samples made of each tile that is read.
     """
     chip, count = topology.chip, recipe.parameters
+    efficiency = EFFICIENCY[chip.name] if efficiency is None else efficiency
+    hidden = HIDDEN[chip.name] if hidden is None else hidden
     grid = [(s, *c) for s in range(topology.slices) for c in np.ndindex(*topology.shape)]
     network = Network(topology, tuple(grid))
     inside = range(topology.chips // topology.slices)
