@@ -83,7 +83,7 @@ class Split:
         missing = set(tiles.INDEX_DTYPE.names or ()) - set(index.dtype.names or ())
         if missing or index.shape != (len(self),):
             raise DataError(
-                f"{path}: shape {index.shape}, columns missing: {sorted(missing)}; "
+                f"{path}: {index.shape[0] if index.ndim else 0} rows, columns missing: {sorted(missing)}; "
                 f"dataset_info.json promises {len(self)} records"
             )
         largest = index["landcover"].max(initial=0)
