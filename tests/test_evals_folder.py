@@ -75,21 +75,28 @@ def test_tables_tags_and_regression(tmp_path):
     yaml.write_text(base + "task: regression\nlabels: t.csv\nunit: t/ha\n")
     found = open_one(yaml)
     assert sorted(float(v) for k in found.splits for v in found.split(k).labels) == [-1, 1.5, 2.5]
-    yaml.write_text(base + "task: regression\nlabels: t.csv\n")
-    (tmp_path / "t.csv").write_text("file,value\np0.tif,1.5\np1.tif,much\n")
-    with pytest.raises(DatasetError, match=r"p1.tif: value 'much', expected a number"):
-        open_one(yaml)
-    (tmp_path / "t.csv").write_text("file,label\np0.tif,a\np1.tif,\n")
-    yaml.write_text(base + "task: classification\nlabels: t.csv\n")
-    with pytest.raises(DatasetError, match=r"1 images have no label: \['p1.tif'\]"):
-        open_one(yaml)
-    yaml.write_text(base + "task: multilabel\nlabels: {tag: AREA}\n")
-    fake.tiff(tmp_path / "p0.tif", fake.planes(RNG, 8, 2), tags={"AREA": "[1"})
-    with pytest.raises(DatasetError, match=r"p0.tif: tag 'AREA' = '\[1' is not JSON"):
-        open_one(yaml)
     (tmp_path / "t.csv").write_text("file,labels\np0.tif,a; b\np1.tif,c\n")
     yaml.write_text(base + "task: multilabel\nlabels: t.csv\nclasses: [a, b]\n")
     with pytest.raises(DatasetError, match=r"labels \['c'\] are none of the classes \['a', 'b'\]"):
+        open_one(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("task", "table", "message"),
+    [
+        ("regression", "file,value\np0.tif,1.5\np1.tif,much\n", "p1.tif: value 'much', expected a number"),
+        ("classification", "file,label\np0.tif,a\np1.tif,\n", r"1 images have no label: \['p1.tif'\]"),
+        ("multilabel", "", r"p0.tif: tag 'AREA' = '\[1' is not JSON"),
+    ],
+)
+def test_labels_that_are_none_name_their_image(tmp_path, task, table, message):
+    for i in range(2):
+        fake.tiff(tmp_path / f"p{i}.tif", fake.planes(RNG, 8, 2), tags={"AREA": "[1"})
+    (tmp_path / "t.csv").write_text(table)
+    labels = "t.csv" if table else "{tag: AREA}"
+    base = "inputs:\n  s2_l2a: {bands: [B04, B08]}\nsplits: {train: 0.5, test: 0.5}\n"
+    (tmp_path / "dataset.yaml").write_text(f"{base}task: {task}\nlabels: {labels}\n")
+    with pytest.raises(DatasetError, match=message):
         open_one(tmp_path)
 
 

@@ -46,13 +46,13 @@ def _wait_for_the_others(what: str) -> None:
 class Compiled:
     """The train step, compiled once for each canvas; prints the memory it will need before it runs.
 
-    Compiling is mostly one thread. The canvases that :meth:`ahead` hears of are compiled beside each other, and beside
-    what the program does until it needs them (evaluating the untrained model, reading the first batches).
+    The canvases that :meth:`ahead` hears of are compiled beside each other, and beside what the program does until it
+    needs them (evaluating the untrained model, reading the first batches).
     """
 
     def __init__(self, run: Run, progress: Progress):
         self._step, self._state = make_step(run.spec, run.mesh), abstract_state(run.spec, run.mesh)
-        self._batch, self._progress = batch_sharding(run.mesh), progress
+        self._sharding, self._progress = batch_sharding(run.mesh), progress
         self._threads = ThreadPoolExecutor(os.cpu_count() or 1, "terrafm-compile")
         self._begun: dict[tuple, Future] = {}
         self._by_shape: dict[tuple, Any] = {}
@@ -65,7 +65,7 @@ class Compiled:
 
     def _compile(self, batch: Mapping[str, Any]) -> tuple[Any, float]:
         begun = time.monotonic()
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._batch), batch)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding), batch)
         return self._step.lower(self._state, shapes).compile(), time.monotonic() - begun
 
     def __call__(self, state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, dict[str, jax.Array]]:
