@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, child_environment
+from tiles_fake import fake_record, write_dataset
 from tiny_training import FORTY, TINY, assert_same, command, state_of, train
 
 pytestmark = pytest.mark.slow
@@ -56,6 +57,19 @@ def test_every_config_runs_as_a_smoke_test_of_itself(config: str, prepared: Path
 def test_every_row_of_the_ablation_runs(row: str, prepared: Path, tmp_path: Path) -> None:
     done = train(prepared, tmp_path / "run", *TINY, config=f"vits:{row},runlocal")
     assert done.returncode == 0, done.stderr
+
+
+def test_tiles_of_two_sizes_have_a_program_each(tmp_path: Path) -> None:
+    """Both are compiled beside each other; each is used, and neither twice."""
+    data = write_dataset(tmp_path / "data", [fake_record(i, 48 if i % 2 else 96) for i in range(40)])
+    done = train(
+        data, tmp_path / "run", *FORTY, "--config.data.canvases=2", "--config.stop_at_step=12", "--config.knn.every=0",
+        "--config.data.statistics=published",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2 canvas bucket(s)" in done.stderr
+    assert [done.stderr.count(f"compiled step for canvas {number}") for number in (1, 2, 3)] == [1, 1, 0]
+    assert np.all(np.isfinite([row["loss"] for row in rows(tmp_path / "run") if "loss" in row]))
 
 
 def test_four_steps_equal_two_and_two(prepared: Path, straight: Path, two_steps: Path, tmp_path: Path) -> None:
