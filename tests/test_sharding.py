@@ -21,6 +21,7 @@ from terrafm_jax.training.sharding import (
     make_mesh,
     param_shardings,
     param_specs,
+    sums_whole,
 )
 
 
@@ -101,6 +102,13 @@ def test_every_slice_that_is_sold_has_a_default_mesh(chip: str, chips: int) -> N
         spans = np.ptp([d.coords for d in group], axis=0) + 1
         assert np.prod(spans) == share
         assert len({d.slice_index for d in group}) == 1
+
+
+def test_gradients_are_summed_whole_on_one_slice_of_a_tpu_only() -> None:
+    assert sums_whole(make_mesh(data=2, fsdp=2, devices=slices(1)))
+    assert not sums_whole(make_mesh(data=1, fsdp=4, devices=slices(1)))
+    assert not sums_whole(make_mesh(data=4, fsdp=2, devices=slices(2)))
+    assert not sums_whole(make_mesh(data=2, fsdp=4))
 
 
 def test_slices_must_divide_data() -> None:

@@ -98,11 +98,26 @@ def test_fsdp_gathers_weights_and_never_activations() -> None:
 
 
 @pytest.mark.slow
-def test_fusion_is_equal_on_a_mixed_mesh() -> None:
+@pytest.mark.parametrize("whole", [False, True], ids=["summed in groups", "summed whole"])
+def test_fusion_is_equal_on_a_mixed_mesh(whole: bool) -> None:
     spec = tiny(("s1", "s2_l2a"))
     expected, *_ = run(spec, one_device(), 2)
-    state, *_ = run(spec, make_mesh(data=2, fsdp=2, tensor=2), 2)
+    state, *_ = run(summing(spec, whole), make_mesh(data=2, fsdp=2, tensor=2), 2)
     assert_states_close(jax.device_get(state), jax.device_get(expected))
+
+
+def summing(spec: TrainSpec, whole: bool) -> TrainSpec:
+    return dataclasses.replace(spec, model=dataclasses.replace(spec.model, sum_whole=whole))
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["in groups", "whole"])
+def test_gradients_are_summed_in_groups_or_whole(whole: bool) -> None:
+    """The gradient of a kernel [32, 128]: within the four that share it and then part by part, or all of it at once."""
+    spec, mesh = summing(tiny(), whole), make_mesh(data=2, fsdp=4)
+    batch = batch_shapes(spec.model.sensors, BATCH, METERS, batch_sharding(mesh))
+    text = make_step(spec, mesh).lower(abstract_state(spec, mesh), batch).compile().as_text()
+    sums = " ".join(re.findall(r"= (.*) (?:all-reduce|reduce-scatter)(?:-start)?\(", text))
+    assert set(re.findall(r"f32\[(\d+),128\]", sums)) == ({"32"} if whole else {"8", "32"})
 
 
 def test_training_moves_everything(reference) -> None:

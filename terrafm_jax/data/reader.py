@@ -72,14 +72,18 @@ class Reader:
     def fill(self, batch: dict[str, Any], rows: Sequence[int], numbers: Sequence[int]) -> dict[int, RecordError]:
         """Places records into rows of a batch; returns the failures by row."""
         failed: dict[int, RecordError] = {}
-        for row, number, record in zip(rows, numbers, self.fetch_many(numbers), strict=True):
+        records = self.fetch_many(numbers)
+        for row, number in zip(rows, numbers, strict=True):
+            # Not of the zip, which holds a record until it has the next: freed memory is still in the cache.
+            record = next(records)
             if not isinstance(record, RecordError):
                 try:
                     canvas_lib.place(batch, row, number, record, self.sensors)
-                    continue
                 except ValueError as error:
                     record = self.records.error(int(number), str(error))
-            failed[row] = record
+            if isinstance(record, RecordError):
+                failed[row] = record
+            del record
         return failed
 
     def empty(self, bucket: int, size: int) -> dict[str, Any]:

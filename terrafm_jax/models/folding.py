@@ -66,15 +66,15 @@ def fold(
     The kernels may lie split over the fsdp axis. Each device multiplies its rows of the stems, and the products, which
     have no more values, are gathered; of the others the kernels are (``placement``).
     """
-    (scale, shift), dtype = norm, spec.compute_dtype
-    second, last = gather_rows(proj2[0], dtype), gather_rows(proj3[0], dtype)
+    scale, shift = norm
+    second, last = gather_rows(proj2[0], spec), gather_rows(proj3[0], spec)
     out_kernel = whole(linear(scale[:, None] * second, last, None, spec, out_dtype=spec.stat_dtype))
     out_bias = row_product(row_product(shift, second, spec) + proj2[1], last, spec) + proj3[1]
     kernel, pool = proj1, None
     if fusion is not None:
         queries, key, pool = fusion
         kernel, pool = jnp.concatenate([proj1, _asked(queries, key, spec)], axis=1), pool * scale
-    kernel = gather_rows(kernel, dtype)
+    kernel = gather_rows(kernel, spec)
 
     def joint(stem: Array, bias: Array) -> tuple[Array, Array]:
         merged = weight_product(stem, kernel, spec)

@@ -47,7 +47,7 @@ class DinoHead(nnx.Module):
     def prototypes(self) -> Array:
         """Unit columns [bottleneck, K] in ``stat_dtype``. Devices that share the kernel norm their columns each."""
         columns = unit(self.last_layer.kernel[...], 0, self.spec.stat_dtype)
-        return gather_columns(columns, self.spec.compute_dtype)
+        return gather_columns(columns, self.spec)
 
     def __call__(self, cls: Array) -> Array:
         """Logits [B, K] in ``stat_dtype``: sums in float32 of products in the compute dtype."""

@@ -20,17 +20,17 @@ from terrafm_jax.models.spec import ModelSpec
 ROWS, COLUMNS, WHOLE = P("fsdp"), P(None, "fsdp"), P()
 
 
-def gather_rows(x: Array, dtype: jnp.dtype) -> Array:
-    """[N, ...] whose rows may be split over the fsdp axis, whole on every device. It travels in ``dtype``.
+def gather_rows(x: Array, spec: ModelSpec) -> Array:
+    """[N, ...] whose rows may be split over the fsdp axis, whole on every device. It travels in the compute dtype.
 
     The gradient goes the other way, in the type of ``x``: summed over the batch's parts, and left where ``x`` lies.
     """
-    return _gather(x, dtype, ROWS, WHOLE)
+    return _gather(x, spec, ROWS, WHOLE)
 
 
-def gather_columns(x: Array, dtype: jnp.dtype) -> Array:
+def gather_columns(x: Array, spec: ModelSpec) -> Array:
     """As :func:`gather_rows`, for [N, K] whose columns are split over tensor and fsdp and stay split over tensor."""
-    return _gather(x, dtype, P(None, ("tensor", "fsdp")), P(None, "tensor"))
+    return _gather(x, spec, P(None, ("tensor", "fsdp")), P(None, "tensor"))
 
 
 def whole(x: Array) -> Array:
@@ -48,12 +48,12 @@ def _split() -> bool:
     return shape.get("fsdp", 1) > 1 and "tensor" in shape
 
 
-def _gather(x: Array, dtype: jnp.dtype, split: P, used: P) -> Array:
-    return _moved(x, jnp.dtype(dtype), split, used) if _split() else x
+def _gather(x: Array, spec: ModelSpec, split: P, used: P) -> Array:
+    return _moved(x, spec.compute_dtype, split, used, used if spec.sum_whole else split) if _split() else x
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _moved(x: Array, dtype: jnp.dtype, split: P, used: P) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _moved(x: Array, dtype: jnp.dtype, split: P, used: P, summed: P) -> Array:
     constrain = jax.lax.with_sharding_constraint
     gathered = constrain(constrain(x.astype(dtype), split), used)
     # Said again behind a barrier, or the compiler splits it once more, gathers a second time for the backward pass, and
@@ -61,12 +61,13 @@ def _moved(x: Array, dtype: jnp.dtype, split: P, used: P) -> Array:
     return constrain(jax.lax.optimization_barrier(gathered), used).astype(x.dtype)
 
 
-def _moved_fwd(x: Array, dtype: jnp.dtype, split: P, used: P) -> tuple[Array, None]:
-    return _moved(x, dtype, split, used), None
+def _moved_fwd(x: Array, dtype: jnp.dtype, split: P, used: P, summed: P) -> tuple[Array, None]:
+    return _moved(x, dtype, split, used, summed), None
 
 
-def _moved_bwd(dtype: jnp.dtype, split: P, used: P, _: None, g: Array) -> tuple[Array]:
-    return (jax.lax.with_sharding_constraint(g, split),)
+def _moved_bwd(dtype: jnp.dtype, split: P, used: P, summed: P, _: None, g: Array) -> tuple[Array]:
+    constrain = jax.lax.with_sharding_constraint
+    return (constrain(constrain(g, summed), split),)
 
 
 _moved.defvjp(_moved_fwd, _moved_bwd)
@@ -80,7 +81,7 @@ def weight_product(a: Array, b: Array, spec: ModelSpec) -> Array:
     is summed over the batch's parts once, and nothing after that: for the gradient of ``b`` the devices hold columns
     of ``a`` as well. JAX's own rule would multiply rows and sum over the devices, with no work left to hide that.
     """
-    return gather_rows(_dot(a, _whole(b, spec), (1, 0), spec), spec.compute_dtype)
+    return gather_rows(_dot(a, _whole(b, spec), (1, 0), spec), spec)
 
 
 def _weight_product_fwd(a: Array, b: Array, spec: ModelSpec) -> tuple:

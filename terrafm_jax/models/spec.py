@@ -44,6 +44,8 @@ class ModelSpec:
       folded: multiplies stems into projection and fusion weights first: same function, fewer FLOPs.
       platform: "cpu", "gpu" or "tpu" the code is compiled for; "" takes the default backend. Set it when
         compiling ahead of time for another machine.
+      sum_whole: gradients of weights that lie split are summed over all devices and then split; otherwise first
+        within the devices that share a state, then part by part (``training.sharding.sums_whole`` says when).
     """
 
     width: int = 768
@@ -68,6 +70,7 @@ class ModelSpec:
     fusion_kernel: str = "auto"
     folded: bool = True
     platform: str = ""
+    sum_whole: bool = False
 
     def __post_init__(self) -> None:
         faults = self._faults()

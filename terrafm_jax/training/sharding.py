@@ -167,13 +167,27 @@ PROTOTYPES = r"head/last_layer/kernel"
 EMBEDDING = r"backbone/patch_embed/(conv2d_.*|fusion/key|projection/.*)/kernel"
 
 
-def gather_params(mesh: Mesh | None, params: Any, kernel_dtype: Any = None, *, keep: str = PROTOTYPES) -> Any:
+def sums_whole(mesh: Mesh) -> bool:
+    """Whether gradients are summed over all devices and then split (``ModelSpec.sum_whole``), where both are possible.
+
+    On one TPU slice the sum runs over both axes of the torus at once, beside computing; the compiler makes a sum
+    within a group of chips a synchronous one. Between slices, and between hosts with GPUs, the network is slow, and
+    only parts of a gradient should cross it.
+    """
+    devices = mesh.devices.flat
+    slices = {getattr(d, "slice_index", 0) for d in devices}
+    return mesh.shape["data"] > 1 and len(slices) == 1 and devices[0].platform == "tpu"
+
+
+def gather_params(
+    mesh: Mesh | None, params: Any, kernel_dtype: Any = None, *, keep: str = PROTOTYPES, sum_whole: bool = False
+) -> Any:
     """Parameters as the networks use them: each one whole over the fsdp axis, still split over tensor.
 
     The gradients go the other way: summed over the batch's shards and left where the parameter lives. Without
     this the compiler is free to move activations instead of weights, and does. Kernels travel in ``kernel_dtype``
     if it is given, and so do their gradients; by default in their own, float32. Parameters whose path matches the
-    regular expression ``keep`` stay as they are.
+    regular expression ``keep`` stay as they are. ``sum_whole``: see :func:`sums_whole`.
     """
     if kernel_dtype is not None:
         params = jax.tree_util.tree_map_with_path(
@@ -186,23 +200,28 @@ def gather_params(mesh: Mesh | None, params: Any, kernel_dtype: Any = None, *, k
         if re.fullmatch(keep, path):
             return x
         stored, used = NamedSharding(mesh, spec), NamedSharding(mesh, whole_over_fsdp(spec))
-        return x if stored == used else _moved(x, stored, used)
+        # Gradients of what the embedding multiplies with other weights come split already, or small.
+        whole = sum_whole and not path.startswith("backbone/patch_embed/")
+        return x if stored == used else _moved(x, stored, used, used if whole else stored)
 
     leaves, tree = jax.tree.flatten(params)
     return tree.unflatten(map(gather, paths(params), leaves, _specs(param_specs(params))))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _moved(x: jax.Array, stored: NamedSharding, used: NamedSharding) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _moved(x: jax.Array, stored: NamedSharding, used: NamedSharding, summed: NamedSharding) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, used)
 
 
-def _moved_fwd(x: jax.Array, stored: NamedSharding, used: NamedSharding) -> tuple[jax.Array, None]:
-    return _moved(x, stored, used), None
+def _moved_fwd(x: jax.Array, *at: NamedSharding) -> tuple[jax.Array, None]:
+    return _moved(x, *at), None
 
 
-def _moved_bwd(stored: NamedSharding, used: NamedSharding, _: None, g: jax.Array) -> tuple[jax.Array]:
-    return (jax.lax.with_sharding_constraint(g, stored),)
+def _moved_bwd(
+    stored: NamedSharding, used: NamedSharding, summed: NamedSharding, _: None, g: jax.Array
+) -> tuple[jax.Array]:
+    constrain = jax.lax.with_sharding_constraint
+    return (constrain(constrain(g, summed), stored),)
 
 
 _moved.defvjp(_moved_fwd, _moved_bwd)

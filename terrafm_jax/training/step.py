@@ -42,6 +42,7 @@ from terrafm_jax.training.sharding import (
     gather_params,
     make_batch,
     state_shardings,
+    sums_whole,
 )
 from terrafm_jax.training.state import TrainState
 
@@ -210,7 +211,9 @@ def _loss_and_gradients(
     """Gradients, center sums and metrics of a batch or microbatch."""
     kernel_dtype = jnp.bfloat16 if spec.reduce_dtype == "bfloat16" else None
     keep = f"{PROTOTYPES}|{EMBEDDING}" if spec.model.folded else PROTOTYPES
-    gather = functools.partial(gather_params, mesh, kernel_dtype=kernel_dtype, keep=keep)
+    gather = functools.partial(
+        gather_params, mesh, kernel_dtype=kernel_dtype, keep=keep, sum_whole=spec.model.sum_whole
+    )
     view_key, drop_key = jax.random.split(key)
     stats = {name: spec.stats.arrays(name) for name in spec.model.sensors}
     with jax.named_scope("views"):
@@ -352,6 +355,8 @@ def make_step(spec: TrainSpec, mesh: Mesh) -> Callable[[TrainState, Mapping[str,
     """
     check_batch(mesh, spec.optim.batch_size, spec.microbatches)
     state = jax.tree.map(lambda x: x.sharding, abstract_state(spec, mesh))
+    if sums_whole(mesh):
+        spec = dataclasses.replace(spec, model=dataclasses.replace(spec.model, sum_whole=True))
 
     def step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for kernels, which see their device's part
