@@ -16,7 +16,7 @@ from terrafm_jax.config import apply_argument, base
 
 def get_config(arg: str | None = None) -> ConfigDict:
     c = base()
-    c.total_steps = "550"
+    c.total_steps = "575"
     c.batch_size = 32
     c.data.workers, c.data.cache, c.data.canvases = 0, "ram", 1  # tiles that lack a sensor are padded, too
     c.model.size, c.model.width, c.model.depth, c.model.heads = "", 128, 3, 4

@@ -1,6 +1,6 @@
 """``make demo``: cells, preparation, a short pretraining, what it learnt, export, pictures.
 
-    python -m terrafm_jax.demo --out demo_out [--seed 0] [--cells 300] [--steps 550]
+    python -m terrafm_jax.demo --out demo_out [--seed 0] [--cells 300] [--steps 575]
 
 Every step runs a public command or function that real data use as well. What is there already is not
 made again, so an interrupted demo continues.
@@ -54,7 +54,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cells", type=int, default=300, help="training cells; a cell gives four tiles")
     parser.add_argument("--heldout", type=int, default=300, help="cells to label and as many to be classified")
-    parser.add_argument("--steps", type=int, default=550)
+    parser.add_argument("--steps", type=int, default=575)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     return parser.parse_args()
 
