@@ -25,12 +25,16 @@ def gather_rows(x: Array, spec: ModelSpec) -> Array:
 
     The gradient goes the other way, in the type of ``x``: summed over the batch's parts, and left where ``x`` lies.
     """
-    return _gather(x, spec, ROWS, WHOLE)
+    return _gather(x, spec, ROWS, WHOLE, summed=ROWS)
 
 
 def gather_columns(x: Array, spec: ModelSpec) -> Array:
-    """As :func:`gather_rows`, for [N, K] whose columns are split over tensor and fsdp and stay split over tensor."""
-    return _gather(x, spec, P(None, ("tensor", "fsdp")), P(None, "tensor"))
+    """As :func:`gather_rows`, for [N, K] whose columns are split over tensor and fsdp and stay split over tensor.
+
+    ``spec.sum_whole`` says how the gradient is summed; those of the rows above are mostly of weights alone, and whole.
+    """
+    split, used = P(None, ("tensor", "fsdp")), P(None, "tensor")
+    return _gather(x, spec, split, used, summed=used if spec.sum_whole else split)
 
 
 def whole(x: Array) -> Array:
@@ -48,8 +52,8 @@ def _split() -> bool:
     return shape.get("fsdp", 1) > 1 and "tensor" in shape
 
 
-def _gather(x: Array, spec: ModelSpec, split: P, used: P) -> Array:
-    return _moved(x, spec.compute_dtype, split, used, used if spec.sum_whole else split) if _split() else x
+def _gather(x: Array, spec: ModelSpec, split: P, used: P, summed: P) -> Array:
+    return _moved(x, spec.compute_dtype, split, used, summed) if _split() else x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
