@@ -273,8 +273,8 @@ def _whole(args: argparse.Namespace, kind: str, plan: Any, reader: Any, encoder:
         write(args.out, unfinished.tokens(), plan.output, meta, args.dtype)
     unfinished.remove()
     _say(
-        "%d windows encoded, %d empty, %.1f s (%.1f s of it waiting for pixels), %.2f km2/s -> %s",
-        summary.encoded, summary.empty, summary.seconds, summary.reading,
+        "%d windows encoded, %d empty, %d done before, %.1f s (%.1f s of it waiting for pixels), %.2f km2/s -> %s",
+        summary.encoded, summary.empty, summary.resumed, summary.seconds, summary.reading,
         summary.square_kilometers / max(summary.seconds, 1e-9), args.out,
     )  # fmt: skip
 

@@ -50,7 +50,9 @@ def test_an_interrupted_job_ends_with_the_same_bytes(l2a_scene: Path, tmp_path: 
     for after in (1, 2, 1, 1, None):
         job, unfinished = _job(l2a_scene, tmp_path / "parts.tif", tiny_encoder)
         if after is None:
-            assert job.run().resumed > 0
+            rest = job.run()
+            assert 0 < rest.resumed < rest.windows == rest.resumed + rest.encoded
+            assert rest.square_kilometers == pytest.approx(summary.square_kilometers * rest.encoded / rest.windows)
         else:
             with pytest.raises(run.Stopped, match="goes on from there"):
                 job.run(stop_after=after)

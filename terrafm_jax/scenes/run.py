@@ -33,7 +33,10 @@ class Stopped(Exception):
 
 @dataclasses.dataclass
 class Summary:
-    """What a job did: windows in all, encoded, skipped as empty, done before this start; seconds by kind."""
+    """What a job did: windows in all, encoded, skipped as empty, done before this start; seconds by kind.
+
+    ``square_kilometers`` is the area of the windows of this start.
+    """
 
     windows: int = 0
     encoded: int = 0
@@ -180,9 +183,9 @@ class Job:
                     break
                 pending = running
         self._unfinished.save(self._blender, self._done)
-        grid = self._plan.grid
+        left = 1 - self.summary.resumed / max(self.summary.windows, 1)
         self.summary.seconds = time.perf_counter() - began
-        self.summary.square_kilometers = area(grid)
+        self.summary.square_kilometers = area(self._plan.grid) * left
         return self.summary
 
     def _stopped(self) -> str:
