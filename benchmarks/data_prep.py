@@ -25,6 +25,7 @@ from typing import Any
 from array_record.python import array_record_module
 from rasterio.io import MemoryFile
 
+from benchmarks.timing import circumstances
 from data_prep import majortom, parquet
 from data_prep.cell import Options, prepare
 from data_prep.chunks import Job, Unit, write_chunk
@@ -163,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{name:<40}{value:>14.3f}")
     for row in result["compression"]:
         print("  ".join(f"{k} {v if isinstance(v, str) else round(v, 2)}" for k, v in row.items()))
-    print(json.dumps(result))
+    print(json.dumps(circumstances("benchmarks.data_prep", "numpy", "rasterio", "pyarrow", "array_record") | result))
     return 0
 
 

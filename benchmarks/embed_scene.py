@@ -14,13 +14,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import importlib.metadata
 import json
-import os
-import platform
 import resource
 import statistics
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,7 +26,7 @@ import numpy as np
 import rasterio
 from rasterio.transform import from_origin
 
-from benchmarks.timing import Turn, repeat
+from benchmarks.timing import Turn, circumstances, repeat
 from terrafm_jax.inference import Model
 from terrafm_jax.scenes import inputs, read, run, store
 from terrafm_jax.scenes.encoder import WindowEncoder
@@ -134,8 +130,6 @@ def report(found: Contenders, turns: Mapping[str, Sequence[Turn]]) -> dict[str, 
         "wall_seconds": {name: [t.wall for t in each] for name, each in turns.items()},
         "cpu_seconds": {name: [t.cpu for t in each] for name, each in turns.items()},
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "machine": f"{os.cpu_count()} shared CPU cores, {platform.machine()}",
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "torch", "numpy", "rasterio")},
     }
     if "torch" in wall:
         result |= {name: wall["torch"] / wall[key] for name, key in (("encoder_times_torch", "encode"),
@@ -167,8 +161,8 @@ def main() -> None:
         for _ in range(args.repeats):  # in turns: whatever slows the machine down slows all alike
             for name, once in runs.items():
                 turns[name] += repeat(lambda _, once=once: once(), 1, 1)
-        command = f"python -m benchmarks.embed_scene {' '.join(sys.argv[1:])}"
-        print(json.dumps({"command": command, **report(found, turns)}))
+        about = circumstances("benchmarks.embed_scene", "jax", "torch", "numpy", "rasterio")
+        print(json.dumps(about | report(found, turns)))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.timing import circumstances
 from terrafm_jax import landcover
 from terrafm_jax.data import decode, tiles
 from terrafm_jax.data.pipeline import make_loader, make_order
@@ -293,7 +294,8 @@ def main() -> None:
             result[f"share_of_{other}{ending}"] = ours_[unit] / result[other][unit]
         for other in ("tfds_grain", "torch_rasterio"):
             result[f"times_{other}{ending}"] = ours_[unit] / result[other][unit]
-    print(json.dumps(result))
+    packages = ("numpy", "rasterio", "array_record", "grain", "tensorflow-datasets", "torch")
+    print(json.dumps(circumstances("benchmarks.input_pipeline", *packages) | result))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Timing shared by the benchmarks: repeats in one process, or turns taken between processes that compete.
+"""Shared by the benchmarks: repeats in one process, turns between processes, and what results are read with.
 
 In a comparison every contender is a process of its own that stays warm and runs a few steps when asked,
 in turns with the others. Whatever else slows the machine down then slows all of them alike.
@@ -6,7 +6,10 @@ in turns with the others. Whatever else slows the machine down then slows all of
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -15,6 +18,27 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 READY, TURN = "ready", "turn"
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of Python and of those packages that are installed."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def circumstances(module: str, *packages: str) -> dict[str, Any]:
+    """What a result of a benchmark on processors is read with: command, date, machine, versions."""
+    return {
+        "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "versions": versions(*packages),
+    }
 
 
 class Turn(NamedTuple):

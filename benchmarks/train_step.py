@@ -14,10 +14,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
-import importlib.metadata
 import json
 import os
-import platform
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -147,13 +145,7 @@ class Bench:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("jax", "jaxlib", "flax", "optax", "libtpu"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return timing.versions("jax", "jaxlib", "flax", "optax", "libtpu")
 
 
 def describe(spec: TrainSpec, args: argparse.Namespace, bench: Bench) -> dict[str, Any]:

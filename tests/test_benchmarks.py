@@ -74,6 +74,35 @@ def test_all_that_one_call_measures_is_understood(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "flags", "keys"),
+    [
+        (
+            "input_pipeline",
+            "--tiles 16 --side 48 --seconds 0.1 --geotiffs 8 --memory-steps 4",
+            ("loader", "share_of_plain_files", "times_torch_rasterio", "resident_megabytes"),
+        ),
+        (
+            "data_prep",
+            "--cells 1 --cell-size 240 --tile-size 120 --cells-per-shard 1 --repeat 1",
+            ("ratio_cpu", "cells_per_hour_per_core", "major_tom_core_hours", "compression"),
+        ),
+    ],
+)
+def test_reading_and_preparation_say_what_was_measured_on_what(
+    module: str, flags: str, keys: tuple[str, ...], root: Path
+) -> None:
+    pytest.importorskip("torch")
+    command = [sys.executable, "-m", f"benchmarks.{module}", *flags.split()]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["command"] == f"python -m benchmarks.{module} {flags}"
+    assert {"python", "numpy", "rasterio", "array_record"} <= set(found["versions"])
+    assert "cores" in found["machine"]
+    assert all(found[key] for key in keys)
+
+
 def test_end_to_end_counts_the_bytes_it_reads_and_ships(tmp_path: Path) -> None:
     input_pipeline.write_records(tmp_path, 16, 48, "uncompressed")
     sizes = "width=48 depth=1 heads=3 fusion_heads=4 prototypes=64 locals=1 global_size=32 local_size=16"
