@@ -31,7 +31,8 @@ def gather_rows(x: Array, spec: ModelSpec) -> Array:
 def gather_columns(x: Array, spec: ModelSpec) -> Array:
     """As :func:`gather_rows`, for [N, K] whose columns are split over tensor and fsdp and stay split over tensor.
 
-    ``spec.sum_whole`` says how the gradient is summed; those of the rows above are mostly of weights alone, and whole.
+    ``spec.sum_whole`` says in which order the gradient is summed. Rows know no such choice: they are gathered for
+    products of weights, whose gradients have been summed before.
     """
     split, used = P(None, ("tensor", "fsdp")), P(None, "tensor")
     return _gather(x, spec, split, used, summed=used if spec.sum_whole else split)

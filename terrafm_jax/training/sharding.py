@@ -200,7 +200,7 @@ def gather_params(
         if re.fullmatch(keep, path):
             return x
         stored, used = NamedSharding(mesh, spec), NamedSharding(mesh, whole_over_fsdp(spec))
-        # Gradients of what the embedding multiplies with other weights come split already, or small.
+        # The embedding multiplies its kernels with other weights: gradients come summed and split, or are small.
         whole = sum_whole and not path.startswith("backbone/patch_embed/")
         return x if stored == used else _moved(x, stored, used, used if whole else stored)
 
