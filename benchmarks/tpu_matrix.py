@@ -2,6 +2,7 @@
 
     python -m benchmarks.tpu_matrix [--only REGEX] [--force]      # compiles what the JSON lacks
     python -m benchmarks.tpu_matrix --table                       # prints the JSON as markdown tables
+    python -m benchmarks.tpu_matrix --history                     # the same of earlier states of the step
 
 Each entry runs in a process of its own and is written to benchmarks/results/tpu_matrix.json at once, so the
 script may be stopped and started at will. An entry takes minutes to half an hour of one core; --minutes limits
@@ -116,6 +117,11 @@ def load() -> dict[str, Any]:
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
+def earlier(name: str) -> bool:
+    """Whether an entry is of a step as it once was; the key says in brackets which."""
+    return "(" in name.split(" | ")[0]
+
+
 def speedup(results: dict[str, Any], name: str) -> float | None:
     """MFU over that of the naive step on the same topology with as many images; None where it was not compiled."""
     _, topology, images = name.split(" | ")
@@ -123,14 +129,16 @@ def speedup(results: dict[str, Any], name: str) -> float | None:
     return results[name]["mfu"] / naive["mfu"] if "mfu" in naive else None
 
 
-def table(results: dict[str, Any]) -> str:
-    """Markdown."""
+def table(results: dict[str, Any], *, history: bool = False) -> str:
+    """Markdown: the entries of today's step, or those of earlier ones."""
     lines = [
         "| step | topology | images a chip | HBM GiB | step ms | floor ms | views | wire MB (least) "
         "| wire ms shown, hidden | program / formula FLOPs | MFU | over naive | images/s a chip |",
         "| --- | --- |" + " ---: |" * 11,
     ]
     for name, r in results.items():
+        if earlier(name) != history:
+            continue
         title, topology, images = name.split(" | ")
         if "error" in r:
             lines.append(f"| {title} | {topology} | {images} | {r['error'][:80]} |" + " |" * 9)
@@ -154,9 +162,9 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def parts(results: dict[str, Any]) -> str:
+def parts(results: dict[str, Any], *, history: bool = False) -> str:
     """Markdown: where the time of each step goes, in per cent, by part of the step and by kind of work."""
-    found = {name: r for name, r in results.items() if "seconds_by_scope" in r}
+    found = {name: r for name, r in results.items() if "seconds_by_scope" in r and earlier(name) == history}
     scopes, kinds = (
         list(dict.fromkeys(k for r in found.values() for k in r[f"seconds_by_{what}"])) for what in ("scope", "kind")
     )
@@ -176,7 +184,7 @@ def chip_hours(results: dict[str, Any]) -> str:
     lines = ["| step | chips | chip-hours | days |", "| --- | ---: | ---: | ---: |"]
     for name, r in results.items():
         recipe = recipes.get(name.split(" ")[0])
-        if recipe is None or "error" in r:
+        if recipe is None or "error" in r or earlier(name):
             continue
         hours = recipe.images / (r["images_per_chip"] / r["step_seconds"]) / 3600
         title = name.replace(" | ", ", ")
@@ -191,12 +199,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=24 * 60, help="stop after so long")
     parser.add_argument("--table", action="store_true", help="print the table and stop")
     parser.add_argument("--naive", nargs=3, metavar=("TOPOLOGY", "IMAGES", "FILE"), help=argparse.SUPPRESS)
+    parser.add_argument("--history", action="store_true", help="print the tables of earlier states of the step and stop")
     a = parser.parse_args()
     if a.naive:
         Path(a.naive[2]).write_text(json.dumps(compile_naive(a.naive[0], int(a.naive[1]))))
         return
     results, end = load(), time.monotonic() + 60 * a.minutes
-    for entry in () if a.table else entries():
+    for entry in () if a.table or a.history else entries():
         name = key(entry)
         if not re.search(a.only, name) or (name in results and "error" not in results[name] and not a.force):
             continue
@@ -206,7 +215,10 @@ def main() -> None:
         results = {**load(), name: compile_entry(entry, end - time.monotonic())}
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    print("\n\n".join((table(results), parts(results), chip_hours(results))))
+    if a.history:
+        print("\n\n".join((table(results, history=True), parts(results, history=True))))
+    else:
+        print("\n\n".join((table(results), parts(results), chip_hours(results))))
 
 
 if __name__ == "__main__":

@@ -137,12 +137,15 @@ def test_matrix_tables_compare_with_the_naive_step():
     )  # fmt: skip
     results = {
         "B scan | v5e:4x4 | 16": whole, "naive | v5e:4x4 | 16": entry(0.4), "L scan | v4:4x4x8 | 16": {"error": "x"},
+        "B (unfused) | v5e:4x4 | 16": {**whole, "mfu": 0.2},
     }  # fmt: skip
     assert tpu_matrix.speedup(results, "B scan | v5e:4x4 | 16") == pytest.approx(1.25)
     table = tpu_matrix.table(results).splitlines()
     row = "| 8.0 of 16 | 80.0 | 50.0 | 4.0% | 600 (500) | 2.0, 1.0 | 1.25 | 50.0% | 1.25 | 200 |"
     assert table[2] == f"| B scan | v5e:4x4 | 16 {row}"
     assert len({line.count("|") for line in table}) == 1
+    assert len(table) == 5
+    assert "| B (unfused) | v5e:4x4 |" in tpu_matrix.table(results, history=True).splitlines()[2]
     assert tpu_matrix.parts(results).splitlines()[2] == "| B scan, v5e:4x4, 16 | 4.0% | 96.0% | 97.5% | 2.5% |"
     (hours,) = tpu_matrix.chip_hours(results).splitlines()[2:]
     assert hours == f"| B scan, v5e:4x4, 16 | 16 | {150 * 1_530_000 / 200 / 3600:,.0f} | 0.8 |"
