@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=24 * 60, help="stop after so long")
     parser.add_argument("--table", action="store_true", help="print the table and stop")
     parser.add_argument("--naive", nargs=3, metavar=("TOPOLOGY", "IMAGES", "FILE"), help=argparse.SUPPRESS)
-    parser.add_argument("--history", action="store_true", help="print the tables of earlier states of the step and stop")
+    parser.add_argument("--history", action="store_true", help="print the tables of earlier steps and stop")
     a = parser.parse_args()
     if a.naive:
         Path(a.naive[2]).write_text(json.dumps(compile_naive(a.naive[0], int(a.naive[1]))))
