@@ -57,7 +57,7 @@ def test_formula_equals_the_products_of_student_and_teacher(fusion: bool) -> Non
     present = jax.ShapeDtypeStruct((2, 3), "bool")
 
     def logits(weights: Any, patches: Any, present: Any) -> jax.Array:
-        (cls,) = encode_cls(spec, weights[0], [(patches, present)], drop_keys=[None])
+        (cls,) = encode_cls(spec, weights[0], [(patches, present)], keep=[None])
         return jnp.square(project(spec, weights[1], cls)).sum()  # a linear loss would not need the logits
 
     teacher = traced(logits, weights, patches, present)

@@ -70,15 +70,15 @@ def slices(count: int) -> list[FakeTpu]:
 def test_data_axis_is_hybrid_over_slices() -> None:
     """fsdp stays within a slice; walking along data crosses the slices in the outer part only."""
     mesh = make_mesh(data=-1, fsdp=2, devices=slices(2))
-    assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert dict(mesh.shape) == {"slice": 2, "data": 2, "fsdp": 2, "tensor": 1}
     index = np.vectorize(lambda d: d.slice_index)(mesh.devices)[..., 0]
-    np.testing.assert_array_equal(index, [[0, 0], [0, 0], [1, 1], [1, 1]])
+    np.testing.assert_array_equal(index, [[[0, 0], [0, 0]], [[1, 1], [1, 1]]])
 
 
 def test_fsdp_of_zero_splits_the_state_over_the_chips_of_a_slice_on_tpu_only() -> None:
-    assert dict(make_mesh(fsdp=0, devices=slices(2)).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
-    assert dict(make_mesh(fsdp=0, tensor=2, devices=slices(2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert dict(make_mesh(data=4, fsdp=0, devices=slices(2)).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert dict(make_mesh(fsdp=0, devices=slices(2)).shape) == {"slice": 2, "data": 1, "fsdp": 4, "tensor": 1}
+    assert dict(make_mesh(fsdp=0, tensor=2, devices=slices(2)).shape) == {"slice": 2, "data": 1, "fsdp": 2, "tensor": 2}
+    assert dict(make_mesh(data=4, fsdp=0, devices=slices(2)).shape) == {"slice": 2, "data": 2, "fsdp": 2, "tensor": 1}
     assert dict(make_mesh(fsdp=0).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
 
 
@@ -96,18 +96,20 @@ def test_every_slice_that_is_sold_has_a_default_mesh(chip: str, chips: int) -> N
     ]
     mesh = make_mesh(fsdp=0, devices=devices)
     share = min(16, len(places))
-    assert dict(mesh.shape) == {"data": chips // share, "fsdp": share, "tensor": 1}
+    slices = {"slice": topology.slices} if topology.slices > 1 else {}
+    assert dict(mesh.shape) == {**slices, "data": len(places) // share, "fsdp": share, "tensor": 1}
     assert {d.id for d in mesh.devices.flat} == set(range(chips))
-    for group in mesh.devices[::7, :, 0]:
+    for group in mesh.devices.reshape(-1, share)[::7]:
         spans = np.ptp([d.coords for d in group], axis=0) + 1
         assert np.prod(spans) == share
         assert len({d.slice_index for d in group}) == 1
 
 
-def test_gradients_are_summed_whole_on_one_slice_of_a_tpu_only() -> None:
+def test_gradients_are_summed_whole_within_a_slice_of_a_tpu_only() -> None:
     assert sums_whole(make_mesh(data=2, fsdp=2, devices=slices(1)))
     assert not sums_whole(make_mesh(data=1, fsdp=4, devices=slices(1)))
-    assert not sums_whole(make_mesh(data=4, fsdp=2, devices=slices(2)))
+    assert sums_whole(make_mesh(data=4, fsdp=2, devices=slices(2)))
+    assert not sums_whole(make_mesh(data=2, fsdp=4, devices=slices(2)))
     assert not sums_whole(make_mesh(data=2, fsdp=4))
 
 

@@ -74,7 +74,16 @@ def reference():
     return jax.device_get(state), jax.device_get(metrics)
 
 
-@pytest.mark.parametrize("shape", [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+MESHES = [
+    {"data": 8},
+    {"data": 1, "fsdp": 8},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"data": 4, "fsdp": 2, "slices": 2},
+    {"data": 2, "fsdp": 2, "tensor": 2, "slices": 2},
+]
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_three_steps_are_equal_on_every_mesh(reference, shape: dict[str, int]) -> None:
     expected, expected_metrics = reference
     state, metrics, step = run(tiny(), make_mesh(**shape), 3)

@@ -29,11 +29,13 @@ def over_batch(call: Callable[..., Any], arrays: Sequence[Array], everywhere: Se
     Results are put together along their leading axis.
     """
     mesh = get_abstract_mesh()
-    axes = tuple(name for name in BATCH_AXES if name in mesh.axis_names)
+    free = set(mesh.axis_names) - set(mesh.manual_axes)  # the step may already be mapped over slices
+    axes = tuple(name for name in BATCH_AXES if name in free)
     if mesh.size == 1 or not axes:
         return call(*arrays, *everywhere)
     specs = (P(axes),) * len(arrays) + (P(),) * len(everywhere)
-    return jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=P(axes), check_vma=False)(*arrays, *everywhere)
+    mapped = jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=P(axes), axis_names=free, check_vma=False)
+    return mapped(*arrays, *everywhere)
 
 
 def run(build: Callable[..., Callable[..., Any]], *arrays: Array) -> Any:

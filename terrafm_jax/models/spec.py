@@ -15,7 +15,7 @@ SIZES: dict[str, tuple[int, int, int]] = {"s": (384, 12, 6), "b": (768, 12, 12),
 STEM_FACTOR = 3  # stems are three times as wide as the backbone
 DTYPES = ("float32", "bfloat16", "float64")  # float64 serves the parity tests
 REMATS = ("none", "dots", "block")
-BATCH_AXES = ("data", "fsdp")  # of a mesh: those that split the batch
+BATCH_AXES = ("slice", "data", "fsdp")  # of a mesh: those that split the batch, where it has them
 FUSION_KERNELS = ("auto", "xla", "pallas")
 ATTENTIONS = ("auto", "xla", "cudnn", "head_major", "pallas")
 

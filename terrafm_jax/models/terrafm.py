@@ -150,7 +150,8 @@ def encode(
     prepared = prepare(spec, backbone) if not isinstance(backbone, Prepared) else backbone
     x, (rows, columns) = _tokens(spec, prepared, patches, present)
     backbone = _params(prepared)
-    x, tapped = run_blocks(spec, backbone["blocks"], x, _keep(spec, x.shape[0], drop_key), taps)
+    keep = None if drop_key is None or not spec.drop_path else drop_path_keep(spec, x.shape[0], drop_key)
+    x, tapped = run_blocks(spec, backbone["blocks"], x, keep, taps)
     norm = nnx.merge(_graphs(spec)["norm"], backbone["norm"])
 
     def split(tokens: Array) -> tuple[Array, Array]:
@@ -165,7 +166,7 @@ def encode_cls(
     backbone: Params | Prepared,
     sets: Sequence[tuple[Mapping[str, Array], Array | None]],
     *,
-    drop_keys: Sequence[Array | None],
+    keep: Sequence[Array | None],
 ) -> list[Array]:
     """Class tokens [B_i, d] of several sets of views, whose sizes may differ, with one pass over the layers.
 
@@ -173,7 +174,7 @@ def encode_cls(
 
     Args:
       sets: (patches, present) as for :func:`encode`.
-      drop_keys: PRNG key of the drop path for each set, or None.
+      keep: for each set what ``vit.drop_path_keep`` drew, [depth, 2, B_i], or None.
 
     Raises:
       ValueError: as :func:`encode`.
@@ -184,7 +185,6 @@ def encode_cls(
     prepared = backbone if isinstance(backbone, Prepared) else prepare(spec, backbone, by_columns=by_columns)
     backbone = _params(prepared)
     tokens = [_tokens(spec, prepared, patches, present)[0] for patches, present in sets]
-    keep = [_keep(spec, x.shape[0], key) for x, key in zip(tokens, drop_keys, strict=True)]
     last, _ = run_blocks_together(spec, backbone["blocks"], tokens, keep)
     norm = nnx.merge(_graphs(spec)["norm"], backbone["norm"])
     return [norm(x[:, 0]) for x in last]
@@ -192,10 +192,6 @@ def encode_cls(
 
 def _params(backbone: Params | Prepared) -> Params:
     return backbone.params if isinstance(backbone, Prepared) else backbone
-
-
-def _keep(spec: ModelSpec, batch: int, drop_key: Array | None) -> Array | None:
-    return None if drop_key is None or not spec.drop_path else drop_path_keep(spec, batch, drop_key)
 
 
 def _tokens(

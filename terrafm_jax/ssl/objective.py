@@ -105,14 +105,19 @@ def update_centers(centers: Centers, teacher: jax.Array, is_frequent: jax.Array,
     return move_centers(centers, center_sums(teacher, is_frequent), momentum=momentum)
 
 
-def teacher_targets(
-    teacher: jax.Array, centers: Centers, *, teacher_temp: jax.Array | float, alpha: float
-) -> tuple[jax.Array, jax.Array]:
-    """Centered, sharpened targets: log-probabilities and probabilities, [B, G, K] each, without gradient."""
+class Targets(NamedTuple):
+    """What the teacher says of each view it saw, centered and sharpened; [B, G, K] each, fp32, without gradient."""
+
+    log_probs: jax.Array
+    probs: jax.Array
+
+
+def teacher_targets(teacher: jax.Array, centers: Centers, *, teacher_temp: jax.Array | float, alpha: float) -> Targets:
+    """Targets from teacher logits [B, G, K] and the centers as they were before this batch."""
     center = alpha * centers.overall + (1.0 - alpha) * centers.frequent
     logits = (jax.lax.stop_gradient(teacher).astype(jnp.float32) - center[None, None]) / teacher_temp
     log_probs = jax.nn.log_softmax(logits, axis=-1)
-    return log_probs, jnp.exp(log_probs)
+    return Targets(log_probs, jnp.exp(log_probs))
 
 
 def _pairs(views: int, targets: int) -> jax.Array:
@@ -203,18 +208,22 @@ def dino_loss(
             f"dino_loss: student [B, V, K] is {student.shape}, teacher [B, G, K] is {teacher.shape}; "
             "expected equal B and K, V >= G and V >= 2"
         )
-    log_probs, probs = teacher_targets(teacher, centers, teacher_temp=teacher_temp, alpha=alpha)
-    loss = pair_cross_entropy(student, probs, student_temp)
-    sample_entropy = -jnp.mean(jnp.sum(probs * log_probs, axis=-1), axis=-1)
+    targets = teacher_targets(teacher, centers, teacher_temp=teacher_temp, alpha=alpha)
+    loss = pair_cross_entropy(student, targets.probs, student_temp)
+    return loss, loss_metrics(jax.lax.stop_gradient(loss), targets)
+
+
+def loss_metrics(loss: jax.Array, targets: Targets) -> dict[str, jax.Array]:
+    """The metrics of :func:`dino_loss`."""
+    sample_entropy = -jnp.mean(jnp.sum(targets.probs * targets.log_probs, axis=-1), axis=-1)
     entropy = jnp.mean(sample_entropy)
-    marginal = jnp.mean(probs, axis=(0, 1))
-    metrics = {
+    marginal = jnp.mean(targets.probs, axis=(0, 1))
+    return {
         "teacher_entropy": entropy,
-        "kl": jax.lax.stop_gradient(loss) - entropy,
+        "kl": loss - entropy,
         "marginal_entropy": -jnp.sum(marginal * jnp.log(jnp.maximum(marginal, 1e-30))),
         "sample_entropy": sample_entropy,
     }
-    return loss, metrics
 
 
 def center_metrics(centers: Centers) -> dict[str, jax.Array]:

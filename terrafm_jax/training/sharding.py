@@ -1,8 +1,9 @@
 """Device mesh and sharding: which part of every array lives where.
 
 The mesh has three axes. ``data`` and ``fsdp`` split the batch; ``fsdp`` also splits parameters, teacher
-and optimizer state; ``tensor`` splits the MLPs and the prototypes. Axes are Auto: the program is written
-for global arrays and the compiler inserts the communication, so the same code runs on any mesh.
+and optimizer state; ``tensor`` splits the MLPs and the prototypes. On several TPU slices there is a fourth
+before them, ``slice``, the outer part of ``data``. Axes are Auto: the program is written for global arrays and
+the compiler inserts the communication, so the same code runs on any mesh.
 
 Rules are ordered (regular expression, PartitionSpec); the first full match of a parameter's path decides,
 and a parameter without a rule is an error.
@@ -18,14 +19,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, get_abstract_mesh
 from jax.sharding import PartitionSpec as P
 
 from terrafm_jax.models.spec import BATCH_AXES
 from terrafm_jax.training.optim import Optimizer, match, paths
 
-AXES = (*BATCH_AXES, "tensor")
-BATCH = P(BATCH_AXES)
+AXES = ("data", "fsdp", "tensor")
 SPLIT = 16  # chips that share one state by default: an update over 16 of them is a hundredth of a step
 
 # Kernels are [in, out] and gathered over fsdp by rows, as gathered columns would have to be put in order. Vectors and
@@ -46,20 +46,27 @@ class ShardingError(ValueError):
     """The mesh does not fit the devices, the parameters or the batch."""
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+    slices: int | None = None,
+) -> Mesh:
     """Mesh ("data", "fsdp", "tensor") over all devices; one size may be -1 and takes what is left.
 
     ``fsdp = 0`` leaves it to us: on TPU up to SPLIT chips of a slice share the state, so that each updates its part;
     elsewhere it is whole on every device.
 
-    On several TPU slices the data axis is hybrid: its outer part runs over the slices (slow network), its
-    inner part and the other axes stay within a slice.
+    On several TPU slices the data axis is hybrid: its outer part, an axis of its own named "slice", runs over the
+    slices (slow network), its inner part and the other axes stay within one. ``slices`` treats devices that know
+    nothing of slices as so many of them, in the order given; by default they say themselves.
 
     Raises:
       ShardingError: the sizes do not multiply to the number of devices, or the slices do not divide ``data``.
     """
     devices = list(jax.devices() if devices is None else devices)
-    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    slices = slices or len({getattr(d, "slice_index", 0) for d in devices})
     if fsdp == 0:
         share = len(devices) // (max(tensor, 1) * (slices if data == -1 else max(data, 1)))
         fsdp = math.gcd(share, SPLIT) if devices[0].platform == "tpu" else 1
@@ -74,10 +81,12 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     # Many slices (v6e:8x8, v5p:8x8x8) have no axes of 16 chips together: two of ours share one of theirs there.
     inside, split = (shape[0] // slices, *shape[1:]), {"allow_split_physical_axes": True}
     if slices == 1:
-        grid = mesh_utils.create_device_mesh(inside, devices, **split)
+        grid, names = mesh_utils.create_device_mesh(inside, devices, **split), AXES
     else:
-        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, **split)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        known = len({getattr(d, "slice_index", 0) for d in devices}) > 1
+        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, **split) if known else devices
+        grid, names = np.reshape(grid, (slices, *inside)), ("slice", *AXES)
+    return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
 
 
 def _fill(sizes: list[int], devices: int) -> tuple[int, int, int]:
@@ -95,12 +104,12 @@ def _fill(sizes: list[int], devices: int) -> tuple[int, int, int]:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of everything with a leading batch axis."""
-    return NamedSharding(mesh, BATCH)
+    return NamedSharding(mesh, P(tuple(name for name in BATCH_AXES if name in mesh.axis_names)))
 
 
 def batch_shards(mesh: Mesh) -> int:
     """Into how many parts the batch is split."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape.get(name, 1) for name in BATCH_AXES)
 
 
 def check_batch(mesh: Mesh, batch_size: int, microbatches: int = 1) -> None:
@@ -109,7 +118,7 @@ def check_batch(mesh: Mesh, batch_size: int, microbatches: int = 1) -> None:
     if batch_size % (shards * microbatches):
         raise ShardingError(
             f"batch_size = {batch_size} is not a multiple of data x fsdp x microbatches = "
-            f"{mesh.shape['data']} x {mesh.shape['fsdp']} x {microbatches} = {shards * microbatches}"
+            f"{shards // mesh.shape['fsdp']} x {mesh.shape['fsdp']} x {microbatches} = {shards * microbatches}"
         )
     processes = len({d.process_index for d in mesh.devices.flat})
     if batch_size % processes:
@@ -130,15 +139,25 @@ def param_shardings(mesh: Mesh, params: Any, rules: Sequence[tuple[str, P]] = RU
     """
     specs = param_specs(params, rules)
     faults = []
-    for path, leaf, spec in zip(paths(params), jax.tree.leaves(params), _specs(specs), strict=True):
+    for path, leaf, spec in zip(paths(params), jax.tree.leaves(params), _leaves(specs), strict=True):
         faults += _indivisible(mesh, path, leaf.shape, spec)
     if faults:
         raise ShardingError("mesh does not divide the parameters: " + "; ".join(faults))
     return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda x: isinstance(x, P))
 
 
-def _specs(tree: Any) -> list[P]:
-    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, P))
+def leaf_specs(params: Any) -> list[P]:
+    """The PartitionSpecs of the leaves of ``params``, in their order."""
+    return _leaves(param_specs(params))
+
+
+def _leaves(specs: Any) -> list[P]:
+    return jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P))
+
+
+def axes_of(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes that one entry of a PartitionSpec names."""
+    return (names,) if isinstance(names, str) else tuple(names or ())
 
 
 def _indivisible(mesh: Mesh, path: str, shape: tuple[int, ...], spec: P) -> list[str]:
@@ -146,7 +165,7 @@ def _indivisible(mesh: Mesh, path: str, shape: tuple[int, ...], spec: P) -> list
         return [f"{path} has shape {shape}, its rule {spec} has more axes"]
     faults = []
     for axis, (size, names) in enumerate(zip(shape, spec, strict=False)):
-        parts = math.prod(mesh.shape[n] for n in ((names,) if isinstance(names, str) else names or ()))
+        parts = math.prod(mesh.shape[n] for n in axes_of(names))
         if size % parts:
             faults.append(f"{path} axis {axis} is {size}, not a multiple of {names} = {parts}")
     return faults
@@ -156,7 +175,7 @@ def whole_over_fsdp(spec: P) -> P:
     """The spec with the fsdp axis taken out: how a parameter lies while the networks use it."""
 
     def strip(names: Any) -> Any:
-        kept = tuple(n for n in ((names,) if isinstance(names, str) else names or ()) if n != "fsdp")
+        kept = tuple(n for n in axes_of(names) if n != "fsdp")
         return kept[0] if len(kept) == 1 else kept or None
 
     return P(*(strip(names) for names in spec))
@@ -170,19 +189,15 @@ EMBEDDING = r"backbone/patch_embed/(conv2d_.*|fusion/key|projection/.*)/kernel"
 def sums_whole(mesh: Mesh) -> bool:
     """Whether gradients are summed over all devices and then split (``ModelSpec.sum_whole``), where both are possible.
 
-    On one TPU slice the sum runs over both axes of the torus at once, beside computing; the compiler makes a sum
-    within a group of chips a synchronous one. Between slices, and between hosts with GPUs, the network is slow, and
-    only parts of a gradient should cross it.
+    On a TPU slice the sum runs over both axes of the torus at once, beside computing; the compiler makes a sum
+    within a group of chips a synchronous one. Between hosts with GPUs the network is slow, and only parts of a gradient
+    should cross it; between slices ``gradients.value_and_grad`` sees to that.
     """
-    devices = mesh.devices.flat
-    slices = {getattr(d, "slice_index", 0) for d in devices}
-    return mesh.shape["data"] > 1 and len(slices) == 1 and devices[0].platform == "tpu"
+    return mesh.shape["data"] > 1 and mesh.devices.flat[0].platform == "tpu"
 
 
-def gather_params(
-    mesh: Mesh | None, params: Any, kernel_dtype: Any = None, *, keep: str = PROTOTYPES, sum_whole: bool = False
-) -> Any:
-    """Parameters as the networks use them: each one whole over the fsdp axis, still split over tensor.
+def gather_params(params: Any, kernel_dtype: Any = None, *, keep: str = PROTOTYPES, sum_whole: bool = False) -> Any:
+    """Parameters as the networks use them on the mesh in context: whole over the fsdp axis, still split over tensor.
 
     The gradients go the other way: summed over the batch's shards and left where the parameter lives. Without
     this the compiler is free to move activations instead of weights, and does. Kernels travel in ``kernel_dtype``
@@ -193,33 +208,31 @@ def gather_params(
         params = jax.tree_util.tree_map_with_path(
             lambda path, x: x.astype(kernel_dtype) if path[-1].key == "kernel" else x, params
         )
-    if mesh is None or mesh.shape["fsdp"] == 1:
+    if get_abstract_mesh().shape.get("fsdp", 1) == 1:
         return params
 
     def gather(path: str, x: jax.Array, spec: P) -> jax.Array:
         if re.fullmatch(keep, path):
             return x
-        stored, used = NamedSharding(mesh, spec), NamedSharding(mesh, whole_over_fsdp(spec))
+        used = whole_over_fsdp(spec)
         # The embedding multiplies its kernels with other weights: gradients come summed and split, or are small.
         whole = sum_whole and not path.startswith("backbone/patch_embed/")
-        return x if stored == used else _moved(x, stored, used, used if whole else stored)
+        return x if spec == used else _moved(x, spec, used, used if whole else spec)
 
     leaves, tree = jax.tree.flatten(params)
-    return tree.unflatten(map(gather, paths(params), leaves, _specs(param_specs(params))))
+    return tree.unflatten(map(gather, paths(params), leaves, leaf_specs(params)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _moved(x: jax.Array, stored: NamedSharding, used: NamedSharding, summed: NamedSharding) -> jax.Array:
+def _moved(x: jax.Array, stored: P, used: P, summed: P) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, used)
 
 
-def _moved_fwd(x: jax.Array, *at: NamedSharding) -> tuple[jax.Array, None]:
+def _moved_fwd(x: jax.Array, *at: P) -> tuple[jax.Array, None]:
     return _moved(x, *at), None
 
 
-def _moved_bwd(
-    stored: NamedSharding, used: NamedSharding, summed: NamedSharding, _: None, g: jax.Array
-) -> tuple[jax.Array]:
+def _moved_bwd(stored: P, used: P, summed: P, _: None, g: jax.Array) -> tuple[jax.Array]:
     constrain = jax.lax.with_sharding_constraint
     return (constrain(constrain(g, summed), stored),)
 
@@ -259,7 +272,7 @@ def describe(mesh: Mesh, params: Any, optimizer: Optimizer | None = None) -> str
     """
     rules = jax.tree.leaves(optimizer.rules) if optimizer else [None] * len(jax.tree.leaves(params))
     rows = [("parameter", "shape", "sharding", "decay", "lr", "frozen steps")]
-    specs = _specs(param_specs(params))
+    specs = leaf_specs(params)
     for path, leaf, spec, rule in zip(paths(params), jax.tree.leaves(params), specs, rules, strict=True):
         shape = " x ".join(map(str, leaf.shape))
         sharding = ", ".join(str(s) if s else "-" for s in spec) or "replicated"

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from terrafm_jax import landcover
 from terrafm_jax.models.spec import ModelSpec
 from terrafm_jax.models.terrafm import encode_cls, init_params, project
+from terrafm_jax.models.vit import drop_path_keep
 from terrafm_jax.sensors import Statistics
 from terrafm_jax.ssl import schedules
 from terrafm_jax.ssl.objective import (
@@ -26,12 +27,15 @@ from terrafm_jax.ssl.objective import (
     ObjectiveSpec,
     center_metrics,
     center_sums,
-    dino_loss,
     init_centers,
+    loss_metrics,
     move_centers,
+    pair_cross_entropy,
+    teacher_targets,
 )
 from terrafm_jax.ssl.views import ViewSet, ViewSpec, make_views
 from terrafm_jax.training.compiler import compiler_options
+from terrafm_jax.training.gradients import value_and_grad
 from terrafm_jax.training.optim import OptimSpec, ema, make_optimizer
 from terrafm_jax.training.sharding import (
     EMBEDDING,
@@ -168,28 +172,38 @@ def _merge(x: jax.Array) -> jax.Array:
 
 
 def _class_tokens(
-    spec: ModelSpec, backbone: Any, sets: Sequence[tuple[ViewSet, jax.Array]], drop_key: jax.Array | None
+    spec: ModelSpec,
+    backbone: Any,
+    sets: Sequence[tuple[ViewSet, jax.Array]],
+    keep: Sequence[jax.Array | None] | None = None,
 ) -> list[jax.Array]:
     """Class tokens [B, V, d] of every set of views; views of one size are one batch.
 
     Args:
       sets: views and, bool [B, V, S], which sensors are seen of each.
+      keep: for every set what :func:`_drop_path` drew; None turns the drop path off.
     """
-    arguments, keys = [], []
-    for i, (views, present) in enumerate(sets):
+    arguments = []
+    for views, present in sets:
         mask = _merge(present) if len(spec.sensors) > 1 else None
         arguments.append(({name: _merge(x) for name, x in views.patches.items()}, mask))
-        keys.append(None if drop_key is None else jax.random.fold_in(drop_key, i))
-    tokens = encode_cls(spec, backbone, arguments, drop_keys=keys)
+    keep = [None] * len(sets) if keep is None else [x if x is None else x.reshape(*x.shape[:2], -1) for x in keep]
+    tokens = encode_cls(spec, backbone, arguments, keep=keep)
     return [x.reshape(*present.shape[:2], -1) for x, (_, present) in zip(tokens, sets, strict=True)]
 
 
-def _student(
-    spec: ModelSpec, params: Any, global_views: ViewSet, local_views: ViewSet, drop_key: jax.Array | None
-) -> jax.Array:
-    """Logits [B, V, K] of all views, global ones first; the head runs once."""
-    sets = [(views, views.student) for views in (global_views, local_views) if views.student.shape[1]]
-    tokens = _class_tokens(spec, params["backbone"], sets, drop_key)
+def _drop_path(spec: ModelSpec, sets: Sequence[ViewSet], key: jax.Array) -> list[jax.Array | None]:
+    """For every set what its B samples and V views keep of each residual, [depth, 2, B, V], or None."""
+    if not spec.drop_path:
+        return [None] * len(sets)
+    keys = (jax.random.fold_in(key, i) for i in range(len(sets)))
+    shapes = (views.student.shape[:2] for views in sets)
+    return [drop_path_keep(spec, b * v, k).reshape(spec.depth, 2, b, v) for (b, v), k in zip(shapes, keys, strict=True)]
+
+
+def _student(spec: ModelSpec, params: Any, sets: Sequence[ViewSet], keep: Sequence[jax.Array | None]) -> jax.Array:
+    """Logits [B, V, K] of all views in the order of ``sets``; the head runs once."""
+    tokens = _class_tokens(spec, params["backbone"], [(views, views.student) for views in sets], keep)
     return _project(spec, params["head"], jnp.concatenate(tokens, axis=1))
 
 
@@ -202,7 +216,6 @@ def _project(spec: ModelSpec, head: Any, tokens: jax.Array) -> jax.Array:
 
 def _loss_and_gradients(
     spec: TrainSpec,
-    mesh: Mesh | None,
     state: TrainState,
     batch: Mapping[str, Any],
     key: jax.Array,
@@ -211,9 +224,7 @@ def _loss_and_gradients(
     """Gradients, center sums and metrics of a batch or microbatch."""
     kernel_dtype = jnp.bfloat16 if spec.reduce_dtype == "bfloat16" else None
     keep = f"{PROTOTYPES}|{EMBEDDING}" if spec.model.folded else PROTOTYPES
-    gather = functools.partial(
-        gather_params, mesh, kernel_dtype=kernel_dtype, keep=keep, sum_whole=spec.model.sum_whole
-    )
+    gather = functools.partial(gather_params, kernel_dtype=kernel_dtype, keep=keep, sum_whole=spec.model.sum_whole)
     view_key, drop_key = jax.random.split(key)
     stats = {name: spec.stats.arrays(name) for name in spec.model.sensors}
     with jax.named_scope("views"):
@@ -222,29 +233,23 @@ def _loss_and_gradients(
         global_views, local_views = make_views(spec.views, stats, batch, view_key, layout=layout)
     with jax.named_scope("teacher"):
         weights = gather(state.teacher)
-        (tokens,) = _class_tokens(spec.model, weights["backbone"], [(global_views, global_views.teacher)], None)
+        (tokens,) = _class_tokens(spec.model, weights["backbone"], [(global_views, global_views.teacher)])
         teacher = jax.lax.stop_gradient(_project(spec.model, weights["head"], tokens))
+    with jax.named_scope("loss"):
+        targets = teacher_targets(teacher, state.centers, teacher_temp=teacher_temp, alpha=spec.objective.alpha)
 
-    def loss_fn(params: Any) -> tuple[jax.Array, Metrics]:
+    def loss_fn(params: Any, sets: Sequence[ViewSet], probs: jax.Array, keep: Sequence[jax.Array | None]) -> jax.Array:
         with jax.named_scope("student"):
-            weights = gather(params)
-            student = _student(
-                spec.model, weights, global_views, local_views, drop_key if spec.model.drop_path else None
-            )
+            student = _student(spec.model, gather(params), sets, keep)
         with jax.named_scope("loss"):
-            return dino_loss(
-                student,
-                teacher,
-                state.centers,
-                student_temp=spec.objective.student_temp,
-                teacher_temp=teacher_temp,
-                alpha=spec.objective.alpha,
-            )
+            return pair_cross_entropy(student, probs, spec.objective.student_temp)
 
-    (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    sets = [views for views in (global_views, local_views) if views.student.shape[1]]
+    arguments = (sets, targets.probs, _drop_path(spec.model, sets, drop_key))
+    loss, grads = value_and_grad(loss_fn, state.params, arguments, batch_axes=(0, 0, 2))
     classes = batch["landcover"]
     sums = center_sums(teacher, jnp.asarray(spec.frequent)[classes])
-    metrics = {"loss": loss, "feature_std": _feature_std(tokens), **metrics}
+    metrics = {"loss": loss, "feature_std": _feature_std(tokens), **loss_metrics(loss, targets)}
     metrics |= _class_sums(metrics.pop("sample_entropy"), classes)
     for network in ("student", "teacher"):
         drawn = getattr(global_views, network)
@@ -267,7 +272,6 @@ def _class_sums(entropy: jax.Array, classes: jax.Array) -> Metrics:
 
 def _accumulate(
     spec: TrainSpec,
-    mesh: Mesh | None,
     state: TrainState,
     batch: Mapping[str, Any],
     key: jax.Array,
@@ -276,16 +280,16 @@ def _accumulate(
     """As :func:`_loss_and_gradients`, in ``spec.microbatches`` parts, each spread evenly over the devices."""
     parts = spec.microbatches
     if parts == 1:
-        return _loss_and_gradients(spec, mesh, state, batch, key, teacher_temp)
+        return _loss_and_gradients(spec, state, batch, key, teacher_temp)
     # Part i takes rows i, i + parts, ...: splitting the axis this way moves nothing between devices.
     split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
 
     def body(total: Any, part: tuple[Any, jax.Array]) -> tuple[Any, None]:
-        found = _loss_and_gradients(spec, mesh, state, part[0], jax.random.fold_in(key, part[1]), teacher_temp)
+        found = _loss_and_gradients(spec, state, part[0], jax.random.fold_in(key, part[1]), teacher_temp)
         return jax.tree.map(jnp.add, total, found), None
 
     first = jax.tree.map(lambda x: x[0], split)
-    shapes = jax.eval_shape(lambda: _loss_and_gradients(spec, mesh, state, first, key, teacher_temp))
+    shapes = jax.eval_shape(lambda: _loss_and_gradients(spec, state, first, key, teacher_temp))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     (grads, sums, metrics), _ = jax.lax.scan(body, zeros, (split, jnp.arange(parts)))
     return jax.tree.map(lambda x: x / parts, grads), sums, jax.tree.map(lambda x: x / parts, metrics)
@@ -298,10 +302,8 @@ def draw_views(spec: TrainSpec, batch: Mapping[str, Any], step: int) -> tuple[Vi
     return make_views(spec.views, stats, batch, view_key)
 
 
-def train_step(
-    spec: TrainSpec, state: TrainState, batch: Mapping[str, Any], mesh: Mesh | None = None
-) -> tuple[TrainState, Metrics]:
-    """One update. Pure; see ``data/tiles.py`` for the batch. ``mesh`` says where parameters live, if they are split.
+def train_step(spec: TrainSpec, state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
+    """One update. Pure; see ``data/tiles.py`` for the batch. Where arrays are split, their mesh must be in context.
 
     The order is DINO's: loss with the centers before this batch, AdamW, then the teacher's EMA of the new
     student, then the centers. A step whose loss or gradient is not finite leaves all of them as they were.
@@ -317,7 +319,7 @@ def train_step(
         step, start=goal.teacher_temp_start, end=goal.teacher_temp, warmup_steps=goal.teacher_temp_warmup_steps
     )
     rate = schedules.ema_rate(step, start=goal.ema_start, end=goal.ema_end, total_steps=spec.total_steps)
-    grads, sums, metrics = _accumulate(spec, mesh, state, batch, jax.random.fold_in(_key(spec), step), teacher_temp)
+    grads, sums, metrics = _accumulate(spec, state, batch, jax.random.fold_in(_key(spec), step), teacher_temp)
     with jax.named_scope("update"):
         optimizer = make_optimizer(spec.optim, state.params)
         params, moments, optim_metrics = optimizer.update(grads, state.opt_state, state.params, step)
@@ -359,8 +361,8 @@ def make_step(spec: TrainSpec, mesh: Mesh) -> Callable[[TrainState, Mapping[str,
         spec = dataclasses.replace(spec, model=dataclasses.replace(spec.model, sum_whole=True))
 
     def step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for kernels, which see their device's part
-            return train_step(spec, state, batch, mesh)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return train_step(spec, state, batch)
 
     return jax.jit(
         step,

@@ -1,0 +1,66 @@
+"""The gradient of a mean over the batch, on one TPU slice or several.
+
+The compiler sums gradients over the devices that share a batch, in an order of its own. Between slices it does so group
+by group, which shows (docs/scaling.md). Here each slice sums its own first, all its chips at once, and only then do
+parts of the sums cross the slow network between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec as P
+from jax.sharding import get_abstract_mesh
+
+from terrafm_jax.training.sharding import axes_of, leaf_specs
+
+
+def value_and_grad(
+    loss: Callable[..., jax.Array], params: Any, arguments: Sequence[Any], batch_axes: Sequence[int]
+) -> tuple[jax.Array, Any]:
+    """``loss(params, *arguments)``, a mean over the batch, and its gradient by ``params``.
+
+    Args:
+      arguments: trees of arrays; axis ``batch_axes[i]`` of each leaf of ``arguments[i]`` is the batch.
+    """
+    mesh = get_abstract_mesh()
+    if "slice" not in mesh.axis_names:
+        return jax.value_and_grad(loss)(params, *arguments)
+
+    def of_slice(params: Any, *arguments: Any) -> tuple[jax.Array, Any]:
+        value, grads = jax.value_and_grad(loss)(params, *arguments)
+        leaves, tree = jax.tree.flatten(grads)
+        summed = [_mean_over_slices(g, spec) for g, spec in zip(leaves, leaf_specs(params), strict=True)]
+        return jax.lax.pmean(value, "slice"), tree.unflatten(summed)
+
+    batch = tuple(P(*(None,) * axis, "slice") for axis in batch_axes)
+    mapped = jax.shard_map(
+        of_slice, mesh=mesh, in_specs=(P(), *batch), out_specs=P(), axis_names={"slice"}, check_vma=False
+    )
+    return mapped(params, *arguments)
+
+
+def _mean_over_slices(grad: jax.Array, spec: P) -> jax.Array:
+    """The mean of a gradient over the slices. What is split within a slice is split over all its chips meanwhile."""
+    finest = _spread(grad.shape, spec)
+    if finest is None:
+        return jax.lax.pmean(grad, "slice")
+    constrain = jax.lax.with_sharding_constraint
+    return constrain(jax.lax.pmean(constrain(constrain(grad, spec), finest), "slice"), spec)
+
+
+def _spread(shape: Sequence[int], spec: P) -> P | None:
+    """``spec`` with the axis ``data`` at the first dimension it divides, if any; None where nothing is split."""
+    sizes = get_abstract_mesh().shape
+    names = [axes_of(spec[i]) if i < len(spec) else () for i in range(len(shape))]
+    if not any(names):
+        return None
+    for i, (size, held) in enumerate(zip(shape, names, strict=True)):
+        parts = sizes["data"]
+        for name in held:
+            parts *= sizes[name]
+        if size % parts == 0:
+            return P(*(*names[:i], (*held, "data"), *names[i + 1 :]))
+    return spec
