@@ -14,10 +14,20 @@ from terrafm_jax.data.sampling import SamplingSpec
 UNIFORM = SamplingSpec("uniform")
 
 
-def loader(folder: Path, batch_size: int = 8, sampling: SamplingSpec = UNIFORM, **options: Any) -> pipeline.Loader:
+def loader(
+    folder: Path,
+    batch_size: int = 8,
+    sampling: SamplingSpec = UNIFORM,
+    *,
+    process: int = 0,
+    processes: int = 1,
+    **options: Any,
+) -> pipeline.Loader:
+    """The loader of one of several processes, each of which holds a contiguous part of the batch."""
     shared = {k: options[k] for k in ("sensors", "canvases") if k in options}
     order = make_order(folder, "train", sampling, batch_size=batch_size, seed=0, **shared)
-    return make_loader(folder, "train", order, **options)
+    rows = np.arange(batch_size).reshape(processes, -1)[process]
+    return make_loader(folder, "train", order, **{"rows": rows, **options})
 
 
 def take(batches: pipeline.Loader, count: int) -> list[dict[str, Any]]:

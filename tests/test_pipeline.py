@@ -189,7 +189,7 @@ def test_echo_hands_out_the_same_tiles_several_times(folder: Path) -> None:
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_share_the_global_batch(folder: Path, count: int) -> None:
     whole = take(loader(folder), 6)
-    parts = [take(loader(folder, process_index=p, process_count=count), 6) for p in range(count)]
+    parts = [take(loader(folder, process=p, processes=count), 6) for p in range(count)]
     for step, batch in enumerate(whole):
         joined = {k: np.concatenate([leaves(p[step])[k] for p in parts]) for k in leaves(batch)}
         assert_same(batch, canvas.nested({k.lstrip("/"): v for k, v in joined.items()}))
@@ -197,14 +197,14 @@ def test_processes_share_the_global_batch(folder: Path, count: int) -> None:
 
 def test_an_epoch_of_two_processes_omits_and_repeats_nothing(tmp_path: Path) -> None:
     data = write_dataset(tmp_path, [fake_record(i, 12) for i in range(32)])
-    seen = [b["index"] for p in range(2) for b in take(loader(data, process_index=p, process_count=2), 4)]
+    seen = [b["index"] for p in range(2) for b in take(loader(data, process=p, processes=2), 4)]
     assert np.array_equal(np.sort(np.concatenate(seen)), np.arange(32))
 
 
 def test_process_count_may_change_in_between(folder: Path) -> None:
     whole = [b["index"] for b in take(loader(folder), 8)]
-    before = [take(loader(folder, process_index=p, process_count=4, stop_step=4), 4) for p in range(4)]
-    after = [take(loader(folder, start_step=4, process_index=p, process_count=2), 4) for p in range(2)]
+    before = [take(loader(folder, process=p, processes=4, stop_step=4), 4) for p in range(4)]
+    after = [take(loader(folder, start_step=4, process=p, processes=2), 4) for p in range(2)]
     for step in range(8):
         parts = before if step < 4 else after
         assert np.array_equal(np.concatenate([p[step % 4]["index"] for p in parts]), whole[step])
@@ -339,8 +339,8 @@ def test_faults_of_a_data_set_are_named(folder: Path, tmp_path: Path) -> None:
 
 
 def test_faults_of_the_call_are_named(folder: Path) -> None:
-    with pytest.raises(DataError, match="multiple of the 3 processes"):
-        loader(folder, process_count=3)
+    with pytest.raises(DataError, match=r"rows \[7, 8\] are not rows of a batch of 8"):
+        loader(folder, rows=np.array([7, 8]))
     with pytest.raises(DataError, match=r"unknown \['s3'\]"):
         loader(folder, sensors=("s3",))
     with pytest.raises(DataError, match="echo = 0"):

@@ -62,7 +62,7 @@ def test_damaged_records_are_replaced_from_the_same_slice(damaged: Path, caplog:
     clean = make_order(damaged, "train", UNIFORM, batch_size=8, seed=0)
     logging.getLogger("absl").propagate = True
     with caplog.at_level(logging.WARNING):
-        batches = [loader(damaged, process_index=p, process_count=2, max_skipped=1.0) for p in range(2)]
+        batches = [loader(damaged, process=p, processes=2, max_skipped=1.0) for p in range(2)]
         found = [take(b, 8) for b in batches]
     for p in range(2):
         for step in range(8):
@@ -76,7 +76,7 @@ def test_damaged_records_are_replaced_from_the_same_slice(damaged: Path, caplog:
     assert sum(sum(b.skipped.values()) for b in batches) == 2 * len(bad), "every record comes twice in two epochs"
     assert "fake-train.array_record-00003-of-00004" in batches[0].skipped
     assert "skipped record 27 (fake-train.array_record-00003-of-00004, position 3)" in caplog.text
-    again = take(loader(damaged, process_index=1, process_count=2, max_skipped=1.0), 8)
+    again = take(loader(damaged, process=1, processes=2, max_skipped=1.0), 8)
     for first, second in zip(found[1], again, strict=True):
         assert_same(first, second)
 
@@ -84,9 +84,7 @@ def test_damaged_records_are_replaced_from_the_same_slice(damaged: Path, caplog:
 def test_a_slice_without_a_good_record_takes_from_the_next_batches(damaged: Path) -> None:
     bad = _bad(damaged)
     order = make_order(damaged, "train", UNIFORM, batch_size=4, seed=0)
-    for batch, step in zip(
-        take(loader(damaged, 4, process_index=2, process_count=4, max_skipped=1), 8), range(8), strict=True
-    ):
+    for batch, step in zip(take(loader(damaged, 4, process=2, processes=4, max_skipped=1), 8), range(8), strict=True):
         wanted = [order.batch(s)[2] for s in range(step, step + 20)]
         assert batch["index"][0] == next(n for n in wanted if n not in bad)
 

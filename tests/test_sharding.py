@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from terrafm_jax.tpu.chips import CHIPS
@@ -17,6 +17,7 @@ from terrafm_jax.training.sharding import (
     ShardingError,
     batch_sharding,
     check_batch,
+    local_rows,
     make_batch,
     make_mesh,
     param_shardings,
@@ -144,6 +145,35 @@ def test_batch_is_split_over_data_and_fsdp() -> None:
     assert array.sharding == batch_sharding(mesh)
     assert {s.data.shape for s in array.addressable_shards} == {(2, 1)}
     np.testing.assert_array_equal(array, np.arange(8)[:, None])
+
+
+def hosts(grid: np.ndarray) -> list[FakeTpu]:
+    """Devices of a 4 x 4 slice, each 2 x 2 block of which is a host's, as on a v5e pod."""
+    places = [(x, y) for y in range(4) for x in range(4)]
+    return [FakeTpu(i, 0, (x, y, 0), process_index=int(grid[y // 2, x // 2])) for i, (x, y) in enumerate(places)]
+
+
+def test_each_process_reads_the_rows_of_its_devices() -> None:
+    """All rows are read once, although the mesh, which follows the torus, interleaves the hosts."""
+    mesh = make_mesh(fsdp=0, devices=hosts(np.array([[0, 1], [2, 3]])))
+    owner = [d.process_index for d in mesh.devices.flat]
+    assert owner != sorted(owner), "contiguous parts would do"
+    rows = [local_rows(mesh, 32, p) for p in range(4)]
+    assert sorted(np.concatenate(rows)) == list(range(32))
+    for p in range(4):
+        assert [owner[row // 2] for row in rows[p]] == [p] * 8
+    check_batch(mesh, 32)
+
+
+def test_processes_that_split_the_parameters_read_the_same_rows() -> None:
+    devices = [FakeTpu(i, 0, (i % 2, i // 2, 0), process_index=i // 2) for i in range(4)]
+    mesh = Mesh(np.array(devices).reshape(1, 1, 4), ("data", "fsdp", "tensor"))
+    np.testing.assert_array_equal(local_rows(mesh, 4, 0), local_rows(mesh, 4, 1))
+    check_batch(mesh, 4)
+    devices = [FakeTpu(i, 0, (i % 2, i // 2, 0), process_index=i // 3) for i in range(4)]
+    crossed = Mesh(np.array(devices).reshape(2, 1, 2), ("data", "fsdp", "tensor"))
+    with pytest.raises(ShardingError, match="share some rows of the batch and not others"):
+        check_batch(crossed, 4)
 
 
 def test_batch_must_divide() -> None:

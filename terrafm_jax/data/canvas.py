@@ -138,7 +138,8 @@ class Slabs:
 
     def _reset(self) -> None:
         self._free: list[np.ndarray] = []
-        self._lock = threading.Lock()
+        # A collection of garbage within take() may end a lease, which gives its slab back in the same thread.
+        self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_keep": self._keep}

@@ -188,8 +188,7 @@ def make_loader(
     *,
     start_step: int = 0,
     stop_step: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
     sensors: Sequence[str] = SENSOR_KEYS,
     canvases: int = 4,
     workers: int = 0,
@@ -207,7 +206,7 @@ def make_loader(
       split: ``train``, ...
       order: from :func:`make_order` with the same sensors and canvases; names the global batch size.
       start_step, stop_step: the half-open range of steps; ``stop_step`` None never ends.
-      process_index, process_count: which contiguous part of every global batch is this process's.
+      rows: those rows of every global batch that this process reads (``training.sharding.local_rows``); None: all.
       sensors: configured sensors, a subset of SENSOR_KEYS in that order.
       canvases: most canvas buckets; tiles of other sizes are padded to the next.
       workers: processes; 0 reads in a thread of this process.
@@ -223,11 +222,9 @@ def make_loader(
     Raises:
       DataError: before the first batch, with everything that is wrong.
     """
-    if order.batch_size % process_count or not 0 <= process_index < process_count:
-        raise DataError(
-            f"batch_size = {order.batch_size} must be a multiple of the {process_count} processes "
-            f"and process_index = {process_index} below it"
-        )
+    rows = np.arange(order.batch_size) if rows is None else np.asarray(rows)
+    if not len(rows) or rows.min() < 0 or rows.max() >= order.batch_size:
+        raise DataError(f"rows {rows.tolist()} are not rows of a batch of {order.batch_size}")
     opened = open_split(data_dir, split)
     if echo < 1:
         raise DataError(f"data.echo = {echo}, expected at least 1")
@@ -240,7 +237,7 @@ def make_loader(
     if order.num_records != len(index):
         raise DataError(f"the order was made for {order.num_records} records, {opened.directory} holds {len(index)}")
     return Loader(
-        TrainBatches(Reader(opened, sensors, shapes, threads, cache), order, process_index, process_count),
+        TrainBatches(Reader(opened, sensors, shapes, threads, cache), order, rows),
         start_step,
         _ENDLESS if stop_step is None else stop_step,
         workers=workers,

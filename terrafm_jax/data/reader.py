@@ -92,15 +92,15 @@ class Reader:
 
 
 class TrainBatches:
-    """Step -> the batch of one process. Damaged records give way to others of the same process's slice."""
+    """Step -> those rows of the global batch that one process reads. Damaged records give way to others of them."""
 
-    def __init__(self, reader: Reader, order: Order, process_index: int, process_count: int):
+    def __init__(self, reader: Reader, order: Order, rows: np.ndarray):
         self.reader, self.order = reader, order
-        self.size = order.batch_size // process_count
-        self._slice = slice(process_index * self.size, (process_index + 1) * self.size)
+        self.size = len(rows)
+        self._rows = np.asarray(rows)
 
     def __call__(self, step: int) -> dict[str, Any]:
-        numbers = self.order.batch(step)[self._slice]
+        numbers = self.order.batch(step)[self._rows]
         batch = self.reader.empty(self.order.bucket(step), self.size)
         failed = self.reader.fill(batch, range(self.size), numbers)
         if failed:
@@ -109,7 +109,7 @@ class TrainBatches:
         return batch
 
     def _replace(self, batch: dict[str, Any], failed: dict[int, RecordError], step: int) -> None:
-        """A failed row takes the next good row of the slice, else the next good record of later slices."""
+        """A failed row takes the next good one of this process, else its next good record of later batches."""
         good = [row for row in range(self.size) if row not in failed]
         for row in failed:
             if good:
@@ -121,7 +121,7 @@ class TrainBatches:
     def _replace_from_later(self, batch: dict[str, Any], row: int, step: int) -> None:
         failed: dict[int, RecordError] = {}
         for numbers in self.order.spares(step):
-            for number in numbers[self._slice]:
+            for number in numbers[self._rows]:
                 failed = self.reader.fill(batch, [row], [number])
                 if not failed:
                     return

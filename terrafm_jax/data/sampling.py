@@ -4,7 +4,7 @@ An order is an endless stream of record numbers per canvas bucket. Records are g
 (land cover, latitude band, ... as far as the mode needs them), every stratum is walked through in a
 keyed pseudo-random permutation that is computed, not stored, and the strata are mixed at fixed rates.
 So step n costs the same at n = 0 and n = 10 million, resuming is starting at n, and the number of
-processes does not enter: process p of P takes the p-th contiguous part of the global batch.
+processes does not enter: each takes those rows of the global batch that its devices hold.
 
 Permutation: Black and Rogaway, "Ciphers with Arbitrary Finite Domains" (CT-RSA 2002): a small Feistel
 network on the next power of four, walked until it lands inside the domain.

@@ -120,9 +120,26 @@ def check_batch(mesh: Mesh, batch_size: int, microbatches: int = 1) -> None:
             f"batch_size = {batch_size} is not a multiple of data x fsdp x microbatches = "
             f"{shards // mesh.shape['fsdp']} x {mesh.shape['fsdp']} x {microbatches} = {shards * microbatches}"
         )
-    processes = len({d.process_index for d in mesh.devices.flat})
-    if batch_size % processes:
-        raise ShardingError(f"batch_size = {batch_size} is not a multiple of the {processes} processes")
+    held = [tuple(local_rows(mesh, batch_size, p)) for p in sorted({d.process_index for d in mesh.devices.flat})]
+    rows = [row for mine in set(held) for row in mine]
+    if len(rows) != len(set(rows)):
+        raise ShardingError(
+            f"mesh {dict(mesh.shape)}: processes share some rows of the batch and not others; "
+            "choose mesh.tensor so that it stays within a process, or takes whole ones"
+        )
+
+
+def local_rows(mesh: Mesh, batch_size: int, process: int) -> np.ndarray:
+    """The rows of the global batch that the devices of a process hold, ascending.
+
+    They need not be contiguous: on a TPU pod the mesh follows the torus, not the hosts. Processes among which
+    ``tensor`` splits the parameters hold the same rows.
+    """
+    shards = batch_shards(mesh)
+    owners = np.vectorize(lambda d: d.process_index)(mesh.devices).reshape(shards, -1)
+    mine = np.flatnonzero((owners == process).any(axis=1))
+    size = batch_size // shards
+    return (mine[:, None] * size + np.arange(size)).reshape(-1)
 
 
 def param_specs(params: Any, rules: Sequence[tuple[str, P]] = RULES) -> Any:
@@ -259,10 +276,23 @@ def bytes_per_device(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 
 
-def make_batch(mesh: Mesh, local: Mapping[str, Any]) -> Any:
-    """Global, sharded arrays from this process's part of a batch (NumPy leaves with a leading batch axis)."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), local)
+def make_batch(mesh: Mesh, local: Mapping[str, Any], batch_size: int | None = None) -> Any:
+    """Global, sharded arrays from this process's rows of a batch (:func:`local_rows`; NumPy leaves, rows first).
+
+    ``batch_size`` is that of the global batch; None where this process holds all of it.
+    """
+    batch_size = batch_size or len(jax.tree.leaves(local)[0])
+    sharding, rows = batch_sharding(mesh), local_rows(mesh, batch_size, jax.process_index())
+
+    def place(x: np.ndarray) -> jax.Array:
+        def of_device(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            first = np.searchsorted(rows, start)
+            return x[first : first + stop - start]
+
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, of_device)
+
+    return jax.tree.map(lambda x: place(np.asarray(x)), local)
 
 
 def describe(mesh: Mesh, params: Any, optimizer: Optimizer | None = None) -> str:
