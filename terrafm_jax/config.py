@@ -44,7 +44,7 @@ def base() -> ConfigDict:
     c.data.dir = ""  # prepared data set (TFDS layout), local or gs://
     c.data.split = "train"
     c.data.statistics = "dataset"  # "dataset": its statistics.json; "published": those of the released weights
-    c.data.workers = 8  # reading processes per host; 0 reads inside the training process
+    c.data.workers = 8  # reading processes per training process; 0 reads inside it
     c.data.cache = "none"  # "ram": decode a small data set once and keep it
     c.data.echo = 1  # [ours] steps that share one batch of tiles, with other views; above 1 only when input-bound
     c.data.canvases = 4  # tiles of different sizes are padded to at most so many shapes, one compilation each
@@ -80,7 +80,9 @@ def base() -> ConfigDict:
     c.views.flips = True  # [ours]; colour jitter, blur and solarisation are left out on purpose [paper]
     c.views.modality_rule = "bernoulli"  # [ours] best reading; "fuse_or_one", "one", "all"
     c.views.modality_threshold = 0.5  # [paper]
+    c.views.aspect = (0.75, 4 / 3)  # of a box, width to height [DINO]
     c.views.min_valid = 0.5  # a box with fewer measured pixels is redrawn [ours]
+    c.views.box_tries = 4  # boxes drawn for one; where none is valid enough the best is taken [ours]
 
     c.objective = ConfigDict()
     c.objective.alpha = 0.8  # share of the overall center; 1 is plain DINO [paper]
@@ -101,7 +103,7 @@ def base() -> ConfigDict:
     c.optim.decay_end = 0.4  # [DINO]
     c.optim.clip = 3.0  # per tensor, not global [DINO]
     c.optim.freeze_last = "1 epoch"  # last layer of the head [DINO]
-    c.optim.b1, c.optim.b2 = 0.9, 0.999
+    c.optim.b1, c.optim.b2, c.optim.eps = 0.9, 0.999, 1e-8  # AdamW's own
 
     c.compute = ConfigDict()
     c.compute.dtype = "bfloat16"  # matrix products; parameters, norms, softmax, loss and EMA stay fp32
@@ -256,7 +258,10 @@ class Duration:
         return [f"found {text!r}, expected a number of steps, epochs, examples or %, such as '10 epochs'"]
 
     def steps(self, text: str) -> int:
-        """ "10 epochs", "5%" (of total_steps), "1e6 examples", "300 steps" or "300" -> steps (rounded)."""
+        """ "10 epochs", "5%" (of total_steps), "1e6 examples", "300 steps" or "300" -> steps, rounded.
+
+        What is more than nothing is at least one step: 0 means never.
+        """
         match = self._PATTERN.fullmatch(text)
         if not match:
             raise ConfigError(self.faults(text)[0])
@@ -269,7 +274,7 @@ class Duration:
             if self.total_steps is None:
                 raise ConfigError(f"total_steps cannot be a percentage: {text!r}")
             number *= self.total_steps / 100
-        return round(number)
+        return max(1, round(number)) if number else 0
 
 
 def durations(config: ConfigDict, examples_per_epoch: int) -> dict[str, int]:
@@ -337,12 +342,13 @@ def train_spec(config: ConfigDict, steps: Mapping[str, int], stats: Statistics, 
             sensors=tuple(config.model.sensors), globals=v.globals, locals=v.locals, global_size=v.global_size,
             local_size=v.local_size, global_scale=tuple(v.global_scale), local_scale=tuple(v.local_scale),
             flips=v.flips, modality_rule=v.modality_rule, modality_threshold=v.modality_threshold,
-            min_valid=v.min_valid, dtype=config.compute.dtype,
+            aspect=tuple(v.aspect), min_valid=v.min_valid, box_tries=v.box_tries, dtype=config.compute.dtype,
         ),
         optim=OptimSpec(
             base_lr=opt.base_lr, batch_size=config.batch_size, warmup_steps=steps["optim.warmup"], min_lr=opt.min_lr,
             decay_start=opt.decay_start, decay_end=opt.decay_end, clip=opt.clip,
-            freeze_last_steps=steps["optim.freeze_last"], b1=opt.b1, b2=opt.b2, total_steps=steps["total_steps"],
+            freeze_last_steps=steps["optim.freeze_last"], b1=opt.b1, b2=opt.b2, eps=opt.eps,
+            total_steps=steps["total_steps"],
         ),
         objective=ObjectiveSpec(
             student_temp=o.student_temp, teacher_temp_start=o.teacher_temp_start, teacher_temp=o.teacher_temp,

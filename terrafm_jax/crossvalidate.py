@@ -162,7 +162,7 @@ class Experiment:
 
     def _file(self, encoder: Any, keys: tuple[str, ...], *settings: Any) -> Path:
         prints = [self.dataset.fingerprint(s, keys) for s in self.dataset.splits]
-        text = json.dumps([encoder.weights_hash, encoder.image_size, prints, keys, self.folds, settings], default=str)
+        text = json.dumps([encoder.cache_key, encoder.image_size, prints, keys, self.folds, settings], default=str)
         folder = self.out / "parts"
         folder.mkdir(exist_ok=True)
         return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.npy"

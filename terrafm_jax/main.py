@@ -35,15 +35,16 @@ def main(_argv: list[str]) -> None:
     import jax
 
     from terrafm_jax.data.reader import TooManySkipped
+    from terrafm_jax.data.shards import FetchError
     from terrafm_jax.evals.during_training import during_training
     from terrafm_jax.training import loop
     from terrafm_jax.training.checkpoint import CheckpointError
-    from terrafm_jax.training.meter import TrainingError
+    from terrafm_jax.training.run import TrainingError
 
     try:
         outcome = loop.train(_CONFIG.value, _WORKDIR.value, during_training, _read_weights)
-    except (ValueError, TooManySkipped, CheckpointError, TrainingError) as e:
-        # Faults of config, data, sensors and mesh are ValueErrors whose message says what to do.
+    except (ValueError, OSError, FetchError, TooManySkipped, CheckpointError, TrainingError) as e:
+        # Faults of config, data, sensors and mesh are ValueErrors that say what to do; OSErrors name the file.
         if os.environ.get("TERRAFM_TRACEBACK"):
             raise
         fail(str(e))

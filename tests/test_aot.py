@@ -6,11 +6,15 @@ import json
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from terrafm_jax import aot
+from terrafm_jax import config as config_lib
+from terrafm_jax.models.terrafm import init_params
 from terrafm_jax.tpu import client, step
 from terrafm_jax.tpu.chips import Topology
+from terrafm_jax.tpu.reckon import Item
 
 
 def small_config():
@@ -22,22 +26,25 @@ def small_config():
     return config
 
 
-@pytest.fixture(scope="module", params=[1, 0], ids=["whole state", "split state"])
+CASES = {"whole state": ("v5e:2x2", 1, 1), "split state": ("v5e:2x2", 0, 4), "two slices": ("2*v5e:2x2", 2, 2)}
+
+
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
 def report(request):
     if not client.available():
         pytest.skip("libtpu is not installed")
-    topology, config = Topology.parse("v5e:2x2"), small_config()
-    config.mesh.fsdp = request.param
+    name, fsdp, found = request.param
+    topology, config = Topology.parse(name), small_config()
+    config.mesh.fsdp = fsdp
     spec, mesh = step.build(config, topology)
     assert spec.model.platform == "tpu"
-    assert mesh.shape["fsdp"] == (request.param or 4)
+    assert mesh.shape["fsdp"] == found
     return step.compile_step(spec, mesh, topology, meters=960)
 
 
 @pytest.mark.slow
 def test_report_of_the_real_step(report):
-    assert report["chips"] == 4
-    assert report["images_per_chip"] == 4
+    assert report["images_per_chip"] * report["chips"] == 16
     assert report["fits"]
     memory = report["memory"]
     assert memory["state"] + memory["batch"] <= memory["arguments"] * 1.01
@@ -72,6 +79,23 @@ def test_text_names_what_matters(report):
     for word in ("memory per chip", "estimated step", "MFU", "all-reduce", "costliest", "of 16 GiB"):
         assert word in text
     json.dumps({k: v for k, v in report.items() if k != "hlo"})
+
+
+def test_gathered_activations_are_foreign():
+    """A kernel, a stack of folded columns and a part of a kernel are weights; tokens of 16 images are none."""
+    config = small_config()
+    spec = config_lib.model_spec(config)
+    params = jax.eval_shape(lambda: init_params(spec, jax.random.key(0)))
+    width, heads = spec.width, spec.queries * spec.fusion_heads
+
+    def gather(numbers: int, dtype: str = "bf16") -> Item:
+        wire = numbers * (2 if dtype == "bf16" else 4)
+        return Item(f"gather{numbers}", "all-gather", "", "collective", 0.0, wire=3 * wire, count=3, dtype=dtype)
+
+    weights = [gather(width * spec.hidden), gather(512 * (spec.stem_width + heads), "f32"), gather(width * width // 4)]
+    tokens = [gather(16 * 17 * width), gather(16 * 4 * 5 * width + width)]
+    assert step.foreign_gathers(weights, params, spec, 4) == []
+    assert len(step.foreign_gathers([*weights, *tokens], params, spec, 4)) == 2
 
 
 def test_options_are_parsed_and_faults_named():

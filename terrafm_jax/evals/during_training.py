@@ -4,8 +4,7 @@ labelled data sets of the user's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -13,7 +12,7 @@ import numpy as np
 
 from terrafm_jax.evals import landcover_knn, protocols, store
 from terrafm_jax.evals.datasets import open_suite
-from terrafm_jax.evals.features import FeatureError, ImageBatch, encode_images, target_size, tile_encoder
+from terrafm_jax.evals.features import Encoder, FeatureError, ImageBatch, LocalDevices, tile_encoder
 from terrafm_jax.evals.landcover_knn import TileSets
 from terrafm_jax.landcover import NAMES
 
@@ -43,13 +42,15 @@ class LandCoverKnn:
         )  # fmt: skip
         stats = {name: spec.stats.arrays(name) for name in spec.model.sensors}
         self._encode = tile_encoder(spec.model, stats, size=spec.views.global_size)
+        self._devices = LocalDevices()
 
     def __call__(self, step: int, state: Any, poll: Callable[[], None]) -> Iterator[tuple[str, Any]]:
-        backbone = _on_this_host(state.teacher["backbone"])
+        backbone = self._devices.everywhere(_whole(state.teacher["backbone"]))
 
         def encode(batch: Any) -> Any:
             poll()  # a notice of preemption leaves less time than a gallery takes
-            return self._encode(backbone, _arrays(batch))
+            found, rows = self._encode(backbone, self._devices.rows(_arrays(batch))), len(batch["mask"])
+            return found if len(found) == rows else found[:rows]
 
         gallery, queries = self.sets.encode(encode)
         found = landcover_knn.score(gallery, queries, self.protocol)
@@ -65,18 +66,17 @@ class LabelledSets:
     """The data sets of ``config.knn.labelled`` with ``config.knn.protocol``: yields ``labelled/NAME/METRIC``.
 
     Images are resized to the global crops' size. All sensors that data set and model share are fused. Every process
-    of a job does the same work on its own device.
+    of a job does the same work on its own devices.
     """
 
     def __init__(self, run: Run):
         knn = run.config.knn
         protocols.check(knn.protocol)
-        self.protocol, self.spec, self.image_size = knn.protocol, run.spec.model, run.spec.views.global_size
+        self.protocol, self.spec = knn.protocol, run.spec.model
         self.sets = [d for d in open_suite(knn.suite, knn.labelled) if d.info.task in protocols.TASKS_OF[knn.protocol]]
         if not self.sets:
             raise protocols.ProtocolError(f"config.knn.labelled: nothing in {knn.labelled} that {knn.protocol} can do")
-        self.stats = {k: run.spec.stats.arrays(k) for k in self.spec.sensors}
-        self._jit = jax.jit(partial(encode_images, self.spec), static_argnames="size")
+        self.run, self._encoder = run, None
 
     def check(self, sensors: Iterable[str]) -> tuple[str, ...]:
         """Those of the sensors that the model takes; without fusion the last one. Raises FeatureError for none."""
@@ -88,7 +88,7 @@ class LabelledSets:
         return found if self.spec.fusion else found[-1:]
 
     def __call__(self, step: int, state: Any, poll: Callable[[], None]) -> Iterator[tuple[str, Any]]:
-        encoder = _Teacher(self, _on_this_host(state.teacher["backbone"]), poll)
+        encoder = self._teacher(state, poll)
         for dataset in self.sets:
             request = store.Request(self.check(dataset.info.inputs))
             splits = {name: store.extract(encoder, dataset, name, request) for name in dataset.splits}
@@ -96,20 +96,29 @@ class LabelledSets:
             metric = protocols.headline(self.protocol, dataset.info.task)
             yield f"labelled/{dataset.info.name}/{metric}", found.metrics[metric].value
 
+    def _teacher(self, state: Any, poll: Callable[[], None]) -> _Teacher:
+        """The encoder of all steps, which compiles once, with the weights of this one."""
+        backbone = _whole(state.teacher["backbone"])
+        if self._encoder is None:
+            views, stats = self.run.spec.views, self.run.spec.stats
+            self._encoder = _Teacher(
+                self.spec, backbone, stats, name="teacher", weights_hash="", image_size=views.global_size
+            )
+        self._encoder.renew(backbone, poll)
+        return self._encoder
 
-class _Teacher:
-    """The teacher of one step as ``store.extract`` wants an encoder."""
 
-    def __init__(self, sets: LabelledSets, backbone: Any, poll: Callable[[], None]):
-        self.sets, self.backbone, self.poll, self.check = sets, backbone, poll, sets.check
+class _Teacher(Encoder):
+    """The teacher as ``store.extract`` wants an encoder; it listens for a notice of preemption at every batch."""
 
-    def __call__(self, batch: ImageBatch, *, layers: Any = (), patches: bool = False) -> tuple[np.ndarray, None]:
-        self.poll()
-        height, width = next(iter(batch.images.values())).shape[1:3]
-        size = target_size(height, width, self.sets.image_size, self.sets.spec.patch)
-        jitted, stats = self.sets._jit, self.sets.stats
-        found = jitted(self.backbone, stats, batch.images, batch.bands, batch.offset, size=size)
-        return np.asarray(found.cls, np.float32), None
+    def renew(self, backbone: Any, poll: Callable[[], None]) -> None:
+        self.params, self._poll = self._devices.everywhere(backbone), poll
+
+    def __call__(
+        self, batch: ImageBatch, *, layers: Sequence[int] = (), patches: bool = False
+    ) -> tuple[np.ndarray, list[np.ndarray] | None]:
+        self._poll()
+        return super().__call__(batch, layers=layers, patches=patches)
 
 
 def _arrays(batch: Any) -> Any:
@@ -117,11 +126,10 @@ def _arrays(batch: Any) -> Any:
     return {key: value for key, value in batch.items() if key != "mask"}
 
 
-def _on_this_host(params: Any) -> Any:
-    """The parameters whole on one local device; every process of a job evaluates its share of the tiles."""
+def _whole(params: Any) -> Any:
+    """The parameters whole in this process, wherever in the job they lie (a collective on several processes)."""
     if jax.process_count() == 1:
         return params
     from jax.experimental import multihost_utils
 
-    gathered = jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), params)
-    return jax.device_put(gathered, jax.local_devices()[0])
+    return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), params)

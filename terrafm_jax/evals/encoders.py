@@ -24,7 +24,7 @@ class RawStatistics:
     """
 
     name, standardize = "raw band statistics", True
-    weights_hash = hashlib.sha256(b"raw band statistics/1").hexdigest()
+    weights_hash = cache_key = hashlib.sha256(b"raw band statistics/1").hexdigest()
 
     def __init__(self, image_size: int = 0, patch: int = 16):
         self.image_size, self.patch, self.depth = image_size, patch, 1

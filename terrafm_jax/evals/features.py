@@ -6,6 +6,7 @@ Both normalise through ``sensors.normalize`` and hand patches to ``models.terraf
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -194,11 +195,33 @@ def encode_images(
     return terrafm.encode(spec, params, patches, present, drop_key=drop_key, layers=layers)
 
 
+class LocalDevices:
+    """Spreads rows over the devices of this process, and copies weights to all of them."""
+
+    def __init__(self) -> None:
+        devices = jax.local_devices()
+        mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
+        self._count = len(devices)
+        self._split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+        self._whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def rows(self, tree: Any) -> Any:
+        """NumPy arrays [B, ...] -> device arrays; the last row is repeated until the devices divide B."""
+        return jax.tree.map(lambda x: jax.device_put(self._padded(np.asarray(x)), self._split), tree)
+
+    def _padded(self, x: np.ndarray) -> np.ndarray:
+        pad = -len(x) % self._count
+        return np.concatenate([x, np.repeat(x[-1:], pad, axis=0)]) if pad else x
+
+    def everywhere(self, tree: Any) -> Any:
+        return jax.device_put(tree, self._whole)
+
+
 class Encoder:
     """Frozen weights as a function of labelled images, sharded over the local devices.
 
     Attributes:
-      name: shown in tables. weights_hash: key of the feature cache.
+      name: shown in tables. weights_hash: of the weights. cache_key: of all that features depend on.
       standardize: whether protocols scale the features first (no: they are used as they are).
     """
 
@@ -210,12 +233,11 @@ class Encoder:
         target_size(1, 1, image_size, spec.patch)
         self.spec, self.name, self.weights_hash, self.image_size = spec, name, weights_hash, image_size
         self.statistics = stats
+        text = f"{weights_hash} {spec.dtype} {stats.to_json()}"
+        self.cache_key = hashlib.sha256(text.encode()).hexdigest()
         self.stats = {k: stats.arrays(k) for k in spec.sensors}
-        self._mesh = jax.make_mesh((jax.local_device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-        self._rows = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec("data"))
-        everywhere = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
-        self.params = jax.device_put(backbone, everywhere)
-        self._everywhere = everywhere
+        self._devices = LocalDevices()
+        self.params = self._devices.everywhere(backbone)
         self._jit = jax.jit(self._encode, static_argnames=("size", "layers", "patches"))
 
     def _encode(self, params, images, bands, offset, *, size, layers, patches):
@@ -246,20 +268,14 @@ class Encoder:
     def __call__(self, batch: ImageBatch, *, layers: Sequence[int] = (), patches: bool = False):
         """Class tokens float32 [B, d] and, with ``patches``, a list of patch maps [B, h, w, d] (one per layer)."""
         sensors = self.check(batch.images)
-        count, devices = len(batch), self._mesh.size
-        pad = -count % devices
+        count, put = len(batch), self._devices
         height, width = batch.images[sensors[0]].shape[1:3]
         images, bands, offset = {}, {}, {}
         for key in sensors:
             full = np.ones(len(SENSORS[key].bands), bool)
-            images[key] = self._put(np.asarray(batch.images[key], np.float32), pad)
-            bands[key] = jax.device_put(np.asarray(batch.bands.get(key, full), bool), self._everywhere)
-            offset[key] = self._put(np.asarray(batch.offset.get(key, np.zeros(count)), np.float32), pad)
+            images[key] = put.rows(np.asarray(batch.images[key], np.float32))
+            bands[key] = put.everywhere(np.asarray(batch.bands.get(key, full), bool))
+            offset[key] = put.rows(np.asarray(batch.offset.get(key, np.zeros(count)), np.float32))
         size = target_size(height, width, self.image_size, self.spec.patch)
         cls, maps = self._jit(self.params, images, bands, offset, size=size, layers=tuple(layers), patches=patches)
         return np.asarray(cls)[:count], None if maps is None else [np.asarray(m)[:count] for m in maps]
-
-    def _put(self, rows: np.ndarray, pad: int) -> Array:
-        if pad:
-            rows = np.concatenate([rows, np.repeat(rows[-1:], pad, axis=0)])
-        return jax.device_put(rows, self._rows)

@@ -7,7 +7,7 @@ which share no ground. Used during pretraining, by the demo and in docs/experime
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -90,9 +90,3 @@ def _gather(found: TileFeatures) -> TileFeatures:
 def score(gallery: TileFeatures, queries: TileFeatures, protocol: str) -> Any:
     """kNN result of the queries under a named protocol (``evals.knn.PROTOCOLS``)."""
     return knn_classify(gallery.cls, gallery.landcover, queries.cls, queries.landcover, protocol)
-
-
-def rare_classes(gallery: TileFeatures, share: float = 0.05) -> Sequence[int]:
-    """Classes that make up less than ``share`` of the gallery."""
-    counts = np.bincount(gallery.landcover, minlength=landcover.NUM_CATEGORIES)
-    return [c for c in range(landcover.NUM_CATEGORIES) if 0 < counts[c] < share * counts.sum()]

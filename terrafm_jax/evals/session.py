@@ -166,7 +166,7 @@ class Session:
         s = self.settings
         prints = [dataset.fingerprint(k, keys) for k in dataset.splits]
         text = json.dumps([
-            encoder.weights_hash, encoder.image_size, prints, protocol, dataclasses.asdict(options), s.limit, s.dtype,
+            encoder.cache_key, encoder.image_size, prints, protocol, dataclasses.asdict(options), s.limit, s.dtype,
             (s.folds, s.repeats) if s.folds else 0,
         ])  # fmt: skip
         return hashlib.sha256(text.encode()).hexdigest()[:20]

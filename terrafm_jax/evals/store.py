@@ -80,7 +80,7 @@ def extract(
     """Features of a split, from the cache as far as it has them.
 
     Args:
-      encoder: see ``encoders.py``; its ``weights_hash`` and ``image_size`` are part of the cache's key.
+      encoder: see ``encoders.py``; its ``cache_key`` and ``image_size`` are part of the cache's key.
       cache: folder, or None to keep everything in memory.
       progress: called with (samples done, samples in all).
 
@@ -113,7 +113,7 @@ def _key(encoder: Any, dataset: Dataset, split: str, request: Request) -> Path:
     text = json.dumps([dataset.fingerprint(split, request.inputs), options])
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     name = f"{dataset.info.name}-{split}-{'+'.join(request.inputs)}-{digest}".replace("/", "_")
-    return Path(encoder.weights_hash[:16]) / name
+    return Path(encoder.cache_key[:16]) / name
 
 
 def _chunk(encoder, dataset, samples, request: Request, folder: Path | None, number: int) -> dict[str, np.ndarray]:

@@ -15,9 +15,11 @@ from ml_collections import ConfigDict
 
 from terrafm_jax import config as config_lib
 from terrafm_jax import landcover
+from terrafm_jax.models.spec import ModelSpec
 from terrafm_jax.sensors import Statistics
 from terrafm_jax.tpu.chips import Topology
 from terrafm_jax.tpu.client import compile_only, compile_only_devices
+from terrafm_jax.tpu.hlo import Shape
 from terrafm_jax.tpu.network import Network
 from terrafm_jax.tpu.reckon import Item, Reckoning, reckon
 from terrafm_jax.tpu.scaling import TILES
@@ -168,16 +170,27 @@ def _communication(spec: TrainSpec, state: Any, mesh: Mesh, found: Reckoning) ->
         "collectives": rows,
         "gradient_bytes": 4 * parameters * (shards > 1),
         "reduced_bytes": sum(r["bytes"] for r in rows if r["opcode"] in ("all-reduce", "reduce-scatter")),
-        "foreign_all_gathers": _foreign_gathers(found.items, state, spec),
+        "foreign_all_gathers": foreign_gathers(found.items, state.params, spec.model, mesh.shape["fsdp"]),
     }
 
 
-def _foreign_gathers(items: Iterable[Item], state: Any, spec: TrainSpec) -> list[str]:
-    """All-gathers of more bytes than any parameter has: activations would be among them."""
-    largest = 4 * max(math.prod(x.shape) for x in jax.tree.leaves(state.params))
-    stacked = spec.model.depth * spec.model.width * spec.model.hidden * 4 if spec.model.scan else 0
-    limit = max(largest, stacked)
-    return [f"{i.name} {i.op_name}" for i in items if i.opcode == "all-gather" and i.wire / max(1, i.count) > limit]
+def foreign_gathers(items: Iterable[Item], params: Any, spec: ModelSpec, fsdp: int) -> list[str]:
+    """All-gathers of what is no weight: activations would be among them.
+
+    A gathered weight has as many numbers as the product of two sizes that occur in the parameters or in products of
+    them, or as the part of it that one of ``fsdp`` chips holds (summed between slices). Tokens do not: their rows,
+    images x tokens, are no size of a weight.
+    """
+    sizes = {1, *(n for x in jax.tree.leaves(params) for n in x.shape)}
+    sizes |= {spec.stem_width + spec.queries * spec.fusion_heads, spec.queries * spec.fusion_heads}  # folded columns
+    weights = {a * b for a in sizes for b in sizes}
+    weights |= {n * spec.depth for n in weights} if spec.scan else set()
+
+    def foreign(item: Item) -> bool:
+        numbers = item.wire / max(1, item.count) / Shape(item.dtype, (1,)).bytes
+        return item.opcode == "all-gather" and not {numbers, numbers * fsdp} & weights
+
+    return [f"{i.name} {i.op_name}" for i in items if foreign(i)]
 
 
 def _item(item: Item) -> dict[str, Any]:
@@ -223,7 +236,7 @@ def render(report: Mapping[str, Any]) -> str:
             f"hidden {row['hidden_seconds'] * 1e3:>7.3f} ms"
         )
     if report["foreign_all_gathers"]:
-        lines.append(f"  ALL-GATHERS LARGER THAN ANY PARAMETER: {report['foreign_all_gathers']}")
+        lines.append(f"  ALL-GATHERS OF WHAT IS NO WEIGHT: {report['foreign_all_gathers']}")
     lines += ["", "costliest:"]
     for item in report["costliest"]:
         lines.append(

@@ -73,6 +73,8 @@ class Checkpointer:
             found = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
             )
+        except OSError as e:
+            raise CheckpointError(f"{self.folder / str(step)}: cannot be read: {e}") from e
         except Exception as e:
             raise CheckpointError(
                 f"{self.folder / str(step)}: does not restore into the state of this config: {e}. "
@@ -94,7 +96,8 @@ class Checkpointer:
             last = self.latest()
             raise CheckpointError(
                 f"{self.folder}: the disk is full; the checkpoint was not written. "
-                + (f"The one of step {last} is complete: free some space and start again" if last is not None else "")
+                + (f"The one of step {last} is complete: f" if last is not None else "F")
+                + "ree some space and start again"
             ) from e
 
 

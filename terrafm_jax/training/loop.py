@@ -24,11 +24,11 @@ from terrafm_jax.sensors import Statistics
 from terrafm_jax.training import pictures, report
 from terrafm_jax.training import workdir as workdir_lib
 from terrafm_jax.training.checkpoint import Checkpointer
-from terrafm_jax.training.meter import Compiled, Meter, TrainingError, due
+from terrafm_jax.training.meter import Compiled, Meter, due
 from terrafm_jax.training.metrics import MetricWriter, Progress, timed
 from terrafm_jax.training.preemption import Interrupted, StopRequest
-from terrafm_jax.training.run import Evaluator, Run, Tools
-from terrafm_jax.training.sharding import make_mesh
+from terrafm_jax.training.run import Evaluator, Run, Tools, TrainingError, skipped_before
+from terrafm_jax.training.sharding import check_batch, local_rows, make_mesh
 from terrafm_jax.training.state import TrainState, with_weights
 from terrafm_jax.training.step import abstract_state, draw_views, init_state, make_batch, parameter_table
 from terrafm_jax.training.trace import Trace
@@ -67,13 +67,31 @@ def train(
       TrainingError: non-finite losses, too many unreadable records.
       CheckpointError: a checkpoint cannot be written or read.
     """
-    # --- plan: config, data order, statistics, mesh ---
     config_lib.check(config)
+    stop = StopRequest()  # a signal that comes while starting up is heard, too: the run ends at its first step
+    try:
+        return _train(config, workdir, evaluators, read_weights, stop)
+    except TrainingError:
+        if jax.process_index() == 0:
+            report.write(workdir)
+        raise
+    finally:
+        stop.close()
+
+
+def _train(
+    config: ConfigDict,
+    workdir: str,
+    evaluators: Callable[[Run], Sequence[Evaluator]] | None,
+    read_weights: Callable[[str], Mapping[str, Any]] | None,
+    stop: StopRequest,
+) -> Outcome:
+    # --- plan: config, data order, statistics, mesh ---
     run = plan(config, workdir)
     workdir_lib.claim(workdir, config, write=run.first)
     writer = MetricWriter(workdir, run.first, config.log.tensorboard, config.log.wandb)
-    say = Progress(0, run.total, enabled=run.first)
-    describe(run, say)
+    progress = Progress(0, run.total, enabled=run.first)
+    describe(run, progress)
 
     # --- state: (1) the newest checkpoint of the workdir, (2) weights of init_from, (3) random ---
     checkpoints = Checkpointer(workdir, config.checkpoint.keep_last, run.steps["checkpoint.keep_every"])
@@ -81,21 +99,22 @@ def train(
     evaluated = None  # the step whose evaluation an earlier start has done
     if checkpoints.latest() is not None:
         state, meta = checkpoints.restore(abstract_state(run.spec, run.mesh))
-        skipped = meta.get("skipped", {})
+        _same_data(run, meta)
+        skipped = skipped_before(meta)
         evaluated = int(state.step) if meta.get("evaluated", True) else None
-        say.line(f"resumed step {int(state.step)} of {checkpoints.folder}; {report.goodput_line(workdir)}")
+        progress.line(f"resumed step {int(state.step)} of {checkpoints.folder}; {report.goodput_line(workdir)}")
     else:
         state = init_state(run.spec, run.mesh)
         if config.init_from:
             state, taken = with_weights(state, read_weights(config.init_from))
-            say.line(f"weights taken from {config.init_from}: {taken}")
+            progress.line(f"weights taken from {config.init_from}: {taken}")
     start = int(state.step)
+    progress.resume(start)
     writer.write(start, {"event": "start", "devices": jax.device_count(), "processes": jax.process_count()})
 
     # --- input, evaluators, signals ---
     loader = make_loader(run, start, skipped)
-    progress, trace = Progress(start, run.total, enabled=run.first), Trace(config.profile, workdir)
-    tools = Tools(run, checkpoints, writer, loader, progress, StopRequest(), trace)
+    tools = Tools(run, checkpoints, writer, loader, progress, stop, Trace(config.profile, workdir))
     together = True
     try:
         # No mesh is set around the loop: the step's shardings name theirs, and evaluators work on one device.
@@ -113,7 +132,9 @@ def plan(config: ConfigDict, workdir: str) -> Run:
     """Reads the data set's index and statistics, converts durations, builds specs and mesh."""
     if not config.data.dir:
         raise config_lib.ConfigError("config.data.dir: empty; give the folder of a prepared data set (docs/data.md)")
-    d = config.data
+    d, m = config.data, config.mesh
+    mesh = make_mesh(data=m.data, fsdp=m.fsdp, tensor=m.tensor)
+    check_batch(mesh, config.batch_size, config.microbatches)
     sampling = config_lib.sampling_spec(config)
     order = pipeline.make_order(
         d.dir, d.split, sampling, batch_size=config.batch_size, seed=config.seed,
@@ -122,16 +143,27 @@ def plan(config: ConfigDict, workdir: str) -> Run:
     shares = np.asarray(order.expected_histogram(), np.float64)
     stats = Statistics.published() if d.statistics == "published" else pipeline.load_statistics(d.dir)
     steps = config_lib.durations(config, order.examples_per_epoch)
-    m = config.mesh
     return Run(
         config=config,
         workdir=str(workdir),
         spec=config_lib.train_spec(config, steps, stats, shares),
         steps=steps,
         order=order,
-        mesh=make_mesh(data=m.data, fsdp=m.fsdp, tensor=m.tensor),
+        mesh=mesh,
         first=jax.process_index() == 0,
     )
+
+
+def _same_data(run: Run, meta: Mapping[str, Any]) -> None:
+    """Raises ConfigError where the checkpoint comes of other records or statistics: resuming would not be exact."""
+    mine = {"records": run.order.num_records, "statistics": json.loads(run.spec.stats.to_json())}
+    different = [key for key, value in mine.items() if meta.get(key, value) != value]
+    if different and not run.config.allow_config_change:
+        raise config_lib.ConfigError(
+            f"config.data.dir: {run.config.data.dir} has other {' and other '.join(different)} than the data set that "
+            f"{run.workdir} was trained on; give that one (it may have moved), another --workdir, or "
+            "--config.allow_config_change=True to go on with this one"
+        )
 
 
 def make_loader(run: Run, start: int, skipped: Mapping[str, int]) -> Any:
@@ -140,18 +172,18 @@ def make_loader(run: Run, start: int, skipped: Mapping[str, int]) -> Any:
     return pipeline.make_loader(
         d.dir, d.split, run.order, start_step=start, stop_step=run.total, sensors=run.spec.model.sensors,
         workers=d.workers, cache=d.cache, echo=d.echo, canvases=d.canvases, max_skipped=d.max_skipped, skipped=skipped,
-        process_index=jax.process_index(), process_count=jax.process_count(),
+        rows=local_rows(run.mesh, run.config.batch_size, jax.process_index()),
     )  # fmt: skip
 
 
-def describe(run: Run, say: Progress) -> None:
+def describe(run: Run, progress: Progress) -> None:
     """Logs the plan and writes ``config_resolved.json``, ``statistics.json``, ``parameters.txt``, ``landcover.png``."""
     frequent = [n for n, f in zip(landcover.NAMES, run.spec.frequent, strict=True) if f]
-    say.line(f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(run.mesh.shape)}")
-    say.line(f"{run.total} steps of {run.config.batch_size}, {run.order.examples_per_epoch} records an epoch")
+    progress.line(f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(run.mesh.shape)}")
+    progress.line(f"{run.total} steps of {run.config.batch_size}, {run.order.examples_per_epoch} records an epoch")
     for line in run.order.describe().splitlines():
-        say.line(line)
-    say.line(f"frequent land cover: {', '.join(frequent) or 'none, so there is one center'}")
+        progress.line(line)
+    progress.line(f"frequent land cover: {', '.join(frequent) or 'none, so there is one center'}")
     if run.first:
         folder = epath.Path(run.workdir)
         resolved = {"config": config_lib.flatten(run.config), "steps": dict(run.steps), "frequent": frequent}
@@ -167,37 +199,40 @@ def _loop(
 ) -> Outcome:
     run, steps = tools.run, tools.run.steps
     step_fn = Compiled(run, tools.progress)
-    step_fn.ahead(tools.loader.coming(min(run.stop - start, _SOON)))
+    step_fn.ahead(tools.loader.coming(max(0, min(run.stop - start, _SOON))))
     meter = Meter(run, tools)
     saved = start if start else None
     batch = arrays = None
-    for step in range(start, run.stop + 1):
+    for step in range(start, max(start, run.stop) + 1):
         # --- the state before step `step`: evaluate, save, stop ---
-        last = step == run.stop
+        last = step >= run.stop  # a checkpoint may be past it, where config.stop_at_step has been lowered
         whole = True
         if evaluators and due(step, steps["knn.every"], last and step == run.total) and step != evaluated:
             meter.flush()
             with timed(meter.seconds, "evaluation"):
                 whole = _evaluate(tools, evaluators, step, state)
         preempted = tools.stop.reached()
-        if step != saved and step > 0 and (due(step, steps["checkpoint.every"], last or preempted)):
-            meter.flush()  # a state that came of non-finite losses must not replace a good one
-            if not meter.nonfinite:
-                with timed(meter.seconds, "checkpoint"):
-                    tools.save(state, step, whole)
-                saved = step
-        if step > 0 and due(step, steps["checkpoint.teacher_every"], last) and not meter.nonfinite:
+        if preempted:
+            meter.flush(log=True)
+        # A step that is not finite changes nothing, so the state is as good as before it.
+        if step != saved and step > 0 and due(step, steps["checkpoint.every"], last or preempted):
+            meter.flush()
+            with timed(meter.seconds, "checkpoint"):
+                tools.save(state, step, whole)
+            saved = step
+        if step > 0 and due(step, steps["checkpoint.teacher_every"], last):
             tools.export_teacher(state, step)
         if last or preempted:
             break
+        step_fn.wait()
         # --- batch, step; the metrics of the previous step are read while this one runs ---
         with timed(meter.seconds, "data"):
             tiles = next(tools.loader)
             if tiles is not batch:  # an echoed batch (data.echo) is on the devices already
-                batch, arrays = tiles, make_batch(run.mesh, tiles)
-        if step == start == 0 and run.config.log.pictures and run.first and jax.process_count() == 1:
+                batch, arrays = tiles, make_batch(run.mesh, tiles, run.config.batch_size)
+        if step == start == 0 and run.config.log.pictures and run.first:
             _draw_first_batch(run, batch)
-        tools.trace.before(step)
+        tools.trace.before(step, state)
         state, metrics = step_fn(state, arrays)
         meter.push(step + 1, metrics)
     meter.flush()
@@ -222,7 +257,8 @@ def _finish(tools: Tools, step: int, preempted: bool) -> Outcome:
         report.write(run.workdir)
         tools.progress.line(report.goodput_line(run.workdir))
     if preempted and not tools.stop.by_person:
-        tools.progress.line(f"stopped by a signal at step {step}, checkpoint written; start again to resume")
+        kept = "checkpoint written; start again to resume" if step > 0 else "before the first one; nothing to keep"
+        tools.progress.line(f"stopped by a signal at step {step}, {kept}")
         return Outcome(step, False, run.config.exit_code_preempted)
     complete = step >= run.total
     if complete and run.first:

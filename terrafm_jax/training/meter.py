@@ -13,15 +13,11 @@ import jax
 
 from terrafm_jax.training import flops
 from terrafm_jax.training.metrics import Progress, timed
-from terrafm_jax.training.run import Run, Tools
+from terrafm_jax.training.run import Run, Tools, TrainingError
 from terrafm_jax.training.sharding import batch_sharding
 from terrafm_jax.training.state import TrainState
 from terrafm_jax.training.step import abstract_state, make_step
 from terrafm_jax.training.watch import Watch
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and which checkpoint is good."""
 
 
 def due(step: int, every: int, always: bool = False) -> bool:
@@ -63,6 +59,11 @@ class Compiled:
             if (shape := _shape(batch)) not in self._begun:
                 self._begun[shape] = self._threads.submit(self._compile, batch)
 
+    def wait(self) -> None:
+        """Until the first program of :meth:`ahead` is there, so that its memory is told before any batch comes."""
+        if not self._by_shape and self._begun:
+            self._take(next(iter(self._begun)))
+
     def _compile(self, batch: Mapping[str, Any]) -> tuple[Any, float]:
         begun = time.monotonic()
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding), batch)
@@ -72,16 +73,19 @@ class Compiled:
         shape = _shape(batch)
         if shape not in self._by_shape:
             self.ahead([batch])
-            compiled, seconds = self._begun[shape].result()
-            self._by_shape[shape] = compiled
-            memory = compiled.memory_analysis()
-            needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else 0
-            self._progress.line(
-                f"compiled step for canvas {len(self._by_shape)} in {seconds:.1f} s; "
-                f"arguments and temporaries {needed / 2**30:.2f} GiB a device"
-            )
-            _wait_for_the_others(f"compiled canvas {len(self._by_shape)}")
+            self._take(shape)
         return self._by_shape[shape](state, batch)
+
+    def _take(self, shape: tuple) -> None:
+        compiled, seconds = self._begun[shape].result()
+        self._by_shape[shape] = compiled
+        memory = compiled.memory_analysis()
+        needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else 0
+        self._progress.line(
+            f"compiled step for canvas {len(self._by_shape)} in {seconds:.1f} s; "
+            f"arguments and temporaries {needed / 2**30:.2f} GiB a device"
+        )
+        _wait_for_the_others(f"compiled canvas {len(self._by_shape)}")
 
 
 def _shape(batch: Mapping[str, Any]) -> tuple:
@@ -99,14 +103,18 @@ class Meter:
         self._flops = flops.step_flops(run.spec) * run.config.batch_size
         self._peak = flops.peak_flops(jax.devices()[0].device_kind, run.spec.model.dtype) * jax.device_count()
         self._mark, self._mark_step = time.monotonic(), None
-        self._watch = Watch(run.mesh)
+        self._watch, self._first, self._pace = Watch(run.mesh), True, ""
 
     def push(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         self.flush()
         self._pending = (step, metrics)
 
-    def flush(self) -> None:
-        """Waits for the pending metrics. Raises TrainingError after too many non-finite steps in a row."""
+    def flush(self, log: bool = False) -> None:
+        """Waits for the pending metrics; ``log`` has them logged in any case.
+
+        Raises:
+          TrainingError: too many non-finite steps in a row.
+        """
         if self._pending is None:
             return
         step, metrics = self._pending
@@ -115,16 +123,16 @@ class Meter:
             values = jax.device_get(metrics)
         finite = all(math.isfinite(float(values[k])) for k in ("loss", "grad_norm"))
         self.nonfinite = 0 if finite else self.nonfinite + 1
-        if not finite or due(step, self._run.steps["log.every"], step in (1, self._run.stop)):
+        # The first step of every start is logged: until then time counts as starting up.
+        if log or not finite or due(step, self._run.steps["log.every"], self._first or step == self._run.stop):
             self._log(step, values)
-        self._tools.progress.update(step, f"loss {float(values['loss']):.3f}")
+        self._first = False
+        self._tools.progress.update(step, f"loss {float(values['loss']):.3f}{self._pace}")
         if self.nonfinite >= self._run.config.max_nonfinite:
-            good = self._tools.checkpoints.latest()
             raise TrainingError(
                 f"step {step}: loss {float(values['loss'])}, gradient norm {float(values['grad_norm'])}: not finite "
-                f"for {self.nonfinite} steps in a row (config.max_nonfinite). The last good checkpoint is "
-                + (f"{self._tools.checkpoints.folder / str(good)}" if good is not None else "none yet")
-                + "; a lower config.optim.base_lr, or a look at the data's statistics, is where to start"
+                f"for {self.nonfinite} steps in a row (config.max_nonfinite). {self._tools.last_good()}; a lower "
+                "config.optim.base_lr, or a look at the data's statistics, is where to start"
             )
 
     def _log(self, step: int, values: Mapping[str, Any]) -> None:
@@ -143,13 +151,23 @@ class Meter:
             row |= {"warnings": warnings} if warnings else {}
         row["skipped"] = sum(self._tools.loader.skipped.values())
         self._tools.writer.write(step, row)
-        speed = row.get("images_per_second")
-        pace = f" {speed:.1f} img/s, data {row.get('data_share', 0):.0%}" if speed else ""
+        self._pace = _pace(row)
         self._tools.progress.line(
             f"step {step}/{self._run.total} loss {float(values['loss']):.4f} "
-            f"entropy {float(values['teacher_entropy']):.2f} grad {float(values['grad_norm']):.3f}{pace}"
+            f"entropy {float(values['teacher_entropy']):.2f} grad {float(values['grad_norm']):.3f}{self._pace}"
             f" left {self._tools.progress.eta()}"
         )
         for text in warnings:
             self._tools.progress.line(f"step {step}: {text}")
         self._mark, self._mark_step, self.seconds = now, step, {}
+
+
+def _pace(row: Mapping[str, Any]) -> str:
+    """ " 70.8 img/s, 1.24 TFLOP/s, MFU 41%, data 2%", as far as it is known."""
+    if "images_per_second" not in row:
+        return ""
+    mfu = f", MFU {row['mfu']:.0%}" if "mfu" in row else ""
+    return (
+        f" {row['images_per_second']:.1f} img/s, {row['tflops_per_second']:.3g} TFLOP/s{mfu}, "
+        f"data {row.get('data_share', 0):.0%}"
+    )

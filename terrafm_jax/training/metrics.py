@@ -102,17 +102,22 @@ def _plain(value: Any) -> Any:
 class Progress:
     """A bar on a terminal, plain lines elsewhere; both with an ETA.
 
-    Use ``update`` each step and ``line`` for what must stay readable in a log.
+    Use ``update`` each step and ``line`` for what must stay readable in a log. The bar appears with the first update.
     """
 
     def __init__(self, start: int, total: int, unit: str = "step", enabled: bool = True):
         self.start, self.total, self.enabled = start, total, enabled
         self._begun, self._from = 0.0, start  # the pace counts from the first step on, after compiling
-        self._done = start
-        interactive = enabled and sys.stderr.isatty()
-        self._bar = tqdm(total=total, initial=start, unit=unit, dynamic_ncols=True) if interactive else None
+        self._done, self._unit = start, unit
+        self._bar: tqdm | None = None
+
+    def resume(self, start: int) -> None:
+        """Says where the work goes on, before the first update."""
+        self.start = self._from = self._done = start
 
     def update(self, done: int, note: str = "") -> None:
+        if self._bar is None and self.enabled and sys.stderr.isatty():
+            self._bar = tqdm(total=self.total, initial=self.start, unit=self._unit, dynamic_ncols=True)
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(done - self._done)

@@ -28,7 +28,7 @@ CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Centers: norms and distance", ("center_norm", "center_frequent_norm", "center_distance")),
     ("Spread of class tokens (1 = random directions)", ("feature_std",)),
     ("Gradient norms", ("grad_norm", "grad_norm_backbone", "grad_norm_head", "grad_norm_max")),
-    ("kNN on held-out tiles", ("knn_top1", "knn_macro", "knn_rare")),
+    ("kNN on held-out tiles", ("knn_top1", "knn_macro")),
     ("Schedules", ("lr", "weight_decay", "teacher_temp")),
     ("Images per second", ("images_per_second",)),
     ("MFU", ("mfu",)),

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -25,6 +27,10 @@ from terrafm_jax.training.trace import Trace
 # An evaluator gets (step, state, poll) and yields (name, value). It calls poll() at every batch, equally often on
 # every process, and lets the Interrupted pass that it raises when the job is told to stop.
 Evaluator = Callable[[int, TrainState, Callable[[], None]], Iterator[tuple[str, float]]]
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and which checkpoint is good."""
 
 
 @dataclasses.dataclass
@@ -61,20 +67,42 @@ class Tools:
     trace: Trace
 
     def save(self, state: TrainState, step: int, evaluated: bool) -> None:
-        """Starts to write a checkpoint. ``evaluated`` False: the next start has to evaluate this step again."""
+        """Starts to write a checkpoint. ``evaluated`` False: the next start has to evaluate this step again.
+
+        Raises:
+          TrainingError: the state holds numbers that are not finite; a good checkpoint must not give way to it.
+        """
+        self._require_finite(state, step)
+        config = self.run.config
         meta = {
             "step": step,
             "evaluated": evaluated,
-            "example": step * self.run.config.batch_size,
-            "skipped": self.loader.skipped,
+            "example": -(-step // config.data.echo) * config.batch_size,
+            "records": self.run.order.num_records,
+            "skipped": _of_all_processes(self.loader.skipped),
             "model": dataclasses.asdict(self.run.spec.model),
-            "config": config_lib.flatten(self.run.config),
+            "config": config_lib.flatten(config),
             "statistics": json.loads(self.run.spec.stats.to_json()),
         }
         self.checkpoints.save(step, state, meta)
 
+    def _require_finite(self, state: TrainState, step: int) -> None:
+        if bool(_all_finite(state)):
+            return
+        raise TrainingError(
+            f"step {step}: parameters, teacher or moments are not finite. {self.last_good()}; a lower "
+            "config.optim.base_lr, or a look at the data's statistics, is where to start"
+        )
+
+    def last_good(self) -> str:
+        """A sentence that names the newest checkpoint."""
+        step = self.checkpoints.latest()
+        where = f"{self.checkpoints.folder / str(step)}" if step is not None else "none yet"
+        return f"The last good checkpoint is {where}"
+
     def export_teacher(self, state: TrainState, step: int) -> None:
-        """Writes the teacher's weights alone, under ``WORKDIR/teacher/STEP``: what users load."""
+        """Writes the teacher's weights alone, under ``WORKDIR/teacher/STEP``: what users load. Raises TrainingError."""
+        self._require_finite(state, step)
         params = to_host(state.teacher)
         if self.run.first:
             meta = {
@@ -91,6 +119,36 @@ class Tools:
         self.progress.close()
         self.loader.close()
         self.writer.close()
-        self.stop.close()
         if together:
             self.checkpoints.close()
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+
+
+def _of_all_processes(skipped: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """What each process skipped, by its index (a collective on several processes)."""
+    if jax.process_count() == 1:
+        return {"0": dict(skipped)}
+    from jax.experimental import multihost_utils
+
+    text = np.frombuffer(json.dumps(dict(skipped)).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(text)))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(text)] = text
+    rows = multihost_utils.process_allgather(padded)
+    return {str(p): json.loads(row[:n].tobytes()) for p, (row, n) in enumerate(zip(rows, sizes, strict=True))}
+
+
+def skipped_before(meta: Mapping[str, Any]) -> dict[str, int]:
+    """What this process skipped before the checkpoint; another number of processes leaves all to the first."""
+    found = meta.get("skipped", {})
+    if len(found) == jax.process_count():
+        return dict(found.get(str(jax.process_index()), {}))
+    total: dict[str, int] = {}
+    for counts in found.values() if jax.process_index() == 0 else ():
+        for file, count in counts.items():
+            total[file] = total.get(file, 0) + count
+    return total

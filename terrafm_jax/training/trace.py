@@ -19,8 +19,13 @@ class Trace:
         self._folder = str(epath.Path(workdir) / "profile")
         self._running = False
 
-    def before(self, step: int) -> None:
-        """Starts or stops the trace where ``step``, about to run, asks for it."""
+    def before(self, step: int, state: Any) -> None:
+        """Starts or stops the trace where ``step``, about to run on ``state``, asks for it.
+
+        Steps are dispatched ahead of the device, which has to catch up first: else the trace holds other steps.
+        """
+        if (step in self._steps) != self._running:
+            jax.block_until_ready(state)
         if step in self._steps and not self._running:
             jax.profiler.start_trace(self._folder)
             self._running = True

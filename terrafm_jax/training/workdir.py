@@ -16,13 +16,13 @@ import jax
 import numpy as np
 from etils import epath
 
-from terrafm_jax.config import ConfigError, flatten
+from terrafm_jax.config import ConfigError, base, flatten
 
 # Fields that may differ between two starts of one run: they change how it runs, not what it computes.
 _FREE = (
     "stop_at_step", "allow_config_change", "exit_code_preempted", "max_nonfinite", "init_from", "data.dir",
-    "data.workers", "data.cache", "data.max_skipped", "compute.scan", "compute.remat", "compute.attention", "mesh.",
-    "checkpoint.", "log.", "knn.", "profile.",
+    "data.workers", "data.cache", "data.max_skipped", "compute.scan", "compute.remat", "compute.attention",
+    "compute.fusion_kernel", "compute.folded", "compute.overlap", "mesh.", "checkpoint.", "log.", "knn.", "profile.",
 )  # fmt: skip
 
 
@@ -48,6 +48,8 @@ def claim(workdir: str, config: Mapping[str, Any], write: bool) -> None:
             _claim(workdir, config)
         except ConfigError as e:
             fault = e
+        except OSError as e:  # the other processes wait to hear how it went
+            fault = ConfigError(f"workdir {workdir}: {e}")
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -124,13 +126,12 @@ def _recorded(path: epath.Path) -> dict[str, Any]:
 
 
 def _same_recipe(folder: epath.Path, theirs: dict[str, Any], mine: dict[str, Any], allowed: bool) -> None:
-    keys = {
-        k for k in theirs.keys() | mine.keys() if not any(k == f or (f[-1] == "." and k.startswith(f)) for f in _FREE)
-    }
+    # A field that a run of an older version does not have was what its default is now.
+    theirs = json.loads(json.dumps(flatten(base()))) | theirs
     different = [
-        f"config.{k}: {theirs.get(k, 'absent')!r} there, {mine.get(k, 'absent')!r} here"
-        for k in sorted(keys)
-        if theirs.get(k, "absent") != mine.get(k, "absent")
+        f"config.{k}: {theirs[k]!r} there, {mine.get(k, 'absent')!r} here"
+        for k in sorted(theirs.keys() | mine.keys())
+        if not _is_free(k) and theirs[k] != mine.get(k, "absent")
     ]
     if different and not allowed:
         raise ConfigError(
