@@ -2,7 +2,8 @@
 
     python -m terrafm_jax.main --config=configs/vits.py --workdir=RUN --config.data.dir=DATA
 
-Hardware: one 24 GB GPU at a batch of 128. No published number to compare with.
+Hardware: one GPU. At a batch of 128 the activations take some 20 GB by count, which no GPU has confirmed;
+``--config.microbatches=2`` halves them. No published number to compare with.
 
 Arguments after a colon: ``runlocal`` shrinks the config into a smoke test of itself; ``single``,
 ``modality``, ``fusion`` and ``full`` are the rows of the published ablation.

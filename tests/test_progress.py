@@ -32,6 +32,18 @@ def test_a_terminal_gets_a_bar_with_its_note_and_lines_above_it(
     assert "step 6: saved" in capsys.readouterr().out
 
 
+def test_the_bar_appears_with_the_first_update_and_counts_earlier_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Terminal()
+    monkeypatch.setattr(metrics.sys, "stderr", screen)
+    progress = Progress(0, 10)
+    progress.line("2 x cpu")
+    assert not screen.getvalue()
+    progress.resume(4)
+    progress.update(6)
+    progress.close()
+    assert re.search(r"60%.*6/10", screen.getvalue())
+
+
 def test_a_log_gets_lines_only(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     screen = io.StringIO()
     monkeypatch.setattr(metrics.sys, "stderr", screen)

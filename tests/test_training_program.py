@@ -21,6 +21,9 @@ from tiny_training import FORTY, TINY, assert_same, command, state_of, train
 pytestmark = pytest.mark.slow
 
 
+BROKEN = ("--config.optim.base_lr=1e38", "--config.allow_config_change=True")
+
+
 def rows(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
@@ -140,13 +143,36 @@ def test_nonfinite_losses_abort_and_keep_the_last_good_checkpoint(
     prepared: Path, two_steps: Path, tmp_path: Path
 ) -> None:
     workdir = shutil.copytree(two_steps, tmp_path / "run")
-    broken = ("--config.optim.base_lr=1e38", "--config.allow_config_change=True")
+    broken = (*BROKEN, "--config.checkpoint.every=100")
     done = train(prepared, workdir, *FORTY, *broken)
     assert done.returncode == 1
     assert "not finite for 3 steps in a row" in done.stderr
+    assert f"last good checkpoint is {workdir}/checkpoints/2;" in done.stderr
+    assert (workdir / "report.html").exists()
     good = [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
     for step in good:
         assert all(np.all(np.isfinite(v)) for v in state_of(workdir, step).values()), step
+
+
+@pytest.mark.parametrize(
+    "end", ["--config.checkpoint.every=1", "--config.total_steps=3"], ids=["in the run", "at its end"]
+)
+def test_a_state_that_is_not_finite_is_never_kept(end: str, prepared: Path, two_steps: Path, tmp_path: Path) -> None:
+    """The loss of step 3 is finite, but what the update makes of the parameters is not."""
+    workdir = shutil.copytree(two_steps, tmp_path / "run")
+    done = train(prepared, workdir, *FORTY, *BROKEN, end)
+    assert done.returncode == 1
+    assert "step 3: parameters, teacher or moments are not finite" in done.stderr
+    assert f"last good checkpoint is {workdir}/checkpoints/2;" in done.stderr
+    assert not (workdir / "DONE").exists()
+    assert [p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()] == ["2"]
+
+
+def test_a_checkpoint_may_be_past_the_step_to_stop_at(prepared: Path, two_steps: Path, tmp_path: Path) -> None:
+    workdir = shutil.copytree(two_steps, tmp_path / "run")
+    done = train(prepared, workdir, *FORTY, "--config.stop_at_step=1")
+    assert done.returncode == 0, done.stderr
+    assert "stopped at step 2 of 40" in done.stderr
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(
