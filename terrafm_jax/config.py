@@ -14,13 +14,18 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from terrafm_jax import landcover
 from terrafm_jax.sensors import SENSOR_KEYS, Statistics
+
+if TYPE_CHECKING:
+    from terrafm_jax.data.sampling import SamplingSpec
+    from terrafm_jax.models.spec import ModelSpec
+    from terrafm_jax.training.step import TrainSpec
 
 
 class ConfigError(ValueError):
@@ -289,7 +294,7 @@ def durations(config: ConfigDict, examples_per_epoch: int) -> dict[str, int]:
 # --- what the jitted code sees ----------------------------------------------------------------
 
 
-def model_spec(config: ConfigDict) -> Any:
+def model_spec(config: ConfigDict) -> ModelSpec:
     """The ModelSpec of a config. Raises ConfigError when neither a size nor all three widths are given."""
     from terrafm_jax.models.spec import ModelSpec
 
@@ -308,7 +313,7 @@ def model_spec(config: ConfigDict) -> Any:
     return ModelSpec(width=m.width, depth=m.depth, heads=m.heads, **fields)
 
 
-def sampling_spec(config: ConfigDict) -> Any:
+def sampling_spec(config: ConfigDict) -> SamplingSpec:
     """The SamplingSpec of a config."""
     from terrafm_jax.data.sampling import SamplingSpec
 
@@ -319,7 +324,7 @@ def sampling_spec(config: ConfigDict) -> Any:
     )  # fmt: skip
 
 
-def train_spec(config: ConfigDict, steps: Mapping[str, int], stats: Statistics, shares: Sequence[float]) -> Any:
+def train_spec(config: ConfigDict, steps: Mapping[str, int], stats: Statistics, shares: Sequence[float]) -> TrainSpec:
     """The TrainSpec of a config.
 
     Args:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,7 +61,17 @@ def test_an_integer_serves_for_a_float() -> None:
 
 @pytest.mark.parametrize(
     ("text", "steps"),
-    [("300", 300), ("300 steps", 300), ("2 epochs", 20), ("0.5 epoch", 5), ("1e3 examples", 10), ("5%", 50), ("0", 0)],
+    [
+        ("300", 300),
+        ("300 steps", 300),
+        ("2 epochs", 20),
+        ("0.5 epoch", 5),
+        ("1e3 examples", 10),
+        ("5%", 50),
+        ("0", 0),
+        ("0 epochs", 0),
+        ("0.001 epochs", 1),
+    ],
 )
 def test_durations(text: str, steps: int) -> None:
     assert Duration(batch_size=100, examples_per_epoch=1000, total_steps=1000).steps(text) == steps
@@ -99,3 +111,14 @@ def test_without_a_frequent_class_there_is_one_center() -> None:
     one, two = (config_lib.train_spec(config, steps, Statistics.published(), shares) for shares in (unknown, mapped))
     assert (one.objective.alpha, two.objective.alpha) == (1.0, config.objective.alpha)
     assert config.objective.alpha < 1
+
+
+def test_the_recipe_page_names_every_hyperparameter(root: Path) -> None:
+    """Fields that say how a run goes, not what it computes, are explained where they stand."""
+    page = (root / "docs" / "recipe.md").read_text()
+    named = set(re.findall(r"`(?:\w+\.)?(\w+)`", page))
+    how = ("compute.", "mesh.", "checkpoint.", "log.", "knn.", "profile.")
+    run = {"init_from", "stop_at_step", "allow_config_change", "exit_code_preempted", "max_nonfinite",
+           "data.dir", "data.workers", "data.cache", "data.canvases", "data.max_skipped"}  # fmt: skip
+    keys = [k for k in flatten(base()) if k not in run and not k.startswith(how)]
+    assert [k for k in keys if k.split(".")[-1] not in named] == []

@@ -53,29 +53,36 @@ def _split() -> bool:
     return shape.get("fsdp", 1) > 1 and "tensor" in shape
 
 
-def _gather(x: Array, spec: ModelSpec, split: P, used: P, summed: P) -> Array:
-    return _moved(x, spec.compute_dtype, split, used, summed) if _split() else x
+def _gather(x: Array, spec: ModelSpec, stored: P, used: P, summed: P) -> Array:
+    return moved(x, stored, used, summed, spec.compute_dtype) if _split() else x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _moved(x: Array, dtype: jnp.dtype, split: P, used: P, summed: P) -> Array:
+def moved(x: Array, stored: P, used: P, summed: P, dtype: jnp.dtype | None) -> Array:
+    """A weight that lies as ``stored``, brought to where it is ``used``, if given in ``dtype``.
+
+    The gradient goes the other way, in the type of ``x``: summed over the batch's parts so as to lie as ``summed``, and
+    then as ``stored``.
+    """
     constrain = jax.lax.with_sharding_constraint
-    gathered = constrain(constrain(x.astype(dtype), split), used)
+    if dtype is None:
+        return constrain(x, used)
+    gathered = constrain(constrain(x.astype(dtype), stored), used)
     # Said again behind a barrier, or the compiler splits it once more, gathers a second time for the backward pass, and
     # on TPU lets the sums of gradients wait for that.
     return constrain(jax.lax.optimization_barrier(gathered), used).astype(x.dtype)
 
 
-def _moved_fwd(x: Array, dtype: jnp.dtype, split: P, used: P, summed: P) -> tuple[Array, None]:
-    return _moved(x, dtype, split, used, summed), None
+def _moved_fwd(x: Array, stored: P, used: P, summed: P, dtype: jnp.dtype | None) -> tuple[Array, None]:
+    return moved(x, stored, used, summed, dtype), None
 
 
-def _moved_bwd(dtype: jnp.dtype, split: P, used: P, summed: P, _: None, g: Array) -> tuple[Array]:
+def _moved_bwd(stored: P, used: P, summed: P, _dtype: jnp.dtype | None, _: None, g: Array) -> tuple[Array]:
     constrain = jax.lax.with_sharding_constraint
-    return (constrain(constrain(g, summed), split),)
+    return (constrain(constrain(g, summed), stored),)
 
 
-_moved.defvjp(_moved_fwd, _moved_bwd)
+moved.defvjp(_moved_fwd, _moved_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

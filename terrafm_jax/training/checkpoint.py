@@ -8,7 +8,7 @@ killed process leaves either the whole checkpoint or a temporary folder that the
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -87,7 +87,7 @@ class Checkpointer:
         """Waits for what is being written and stops. Raises CheckpointError."""
         self._guard(self._manager.close)
 
-    def _guard(self, action: Any) -> None:
+    def _guard(self, action: Callable[[], object]) -> None:
         try:
             action()
         except Exception as e:

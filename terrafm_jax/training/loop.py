@@ -166,7 +166,7 @@ def _same_data(run: Run, meta: Mapping[str, Any]) -> None:
         )
 
 
-def make_loader(run: Run, start: int, skipped: Mapping[str, int]) -> Any:
+def make_loader(run: Run, start: int, skipped: Mapping[str, int]) -> pipeline.Loader:
     """The Grain pipeline of this process, positioned at step ``start``."""
     d = run.config.data
     return pipeline.make_loader(

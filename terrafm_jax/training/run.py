@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from terrafm_jax import config as config_lib
 from terrafm_jax import weights
+from terrafm_jax.data.pipeline import Loader
 from terrafm_jax.data.sampling import Order
 from terrafm_jax.provenance import portable
 from terrafm_jax.training.checkpoint import Checkpointer, to_host
@@ -61,7 +62,7 @@ class Tools:
     run: Run
     checkpoints: Checkpointer
     writer: MetricWriter
-    loader: Any
+    loader: Loader
     progress: Progress
     stop: StopRequest
     trace: Trace

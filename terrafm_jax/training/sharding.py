@@ -11,7 +11,6 @@ and a parameter without a rule is an error.
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, get_abstract_mesh
 from jax.sharding import PartitionSpec as P
 
+from terrafm_jax.models.placement import moved
 from terrafm_jax.models.spec import BATCH_AXES
 from terrafm_jax.training.optim import Optimizer, match, paths
 
@@ -234,27 +234,10 @@ def gather_params(params: Any, kernel_dtype: Any = None, *, keep: str = PROTOTYP
         used = whole_over_fsdp(spec)
         # The embedding multiplies its kernels with other weights: gradients come summed and split, or are small.
         whole = sum_whole and not path.startswith("backbone/patch_embed/")
-        return x if spec == used else _moved(x, spec, used, used if whole else spec)
+        return x if spec == used else moved(x, spec, used, used if whole else spec, None)
 
     leaves, tree = jax.tree.flatten(params)
     return tree.unflatten(map(gather, paths(params), leaves, leaf_specs(params)))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _moved(x: jax.Array, stored: P, used: P, summed: P) -> jax.Array:
-    return jax.lax.with_sharding_constraint(x, used)
-
-
-def _moved_fwd(x: jax.Array, *at: P) -> tuple[jax.Array, None]:
-    return _moved(x, *at), None
-
-
-def _moved_bwd(stored: P, used: P, summed: P, _: None, g: jax.Array) -> tuple[jax.Array]:
-    constrain = jax.lax.with_sharding_constraint
-    return (constrain(constrain(g, summed), stored),)
-
-
-_moved.defvjp(_moved_fwd, _moved_bwd)
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:

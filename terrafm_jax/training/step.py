@@ -115,9 +115,9 @@ class TrainSpec:
         if faults:
             raise ValueError("training: " + "; ".join(faults))
 
-    def __hash__(self) -> int:  # Statistics holds mappings
-        fields = (self.model, self.views, self.optim, self.objective, self.frequent, self.seed, self.total_steps)
-        return hash((*fields, self.microbatches, self.reduce_dtype, self.overlap, self.stats.to_json()))
+    def __hash__(self) -> int:
+        names = [field.name for field in dataclasses.fields(self) if field.name != "stats"]  # which holds mappings
+        return hash((self.stats.to_json(), *(getattr(self, name) for name in names)))
 
 
 # --- state ------------------------------------------------------------------------------------
