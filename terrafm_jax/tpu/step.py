@@ -182,7 +182,8 @@ def foreign_gathers(items: Iterable[Item], params: Any, spec: ModelSpec, fsdp: i
     images x tokens, are no size of a weight.
     """
     sizes = {1, *(n for x in jax.tree.leaves(params) for n in x.shape)}
-    sizes |= {spec.stem_width + spec.queries * spec.fusion_heads, spec.queries * spec.fusion_heads}  # folded columns
+    joint = spec.queries * spec.fusion_heads
+    sizes |= {spec.stem_width + joint, joint, spec.fusion_heads}  # folded columns, tables of the fusion's heads
     weights = {a * b for a in sizes for b in sizes}
     weights |= {n * spec.depth for n in weights} if spec.scan else set()
 
