@@ -154,16 +154,24 @@ def test_nonfinite_losses_abort_and_keep_the_last_good_checkpoint(
         assert all(np.all(np.isfinite(v)) for v in state_of(workdir, step).values()), step
 
 
-@pytest.mark.parametrize(
-    "end", ["--config.checkpoint.every=1", "--config.total_steps=3"], ids=["in the run", "at its end"]
-)
-def test_a_state_that_is_not_finite_is_never_kept(end: str, prepared: Path, two_steps: Path, tmp_path: Path) -> None:
-    """The loss of step 3 is finite, but what the update makes of the parameters is not."""
+NEVER_KEPT = {
+    "in the run": ("1e40", "--config.checkpoint.every=1", "parameters, teacher or moments are not finite"),
+    "at its end": ("1e40", "--config.total_steps=3", "parameters, teacher or moments are not finite"),
+    "after a loss": ("1e38", "--config.total_steps=4", "loss or gradient not finite at the end"),
+}
+
+
+@pytest.mark.parametrize(("rate", "setting", "message"), NEVER_KEPT.values(), ids=NEVER_KEPT)
+def test_a_state_that_is_not_finite_is_never_kept(
+    rate: str, setting: str, message: str, prepared: Path, two_steps: Path, tmp_path: Path
+) -> None:
+    """The loss of step 3 is finite, what the update makes of the parameters is not, or is out of all bounds."""
     workdir = shutil.copytree(two_steps, tmp_path / "run")
-    done = train(prepared, workdir, *FORTY, *BROKEN, end)
+    settings = ("--config.checkpoint.every=100", "--config.allow_config_change=True", setting)
+    done = train(prepared, workdir, *FORTY, f"--config.optim.base_lr={rate}", *settings)
     assert done.returncode == 1
-    assert "step 3: parameters, teacher or moments are not finite" in done.stderr
-    assert f"last good checkpoint is {workdir}/checkpoints/2;" in done.stderr
+    assert message in done.stderr
+    assert f"last good checkpoint is {workdir}/checkpoints/2" in done.stderr
     assert not (workdir / "DONE").exists()
     assert [p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()] == ["2"]
 

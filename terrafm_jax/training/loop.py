@@ -212,15 +212,17 @@ def _loop(
             with timed(meter.seconds, "evaluation"):
                 whole = _evaluate(tools, evaluators, step, state)
         preempted = tools.stop.reached()
-        if preempted:
-            meter.flush(log=True)
-        # A step that is not finite changes nothing, so the state is as good as before it.
         if step != saved and step > 0 and due(step, steps["checkpoint.every"], last or preempted):
-            meter.flush()
-            with timed(meter.seconds, "checkpoint"):
-                tools.save(state, step, whole)
-            saved = step
-        if step > 0 and due(step, steps["checkpoint.teacher_every"], last):
+            meter.flush(log=preempted)
+            if not meter.nonfinite:
+                with timed(meter.seconds, "checkpoint"):
+                    tools.save(state, step, whole)
+                saved = step
+            elif last:
+                raise TrainingError(f"step {step}: loss or gradient not finite at the end. {tools.last_good()}")
+            else:  # a state of which such losses come must not take the place of a good one
+                tools.progress.line(f"step {step}: not saved, as loss or gradient are not finite")
+        if step > 0 and due(step, steps["checkpoint.teacher_every"], last) and not meter.nonfinite:
             tools.export_teacher(state, step)
         if last or preempted:
             break
@@ -237,7 +239,7 @@ def _loop(
         meter.push(step + 1, metrics)
     meter.flush()
     tools.checkpoints.wait()
-    return _finish(tools, step, preempted and (step < run.stop or not whole))
+    return _finish(tools, step, saved, preempted and (step < run.stop or not whole))
 
 
 def _evaluate(tools: Tools, evaluators: Sequence[Evaluator], step: int, state: TrainState) -> bool:
@@ -251,14 +253,14 @@ def _evaluate(tools: Tools, evaluators: Sequence[Evaluator], step: int, state: T
     return True
 
 
-def _finish(tools: Tools, step: int, preempted: bool) -> Outcome:
+def _finish(tools: Tools, step: int, saved: int | None, preempted: bool) -> Outcome:
     run = tools.run
     if run.first:
         report.write(run.workdir)
         tools.progress.line(report.goodput_line(run.workdir))
     if preempted and not tools.stop.by_person:
-        kept = "checkpoint written; start again to resume" if step > 0 else "before the first one; nothing to keep"
-        tools.progress.line(f"stopped by a signal at step {step}, {kept}")
+        newest = "no checkpoint yet" if saved is None else f"newest checkpoint: step {saved}"
+        tools.progress.line(f"stopped by a signal at step {step}, {newest}; start again to resume")
         return Outcome(step, False, run.config.exit_code_preempted)
     complete = step >= run.total
     if complete and run.first:
