@@ -222,7 +222,9 @@ def worldcover_patches(cell: Cell) -> list[Patch]:
     return patches
 
 
-def _canvas_positions(first, last, crs: str, affine: Affine, per: int) -> tuple[np.ndarray, np.ndarray]:
+def _canvas_positions(
+    first: tuple[int, int], last: tuple[int, int], crs: str, affine: Affine, per: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Canvas row and column [h, w] of every lattice pixel: exact on a coarse mesh, bilinear between (millimetres)."""
     h, w = last[0] - first[0], last[1] - first[1]
     at_r, at_c = np.linspace(0, h - 1, 33), np.linspace(0, w - 1, 33)
