@@ -187,6 +187,27 @@ def band_name(name: str, of: Sensor | None = None) -> str | None:
     return None
 
 
+BASELINE_OFFSET = 1000.0  # DN that Sentinel-2 baselines from 04.00 add (ESA states it as ADD_OFFSET -1000)
+# Whether it is inside, told by the darkest percentile in DN; measured on real products.
+L1C_CIRRUS_THRESHOLD = 500  # p1(B10): at most 49 without the offset, at least 1005 with it
+L2A_THRESHOLD = 750  # min over bands of p1: at most 586 without, 893..1123 with
+L2A_ABSTAIN = 1300  # ice or overcast: nothing dark enough to tell
+
+
+def baseline(product: str) -> int | None:
+    """The xxxx of ``_Nxxxx_`` in a Sentinel-2 product id as a number, or None."""
+    found = re.search(r"(?:^|_)N(\d{4})(?:_|\.|$)", product)
+    return int(found.group(1)) if found else None
+
+
+def baseline_offset(product: str) -> float | None:
+    """DN that a product id says are added: 1000 from N0400 on, else 0; None: no baseline, or N9999 (undocumented)."""
+    number = baseline(product)
+    if number is None or number >= 9999:
+        return None
+    return BASELINE_OFFSET if number >= 400 else 0.0
+
+
 NORMALIZED_MEAN = 0.5  # what `normalize` makes of the mean
 
 
