@@ -86,6 +86,8 @@ def open_encoder(text: str, image_size: int = 224, dtype: str = "", upstream_l2a
         path, _, seed = rest.removeprefix("random@").rpartition(":")
         path, seed = (path, seed) if path and seed.isdigit() else (rest.removeprefix("random@"), "0")
         found = open_encoder(path, image_size, dtype)
+        if isinstance(found, RawStatistics):
+            raise FeatureError(f"--checkpoint {text}: raw has no network; expected random@PATH[:SEED] of a checkpoint")
         return random_encoder(found.spec, int(seed), image_size, found.statistics, name)
     return _from_weights(rest, name, image_size, dtype, upstream_l2a_stem)
 
