@@ -123,12 +123,9 @@ def bands_of(key: str, descriptions: Sequence[str | None], count: int, what: str
     known = [band_name(text, sensor) if text else None for text in descriptions]
     if None not in known and len(set(known)) == count:
         return tuple(str(name) for name in known)
-    if key == "s2_l1c" and count == len(sensor.bands) + 1:  # B10 stands between B09 and B11
-        names = list(sensor.band_names)
-        names.insert(names.index("B11"), "B10")
-        return tuple(names)
-    if count == len(sensor.bands):
-        return sensor.band_names
+    for names in (sensor.delivered_names, sensor.band_names):
+        if count == len(names):
+            return names
     raise BadInput(
         f"{what}: {count} bands described as {list(descriptions)}; say which in the bands column of a manifest"
     )

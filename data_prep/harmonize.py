@@ -1,24 +1,26 @@
 """Sentinel-2 processing-baseline offset, snapped band origins, and which pixels were measured at all.
 
-The rules and their thresholds were measured on real tiles. The delivered DN stays untouched: the
-offset is recorded beside it and subtracted by ``sensors.normalize``.
+The rules were measured on real tiles. The delivered DN stays untouched: the offset is recorded
+beside it and subtracted by ``sensors.normalize``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 
 import numpy as np
 from scipy import ndimage
 
 from data_prep.raster import Affine6, Grid
-
-BASELINE_OFFSET = 1000.0  # DN that baselines from 04.00 add (ADD_OFFSET -1000)
-L1C_CIRRUS_THRESHOLD = 500  # p1(B10): at most 49 without the offset, at least 1005 with it
-L2A_THRESHOLD = 750  # min over bands of p1: at most 586 without, 893..1123 with
-L2A_ABSTAIN = 1300  # ice or overcast: nothing dark enough to tell
+from terrafm_jax.sensors import (
+    BASELINE_OFFSET,
+    L1C_CIRRUS_THRESHOLD,
+    L2A_ABSTAIN,
+    L2A_THRESHOLD,
+    baseline,
+    baseline_offset,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,20 +30,6 @@ class Offset:
     value: float
     source: str
     conflict: bool = False
-
-
-def baseline(product: str) -> int | None:
-    """The xxxx of ``_Nxxxx_`` in a Sentinel-2 product id as a number, or None."""
-    found = re.search(r"(?:^|_)N(\d{4})(?:_|\.|$)", product)
-    return int(found.group(1)) if found else None
-
-
-def product_offset(product: str) -> float | None:
-    """What the product id proposes: 1000 from N0400 on, else 0; None without a baseline or for N9999 (undocumented)."""
-    number = baseline(product)
-    if number is None or number >= 9999:
-        return None
-    return BASELINE_OFFSET if number >= 400 else 0.0
 
 
 def select(pixels: np.ndarray, valid: np.ndarray) -> np.ndarray:
@@ -89,7 +77,7 @@ def decide_offset(product: str, pixels: float | None) -> Offset:
     lack of dark pixels does not overrule a documented baseline: a bright scene looks the same. The
     prior for N9999 and for products without a baseline is 0.
     """
-    proposed = product_offset(product)
+    proposed = baseline_offset(product)
     if proposed is None:
         if pixels is not None:
             return Offset(pixels, "pixels")

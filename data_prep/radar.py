@@ -15,7 +15,7 @@ from data_prep import tiling
 from data_prep.raster import Grid
 from terrafm_jax.sensors import S1
 
-_LOWEST, _HIGHEST = -32767, 32767  # -32768 is nodata
+_LOWEST, _HIGHEST = S1.nodata + 1, np.iinfo(S1.dtype).max  # the lowest number of all is nodata
 
 
 def power_from(values: np.ndarray, unit: str, nodata: float | None) -> np.ndarray:
@@ -91,10 +91,10 @@ def to_hundredths(power: np.ndarray) -> np.ndarray:
     """Power with NaN -> int16 hundredths of dB, nodata -32768; exact to 0.005 dB."""
     with np.errstate(invalid="ignore", divide="ignore"):
         decibel = np.log10(power)
-        decibel *= np.float32(1000.0)
+        decibel *= np.float32(10.0 / S1.scale)
         np.rint(decibel, out=decibel)
         np.clip(decibel, _LOWEST, _HIGHEST, out=decibel)
-        stored = decibel.astype(np.int16)
+        stored = decibel.astype(S1.dtype)
     if power.size and np.isnan(power.min()):
         stored[np.isnan(power)] = S1.nodata
     return stored

@@ -24,10 +24,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 
-from data_prep.harmonize import BASELINE_OFFSET
 from data_prep.times import iso_time
 from terrafm_jax.data.tiles import SPLITS
-from terrafm_jax.sensors import SENSORS, SensorError, band_name, sensor
+from terrafm_jax.sensors import BASELINE_OFFSET, SENSORS, SensorError, band_name, sensor
 from terrafm_jax.tables import read_csv
 
 LANDCOVER = "landcover"

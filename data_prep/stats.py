@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from terrafm_jax import landcover
-from terrafm_jax.sensors import SENSORS, Sensor
+from terrafm_jax.sensors import BASELINE_OFFSET, SENSORS, Sensor
 
 if TYPE_CHECKING:
     from data_prep.records import Layer
 
 PERCENTILES = (0.1, 1, 2, 5, 25, 50, 75, 95, 98, 99, 99.9)
-_LOWEST = {"uint16": -1000, "int16": -32768}  # harmonized DN go below zero
-_BINS = {"uint16": 65536 + 1000, "int16": 65536}
+_LOWEST = {"uint16": -round(BASELINE_OFFSET), "int16": -32768}  # harmonized DN go below zero
+_BINS = {"uint16": 65536 - _LOWEST["uint16"], "int16": 65536}
 
 
 class Tally:

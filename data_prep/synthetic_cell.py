@@ -23,7 +23,7 @@ from terrafm_jax import landcover
 from terrafm_jax.sensors import SENSORS
 
 MARGIN = 12  # canvas pixels of 10 m around the cell
-S1_NODATA = -32768.0
+S1_NODATA = -32768.0  # of Major-TOM's radar files; our records use the same number, but need not
 
 
 @dataclasses.dataclass(frozen=True)

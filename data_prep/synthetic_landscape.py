@@ -150,7 +150,10 @@ def _grid(size: int, spacing: float, angle: float, aspect: float = 1.0) -> tuple
 
 
 def _plain(
-    cover: np.ndarray, radar: np.ndarray | None = None, third: np.ndarray | None = None, parcel=None
+    cover: np.ndarray,
+    radar: np.ndarray | None = None,
+    third: np.ndarray | None = None,
+    parcel: np.ndarray | None = None,
 ) -> Structure:
     zero = np.zeros(cover.shape, np.float32)
     cover = standardize(cover)

@@ -24,6 +24,7 @@ from scipy.ndimage import map_coordinates
 from data_prep.synthetic_cell import S1_NODATA, Cell, Product, fractions
 from data_prep.synthetic_geography import CellPlan, block_of
 from terrafm_jax import landcover
+from terrafm_jax.sensors import SENSORS
 
 FOLDERS = {"s1": "Core-S1RTC", "s2_l1c": "Core-S2L1C", "s2_l2a": "Core-S2L2A"}
 WC_PIXELS, WC_DEGREES, WC_BLOCK = 36000, 3, 1024  # of a WorldCover file
@@ -222,7 +223,9 @@ def worldcover_patches(cell: Cell) -> list[Patch]:
     return patches
 
 
-def _canvas_positions(first, last, crs: str, affine: Affine, per: int) -> tuple[np.ndarray, np.ndarray]:
+def _canvas_positions(
+    first: tuple[int, int], last: tuple[int, int], crs: str, affine: Affine, per: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Canvas row and column [h, w] of every lattice pixel: exact on a coarse mesh, bilinear between (millimetres)."""
     h, w = last[0] - first[0], last[1] - first[1]
     at_r, at_c = np.linspace(0, h - 1, 33), np.linspace(0, w - 1, 33)
@@ -281,7 +284,6 @@ _METADATA = [
     ("centre_lon", pa.float64()), ("crs", pa.string()), ("parquet_url", pa.string()), ("parquet_row", pa.int64()),
     ("orbit_state", pa.string()), ("geometry", _BYTES),
 ]  # fmt: skip
-_S2_COLUMNS = ["B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B10", "B11", "B12", "cloud_mask"]
 
 
 class Collection:
@@ -290,7 +292,7 @@ class Collection:
     def __init__(self, root: Path, key: str, rows_per_part: int = 500):
         self.folder, self.key, self.rows_per_part = root / FOLDERS[key], key, rows_per_part
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
-        names = ["vv", "vh"] if key == "s1" else [n for n in _S2_COLUMNS if n != "B10" or key == "s2_l1c"]
+        names = ["vv", "vh"] if key == "s1" else [*SENSORS[key].delivered_names, "cloud_mask"]
         self.schema = pa.schema([*_IMAGE_KEYS, *((n, _BYTES) for n in [*names, "thumbnail"])])
         unwanted = "cloud_cover" if key == "s1" else "orbit_state"
         self.metadata_schema = pa.schema([f for f in _METADATA if f[0] != unwanted])

@@ -40,7 +40,7 @@ class Sensor:
       key: name in code, records and weights (``s1``, ``s2_l1c``, ``s2_l2a``).
       title: name for people.
       bands: canonical order of the channels the model sees.
-      dropped: delivered bands the model does not see (B10 of Level-1C: cirrus, no surface signal).
+      delivered: all bands of a product in the provider's order, also those that the model does not see.
       unit: unit of the values that :func:`normalize` takes (``DN`` = reflectance x 10000, ``dB``).
       dtype: how records store the pixels; stored value times ``scale`` is the value in ``unit``.
       nodata: stored value that means "no measurement".
@@ -51,7 +51,7 @@ class Sensor:
     key: str
     title: str
     bands: tuple[Band, ...]
-    dropped: tuple[Band, ...]
+    delivered: tuple[Band, ...]
     unit: str
     dtype: str
     scale: float
@@ -63,6 +63,15 @@ class Sensor:
     @cached_property
     def band_names(self) -> tuple[str, ...]:
         return tuple(b.name for b in self.bands)
+
+    @cached_property
+    def delivered_names(self) -> tuple[str, ...]:
+        return tuple(b.name for b in self.delivered)
+
+    @cached_property
+    def dropped(self) -> tuple[Band, ...]:
+        """Delivered bands that the model does not see: B10 of Level-1C (cirrus, no surface signal)."""
+        return tuple(b for b in self.delivered if b not in self.bands)
 
     @cached_property
     def groups(self) -> dict[str, tuple[str, ...]]:
@@ -89,7 +98,7 @@ class Sensor:
         return tuple(band for _, band in found)
 
 
-_S2_BANDS = (
+_S2_DELIVERED = (
     Band("B01", 60, ("coastal", "coastal_aerosol", "coastal aerosol", "01 - coastal aerosol")),
     Band("B02", 10, ("blue", "02 - blue")),
     Band("B03", 10, ("green", "03 - green")),
@@ -100,16 +109,18 @@ _S2_BANDS = (
     Band("B08", 10, ("nir", "nir_broad", "08 - nir")),
     Band("B8A", 20, ("nir08", "nir_narrow", "rededge4", "red_edge_4", "08a - vegetation red edge")),
     Band("B09", 60, ("nir09", "water_vapor", "water_vapour", "watervapor", "09 - water vapour")),
+    Band("B10", 60, ("cirrus", "10 - swir - cirrus")),
     Band("B11", 20, ("swir16", "swir_1", "swir1", "11 - swir")),
     Band("B12", 20, ("swir22", "swir_2", "swir2", "12 - swir")),
 )
-_B10 = Band("B10", 60, ("cirrus", "10 - swir - cirrus"))
+_S2_BANDS = tuple(b for b in _S2_DELIVERED if b.name != "B10")
+_S1_BANDS = (Band("VV", 10, ("vv",)), Band("VH", 10, ("vh",)))
 
 S1 = Sensor(
     key="s1",
     title="Sentinel-1 RTC",
-    bands=(Band("VV", 10, ("vv",)), Band("VH", 10, ("vh",))),
-    dropped=(),
+    bands=_S1_BANDS,
+    delivered=_S1_BANDS,
     unit="dB",
     dtype="int16",
     scale=0.01,
@@ -122,7 +133,7 @@ S2_L1C = Sensor(
     key="s2_l1c",
     title="Sentinel-2 L1C",
     bands=_S2_BANDS,
-    dropped=(_B10,),
+    delivered=_S2_DELIVERED,
     unit="DN",
     dtype="uint16",
     scale=1.0,
@@ -137,7 +148,7 @@ S2_L2A = Sensor(
     key="s2_l2a",
     title="Sentinel-2 L2A",
     bands=_S2_BANDS,
-    dropped=(),
+    delivered=_S2_BANDS,
     unit="DN",
     dtype="uint16",
     scale=1.0,
@@ -174,6 +185,27 @@ def band_name(name: str, of: Sensor | None = None) -> str | None:
             if wanted == band.name.lower() or wanted in band.aliases:
                 return band.name
     return None
+
+
+BASELINE_OFFSET = 1000.0  # DN that Sentinel-2 baselines from 04.00 add (ESA states it as ADD_OFFSET -1000)
+# Whether it is inside, told by the darkest percentile in DN; measured on real products.
+L1C_CIRRUS_THRESHOLD = 500  # p1(B10): at most 49 without the offset, at least 1005 with it
+L2A_THRESHOLD = 750  # min over bands of p1: at most 586 without, 893..1123 with
+L2A_ABSTAIN = 1300  # ice or overcast: nothing dark enough to tell
+
+
+def baseline(product: str) -> int | None:
+    """The xxxx of ``_Nxxxx_`` in a Sentinel-2 product id as a number, or None."""
+    found = re.search(r"(?:^|_)N(\d{4})(?:_|\.|$)", product)
+    return int(found.group(1)) if found else None
+
+
+def baseline_offset(product: str) -> float | None:
+    """DN that a product id says are added: 1000 from N0400 on, else 0; None: no baseline, or N9999 (undocumented)."""
+    number = baseline(product)
+    if number is None or number >= 9999:
+        return None
+    return BASELINE_OFFSET if number >= 400 else 0.0
 
 
 NORMALIZED_MEAN = 0.5  # what `normalize` makes of the mean

@@ -67,6 +67,7 @@ def test_bands_from_descriptions_or_count():
     assert bands_of("s1", ("bands", "bands"), 2, "x") == ("VV", "VH"), "junk counts as none"
     order = bands_of("s2_l1c", (None,) * 13, 13, "x")
     assert order.index("B10") == order.index("B09") + 1
+    assert bands_of("s2_l1c", (None,) * 12, 12, "x") == SENSORS["s2_l1c"].band_names
     assert bands_of("s2_l2a", tuple(f"B{n}" for n in (1, 2, 3, 4, 5, 6, 7, 8, "8A", 9, 11, 12)), 12, "x") == (
         SENSORS["s2_l2a"].band_names
     )

@@ -13,17 +13,16 @@ from scipy import ndimage
 
 from data_prep.geotiff import bands_of
 from data_prep.harmonize import (
-    baseline,
     connected,
     darker,
     decide_offset,
     measured,
     misplaced,
     pixel_offset,
-    product_offset,
     snap_origin,
 )
 from data_prep.raster import Grid
+from terrafm_jax.sensors import baseline, baseline_offset
 
 
 @pytest.mark.parametrize(
@@ -40,7 +39,7 @@ from data_prep.raster import Grid
 )
 def test_offset_proposed_by_product_id(product, number, proposed):
     assert baseline(product) == number
-    assert product_offset(product) == proposed
+    assert baseline_offset(product) == proposed
 
 
 def test_darker_is_the_first_percentile_by_nearest_rank():

@@ -95,6 +95,8 @@ def test_encoder_refuses_what_the_weights_cannot_take():
         random_encoder(TINY, 0, 30, Statistics.published())
     with pytest.raises(FeatureError, match="random:SIZE"):
         open_encoder("random:xl")
+    with pytest.raises(FeatureError, match="raw has no network"):
+        open_encoder("random@raw")
     assert open_encoder("baseline=raw").check(["s2_l2a", "s1"]) == ("s1", "s2_l2a")
 
 

@@ -125,7 +125,7 @@ def test_own_classification_takes_clouds_out(tmp_path: Path) -> None:
     [("S2A_MSIL2A_x_N0400_y", 1000), ("S2A_MSIL2A_x_N0301_y", 0), ("S2A_N9999_z", 0), ("x_N0511", 1000), ("scene", 0)],
 )
 def test_offset_from_the_product_id(product: str, offset: float) -> None:
-    assert products.baseline_offset(product) == offset
+    assert products.offset_of(product) == offset
 
 
 def stac(folder: Path, **properties: Any) -> Path:

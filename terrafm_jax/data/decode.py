@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         shift += 7
 
 
-def _fields(data: bytes, at: int, end: int):
+def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
     """Yields (field number, wire type, start, stop) of every field in data[at:end]."""
     while at < end:
         tag, at = _varint(data, at)

@@ -44,7 +44,7 @@ class RecordError(RuntimeError):
         super().__init__(f"record {number} ({file}, position {position}): {reason}")
         self.number, self.file, self.position, self.reason = number, file, position, reason
 
-    def __reduce__(self):  # crosses process borders
+    def __reduce__(self) -> tuple[type[RecordError], tuple[int, str, int, str]]:  # crosses process borders
         return type(self), (self.number, self.file, self.position, self.reason)
 
 

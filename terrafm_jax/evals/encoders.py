@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +32,9 @@ class RawStatistics:
     def check(self, sensors: Iterable[str]) -> tuple[str, ...]:
         return tuple(k for k in SENSOR_KEYS if k in set(sensors))
 
-    def __call__(self, batch: ImageBatch, *, layers: Sequence[int] = (), patches: bool = False):
+    def __call__(
+        self, batch: ImageBatch, *, layers: Sequence[int] = (), patches: bool = False
+    ) -> tuple[np.ndarray, list[np.ndarray] | None]:
         images = {}
         for key, image in batch.images.items():
             offset = np.asarray(batch.offset.get(key, np.zeros(len(image))), np.float32)
@@ -61,7 +62,10 @@ def random_encoder(spec: ModelSpec, seed: int, image_size: int, stats: Statistic
     return Encoder(spec, params, stats, name=name or f"random init {seed}", weights_hash=digest, image_size=image_size)
 
 
-def open_encoder(text: str, image_size: int = 224, dtype: str = "", upstream_l2a_stem: bool = False) -> Any:
+AnyEncoder = Encoder | RawStatistics
+
+
+def open_encoder(text: str, image_size: int = 224, dtype: str = "", upstream_l2a_stem: bool = False) -> AnyEncoder:
     """Opens what a user typed after ``--checkpoint``.
 
     ``raw``: band statistics. ``random:SIZE[:SEED]`` (s, b, l): fresh weights. ``random@PATH[:SEED]``: the network and
@@ -82,6 +86,8 @@ def open_encoder(text: str, image_size: int = 224, dtype: str = "", upstream_l2a
         path, _, seed = rest.removeprefix("random@").rpartition(":")
         path, seed = (path, seed) if path and seed.isdigit() else (rest.removeprefix("random@"), "0")
         found = open_encoder(path, image_size, dtype)
+        if isinstance(found, RawStatistics):
+            raise FeatureError(f"--checkpoint {text}: raw has no network; expected random@PATH[:SEED] of a checkpoint")
         return random_encoder(found.spec, int(seed), image_size, found.statistics, name)
     return _from_weights(rest, name, image_size, dtype, upstream_l2a_stem)
 

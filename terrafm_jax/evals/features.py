@@ -142,7 +142,9 @@ class ImageBatch:
         return len(next(iter(self.images.values())))
 
 
-def prepare_image(image: Array, mean: np.ndarray, std: np.ndarray, offset: Array, bands: Array, size: tuple[int, int]):
+def prepare_image(
+    image: Array, mean: np.ndarray, std: np.ndarray, offset: Array, bands: Array, size: tuple[int, int]
+) -> Array:
     """Normalises and resizes [B, H, W, C] to [B, *size, C] (bilinear, half-pixel centers, antialiased when shrinking).
 
     Pixels without measurement (NaN) are left out by masked renormalisation and filled with the mean. A band that
@@ -175,13 +177,13 @@ def encode_images(
     spec: ModelSpec,
     params: Any,
     stats: Stats,
-    images,
-    bands,
-    offset,
+    images: Mapping[str, Array],
+    bands: Mapping[str, Array],
+    offset: Mapping[str, Array],
     *,
-    size,
+    size: tuple[int, int],
     layers: Sequence[int] = (),
-    drop_key=None,
+    drop_key: Array | None = None,
 ) -> terrafm.Features:
     """Traceable: features of images per sensor (see :class:`ImageBatch`), fused when there are several sensors."""
     patches = {}
@@ -240,7 +242,10 @@ class Encoder:
         self.params = self._devices.everywhere(backbone)
         self._jit = jax.jit(self._encode, static_argnames=("size", "layers", "patches"))
 
-    def _encode(self, params, images, bands, offset, *, size, layers, patches):
+    def _encode(
+        self, params: Any, images: Mapping[str, Array], bands: Mapping[str, Array], offset: Mapping[str, Array], *,
+        size: tuple[int, int], layers: tuple[int, ...], patches: bool,
+    ) -> tuple[Array, list[Array] | None]:  # fmt: skip
         found = encode_images(self.spec, params, self.stats, images, bands, offset, size=size, layers=layers)
         if not patches:
             return found.cls.astype(jnp.float32), None
@@ -265,7 +270,9 @@ class Encoder:
             raise FeatureError(f"{self.name}: weights have no fusion block; evaluate {sensors} one at a time")
         return tuple(k for k in self.spec.sensors if k in sensors)
 
-    def __call__(self, batch: ImageBatch, *, layers: Sequence[int] = (), patches: bool = False):
+    def __call__(
+        self, batch: ImageBatch, *, layers: Sequence[int] = (), patches: bool = False
+    ) -> tuple[np.ndarray, list[np.ndarray] | None]:
         """Class tokens float32 [B, d] and, with ``patches``, a list of patch maps [B, h, w, d] (one per layer)."""
         sensors = self.check(batch.images)
         count, put = len(batch), self._devices

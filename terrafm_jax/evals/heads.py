@@ -25,9 +25,12 @@ class Features(NamedTuple):
     maps: tuple[Array, ...] = ()
 
 
+Applied = tuple[tuple[Array, ...], dict]  # outputs, new state
+
+
 class Head(NamedTuple):
     init: Callable[[Array], tuple[dict, dict]]
-    apply: Callable[..., tuple[tuple[Array, ...], dict]]
+    apply: Callable[..., Applied]
 
 
 # --- layers ---------------------------------------------------------------------------------------------------
@@ -101,7 +104,7 @@ def linear_head(width: int, outputs: int, *, norm: bool = True, affine: bool = T
             params["norm"], state["norm"] = norm_init(width, affine)
         return params, state
 
-    def apply(params, state, features: Features, train: bool = False, key=None):
+    def apply(params: dict, state: dict, features: Features, train: bool = False, key: Array | None = None) -> Applied:
         x = features.cls.astype(jnp.float32)
         if norm:
             x, found = batch_norm(params["norm"], state["norm"], x, train)
@@ -120,7 +123,7 @@ def patch_linear_head(width: int, classes: int, patch: int) -> Head:
     def init(key: Array) -> tuple[dict, dict]:
         return {"linear": _dense_init(key, width, classes * patch * patch)}, {}
 
-    def apply(params, state, features: Features, train: bool = False, key=None):
+    def apply(params: dict, state: dict, features: Features, train: bool = False, key: Array | None = None) -> Applied:
         x = _dense(params["linear"], features.maps[-1].astype(jnp.float32))
         batch, h, w, _ = x.shape
         x = x.reshape(batch, h, w, patch, patch, classes).transpose(0, 1, 3, 2, 4, 5)
@@ -217,7 +220,7 @@ def upernet_head(width: int, classes: int, *, channels: int = 512, auxiliary: in
         run(scope, [jnp.zeros((1, 2, 2, width))] * 4)
         return scope.params, scope.state
 
-    def apply(params, state, features: Features, train: bool = False, key=None):
+    def apply(params: dict, state: dict, features: Features, train: bool = False, key: Array | None = None) -> Applied:
         if len(features.maps) != 4:
             raise ValueError(f"upernet: expected maps of 4 layers, found {len(features.maps)}")
         scope = _Scope(params, state, key, train)

@@ -12,6 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from terrafm_jax.evals import metrics
 from terrafm_jax.evals.metrics import Interval, Result
@@ -63,7 +64,9 @@ def knn_protocol(name: str | KnnProtocol) -> KnnProtocol:
 
 
 @partial(jax.jit, static_argnames="euclidean")
-def _merge(test, block, count, start, best, where, *, euclidean):
+def _merge(
+    test: Array, block: Array, count: int, start: int, best: Array, where: Array, *, euclidean: bool
+) -> tuple[Array, Array]:
     """Updates the running best [n, m] similarities and their indices with one block [b, d] of train features."""
     similarity = jnp.matmul(test, block.T, precision=jax.lax.Precision.HIGHEST)
     if euclidean:  # -|a - b|^2 up to the constant |a|^2 of each row
@@ -141,7 +144,9 @@ def _candidates(train: np.ndarray, test: np.ndarray, kept: int, width: int, eucl
     return np.asarray(where)
 
 
-def _rank(train: np.ndarray, test: np.ndarray, found: np.ndarray, k: int, similarity: str):
+def _rank(
+    train: np.ndarray, test: np.ndarray, found: np.ndarray, k: int, similarity: str
+) -> tuple[np.ndarray, np.ndarray]:
     """Orders the candidates ``found [n, m]`` by their fp64 similarity; chunks keep the gather small."""
     index = np.empty((len(test), k), np.int64)
     value = np.empty((len(test), k), np.float64)
@@ -173,7 +178,9 @@ def vote(index: np.ndarray, similarity: np.ndarray, labels: np.ndarray, classes:
     return np.bincount((row + labels[index]).reshape(-1), weight.reshape(-1), len(index) * classes).reshape(-1, classes)
 
 
-def knn_scores(train: np.ndarray, labels: np.ndarray, test: np.ndarray, protocol: str | KnnProtocol, classes: int = 0):
+def knn_scores(
+    train: np.ndarray, labels: np.ndarray, test: np.ndarray, protocol: str | KnnProtocol, classes: int = 0
+) -> np.ndarray:
     """Vote shares [n, C] of ``test [n, d]`` under a protocol; the classes are 0..max(label) unless given."""
     protocol, labels = knn_protocol(protocol), np.asarray(labels)
     if len(labels) != len(train):

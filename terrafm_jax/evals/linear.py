@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,12 @@ from terrafm_jax.evals.datasets.base import label_fraction
 from terrafm_jax.evals.knn import score_classification
 from terrafm_jax.evals.metrics import Result
 from terrafm_jax.evals.versioned import Versioned
+
+if TYPE_CHECKING:
+    from sklearn.pipeline import Pipeline
+
+# Parameters and statistics of a head, the state of its optimizer, the steps taken.
+Carry = tuple[dict, dict, optax.OptState, Array]
 
 GALILEO_RATES = (1e-4, 3e-4, 5e-4, 8e-4, 1e-3, 3e-3, 5e-3, 8e-3, 1e-2, 3e-2, 5e-2, 8e-2, 1e-1, 3e-1, 5e-1, 8e-1)
 
@@ -114,14 +120,14 @@ def _programs(protocol: ProbeProtocol, task: str, width: int, outputs: int) -> t
         key = jax.random.key(seed)
         params, state = head.init(jax.random.fold_in(key, 0))
 
-        def epoch(carry, index):
+        def epoch(carry: Carry, index: Array) -> tuple[Carry, None]:
             order = jax.random.permutation(jax.random.fold_in(key, index + 1), count)
             order = jnp.resize(order, (per_epoch, batch))  # the last batch is filled from the front of the epoch
 
-            def step(carry, rows):
+            def step(carry: Carry, rows: Array) -> tuple[Carry, None]:
                 params, state, opt, n = carry
 
-                def loss(p):
+                def loss(p: dict) -> tuple[Array, dict]:
                     (logits, *_), new = head.apply(p, state, heads.Features(x[rows]), True)
                     return _loss(task, logits, y[rows]), new
 
@@ -266,13 +272,13 @@ def logistic_regression(
         max(s.targets.max() for s in (whole, test))
     ) + 1  # fmt: skip
 
-    def fitted(c: float, on: Split):
+    def fitted(c: float, on: Split) -> Pipeline:
         model = LogisticRegression(C=c, max_iter=1000)
         return make_pipeline(StandardScaler(), OneVsRestClassifier(model) if task == "multilabel" else model).fit(
             on.features, on.targets
         )
 
-    def scores(model, rows: np.ndarray) -> np.ndarray:
+    def scores(model: Pipeline, rows: np.ndarray) -> np.ndarray:
         found = model.predict_proba(rows)
         if task == "multilabel":
             return found

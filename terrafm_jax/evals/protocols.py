@@ -169,7 +169,9 @@ def _shorter(protocol: Any, options: Options) -> Any:
     return dataclasses.replace(protocol, epochs=options.epochs) if options.epochs else protocol
 
 
-def _whole_image(protocol, splits, info, options: Options, rows: np.ndarray, scale: bool) -> Result:
+def _whole_image(
+    protocol: str, splits: Mapping[str, Extracted], info: DatasetInfo, options: Options, rows: np.ndarray, scale: bool
+) -> Result:
     parts = {k: Split(e.cls, e.targets) for k, e in splits.items()}
     parts["train"] = Split(parts["train"].features[rows], parts["train"].targets[rows])
     if scale:
@@ -193,7 +195,10 @@ def _whole_image(protocol, splits, info, options: Options, rows: np.ndarray, sca
     )  # fmt: skip
 
 
-def _dense(protocol, splits, info, options: Options, rows: np.ndarray, patch: int, scale: bool) -> Result:
+def _dense(
+    protocol: str, splits: Mapping[str, Extracted], info: DatasetInfo, options: Options, rows: np.ndarray, patch: int,
+    scale: bool,
+) -> Result:  # fmt: skip
     parts = {k: DenseSplit(e.maps, e.targets) for k, e in splits.items()}
     train = parts["train"].take(rows)
     if scale:
@@ -213,7 +218,7 @@ def _scaled(split: DenseSplit, mean: tuple, std: tuple) -> DenseSplit:
     return DenseSplit(tuple((m[slice(None)] - a) / b for m, a, b in maps), split.targets)
 
 
-def _change(splits, info, options: Options, rows: np.ndarray) -> Result:
+def _change(splits: Mapping[str, Extracted], info: DatasetInfo, options: Options, rows: np.ndarray) -> Result:
     def distances(e: Extracted, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         first, second, masks = e.maps[-1][keep], e.after[-1][keep], e.targets[keep]
         return segmentation.feature_difference(first, second, masks.shape[1:]), masks

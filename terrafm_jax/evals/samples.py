@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from terrafm_jax import landcover
-from terrafm_jax.sensors import S2_L2A
+from terrafm_jax.sensors import S2_L2A, baseline_offset
 
 _FOLDERS = {"s2_l2a": "Core-S2L2A", "s1": "Core-S1RTC"}
 NAMES = {"s2_l2a": S2_L2A.band_names, "s1": ("VV", "VH")}
@@ -25,8 +25,6 @@ def cells(root: Path, limit: int = 0) -> Iterator[tuple[str, dict[str, np.ndarra
     Sentinel-2 as harmonised DN, Sentinel-1 in dB; coarser bands are repeated to 10 m.
     """
     import pyarrow.parquet as pq
-
-    from terrafm_jax.scenes.products import baseline_offset
 
     radar = {}
     for file in sorted((root / _FOLDERS["s1"] / "images").glob("*.parquet")):
@@ -40,7 +38,7 @@ def cells(root: Path, limit: int = 0) -> Iterator[tuple[str, dict[str, np.ndarra
                 if row["grid_cell"] not in radar:
                     continue
                 optical, profile = _stack([row[b] for b in NAMES["s2_l2a"]])
-                offset = baseline_offset(row["product_id"])
+                offset = baseline_offset(row["product_id"]) or 0.0
                 optical = np.where(optical == 0, 0, np.maximum(optical.astype(np.int32) - int(offset), 1))
                 power, _ = _stack([radar[row["grid_cell"]][b] for b in ("vv", "vh")], optical.shape[:2])
                 with np.errstate(divide="ignore", invalid="ignore"):

@@ -11,14 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import Array
 
 from terrafm_jax.evals import heads, metrics
 from terrafm_jax.evals.linear import GALILEO_RATES
 from terrafm_jax.evals.metrics import Result
+from terrafm_jax.evals.store import Rows
 from terrafm_jax.evals.versioned import Versioned
 
 SHOWN = 16  # test images whose predictions of the first run are kept for the pictures
 LOGIT_BYTES = 1 << 29  # logits of one step over the learning rates that train together
+
+Carry = tuple[dict, dict, optax.OptState]  # parameters and statistics of a head, the state of its optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +60,9 @@ DENSE: dict[str, DenseProtocol] = {
 
 @dataclasses.dataclass(frozen=True)
 class DenseSplit:
-    """maps: one [N, h, w, d] array (may be a memory map, any float type) per layer; targets int [N, H, W]."""
+    """maps: one [N, h, w, d] array (may lie on disk, any float type) per layer; targets int [N, H, W]."""
 
-    maps: tuple[np.ndarray, ...]
+    maps: tuple[np.ndarray | Rows, ...]
     targets: np.ndarray
 
     def __len__(self) -> int:
@@ -91,14 +95,14 @@ class _Fitted:
         adam, decay = optax.scale_by_adam(), protocol.weight_decay
         self.rates = jnp.asarray(rates, jnp.float32)
 
-        def start(rate, key):
+        def start(rate: Array, key: Array) -> Carry:
             params, state = head.init(key)
             return params, state, adam.init(params)
 
-        def step(rate, carry, maps, targets, n, key):
+        def step(rate: Array, carry: Carry, maps: tuple[Array, ...], targets: Array, n: int, key: Array) -> Carry:
             params, state, opt = carry
 
-            def loss(p):
+            def loss(p: dict) -> tuple[Array, dict]:
                 outputs, new = head.apply(p, state, _features(maps), True, key)
                 return heads.dense_loss(outputs, targets, ignore=ignore), new
 
@@ -107,7 +111,7 @@ class _Fitted:
             scale = rate * curve(n)
             return jax.tree.map(lambda p, u: p - scale * (u + decay * p), params, direction), state, opt
 
-        def predict(carry, maps, size):
+        def predict(carry: Carry, maps: tuple[Array, ...], size: tuple[int, int]) -> Array:
             (logits, *_), _ = head.apply(carry[0], carry[1], _features(maps), False)
             return heads.resize(logits, size).argmax(-1).astype(jnp.uint8)
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from terrafm_jax.evals import protocols, report, store
 from terrafm_jax.evals.datasets import open_suite
 from terrafm_jax.evals.datasets.base import Dataset, DatasetError
 from terrafm_jax.evals.datasets.doubts import doubts
-from terrafm_jax.evals.encoders import open_encoder
+from terrafm_jax.evals.encoders import AnyEncoder, open_encoder
 from terrafm_jax.evals.features import FeatureError
 from terrafm_jax.evals.metrics import Result
 from terrafm_jax.evals.protocols import Options, ProtocolError
+from terrafm_jax.evals.store import Extracted
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class Settings:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def combinations(encoder: Any, dataset: Dataset, wanted: tuple[str, ...]) -> list[tuple[str, ...]]:
+def combinations(encoder: AnyEncoder, dataset: Dataset, wanted: tuple[str, ...]) -> list[tuple[str, ...]]:
     """Sensor combinations to evaluate, in the order of the table of sensors.
 
     Raises FeatureError when the weights and the data set share no sensor.
@@ -90,7 +91,7 @@ def combinations(encoder: Any, dataset: Dataset, wanted: tuple[str, ...]) -> lis
     return list(dict.fromkeys(found))
 
 
-def _takes(encoder: Any, keys: Any) -> bool:
+def _takes(encoder: AnyEncoder, keys: Sequence[str]) -> bool:
     try:
         return bool(encoder.check(keys))
     except FeatureError:
@@ -132,7 +133,7 @@ class Session:
         self._write_report(rows, {d.info.name: d for d in datasets})
         return rows
 
-    def _evaluate(self, encoder: Any, dataset: Dataset, done: set[str]) -> None:
+    def _evaluate(self, encoder: AnyEncoder, dataset: Dataset, done: set[str]) -> None:
         info = dataset.info
         try:
             inputs = combinations(encoder, dataset, self.settings.inputs)
@@ -162,7 +163,9 @@ class Session:
             for seed in range(s.seeds if drawn else 1):
                 yield Options(fraction, shots, seed, s.runs, s.resamples, s.epochs)
 
-    def _key(self, encoder, dataset: Dataset, keys, protocol: str, options: Options) -> str:
+    def _key(
+        self, encoder: AnyEncoder, dataset: Dataset, keys: tuple[str, ...], protocol: str, options: Options
+    ) -> str:
         s = self.settings
         prints = [dataset.fingerprint(k, keys) for k in dataset.splits]
         text = json.dumps([
@@ -171,7 +174,9 @@ class Session:
         ])  # fmt: skip
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 
-    def _one(self, encoder, dataset: Dataset, keys, protocol: str, options: Options, key: str) -> None:
+    def _one(
+        self, encoder: AnyEncoder, dataset: Dataset, keys: tuple[str, ...], protocol: str, options: Options, key: str
+    ) -> None:
         s, info, start = self.settings, dataset.info, time.monotonic()
         dense = protocols.is_dense(info.task)
         layers = protocols.layers_for(protocol, encoder.depth) if dense else ()
@@ -188,7 +193,10 @@ class Session:
             result = protocols.run(protocol, splits, info, options, patch=encoder.patch, scale=encoder.standardize)
         self._keep(encoder, dataset, keys, options, key, result, splits["test"], time.monotonic() - start)
 
-    def _keep(self, encoder, dataset, keys, options, key, result: Result, test, seconds: float) -> None:
+    def _keep(
+        self, encoder: AnyEncoder, dataset: Dataset, keys: tuple[str, ...], options: Options, key: str, result: Result,
+        test: Extracted, seconds: float,
+    ) -> None:  # fmt: skip
         info, limit = dataset.info, self.settings.limit
         row = {
             "key": key, "model": encoder.name, "weights": encoder.weights_hash, "suite": self.settings.suite,
@@ -224,7 +232,10 @@ class Session:
         parts += [f"at most {self.settings.limit} samples per split"] if self.settings.limit else []
         return "; ".join(parts)
 
-    def _fail(self, encoder, dataset, keys, protocol: str, options: Options, error: Exception) -> None:
+    def _fail(
+        self, encoder: AnyEncoder, dataset: Dataset, keys: tuple[str, ...], protocol: str, options: Options,
+        error: Exception,
+    ) -> None:  # fmt: skip
         text = f"{dataset.info.name} {'+'.join(keys)} {protocol} {encoder.name}: {error}"
         log.error(text)
         self.say(f"FAILED {text}")
@@ -267,7 +278,10 @@ class Session:
             with np.load(path, allow_pickle=False) as f:
                 self._errors(row, dataset, f["predictions"], f["targets"], f["ids"].tolist(), name)
 
-    def _errors(self, row, dataset: Dataset, predictions, targets, ids: list[str], name: str) -> None:
+    def _errors(
+        self, row: Mapping[str, Any], dataset: Dataset, predictions: np.ndarray, targets: np.ndarray, ids: list[str],
+        name: str,
+    ) -> None:  # fmt: skip
         """Pictures of what went wrong; reads only the samples it shows."""
         if self.settings.folds:
             return  # samples come from all splits, each tested several times

@@ -6,13 +6,14 @@ import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from terrafm_jax.evals.datasets.base import Dataset, DatasetError, Sample, batches, collate
+from terrafm_jax.evals.features import ImageBatch
 
 VERSION = 1  # raise when features change for the same weights and inputs: old caches are then not used
 CHUNK = 256
@@ -69,8 +70,18 @@ class Request:
 Progress = Callable[[int, int], None]
 
 
+class ImageEncoder(Protocol):
+    """What features come from; a cache also asks it for ``weights_hash`` and ``image_size``."""
+
+    def check(self, sensors: Iterable[str]) -> tuple[str, ...]: ...
+
+    def __call__(
+        self, batch: ImageBatch, *, layers: Sequence[int] = (), patches: bool = False
+    ) -> tuple[np.ndarray, Sequence[np.ndarray] | None]: ...
+
+
 def extract(
-    encoder: Any,
+    encoder: ImageEncoder,
     dataset: Dataset,
     split: str,
     request: Request,
@@ -116,7 +127,14 @@ def _key(encoder: Any, dataset: Dataset, split: str, request: Request) -> Path:
     return Path(encoder.cache_key[:16]) / name
 
 
-def _chunk(encoder, dataset, samples, request: Request, folder: Path | None, number: int) -> dict[str, np.ndarray]:
+def _chunk(
+    encoder: ImageEncoder,
+    dataset: Dataset,
+    samples: Sequence[Sample],
+    request: Request,
+    folder: Path | None,
+    number: int,
+) -> dict[str, np.ndarray]:
     if folder is None:
         return _compute(encoder, dataset, samples, request)
     names = ["cls", "targets"] + [f"{kind}{i}" for kind, i in _map_names(dataset, request)]
@@ -138,7 +156,9 @@ def _map_names(dataset: Dataset, request: Request) -> list[tuple[str, int]]:
     return [(kind, i) for kind in kinds for i in range(max(1, len(request.layers)))]
 
 
-def _compute(encoder: Any, dataset: Dataset, samples: Sequence[Sample], request: Request) -> dict[str, np.ndarray]:
+def _compute(
+    encoder: ImageEncoder, dataset: Dataset, samples: Sequence[Sample], request: Request
+) -> dict[str, np.ndarray]:
     found: dict[str, list[np.ndarray]] = {"cls": [], "targets": []}
     for group in batches(samples, request.batch_size):
         for kind in ("maps", "after") if dataset.info.task == "change" else ("maps",):

@@ -22,9 +22,10 @@ from terrafm_jax.evals.linear import Split, hold_out
 from terrafm_jax.evals.versioned import Versioned
 from terrafm_jax.finetuning import network
 from terrafm_jax.finetuning.data import steps_per_epoch
-from terrafm_jax.finetuning.network import Adam, TuneSpec
+from terrafm_jax.finetuning.network import Adam, Batch, Flat, TuneSpec
 
 PROTOCOL = "fold-finetune"
+Carry = tuple[Flat, Flat, Flat, dict]  # parameters, Adam's moments, the head's running statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,16 +63,16 @@ def _program(spec: TuneSpec, recipe: Recipe) -> Callable[..., Array]:
         trainable, frozen, head = network.init(spec, backbone, key)
         zeros = {k: jnp.zeros_like(v) for k, v in trainable.items()}
 
-        def take(chosen):
+        def take(chosen: Array) -> Batch:
             batch = {k: {s: v[chosen] for s, v in data[k].items()} for k in ("images", "offset")}
             return {**batch, "bands": data["bands"]}
 
-        def loss(trainable, head, batch, targets, key):
+        def loss(trainable: Flat, head: dict, batch: Batch, targets: Array, key: Array) -> tuple[Array, dict]:
             params = network.merged(spec, trainable, frozen)
             outputs, head = network.forward(spec, params, head, stats, batch, train=True, key=key)
             return network.loss(spec, outputs, targets, None, recipe.label_smoothing), head
 
-        def step(carry, now):
+        def step(carry: Carry, now: tuple[Array, Array]) -> tuple[Carry, None]:
             (trainable, mu, nu, head), (count, chosen) = carry, now
             flip_key, net_key = jax.random.split(jax.random.fold_in(key, count))
             batch, targets = network.flip(flip_key, take(chosen), data["targets"][chosen])

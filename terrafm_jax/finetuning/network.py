@@ -20,6 +20,7 @@ from terrafm_jax.models.spec import ModelSpec
 LORA_TARGETS = r"backbone/blocks/\d+/(attn/qkv|attn/proj|mlp/fc1|mlp/fc2)/kernel"
 MEASURED = 16  # train batches, at most, that batch-norm statistics are measured over
 Flat = dict[str, Array]
+Batch = Mapping[str, Any]  # images, bands and offset per sensor; targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +113,7 @@ def forward(
     params: Mapping[str, Any],
     state: dict,
     stats: Any,
-    batch: Mapping[str, Any],
+    batch: Batch,
     *,
     train: bool = False,
     key: Array | None = None,
@@ -135,7 +136,7 @@ def forward(
     return spec.make_head().apply(params["head"], state, heads.Features(found.cls, maps), train, rest)
 
 
-def measured(spec: TuneSpec, params: Mapping[str, Any], state: dict, stats: Any, batch: Mapping[str, Any]) -> dict:
+def measured(spec: TuneSpec, params: Mapping[str, Any], state: dict, stats: Any, batch: Batch) -> dict:
     """The head's batch-norm statistics of this batch alone, in the shape of ``state``, whose values do not count."""
     nothing = jax.tree.map(jnp.zeros_like, state)  # a step from zero is exact; one from running ones would cancel
     _, found = forward(spec, params, nothing, stats, batch, train=True)
@@ -163,7 +164,7 @@ def loss(
     return heads.soft_cross_entropy(logits, soft)
 
 
-def mixup(key: Array, batch: Mapping[str, Any], targets: Array, alpha: float, outputs: int) -> tuple[dict, Array]:
+def mixup(key: Array, batch: Batch, targets: Array, alpha: float, outputs: int) -> tuple[dict, Array]:
     """Mixes every sample with another of the batch; offsets are subtracted first, class targets become soft."""
     a, b = jax.random.split(key)
     lam = jax.random.beta(a, alpha, alpha)
@@ -177,7 +178,7 @@ def mixup(key: Array, batch: Mapping[str, Any], targets: Array, alpha: float, ou
     return {**batch, "images": images, "offset": offset}, lam * soft + (1 - lam) * soft[order]
 
 
-def flip(key: Array, batch: Mapping[str, Any], targets: Array) -> tuple[dict, Array]:
+def flip(key: Array, batch: Batch, targets: Array) -> tuple[dict, Array]:
     """Flips every sample up-down and left-right with probability one half each; masks go along."""
     choice = jax.random.bernoulli(key, 0.5, (2, len(targets)))
 
@@ -232,7 +233,9 @@ class Adam:
         cosine = low + (rate - low) * 0.5 * (1 + jnp.cos(np.pi * along))
         return jnp.where(step < self.warmup, rate * rising, cosine)
 
-    def update(self, spec: TuneSpec, params: Flat, grads: Flat, mu: Flat, nu: Flat, step: Array, rate: Array | float):
+    def update(
+        self, spec: TuneSpec, params: Flat, grads: Flat, mu: Flat, nu: Flat, step: Array, rate: Array | float
+    ) -> tuple[Flat, Flat, Flat, Array]:
         """(params, mu, nu, norm of the gradient) after one step."""
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in grads.values()))
         factor = jnp.minimum(1.0, self.clip / (norm + 1e-6)) if self.clip else 1.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from terrafm_jax.evals.knn import score_classification
 from terrafm_jax.evals.metrics import Result
 from terrafm_jax.finetuning import network
 from terrafm_jax.finetuning.data import Source, steps_per_epoch
-from terrafm_jax.finetuning.network import Adam, TuneSpec
+from terrafm_jax.finetuning.network import Adam, Batch, Flat, TuneSpec
 from terrafm_jax.sensors import SENSORS, Statistics
 from terrafm_jax.training.checkpoint import Checkpointer, to_host
 from terrafm_jax.training.metrics import MetricWriter
@@ -32,6 +32,7 @@ from terrafm_jax.training.sharding import RULES, make_batch, param_shardings
 
 # The encoder lies as in pretraining; heads and LoRA factors are small and replicated.
 TUNE_RULES = ((r"(head|lora)/.*", P()), *RULES)
+Carry = tuple[dict, Array | float, Flat]  # the head's running statistics, sums of loss and gradients
 
 
 class TuningError(RuntimeError):
@@ -101,7 +102,7 @@ def make_step(plan: Plan) -> Callable[[TuneState, Any], tuple[TuneState, dict[st
     spec, arrays = plan.spec, plan.arrays
     weight = None if plan.class_weights is None else jnp.asarray(plan.class_weights)
 
-    def loss_of(trainable, frozen, head, batch, key):
+    def loss_of(trainable: Flat, frozen: Flat, head: dict, batch: Batch, key: Array) -> tuple[Array, dict]:
         targets = batch["targets"]
         for_flip, for_mix, for_net = jax.random.split(key, 3)
         if plan.flips:
@@ -118,7 +119,7 @@ def make_step(plan: Plan) -> Callable[[TuneState, Any], tuple[TuneState, dict[st
         key = jax.random.fold_in(jax.random.key(plan.seed), state.step)
         grad = jax.value_and_grad(loss_of, has_aux=True)
 
-        def micro(carry, part):
+        def micro(carry: Carry, part: tuple[Array | int, Batch]) -> tuple[Carry, None]:
             head, total, sums = carry
             i, rows = part
             (value, head), grads = grad(state.trainable, state.frozen, head, rows, jax.random.fold_in(key, i))
@@ -130,7 +131,7 @@ def make_step(plan: Plan) -> Callable[[TuneState, Any], tuple[TuneState, dict[st
                  for k, v in batch.items() if k != "bands"}  # fmt: skip
         zero = jax.tree.map(jnp.zeros_like, state.trainable)
 
-        def body(carry, part):
+        def body(carry: Carry, part: tuple[Array | int, Batch]) -> tuple[Carry, None]:
             return micro(carry, (part[0], {**part[1], "bands": bands}))
 
         if count == 1:
@@ -152,7 +153,7 @@ def make_predict(plan: Plan) -> Callable[[TuneState, Any], Array]:
     spec, arrays = plan.spec, plan.arrays
 
     @partial(jax.jit, static_argnames="size")
-    def predict(trainable, frozen, head, batch, size):
+    def predict(trainable: Flat, frozen: Flat, head: dict, batch: Batch, size: tuple[int, int]) -> Array:
         params = network.merged(spec, trainable, frozen)
         (logits, *_), _ = network.forward(spec, params, head, arrays, batch)
         logits = logits.astype(jnp.float32)
@@ -176,7 +177,7 @@ def make_measure(plan: Plan) -> Callable[[TuneState, Any], Any]:
     spec, arrays = plan.spec, plan.arrays
 
     @partial(jax.jit, out_shardings=NamedSharding(plan.mesh, P()))
-    def measure(trainable, frozen, head, batch):
+    def measure(trainable: Flat, frozen: Flat, head: dict, batch: Batch) -> dict:
         return network.measured(spec, network.merged(spec, trainable, frozen), head, arrays, batch)
 
     return lambda state, batch: measure(
@@ -198,7 +199,10 @@ class Run:
       best: (score, epoch) on validation so far. history: validation metrics by epoch.
     """
 
-    def __init__(self, plan: Plan, folder: Any, sources: Mapping[str, Source], *, tensorboard: bool = False, say=print):
+    def __init__(
+        self, plan: Plan, folder: Any, sources: Mapping[str, Source], *, tensorboard: bool = False,
+        say: Callable[[str], None] = print,
+    ):  # fmt: skip
         self.plan, self.folder, self.sources, self.say = plan, epath.Path(folder), dict(sources), say
         self.folder.mkdir(parents=True, exist_ok=True)
         self.checkpoints = Checkpointer(str(self.folder), keep_last=1)
@@ -234,7 +238,10 @@ class Run:
             (self.folder / "DONE").write_text(f"step {int(state.step)}\n")
         return complete
 
-    def _steps(self, state, start: int, last: int, batches, stop_at_epoch: int, stop) -> tuple[bool, TuneState]:
+    def _steps(
+        self, state: TuneState, start: int, last: int, batches: Iterator[Batch], stop_at_epoch: int,
+        stop: StopRequest | None,
+    ) -> tuple[bool, TuneState]:  # fmt: skip
         step_fn = make_step(self.plan)
         for step in range(start, last):
             state, found = step_fn(state, to_device(self.plan, next(batches)))
@@ -340,7 +347,7 @@ class Run:
             )
         return dataclasses.replace(state, trainable=lora, frozen=placed, head=statistics)
 
-    def outputs(self, state: TuneState, split: str):
+    def outputs(self, state: TuneState, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(predictions, targets) batch by batch, without the padding."""
         source = self.sources[split]
         for batch, count in source.evaluate(self.plan.eval_batch_size):

@@ -17,7 +17,7 @@ from rasterio.errors import RasterioIOError
 from terrafm_jax.scenes.errors import SceneError
 from terrafm_jax.scenes.layers import Acquisition, Layer, bands_of, broken, open_raster, ordered
 from terrafm_jax.scenes.products import from_folder, from_stac
-from terrafm_jax.sensors import SENSORS, Sensor, SensorError
+from terrafm_jax.sensors import BASELINE_OFFSET, L2A_ABSTAIN, L2A_THRESHOLD, SENSORS, Sensor, SensorError
 from terrafm_jax.sensors import sensor as find_sensor
 
 UNITS = {"s1": ("db", "power"), "s2_l1c": ("dn", "reflectance"), "s2_l2a": ("dn", "reflectance")}
@@ -157,12 +157,12 @@ def _check_optical(
     if low < (-0.3 if unit == "reflectance" else -3000):
         _log.warning("%s: holds values down to %.4g; if that is nodata, pass --nodata %s=%g", path, low, key, low)
     darkest = min((np.percentile(v[v > 0], 1) for v in samples.values() if np.any(v > 0)), default=0.0)
-    # Measured: at most 586 without the offset, 893 to 1123 with it, above 1300 nothing can be said.
     plain = key == "s2_l2a" and unit == "dn" and not acquisition.offset
-    if plain and 750 < darkest <= 1300:
+    if plain and L2A_THRESHOLD < darkest <= L2A_ABSTAIN:
         _log.warning(
             "%s: the darkest pixels stand at %.0f DN, as if the baseline offset were still inside; "
-            "if so, pass --offset s2_l2a=1000",
+            "if so, pass --offset s2_l2a=%.0f",
             path,
             darkest,
+            BASELINE_OFFSET,
         )

@@ -10,15 +10,14 @@ from urllib.parse import urljoin, urlparse
 
 from terrafm_jax.scenes.errors import SceneError, first_line
 from terrafm_jax.scenes.layers import RASTERS, Acquisition, Layer, band_in_name, bands_of, open_raster, ordered
-from terrafm_jax.sensors import Sensor, band_name
+from terrafm_jax.sensors import Sensor, band_name, baseline_offset
 
 _PRODUCT = re.compile(r"S2[A-D]_MSI(L1C|L2A)_(\d{8}T\d{6})_N(\d{4})_\w+")
 
 
-def baseline_offset(product: str) -> float:
-    """DN that the processing baseline named in a product id adds: 1000 from N0400 on; 0 for others and N9999."""
-    found = re.search(r"(?:^|_)N(\d{4})(?:_|\.|$)", product)
-    return 1000.0 if found and 400 <= int(found.group(1)) < 9999 else 0.0
+def offset_of(product: str) -> float:
+    """DN that the processing baseline named in a product id adds; 0 where it says nothing."""
+    return baseline_offset(product) or 0.0
 
 
 def from_folder(folder: Path, sensor: Sensor) -> Acquisition:
@@ -79,7 +78,7 @@ def _safe_offset(folder: Path, product: str) -> float:
         found = re.findall(r"<(?:BOA|RADIO)_ADD_OFFSET[^>]*>\s*(-?\d+)", path.read_text(errors="replace"))
         if found:
             return -float(found[0])
-    return baseline_offset(product)
+    return offset_of(product)
 
 
 def _iso(stamp: str) -> str:
@@ -166,5 +165,5 @@ def _item_offset(properties: dict[str, Any], stated: set[float], name: str) -> f
     baseline = str(properties.get("s2:processing_baseline") or properties.get("processing:version") or "")
     number = re.match(r"(\d{2})\.(\d{2})", baseline)
     if number:
-        return baseline_offset(f"N{number.group(1)}{number.group(2)}")
-    return baseline_offset(str(properties.get("s2:product_uri") or name))
+        return offset_of(f"N{number.group(1)}{number.group(2)}")
+    return offset_of(str(properties.get("s2:product_uri") or name))

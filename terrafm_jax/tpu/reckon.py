@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from terrafm_jax.tpu import cost
 from terrafm_jax.tpu.hlo import Computation, Instruction, Module, trip_count
@@ -316,7 +317,7 @@ class _Player:
         return item
 
     @staticmethod
-    def _item(instruction: Instruction, kind: str, seconds: float = 0.0, **fields) -> Item:
+    def _item(instruction: Instruction, kind: str, seconds: float = 0.0, **fields: Any) -> Item:
         return Item(instruction.name, instruction.opcode, instruction.op_name, kind, seconds, **fields)
 
 

@@ -181,7 +181,7 @@ class Split(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> Sample:
         if not 0 <= i < len(self.ids):
             raise IndexError(i)
         return self._read(int(i))

@@ -59,7 +59,9 @@ def _bigearthnet(folder: Path, name: str) -> Dataset:
     return Dataset(info, splits)
 
 
-def _bigearthnet_reader(folder: Path, rows: list[dict], targets: np.ndarray, wanted: Sequence[str]):
+def _bigearthnet_reader(
+    folder: Path, rows: list[dict], targets: np.ndarray, wanted: Sequence[str]
+) -> Callable[[int], Sample]:
     place = {"s1": ("BigEarthNet-S1-5%", "s1_path"), "s2_l2a": ("BigEarthNet-S2-5%", "s2_path")}
 
     def read(i: int) -> Sample:

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from terrafm_jax.evals.datasets.base import Dataset, Input, Sample, canonical
-from terrafm_jax.sensors import SENSORS, band_name
+from terrafm_jax.sensors import BASELINE_OFFSET, L1C_CIRRUS_THRESHOLD, L2A_THRESHOLD, SENSORS, band_name
 
 SAMPLES = 16
-# Thresholds in DN of data_prep's offset check: a dark percentile above them means that 1000 is still inside.
-CIRRUS, DARK = 500.0, 750.0
 
 
 def doubts(dataset: Dataset) -> list[str]:
@@ -74,9 +72,10 @@ def _baseline(pixels: np.ndarray, source: Input, cirrus: float | None) -> str:
     band, value = names[int(levels.argmin())], float(levels.min())
     if cirrus is not None:
         band, value = "B10", cirrus
-    inside = value > (DARK if cirrus is None else CIRRUS)
+    # Level-1C without B10 is judged like Level-2A: no threshold was measured for it.
+    inside = value > (L2A_THRESHOLD if cirrus is None else L1C_CIRRUS_THRESHOLD)
     if inside and source.offset == 0:
         return f"offset 0, but the darkest percentile of {band} is {value:.0f} DN: is offset: 1000 inside?"
-    if not inside and source.offset >= 1000:
+    if not inside and source.offset >= BASELINE_OFFSET:
         return f"offset {source.offset:g}, but {band} goes down to {value:.0f} DN: was it removed (offset: 0)?"
     return ""

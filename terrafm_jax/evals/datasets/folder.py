@@ -175,7 +175,7 @@ class _Reader:
             return self._from_folders(images, classes)
         return self._from_table(images, classes)
 
-    def _from_folders(self, images: list[Path], classes: list[str]):
+    def _from_folders(self, images: list[Path], classes: list[str]) -> tuple[list[Path], list[int], list[str]]:
         names = [p.parent.name for p in images]
         classes = classes or sorted(set(names))
         kept = [(p, classes.index(n)) for p, n in zip(images, names, strict=True) if n in classes]
@@ -183,7 +183,7 @@ class _Reader:
             raise DatasetError(f"{self.root}: class folders {sorted(set(names))}, expected at least two of {classes}")
         return [p for p, _ in kept], [c for _, c in kept], classes
 
-    def _from_table(self, images: list[Path], classes: list[str]):
+    def _from_table(self, images: list[Path], classes: list[str]) -> tuple[list[Path], list[Any], list[str]]:
         """Labels from a CSV (columns file and label, or file and labels joined by ';') or from a raster tag."""
         source = self.spec.get("labels")
         if isinstance(source, dict) and "tag" in source:

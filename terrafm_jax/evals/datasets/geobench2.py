@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ def _names(spec: Spec, row: dict[str, Any]) -> np.ndarray:
     return np.array([c in listed for c in spec.classes])
 
 
-def _reader(spec: Spec, rows: list[dict[str, Any]]):
+def _reader(spec: Spec, rows: list[dict[str, Any]]) -> Callable[[int], Sample]:
     def read(i: int) -> Sample:
         items = Archive.items(rows[i])
         images = {key: files.read_tiff(items[n][0], at=items[n][1:]) for key, (n, _) in spec.items.items()}

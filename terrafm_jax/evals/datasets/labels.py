@@ -1,6 +1,8 @@
-"""Class names shared by several data sets."""
+"""Class names and band orders shared by several data sets."""
 
 from __future__ import annotations
+
+from terrafm_jax.sensors import S2_L1C, S2_L2A
 
 EUROSAT = (
     "AnnualCrop",
@@ -16,8 +18,8 @@ EUROSAT = (
 )
 # Order in which EuroSAT files hold their bands: B8A is last.
 EUROSAT_BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B09", "B10", "B11", "B12", "B8A")
-S2_12 = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12")
-S2_13 = (*S2_12[:10], "B10", *S2_12[10:])
+S2_12, S2_13 = S2_L2A.delivered_names, S2_L1C.delivered_names  # files in ESA's order
+# Order of the ten bands in files that leave out those of 60 m.
 S2_10 = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12")
 BIGEARTHNET_19 = (
     "Urban fabric",

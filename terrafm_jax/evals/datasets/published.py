@@ -102,7 +102,9 @@ def _bigearthnet(root: Path) -> Dataset:
     return Dataset(info, splits)
 
 
-def _ben_reader(root: Path, rows: list[dict[str, Any]], targets: np.ndarray, sensors: Sequence[str]):
+def _ben_reader(
+    root: Path, rows: list[dict[str, Any]], targets: np.ndarray, sensors: Sequence[str]
+) -> Callable[[int], Sample]:
     def read(i: int) -> Sample:
         patch, radar = rows[i]["patch_id"], rows[i]["s1_name"]
         images = {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import io
 import pickle
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -20,7 +20,7 @@ class Stub:
 
     path = ""
 
-    def __new__(cls, *args: Any, **kwargs: Any):
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         stub = object.__new__(cls)
         stub.args = args
         stub.state = None
