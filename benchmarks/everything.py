@@ -171,6 +171,7 @@ class Results:
         self.out, self.scratch = out, scratch
         out.mkdir(parents=True, exist_ok=True)
         self.entries: dict[str, Any] = {}
+        self._traced = False
         self._about = {"benchmark": "everything", **timing.circumstances("benchmarks.everything", "jax", "torch")}
 
     def add(self, name: str, result: dict[str, Any]) -> None:
@@ -183,7 +184,8 @@ class Results:
         half.write_text(text, encoding="utf-8")
         half.replace(self.out / "everything.json")
         self._pack("logs")
-        if (self.scratch / "trace").exists() and not (self.out / "kernels.md").exists():
+        if (self.scratch / "trace").exists() and not self._traced:
+            self._traced = True
             self._pack("trace")
             self._kernels(result)
 
