@@ -18,6 +18,7 @@ import functools
 import json
 import os
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,8 @@ def starters(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Callab
         if name == "ours":
             module, words = "benchmarks.train_step", ["--meters", str(args.meters), "--set", *fields]
         else:
-            module, words = (
-                "benchmarks.peer_torch",
-                ["--locals", str(args.locals), "--prototypes", str(args.prototypes)],
-            )
+            module = "benchmarks.peer_torch"
+            words = ["--locals", str(args.locals), "--prototypes", str(args.prototypes)]
             words += ["--compile", "off" if name.endswith("_eager") else "on"]
             words += ["--folded"] if "folded" in name else []
         found[name] = functools.partial(Contender, name, module, [*shared, *words], env)
@@ -79,9 +78,15 @@ class Field:
         for name, start in starters.items():
             self.running[name] = start()
             if not together:
-                self._each(Contender.ready, [name])
+                self._each(self._ready, [name])
         if together:
-            self._each(Contender.ready, list(starters))
+            self._each(self._ready, list(starters))
+
+    @staticmethod
+    def _ready(contender: Contender) -> None:
+        begun = time.monotonic()
+        contender.ready()
+        print(f"{contender.name}: ready, waited {time.monotonic() - begun:.0f} s for it", flush=True)
 
     def _each(self, act: Callable[[Contender], Any], names: Sequence[str]) -> dict[str, Any]:
         """What ``act`` returns by name; who fails is out."""

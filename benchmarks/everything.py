@@ -102,7 +102,7 @@ def rehearsed(entry: Entry) -> Entry:
         words = [{"peer": "peer_eager", "peer_folded": "peer_folded_eager"}.get(w, w) for w in words]
         words[words.index("--size") + 1] = "s"
         words += ["--dtype", "float32", "--locals", "1", "--prototypes", "64", "--meters", "960"]
-        words += ["--steps", "1", "--rounds", "2", "--set", "depth=1"]
+        words += ["--steps", "1", "--rounds", "1", "--set", "depth=1"]
     elif entry.module == "benchmarks.end_to_end":
         words += ["--tiles", "16", "--side", "48", "--steps", "2", "--rounds", "1", "--set", *TINY]
     else:

@@ -131,6 +131,7 @@ class Bench:
         jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if event == _CACHE_HIT else None)
         begun = time.perf_counter()
         lowered = make_step(spec, self.mesh).lower(self.state, self.batches[0])
+        self.lower_seconds = time.perf_counter() - begun
         hits.clear()  # those of small programs
         self.step = lowered.compile()
         self.compile_seconds, self.compile_cached = time.perf_counter() - begun, bool(hits)
@@ -174,6 +175,7 @@ def describe(spec: TrainSpec, args: argparse.Namespace, bench: Bench) -> dict[st
         "gflops_per_image": parts.total / 1e9,
         "gflops_by_part": {k: v / 1e9 for k, v in dataclasses.asdict(parts).items()},
         "compile_seconds": bench.compile_seconds,
+        "lower_seconds": bench.lower_seconds,  # of these: tracing, which no cache spares
         "compile_cached": bench.compile_cached,
         **bench.memory(),
         "loss": float(bench.metrics["loss"]),
