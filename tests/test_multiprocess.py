@@ -30,13 +30,14 @@ FLAGS = (
 # Training whose process 1 is handed every batch late.
 LATE = """
 import runpy, time
+import jax
 from terrafm_jax.data import pipeline
 
 make = pipeline.make_loader
 
-def late(*args, process_index, **kwargs):
-    loader = make(*args, process_index=process_index, **kwargs)
-    if process_index == 1:
+def late(*args, **kwargs):
+    loader = make(*args, **kwargs)
+    if jax.process_index() == 1:
         kind, take = type(loader), type(loader).__next__
         kind.__next__ = lambda self: (time.sleep(0.5), take(self))[1]
     return loader
