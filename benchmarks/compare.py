@@ -6,19 +6,28 @@ Contenders: ``ours``; ``peer`` implements the recipe as published; ``peer_folded
 our weight products. Each peer runs compiled and eager and the faster one counts, so that the comparison
 does not hang on torch.compile. The last line is JSON: images per second of all, and our ratio to each
 from the medians of the turns. One process after the other takes a turn of a few steps, so that whatever
-else loads the machine slows all of them alike.
+else loads the machine slows all of them alike. A contender that ends, for want of memory say, is left out and
+the JSON says why. With ``--out`` what is known stands there after every round, so that a time limit costs no more
+than the rounds it cuts off.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import Contender, Turn
+from benchmarks import timing
+from benchmarks.timing import Contender, ContenderFailed, Turn
+
+# Cores that compiling takes at its side. Fewer each, and contenders are started one after the other.
+CORES_EACH = 4
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -33,36 +42,85 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--meters", type=int, default=5340, help="side of our tiles; the peer gets views ready-made")
     parser.add_argument("--peers", nargs="*", default=["peer", "peer_eager", "peer_folded", "peer_folded_eager"])
     parser.add_argument("--set", nargs="*", default=[], help="fields for our side, see benchmarks.train_step")
-    parser.add_argument("--out", default="", help="also write the JSON here")
+    parser.add_argument("--out", default="", help="also write the JSON here, after each round and at the end")
     return parser.parse_args(argv)
 
 
-def contenders(args: argparse.Namespace) -> list[Contender]:
-    """Starts the processes one after the other, so that compilations do not disturb each other."""
+def starters(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Callable[[], Contender]]:
+    """What starts the process of each contender, by name."""
     shared = ["--size", args.size, "--batch", str(args.batch), "--dtype", args.dtype]
     fields = [f"locals={args.locals}", f"prototypes={args.prototypes}", *args.set]
     # Several processes share one GPU: none of them may reserve most of its memory.
     env = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    ours = [*shared, "--meters", str(args.meters), "--set", *fields]
-    started = [Contender("ours", "benchmarks.train_step", ours, env)]
-    for name in args.peers:
-        words = [*shared, "--locals", str(args.locals), "--prototypes", str(args.prototypes)]
-        words += ["--compile", "off" if name.endswith("_eager") else "on"]
-        words += ["--folded"] if "folded" in name else []
-        try:
-            started.append(Contender(name, "benchmarks.peer_torch", words, env))
-        except RuntimeError as error:  # a peer that cannot compile here must not cost the others
-            print(f"left out: {error}", flush=True)
-    return started
+    found = {}
+    for name in names:
+        if name == "ours":
+            module, words = "benchmarks.train_step", ["--meters", str(args.meters), "--set", *fields]
+        else:
+            module = "benchmarks.peer_torch"
+            words = ["--locals", str(args.locals), "--prototypes", str(args.prototypes)]
+            words += ["--compile", "off" if name.endswith("_eager") else "on"]
+            words += ["--folded"] if "folded" in name else []
+        found[name] = functools.partial(Contender, name, module, [*shared, *words], env)
+    return found
+
+
+class Field:
+    """The contenders that are still in, and why others are not."""
+
+    def __init__(self) -> None:
+        self.left_out: dict[str, str] = {}
+        self.running: dict[str, Contender] = {}
+
+    def start(self, starters: dict[str, Callable[[], Contender]]) -> None:
+        """Side by side where there are cores for it, so that compiling takes as long as the slowest."""
+        together = (os.cpu_count() or 1) >= CORES_EACH * len(starters)
+        for name, start in starters.items():
+            self.running[name] = start()
+            if not together:
+                self._each(self._ready, [name])
+        if together:
+            self._each(self._ready, list(starters))
+
+    @staticmethod
+    def _ready(contender: Contender) -> None:
+        begun = time.monotonic()
+        contender.ready()
+        print(f"{contender.name}: ready, waited {time.monotonic() - begun:.0f} s for it", flush=True)
+
+    def _each(self, act: Callable[[Contender], Any], names: Sequence[str]) -> dict[str, Any]:
+        """What ``act`` returns by name; who fails is out."""
+        found = {}
+        for name in names:
+            try:
+                found[name] = act(self.running[name])
+            except ContenderFailed as error:
+                self.left_out[name] = str(error)
+                self.running.pop(name).stop()
+                print(f"left out: {error}", flush=True)
+        return found
+
+    def round(self, steps: int) -> dict[str, Turn]:
+        return self._each(lambda c: c.turn(steps), list(self.running))
+
+    def finish(self) -> dict[str, dict[str, Any]]:
+        return self._each(Contender.finish, list(self.running))
+
+    def turns(self) -> dict[str, list[Turn]]:
+        return {name: c.turns for name, c in self.running.items() if c.turns}
+
+    def stop(self) -> None:
+        for contender in self.running.values():
+            contender.stop()
 
 
 def ratios(turns: dict[str, list[Turn]]) -> dict[str, float]:
-    """How many times as many images per second we make as each kind of peer in its faster form.
+    """How many times as many images per second we make as each kind of peer in its faster form, of those that ran.
 
     From the median and the best turn; and from processor time, which counts where others use the CPU too.
     """
     found = {}
-    for kind in ("peer", "peer_folded"):
+    for kind in ("peer", "peer_folded") if "ours" in turns else ():
         forms = [turns[name] for name in (kind, f"{kind}_eager") if name in turns]
         if not forms:
             continue
@@ -75,27 +133,50 @@ def ratios(turns: dict[str, list[Turn]]) -> dict[str, float]:
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    args = parse(argv)
-    running = contenders(args)
-    for number in range(args.rounds):
-        for c in running:
-            turn = c.turn(args.steps)
-            print(f"round {number} {c.name}: {args.batch / turn.wall:.3f} images/s", flush=True)
-    turns = {c.name: c.turns for c in running}
-    results = {c.name: c.finish() for c in running}
-    summary = {
+def summary(args: argparse.Namespace, field: Field, rounds: int, results: dict[str, Any]) -> dict[str, Any]:
+    """What is known after so many rounds; ``results``: what contenders say of themselves at the end."""
+    turns = field.turns()
+    return {
         "benchmark": "compare",
         **{k: v for k, v in vars(args).items() if k != "out"},
-        "images_per_second": {name: r["images_per_second"] for name, r in results.items()},
+        **timing.circumstances("benchmarks.compare", "jax", "jaxlib", "torch"),
+        "rounds_done": rounds,
+        "left_out": field.left_out,
+        "images_per_second": {n: timing.summary(t, args.batch)["images_per_second"] for n, t in turns.items()},
+        "seconds_per_step": {name: [t.wall for t in taken] for name, taken in turns.items()},
         **ratios(turns),
         "results": results,
     }
-    print(json.dumps(summary))
-    if args.out:
-        with open(args.out, "w", encoding="utf-8") as file:
-            json.dump(summary, file, indent=1)
-    return summary
+
+
+def write(path: str, found: dict[str, Any]) -> None:
+    """Whole or not at all: whoever ends this process gets what the last round said."""
+    if path:
+        half = Path(f"{path}.half")
+        half.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        half.replace(path)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    args = parse(argv)
+    field = Field()
+    try:
+        field.start(starters(args, ["ours", *args.peers]))
+        # A peer that torch.compile could not do here counts as it is.
+        eager = [f"{name}_eager" for name in field.left_out if name in ("peer", "peer_folded")]
+        field.start(starters(args, [name for name in eager if name not in args.peers]))
+        for number in range(args.rounds):
+            for name, turn in field.round(args.steps).items():
+                print(f"round {number} {name}: {args.batch / turn.wall:.3f} images/s", flush=True)
+            write(args.out, summary(args, field, number + 1, {}))
+        found = summary(args, field, args.rounds, field.finish())
+    finally:
+        field.stop()
+    write(args.out, found)
+    print(json.dumps(found))
+    if not field.running:
+        raise SystemExit("no contender is left: " + "; ".join(field.left_out.values()))
+    return found
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def measure(spec: TrainSpec, args: argparse.Namespace, data: str) -> dict[str, A
         "platform": device.platform,
         "devices": jax.device_count(),
         "cpu_count": os.cpu_count(),
-        "versions": train_step.versions(),
+        **timing.circumstances("benchmarks.end_to_end", *train_step.PACKAGES, "grain", "array_record"),
         "images_per_second": {name: summary["images_per_second"] for name, summary in found.items()},
         "from_disk_over_resident": found["from_disk"]["images_per_second"] / found["resident"]["images_per_second"],
         "feeding_share": fed.feeding / sum(t.wall * args.steps for t in turns["from_disk"]),

@@ -155,12 +155,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     torch.manual_seed(0)
     width, depth, heads = SIZES[args.size]
     spec = PeerSpec(width=width, depth=depth, heads=heads, prototypes=args.prototypes, folded=args.folded)
-    bench = Bench(Trainer(spec, device, getattr(torch, args.dtype), args.compile == "on"), args)
-    begun = time.perf_counter()
-    bench.run(1)
-    first = time.perf_counter() - begun
-    bench.run(args.warmup)
-    turns = timing.take_turns(bench.run) if args.turns else timing.repeat(bench.run, args.steps, args.repeats)
+    with timing.failures_said(args.turns):
+        bench = Bench(Trainer(spec, device, getattr(torch, args.dtype), args.compile == "on"), args)
+        begun = time.perf_counter()
+        bench.run(1)
+        first = time.perf_counter() - begun
+        bench.run(args.warmup)
+        turns = timing.take_turns(bench.run) if args.turns else timing.repeat(bench.run, args.steps, args.repeats)
     result = {
         "benchmark": "peer_torch",
         **{k: v for k, v in vars(args).items() if k != "turns"},
@@ -170,7 +171,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "loss": float(bench.loss),
         "hardware": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__},
+        **timing.circumstances("benchmarks.peer_torch", "torch", "triton"),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
     }
     print(json.dumps(result))
     return result

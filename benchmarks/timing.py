@@ -6,18 +6,21 @@ in turns with the others. Whatever else slows the machine down then slows all of
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-READY, TURN = "ready", "turn"
+READY, TURN, FAILED = "ready", "turn", "failed"
+TRACED = 3  # steps in a profiler trace of the train step
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -31,13 +34,39 @@ def versions(*packages: str) -> dict[str, str]:
     return found
 
 
+# Packages that bring the CUDA libraries a GPU's figures depend on.
+_CUDA = re.compile(r"jax-cuda\d+|nvidia-(cudnn|cublas|cuda-runtime|nccl)|(pytorch-)?triton", re.IGNORECASE)
+_SMI = ("name", "driver_version", "memory.total", "memory.used", "clocks.sm", "clocks.max.sm", "power.limit",
+        "temperature.gpu", "utilization.gpu", "mig.mode.current")  # fmt: skip
+
+
 def circumstances(module: str, *packages: str) -> dict[str, Any]:
-    """What a result of a benchmark on processors is read with: command, date, machine, versions."""
+    """What a result is read with: command, date, machine, versions; of a GPU also driver, clocks and CUDA libraries."""
     return {
         "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
         "versions": versions(*packages),
+        "gpu": gpu(),
+    }
+
+
+def gpu() -> dict[str, Any] | None:
+    """nvidia-smi's answer (a row per GPU) and the CUDA packages installed; None without nvidia-smi."""
+    try:
+        ask = ["nvidia-smi", f"--query-gpu={','.join(_SMI)}", "--format=csv,noheader"]
+        rows = subprocess.run(ask, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+        # Its table says which CUDA the driver is for.
+        table = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    cuda = re.search(r"CUDA Version:\s*(\S+)", table)
+    return {
+        "devices": [dict(zip(_SMI, re.split(r",\s*", row.strip()), strict=False)) for row in rows],
+        "driver_cuda": cuda and cuda.group(1),
+        "packages": {
+            name: d.version for d in importlib.metadata.distributions() if _CUDA.match(name := d.metadata["Name"] or "")
+        },
     }
 
 
@@ -71,6 +100,18 @@ def take_turns(run: Callable[[int], None]) -> list[Turn]:
     return turns
 
 
+@contextlib.contextmanager
+def failures_said(wanted: bool) -> Iterator[None]:
+    """Tells a comparison why this contender ends, in one line, before it does."""
+    try:
+        yield
+    except Exception as error:
+        if wanted:
+            first = (str(error).strip().splitlines() or [""])[0][:300]
+            print(json.dumps({FAILED: f"{type(error).__name__}: {first}"}), flush=True)
+        raise
+
+
 def summary(turns: Sequence[Turn], batch: int) -> dict[str, Any]:
     """Images per second at the median and at the best turn, and the seconds themselves."""
     return {
@@ -81,34 +122,52 @@ def summary(turns: Sequence[Turn], batch: int) -> dict[str, Any]:
     }
 
 
+class ContenderFailed(RuntimeError):
+    """Says who ended and why."""
+
+
 class Contender:
-    """A benchmark running in a process of its own, which takes turns."""
+    """A benchmark running in a process of its own, which takes turns; :meth:`ready` comes before the first one."""
 
     def __init__(self, name: str, module: str, arguments: Sequence[str], env: dict[str, str] | None = None):
         self.name = name
         self.turns: list[Turn] = []
         command = [sys.executable, "-m", module, *arguments, "--turns"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+
+    def ready(self) -> None:
+        """Waits until it has compiled and warmed up."""
         self._read(READY)
 
     def _read(self, key: str) -> Any:
         """The value of ``key`` in the next JSON line that has it; other output is passed over."""
         for line in self._process.stdout:
-            if line.startswith("{") and key in (found := json.loads(line)):
+            found = json.loads(line) if line.startswith("{") else {}
+            if FAILED in found:
+                self._process.wait()  # its memory is free for the others then
+                raise ContenderFailed(f"{self.name}: {found[FAILED]}")
+            if key in found:
                 return found[key]
-        raise RuntimeError(f"{self.name}: ended with exit code {self._process.wait()} before it said {key!r}")
+        raise ContenderFailed(f"{self.name}: ended with exit code {self._process.wait()} before it said {key!r}")
 
     def turn(self, steps: int) -> Turn:
         """Has the process run ``steps`` steps."""
-        self._process.stdin.write(f"{steps}\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended since; what it said is still to be read
+            self._process.stdin.write(f"{steps}\n")
+            self._process.stdin.flush()
         self.turns.append(Turn(*self._read(TURN)))
         return self.turns[-1]
 
     def finish(self) -> dict[str, Any]:
         """Ends the process; its last line is the result."""
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         lines = [line for line in self._process.stdout if line.startswith("{")]
         if self._process.wait() or not lines:
-            raise RuntimeError(f"{self.name}: ended with exit code {self._process.returncode}")
+            raise ContenderFailed(f"{self.name}: ended with exit code {self._process.returncode}")
         return json.loads(lines[-1])
+
+    def stop(self) -> None:
+        """Ends the process at once, whatever it is doing."""
+        self._process.kill()
+        self._process.wait()

@@ -32,6 +32,8 @@ from terrafm_jax.training.batches import TILE_METERS, random_batch
 from terrafm_jax.training.sharding import make_batch, make_mesh
 from terrafm_jax.training.step import ObjectiveSpec, OptimSpec, TrainSpec, init_state, make_step
 
+# What JAX reports where it finds a program in JAX_COMPILATION_CACHE_DIR: such seconds are not those of compiling.
+_CACHE_HIT = "/jax/compilation_cache/cache_hits"
 # Steps of a schedule that the benchmark never reaches the end of.
 TOTAL = 100_000
 
@@ -56,7 +58,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="the median counts")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--meters", type=int, default=TILE_METERS, help="side of the tiles on the ground")
-    parser.add_argument("--trace", default="", help="folder for a profiler trace of three steps")
+    parser.add_argument("--trace", default="", help=f"folder for a profiler trace of {timing.TRACED} steps")
     parser.add_argument("--turns", action="store_true", help="take turns with others (benchmarks.compare)")
     return parser.parse_args(argv)
 
@@ -125,9 +127,14 @@ class Bench:
         self.batches = [
             make_batch(self.mesh, random_batch(spec.model.sensors, args.batch, args.meters, seed)) for seed in (0, 1)
         ]
+        hits: list[str] = []
+        jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if event == _CACHE_HIT else None)
         begun = time.perf_counter()
-        self.step = make_step(spec, self.mesh).lower(self.state, self.batches[0]).compile()
-        self.compile_seconds = time.perf_counter() - begun
+        lowered = make_step(spec, self.mesh).lower(self.state, self.batches[0])
+        self.lower_seconds = time.perf_counter() - begun
+        hits.clear()  # those of small programs
+        self.step = lowered.compile()
+        self.compile_seconds, self.compile_cached = time.perf_counter() - begun, bool(hits)
         self.metrics: Any = None
 
     def run(self, steps: int) -> None:
@@ -144,8 +151,11 @@ class Bench:
         return {"peak_memory_bytes": stats.get("peak_bytes_in_use", planned), "compiler_memory_bytes": planned}
 
 
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu")
+
+
 def versions() -> dict[str, str]:
-    return timing.versions("jax", "jaxlib", "flax", "optax", "libtpu")
+    return timing.versions(*PACKAGES)
 
 
 def describe(spec: TrainSpec, args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
@@ -159,11 +169,14 @@ def describe(spec: TrainSpec, args: argparse.Namespace, bench: Bench) -> dict[st
         "hardware": device.device_kind,
         "platform": device.platform,
         "devices": jax.device_count(),
+        "platform_version": device.client.platform_version,  # of a GPU the CUDA that JAX runs on
         "cpu_count": os.cpu_count(),
-        "versions": versions(),
+        **timing.circumstances("benchmarks.train_step", *PACKAGES),
         "gflops_per_image": parts.total / 1e9,
         "gflops_by_part": {k: v / 1e9 for k, v in dataclasses.asdict(parts).items()},
         "compile_seconds": bench.compile_seconds,
+        "lower_seconds": bench.lower_seconds,  # of these: tracing, which no cache spares
+        "compile_cached": bench.compile_cached,
         **bench.memory(),
         "loss": float(bench.metrics["loss"]),
         "finite": bool(jax.numpy.isfinite(bench.metrics["grad_norm"])),
@@ -179,13 +192,14 @@ def speed(spec: TrainSpec, args: argparse.Namespace, turns: Sequence[timing.Turn
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
-    spec = make_spec(args)
-    bench = Bench(spec, args)
-    bench.run(args.warmup)
-    if args.trace:
-        with jax.profiler.trace(args.trace):
-            bench.run(3)
-    turns = timing.take_turns(bench.run) if args.turns else timing.repeat(bench.run, args.steps, args.repeats)
+    with timing.failures_said(args.turns):
+        spec = make_spec(args)
+        bench = Bench(spec, args)
+        bench.run(args.warmup)
+        if args.trace:
+            with jax.profiler.trace(args.trace):
+                bench.run(timing.TRACED)
+        turns = timing.take_turns(bench.run) if args.turns else timing.repeat(bench.run, args.steps, args.repeats)
     result = describe(spec, args, bench) | speed(spec, args, turns)
     print(json.dumps(result))
     return result

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Training in a container on this machine: builds the image, runs it, restarts it after a preemption.
+# Training in a container on this machine: builds the image, runs it, restarts it after a preemption. SIGTERM and
+# SIGINT are passed on to the container, which saves, and end the restarting.
 #
 #   launch/docker.sh --extra cuda -- --config=configs/vits.py --workdir=/runs/s --config.data.dir=/data
 #
@@ -37,6 +38,21 @@ esac
 command=(docker run --rm --init --shm-size=16g --stop-timeout=300 "${devices[@]}" "${mounts[@]}" "$image" "$@")
 if [ "$DRY_RUN" = 1 ]; then
   run "${command[@]}"
-else
-  until_done "${command[@]}"
+  exit 0
 fi
+
+# The docker client hands the signals it gets to the container. Beside the shell, which hears none while it runs a
+# command; in a session of its own, as a terminal's Ctrl-C would come twice.
+once() {
+  local code=0
+  setsid "${command[@]}" &
+  children=($!)
+  pass_on_missed
+  wait_child "${children[0]}" || code=$?
+  children=()
+  return "$code"
+}
+
+trap 'pass_on TERM' TERM
+trap 'pass_on INT' INT
+until_done once

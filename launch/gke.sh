@@ -49,7 +49,8 @@ render() {
   text=${text//@TOPOLOGY@/$TOPOLOGY}
   text=${text//@PREEMPTED@/$PREEMPTED}
   text=${text//@RESTARTS@/$RESTARTS}
-  printf '%s\n' "${text//@FLAGS@/${flags#, }}"
+  # Quoted once more: a bare & would stand for what it replaces.
+  printf '%s\n' "${text//@FLAGS@/"${flags#, }"}"
 }
 
 xpk() {

@@ -8,8 +8,8 @@
 # --module M      Python module to run (default terrafm_jax.main)
 # --dry-run       print the commands
 # A process that dies takes the others down (SIGTERM, after GRACE seconds SIGKILL: 20); the job is started again on
-# exit code 42 (preempted) and, up to MAX_RESTARTS times, on any other failure. SIGTERM and SIGINT are passed on and
-# end the restarting.
+# exit code 42 (preempted), on 143 (SIGTERM came before it could save) and, up to MAX_RESTARTS times, on any other
+# failure. SIGTERM and SIGINT are passed on and end the restarting.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/lib.sh
@@ -32,37 +32,18 @@ free_port() {
   "$python" -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])'
 }
 
-children=()
-stopping=0
-
-# pass_on SIGNAL: to the processes of this job, and no restart afterwards.
-pass_on() {
-  stopping=1
-  [ "${#children[@]}" = 0 ] || kill -s "$1" "${children[@]}" 2>/dev/null || true
-}
-
-# start_process PORT INDEX FLAGS...: replaces the shell it runs in, so that signals reach Python.
+# start_process PORT INDEX FLAGS...: replaces the shell it runs in, so that signals reach Python; in a session of its
+# own, as a terminal's Ctrl-C would come twice: from the terminal and passed on. The second one ends without saving.
 start_process() {
-  local port=$1 index=$2 how=exec
+  local port=$1 index=$2 how=(exec setsid)
   shift 2
-  [ "$DRY_RUN" = 0 ] || how=run
+  [ "$DRY_RUN" = 0 ] || how=(run)
   local flags=(--distributed --coordinator="localhost:$port" --processes="$processes" --process="$index")
   if [ "$devices" -gt 0 ]; then
-    "$how" env JAX_PLATFORMS=cpu "$python" -m "$module" "$@" "${flags[@]}" --cpu_devices="$devices"
+    "${how[@]}" env JAX_PLATFORMS=cpu "$python" -m "$module" "$@" "${flags[@]}" --cpu_devices="$devices"
   else
-    "$how" env CUDA_VISIBLE_DEVICES="$index" "$python" -m "$module" "$@" "${flags[@]}"
+    "${how[@]}" env CUDA_VISIBLE_DEVICES="$index" "$python" -m "$module" "$@" "${flags[@]}"
   fi
-}
-
-# wait_child PID: its exit code, also when a signal to this script interrupts the waiting.
-wait_child() {
-  local code=0
-  while true; do
-    code=0
-    wait "$1" || code=$?
-    kill -0 "$1" 2>/dev/null || break
-  done
-  return "$code"
 }
 
 once() {
@@ -77,6 +58,7 @@ once() {
     start_process "$port" "$i" "$@" &
     children+=($!)
   done
+  pass_on_missed
   local left=("${children[@]}") still pid deadline=
   while [ "${#left[@]}" -gt 0 ]; do
     still=()
@@ -105,7 +87,6 @@ once() {
     sleep 0.2
   done
   children=()
-  [ "$stopping" = 0 ] || exit "$first"
   return "$first"
 }
 

@@ -288,20 +288,51 @@ exit $code
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("plan", "restarts", "requeued"), [("42", "0", True), ("3", "0", True), ("3", "1", False)])
-def test_slurm_requeues_after_a_preemption(root, worker, plan, restarts, requeued):
+def test_slurm_requeues_after_a_preemption(root, worker):
     """jax.distributed joins the tasks through Slurm's variables; the batch script ends as the step did."""
-    env = fake_cluster(worker, 2) | {**FAST, "MODULE": "fake_training", "PYTHONPATH": str(worker), "MAX_RESTARTS": "1"}
-    env |= {"SLURM_RESTART_COUNT": restarts, "JAX_PLATFORMS": "cpu"}
-    arguments = [f"--workdir={worker / 'out'}", f"--plan={plan}"]
-    found = call(root, "bash", "launch/slurm.sbatch", *arguments, env=env)
-    assert found.returncode == int(plan), found.stderr
+    env = fake_cluster(worker, 2) | {**FAST, "MODULE": "fake_training", "PYTHONPATH": str(worker)}
+    arguments = [f"--workdir={worker / 'out'}", "--plan=42"]
+    found = call(root, "bash", copied(root, worker), *arguments, env=env | {"JAX_PLATFORMS": "cpu"})
+    assert found.returncode == 42, found.stderr
     assert (worker / "out/start_1_0").read_text().startswith("2 ")
-    log = worker / "scontrol.log"
-    assert (log.read_text() if log.exists() else "") == (f"requeue {env['SLURM_JOB_ID']}\n" if requeued else "")
+    assert (worker / "scontrol.log").read_text() == f"requeue {env['SLURM_JOB_ID']}\n"
 
 
-@pytest.mark.parametrize(("codes", "ends", "runs"), [("42 42 0", 0, 3), ("7 0", 0, 2), ("7 7", 7, 2)])
+def copied(root, folder):
+    """The script in a checkout of its own, where it leaves its count."""
+    (folder / "launch").mkdir()
+    for name in ("lib.sh", "slurm.sbatch"):
+        shutil.copy(root / "launch" / name, folder / "launch" / name)
+    return folder / "launch/slurm.sbatch"
+
+
+@pytest.mark.parametrize(
+    ("codes", "requeued"),
+    [
+        ([42, 42, 42, 3, 42, 3], [1, 1, 1, 1, 1, 0]),  # MAX_RESTARTS is 1: the second 3 is one too many
+        ([3, 0, 3, 3], [1, 0, 1, 0]),  # complete: another start counts from the beginning
+        ([143, 143, 42, 143, 143, 143], [1, 1, 1, 1, 1, 0]),  # MAX_EARLY is 2, in a row
+    ],
+)
+def test_slurm_counts_failures_and_not_preemptions(root, tmp_path, codes, requeued):
+    """Slurm's own count, which has both, must not matter."""
+    script = copied(root, tmp_path)
+    env = fake_cluster(tmp_path, 1) | {"MAX_RESTARTS": "1", "MAX_EARLY": "2", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    log = tmp_path / "scontrol.log"
+    for i, (code, again) in enumerate(zip(codes, requeued, strict=True)):
+        (tmp_path / "python").write_text(f"#!/bin/sh\nexit {code}\n")
+        (tmp_path / "python").chmod(0o755)
+        log.write_text("")
+        more = {"SLURM_RESTART_COUNT": str(i), "PYTHON": str(tmp_path / "python")}
+        found = call(root, "bash", script, "--workdir=RUN", env=env | more)
+        assert found.returncode == code, found.stderr
+        assert bool(log.read_text()) == bool(again), (i, found.stderr)
+
+
+@pytest.mark.parametrize(
+    ("codes", "ends", "runs"),
+    [("42 42 0", 0, 3), ("7 0", 0, 2), ("7 7", 7, 2), ("143 143 42 143 7 0", 0, 6), ("143 143 143", 143, 3)],
+)
 def test_docker_starts_again_after_a_preemption(root, tmp_path, codes, ends, runs):
     """A fake docker whose containers end with these codes, one after the other."""
     docker = tmp_path / "docker"
@@ -315,7 +346,7 @@ exit "${{codes[$(grep -c ^run log) - 1]}}"
 """
     )
     docker.chmod(0o755)
-    env = {**FAST, "MAX_RESTARTS": "1", "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    env = {**FAST, "MAX_RESTARTS": "1", "MAX_EARLY": "2", "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     found = call(root, "launch/docker.sh", "--", "--workdir=/runs/s", env=env)
     assert found.returncode == ends, found.stderr
     log = (tmp_path / "log").read_text().splitlines()
@@ -323,31 +354,67 @@ exit "${{codes[$(grep -c ^run log) - 1]}}"
     assert all(line.endswith("terrafm:cpu --workdir=/runs/s") for line in log[1:])
 
 
-def test_pod_is_asked_for_again_when_it_is_taken_away(root, tmp_path):
-    """A fake gcloud: the first pod is suspended while training, the second completes."""
-    gcloud = tmp_path / "gcloud"
-    gcloud.write_text(
-        f"""#!/usr/bin/env bash
-cd "{tmp_path}"
-echo "$*" >>log
-case "$*" in
-  *create*) echo ACTIVE >state ;;
-  *delete*) rm -f state ;;
-  *describe*) cat state 2>/dev/null || exit 1 ;;
-  *terrafm_jax.main*)
-    echo x >>attempts
-    if [ "$(wc -l <attempts)" = 1 ]; then
-      echo SUSPENDED >state
-      exit 255
-    fi ;;
-esac
+# A container that saves when it is told to: the docker client hands on the signals it gets. (A shell that is started
+# beside another one cannot listen to SIGINT; Python and the client can.)
+CONTAINER = """#!{python}
+import pathlib, signal, sys, time
+
+def save(number, _frame):
+    with open("{folder}/heard", "a") as file:
+        print(signal.Signals(number).name, file=file)
+    sys.exit(42 if number == signal.SIGTERM else 0)
+
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, save)
+with open("{folder}/started", "a") as file:
+    print(sys.argv[1], file=file)
+time.sleep(60)
 """
+
+
+def wait_for(path, job, seconds=60):
+    limit = time.monotonic() + seconds
+    while not path.exists():
+        assert job.poll() is None, job.stderr.read()
+        assert time.monotonic() < limit, path
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("number", "ends"), [(signal.SIGTERM, 42), (signal.SIGINT, 0)])
+def test_docker_passes_signals_on_and_does_not_start_again(root, tmp_path, number, ends):
+    """To the whole group, as a terminal does at Ctrl-C: the container hears of it once."""
+    docker = tmp_path / "docker"
+    docker.write_text(CONTAINER.format(python=sys.executable, folder=tmp_path))
+    docker.chmod(0o755)
+    env = {**os.environ, **FAST, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    command = ["launch/docker.sh", "--no-build", "--", "--workdir=/runs/s"]
+    job = subprocess.Popen(command, cwd=root, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(tmp_path / "started", job)
+    os.killpg(job.pid, number)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == ends, errors
+    assert (tmp_path / "heard").read_text() == f"{number.name}\n"
+    assert (tmp_path / "started").read_text() == "run\n"
+
+
+def test_local_told_to_stop_before_its_processes_can_listen_ends_as_preempted(root, tmp_path):
+    """Or while it waits to start again: nobody is there to hear of it."""
+    (tmp_path / "early.py").write_text(
+        f"import pathlib, time\npathlib.Path({str(tmp_path)!r}, 'up').touch()\ntime.sleep(60)"
     )
-    gcloud.chmod(0o755)
-    env = {**POD, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "POLL_SECONDS": "0.1"}
-    found = call(root, "launch/tpu_pod.sh", "up", *FLAGS, env=env)
-    assert found.returncode == 0, found.stderr
-    log = (tmp_path / "log").read_text()
-    assert log.count("queued-resources create") == 2
-    assert log.count("queued-resources delete") == 1
-    assert "taken away" in found.stderr
+    command = ["launch/local.sh", "--processes", "1", "--module", "early", "--"]
+    env = {**os.environ, **FAST, "PYTHONPATH": str(tmp_path), "MAX_RESTARTS": "1"}
+    job = subprocess.Popen(command, cwd=root, env=env, stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "up", job)
+    job.send_signal(signal.SIGTERM)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == 42, errors
+    assert "starting again" not in errors
+
+    (tmp_path / "early.py").write_text("raise SystemExit(7)")
+    job = subprocess.Popen(command, cwd=root, env=env | {"RESTART_DELAY": "3"}, stderr=subprocess.PIPE, text=True)
+    assert any("restart 1 of 1" in line for line in job.stderr)
+    job.send_signal(signal.SIGTERM)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == 7, errors
+    assert "used up" not in errors

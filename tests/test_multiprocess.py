@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,10 +27,36 @@ FLAGS = (
 )  # fmt: skip
 
 
-def launch(data: Path, workdir: Path, processes: int, devices: int, *extra: str) -> subprocess.Popen:
-    command = ["launch/local.sh", "--processes", str(processes), "--devices", str(devices), "--", *FLAGS]
-    command += [f"--workdir={workdir}", f"--config.data.dir={data}", *extra]
-    env = child_environment(PYTHON=sys.executable, RESTART_DELAY="0")
+# Training whose process 1 is handed every batch late.
+LATE = """
+import runpy, time
+import jax
+from terrafm_jax.data import pipeline
+
+make = pipeline.make_loader
+
+def late(*args, **kwargs):
+    loader = make(*args, **kwargs)
+    if jax.process_index() == 1:
+        kind, take = type(loader), type(loader).__next__
+        kind.__next__ = lambda self: (time.sleep(0.5), take(self))[1]
+    return loader
+
+pipeline.make_loader = late
+runpy.run_module("terrafm_jax.main", run_name="__main__", alter_sys=True)
+"""
+
+
+def launch(
+    data: Path, workdir: Path, processes: int, devices: int, *extra: str, module: Path | None = None
+) -> subprocess.Popen:
+    command = ["launch/local.sh", "--processes", str(processes), "--devices", str(devices)]
+    # GRACE: longer than JAX needs to find a process dead, so that the others can say so themselves.
+    env = child_environment(PYTHON=sys.executable, RESTART_DELAY="0", GRACE="60")
+    if module is not None:
+        command += ["--module", module.stem]
+        env["PYTHONPATH"] = f"{module.parent}{os.pathsep}{env.get('PYTHONPATH', '')}"
+    command += ["--", *FLAGS, f"--workdir={workdir}", f"--config.data.dir={data}", *extra]
     with log_of(workdir).open("a") as log:  # a pipe that nobody reads would block the job once it is full
         return subprocess.Popen(command, cwd=ROOT, env=env, stderr=log)
 
@@ -98,10 +125,20 @@ def reference(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_processes_then_four_equal_one(prepared: Path, reference: Path, tmp_path: Path) -> None:
-    """Each process reads its own part of every batch; the second half runs with another number of them."""
-    for processes, devices, extra in ((2, 2, ["--config.stop_at_step=20"]), (4, 1, [])):
-        job = launch(prepared, tmp_path / "run", processes, devices, *extra)
+    """Each process reads its own part of every batch; the second half runs with another number of them.
+
+    In the first half process 1 gets its batches late: that is said, and changes no number.
+    """
+    (tmp_path / "late.py").write_text(LATE)
+    for processes, devices, extra, module in (
+        (2, 2, ["--config.stop_at_step=20"], tmp_path / "late.py"), (4, 1, [], None),
+    ):  # fmt: skip
+        job = launch(prepared, tmp_path / "run", processes, devices, *extra, module=module)
         assert job.wait(timeout=300) == 0, log_of(tmp_path / "run").read_text()
+    said = [text for row in rows(tmp_path / "run") if row["step"] <= 20 for text in row.get("warnings", ())]
+    late = [text for text in said if text.startswith("stragglers")]
+    assert any("process 1 (" in text for text in late), said
+    assert f"{late[0]}\n" in log_of(tmp_path / "run").read_text()
     starts = [(row["processes"], row["devices"], row["step"]) for row in rows(tmp_path / "run") if "processes" in row]
     assert starts == [(2, 4, 0), (4, 4, 20)]
     assert_same_training(tmp_path / "run", reference)
@@ -124,6 +161,22 @@ def wait_for_step(job: subprocess.Popen, workdir: Path, starts: int) -> None:
         time.sleep(0.005)
 
 
+PROMPTLY = 150  # seconds, generously: a heartbeat is missed after 30, on a machine that others crowd
+
+
+def assert_says_why(log: Path) -> None:
+    """The line of the process that is left: ours where the step raised, else JAX's, which ends it in another thread."""
+    text = log.read_text()
+    assert "error: process 0 of 2: the step broke off" in text or "indicates that another task died" in text, text
+
+
+def wait_for_text(path: Path, text: str, seconds: float) -> None:
+    limit = time.monotonic() + seconds
+    while text not in path.read_text():
+        assert time.monotonic() < limit, path.read_text()
+        time.sleep(0.05)
+
+
 def test_a_signal_saves_and_a_death_ends_the_job_and_both_are_resumed(
     prepared: Path, reference: Path, tmp_path: Path
 ) -> None:
@@ -136,6 +189,8 @@ def test_a_signal_saves_and_a_death_ends_the_job_and_both_are_resumed(
     assert 0 < step < STEPS
 
     os.kill(children(job.pid)[1], signal.SIGKILL)
+    wait_for_text(log_of(workdir), "restart 1 of 3", PROMPTLY)
+    assert_says_why(log_of(workdir))
     assert job.wait(timeout=300) == 0, log_of(workdir).read_text()
     starts = [row["step"] for row in rows(workdir) if row.get("event") == "start"]
     assert starts == [0, step, step], log_of(workdir).read_text()
@@ -143,3 +198,30 @@ def test_a_signal_saves_and_a_death_ends_the_job_and_both_are_resumed(
     for line in ("preempted with a checkpoint: starting again", "stopping the others", "restart 1 of 3"):
         assert line in log, log
     assert_same_training(workdir, reference)
+
+
+def test_a_death_ends_the_other_process_without_a_launcher(prepared: Path, tmp_path: Path) -> None:
+    """Where each host starts its own process and nobody watches them all, the one that is left must end by itself."""
+    workdir = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    jobs = []
+    for i in range(2):
+        command = [sys.executable, "-m", "terrafm_jax.main", *FLAGS, f"--workdir={workdir}"]
+        command += [f"--config.data.dir={prepared}", "--cpu_devices=2", "--distributed", f"--coordinator={address}"]
+        with (tmp_path / f"{i}.log").open("w") as log:
+            jobs.append(
+                subprocess.Popen(
+                    [*command, "--processes=2", f"--process={i}"], cwd=ROOT, env=child_environment(), stderr=log
+                )
+            )
+    try:
+        log_of(workdir).touch()
+        wait_for_step(jobs[0], workdir, 1)
+        jobs[1].kill()
+        assert jobs[0].wait(timeout=PROMPTLY) != 0, (tmp_path / "0.log").read_text()
+        assert_says_why(tmp_path / "0.log")
+    finally:
+        for job in jobs:
+            job.kill()
