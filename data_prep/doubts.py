@@ -49,6 +49,9 @@ def check_radar(name: str, raster: Raster, unit: str) -> None:
     values = thin(raster.pixels)
     values = values[np.isfinite(values) & (values != S1.nodata)].astype(np.float64)
     values = values if raster.nodata is None else values[values != raster.nodata]
+    if unit == "power":  # which is nodata below zero, whatever the number
+        low = repeated_low(values, 0)
+        values = values if low is None else values[values != low]
     if values.size < _FEW:
         return
     if unit == "power":

@@ -177,6 +177,7 @@ def test_radar_as_it_should_be():
     power = radar()[0]
     for extra in (0.0, -32768.0, np.nan):
         check_radar("VV", Raster(np.where(np.arange(48) < 4, np.float32(extra), power), GRID), "power")
+    check_radar("VV", Raster(np.where(np.arange(48) < 40, np.float32(-99), power), GRID), "power")
     decibel = 10 * np.log10(power)
     for extra in (-9999.0, -32768.0, np.nan, -np.inf):
         check_radar("VV", Raster(np.where(np.arange(48) < 4, np.float32(extra), decibel), GRID), "dB")
