@@ -258,7 +258,8 @@ def read(job: Job, unit: Unit) -> Cell:
     """The cell of a unit, with the offsets that were decided once per product."""
     cell = job.source.read(unit)
     for key, given in cell.sensors.items():
-        given.offset = given.offset or job.offsets.get((key, given.product))
+        if given.unit != "reflectance":  # the offset of its product is no longer inside
+            given.offset = given.offset or job.offsets.get((key, given.product))
     return cell
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.cell import Options
-from data_prep.chunks import COMPRESSIONS, WORK, DiskFull, Job, Source, SourceUnavailable, Unit
+from data_prep.chunks import COMPRESSIONS, DiskFull, Job, Source, SourceUnavailable, Unit
 from data_prep.raster import BadInput
 from data_prep.run import PrepareError, prepare_all
 from data_prep.splits import BlockSplit, read_splits
@@ -126,7 +126,8 @@ def _main(args: argparse.Namespace, plan: Planner, beam_options: Sequence[str]) 
         cover = WorldCover.open(args.worldcover, args.worldcover_missing)
         source, units, seen = plan(options, cover)
         if not units:
-            raise ValueError(f"no cell to prepare: {seen}")
+            counts = ", ".join(f"{n} {what}" for what, n in seen.items())
+            raise ValueError(f"no cell to prepare: {counts}; is it --require, --bbox, --splits or --limit?")
         job = Job(source, cover, options, str(args.out), args.compression)
         summary = prepare_all(
             job, units, workers=args.workers, chunk_size=args.cells_per_shard, plan=seen, runner=args.runner,
@@ -172,28 +173,41 @@ def _exit_code(summary: dict[str, Any], units: int, tolerate: float) -> int:
     return SOME_REJECTED if summary["rejected"] > tolerate * units else OK
 
 
+_OF_THE_JOB = ("sea_keep", "digest", "job")
+
+
 def report(summary: dict[str, Any], directory: Path) -> str:
     """The closing summary for people."""
     if not summary["tiles"]:
-        reasons = summary["rejected_reasons"] or summary["left_out"]
-        return f"nothing prepared in {directory / WORK}: {reasons}"
+        return "\n".join([f"nothing prepared, no tile is left for {directory}:", *_losses(summary, directory)])
     lines = [f"prepared data set: {directory} ({summary['bytes'] / 1e6:.1f} MB of records)"]
     seen = itertools.takewhile(lambda item: item[0] != "tiles", summary.items())  # what planning counted comes first
-    lines.append("  source: " + ", ".join(f"{n} {what}" for what, n in seen if what not in ("sea_keep", "digest")))
+    lines.append("  source: " + ", ".join(f"{n} {what}" for what, n in seen if what not in _OF_THE_JOB))
     lines += [f"  {split}: {summary['tiles'][split]} tiles" for split in SPLITS if split in summary["tiles"]]
-    if summary["left_out"]:
-        lines.append("  left out: " + ", ".join(f"{n} {reason}" for reason, n in summary["left_out"].items()))
     lines.append(f"  lost between splits: {100 * summary['lost_between_splits']:.2f} % of the tiles")
     if summary.get("cells_sharing_ground"):
         lines.append(f"  {summary['cells_sharing_ground']} pairs of cells in different splits SHARE GROUND:")
         lines += [f"    {text}" for text in summary["cells_sharing_ground_examples"][:5]]
     if summary["offset_conflicts"]:
         lines.append(f"  {summary['offset_conflicts']} products whose id and pixels disagree on the offset")
-    if summary["rejected"]:
-        lines.append(f"  {summary['rejected']} cells REJECTED, see {directory / 'rejected.csv'}:")
-        lines += [f"    {n} x {reason}" for reason, n in summary["rejected_reasons"].items()]
+    lines += _losses(summary, directory)
+    lines += [f"  LOOKS WRONG: {text}" for text in summary.get("looks_wrong", [])]
     lines.append(f"  look at it: python -m data_prep.inspect {directory}")
     return "\n".join(lines)
+
+
+def _losses(summary: dict[str, Any], directory: Path) -> list[str]:
+    """What was left out or rejected, each reason with its first case."""
+    lines = []
+    if summary["left_out"]:
+        left_out = ", ".join(f"{n} {reason}" for reason, n in summary["left_out"].items())
+        lines.append(f"  tiles left out: {left_out}")
+    if summary["rejected"]:
+        lines.append(f"  {summary['rejected']} cells REJECTED, see {directory / 'rejected.csv'}:")
+        examples = summary.get("rejected_examples", {})
+        for reason, n in summary["rejected_reasons"].items():
+            lines.append(f"    {n} x {reason}" + (f"; for example {examples[reason]}" if reason in examples else ""))
+    return lines
 
 
 def chosen_cells(

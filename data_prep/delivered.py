@@ -21,7 +21,7 @@ class SensorInput:
     Attributes:
       bands: ESA band name -> raster.
       product, kind, time, orbit: as the record stores them.
-      unit: ``DN``, ``power`` or ``dB``.
+      unit: ``DN`` or ``reflectance``, ``power`` or ``dB``.
       cloud_mask, cloud_percent: see ``quality.cloud_share``.
       offset: decided beforehand (a manifest, the survey of a product), or None: decide here.
     """

@@ -1,6 +1,7 @@
 """Folders of GeoTIFFs or Sentinel-2 SAFE granules -> prepared tiles.
 
     python -m data_prep.geotiff --source DIR --worldcover WC --out OUT --tile-size 240
+    python -m data_prep.geotiff --source DIR --bands s2_l1c=B01..B12,B8A --worldcover WC --out OUT
     python -m data_prep.geotiff --source DIR --manifest MANIFEST.csv --select group=terramesh_224 \\
         --select kind=tile,landcover --worldcover none --out OUT
 
@@ -16,7 +17,8 @@ import dataclasses
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,18 @@ from data_prep.delivered import Cell, SensorInput
 from data_prep.ground import Place
 from data_prep.harmonize import Offset
 from data_prep.raster import BadInput, Grid, Raster, first_line, grid_of, open_raster
-from data_prep.scenes import CLOUD_MASK, LANDCOVER, Scene, SceneFile, from_folder, from_manifest
+from data_prep.scenes import (
+    CLOUD_MASK,
+    LANDCOVER,
+    UNKNOWN_SENSOR,
+    Scene,
+    SceneFile,
+    facts,
+    from_folder,
+    from_manifest,
+    stated_orders,
+)
+from data_prep.units import delivered_units, unit_word
 from data_prep.worldcover import WorldCover, lonlat_outline
 from terrafm_jax.data.tiles import EXTENT_ORDER
 from terrafm_jax.sensors import SENSORS, band_name
@@ -43,9 +56,27 @@ BLOCK_TILES = 2  # tiles a side of the blocks that large scenes are read in
 
 @dataclasses.dataclass(frozen=True)
 class GeoTiffs:
-    """Scenes as files. ``s1_unit``: ``auto``, ``dB`` or ``power`` where nothing else says it."""
+    """Scenes as files, and what is known of those that do not say it themselves.
+
+    Attributes:
+      s1_unit: ``auto``, ``dB`` or ``power``.
+      s2_unit: ``DN`` or ``reflectance``.
+      bands: sensor -> names of the bands in the files' order.
+      manifest: digest of what a manifest says, or "".
+    """
 
     s1_unit: str = "auto"
+    s2_unit: str = "DN"
+    bands: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    manifest: str = ""
+
+    @property
+    def stated(self) -> dict[str, Any]:
+        """Whatever of this decides about the content (``identity.parts_of``); {} if nothing was said."""
+        said: dict[str, Any] = {f"--bands {key}": list(names) for key, names in self.bands.items()}
+        said |= {"--s1-unit": self.s1_unit} if self.s1_unit != "auto" else {}
+        said |= {"--s2-unit": self.s2_unit} if self.s2_unit != "DN" else {}
+        return said | ({"manifest": self.manifest} if self.manifest else {})
 
     def read(self, unit: Unit) -> Cell:
         """Reads one scene or one block of it. Raises BadInput."""
@@ -65,25 +96,34 @@ class GeoTiffs:
     def _sensor(self, key: str, files: Sequence[SceneFile], area: Grid | None) -> SensorInput:
         rasters: dict[str, Raster] = {}
         for file in files:
-            for name, raster in _bands(key, file, area).items():
+            for name, raster in _bands(key, file, area, self.bands.get(key, ())).items():
                 if name in rasters:
                     raise BadInput(f"{key}: band {name} twice, again in {file.path}")
                 rasters[name] = raster
         mask = rasters.pop(CLOUD_MASK, None)
         first = files[0]
-        unit = first.unit or (self.s1_unit if self.s1_unit != "auto" else "")
-        if key == "s1" and not unit:
+        unit = _common(key, "units", [f.unit for f in files]) or (self.s1_unit if key == "s1" else self.s2_unit)
+        if unit == "auto":
             unit = guess_unit(rasters)
+        offset = _common(key, "offsets", [f.offset for f in files])
         return SensorInput(
             bands=rasters,
             product=first.product or Path(first.path).stem,
-            kind=first.kind,
+            kind=first.kind + (", from reflectance" if unit == "reflectance" else ""),
             time=first.time,
             orbit=first.orbit,
-            unit=unit or "DN",
+            unit=unit,
             cloud_mask=None if mask is None else mask.pixels,
-            offset=None if first.offset is None else Offset(first.offset, "manifest"),
+            offset=None if offset is None else Offset(offset, "manifest"),
         )
+
+
+def _common(key: str, what: str, stated: Sequence[Any]) -> Any:
+    """What the files of one sensor say with one voice, None if none says anything. Raises BadInput."""
+    found = sorted({value for value in stated if value not in (None, "")})
+    if len(found) > 1:
+        raise BadInput(f"{key}: files of one scene in different {what}: {found}")
+    return found[0] if found else None
 
 
 def guess_unit(rasters: dict[str, Raster]) -> str:
@@ -96,11 +136,13 @@ def guess_unit(rasters: dict[str, Raster]) -> str:
     return "power"
 
 
-def _bands(key: str, file: SceneFile, area: Grid | None) -> dict[str, Raster]:
-    """Bands of one file, all of it or what lies under ``area``. Raises BadInput."""
+def _bands(key: str, file: SceneFile, area: Grid | None, order: Sequence[str]) -> dict[str, Raster]:
+    """Bands of one file, all of it or what lies under ``area``; ``order`` if it names none. Raises BadInput."""
     with open_raster(file.path) as source:
         grid = grid_of(source, file.path)
-        names = file.bands or bands_of(key, source.descriptions, source.count, file.path)
+        names = file.bands or named(key, source.descriptions) or tuple(order)
+        if not names:
+            raise BadInput(_unnamed(key, source, file.path))
         if len(names) != source.count:
             raise BadInput(f"{file.path}: {source.count} bands, but {len(names)} are named: {', '.join(names)}")
         window = None if area is None else _window(grid, area)
@@ -114,21 +156,43 @@ def _bands(key: str, file: SceneFile, area: Grid | None) -> dict[str, Raster]:
         return {name: Raster(pixels[i], grid, nodata) for i, name in enumerate(names)}
 
 
-def bands_of(key: str, descriptions: Sequence[str | None], count: int, what: str) -> tuple[str, ...]:
-    """Band names from the descriptions, if all are known (junk counts as none), else from their number.
+def named(key: str, descriptions: Sequence[str | None]) -> tuple[str, ...]:
+    """Band names from the descriptions, () unless all are known (junk counts as none). Their number says nothing.
 
-    Raises BadInput where the number fits no documented order; then a manifest must say it.
+    Files without names hold bands in ESA's order, with B8A at the end (EuroSAT) or in the order of a script.
     """
     sensor = SENSORS[key]
     known = [band_name(text, sensor) if text else None for text in descriptions]
-    if None not in known and len(set(known)) == count:
-        return tuple(str(name) for name in known)
-    for names in (sensor.delivered_names, sensor.band_names):
-        if count == len(names):
-            return names
-    raise BadInput(
-        f"{what}: {count} bands described as {list(descriptions)}; say which in the bands column of a manifest"
+    return tuple(map(str, known)) if None not in known and len(set(known)) == len(known) else ()
+
+
+def _unnamed(key: str, source: rasterio.DatasetReader, what: str) -> str:
+    """Why a file is refused whose bands nobody names, with the flag that names them."""
+    usual = "VV,VH" if key == "s1" else f"B01..B08,B8A,B09{'..B12' if key == 's2_l1c' else ',B11,B12'}"
+    fits = f"in ESA's order --bands {key}={usual}"
+    if key == "s2_l2a" and (source.count == 13 or "B10" in [band_name(d) for d in source.descriptions if d]):
+        fits = "a 13th band is B10, and B10 means Level-1C: is the sensor s2_l1c?"
+    elif key == "s2_l1c" and source.count == 13:
+        dark = _cirrus_band(source)
+        order = {10: usual, 9: "B01..B12,B8A"}.get(dark)
+        fits = f"band {dark + 1} is dark as B10 is, so --bands {key}={order} may fit" if order else fits
+    found = [text for text in source.descriptions if text]
+    described = f", described as {found[:13]}" if found else ""
+    return (
+        f"{what}: bands without names ({source.count}{described}): state their order in the bands column of a manifest "
+        f"or with --bands; {fits}"
     )
+
+
+def _cirrus_band(source: rasterio.DatasetReader) -> int:
+    """Number (from 0) of the band that is darkest by far, -1 if none is."""
+    try:
+        pixels = source.read(out_shape=(source.count, min(64, source.height), min(64, source.width)))
+    except RasterioError:
+        return -1
+    middle = np.median(pixels.reshape(source.count, -1).astype(np.float64), axis=1)
+    darkest, next_one = np.sort(middle)[:2] if source.count > 1 else (0, 0)
+    return int(middle.argmin()) if next_one - darkest > 200 else -1
 
 
 def _window(grid: Grid, area: Grid) -> Window:
@@ -207,19 +271,8 @@ def units_of(scene: Scene, options: Options, split: str | None) -> tuple[list[Un
 
 def plan(args: argparse.Namespace, options: Options, cover: WorldCover) -> tuple[Source, list[Unit], dict[str, Any]]:
     """Units of a folder. Raises ValueError."""
-    root = Path(args.source)
-    if not root.is_dir():
-        raise ValueError(f"--source {root}: no such folder")
-    if args.manifest:
-        select: dict[str, set[str]] = {}
-        for text in args.select:
-            column, sign, values = text.partition("=")
-            if not sign:
-                raise ValueError(f"--select {text!r}: expected COLUMN=VALUE[,VALUE]")
-            select.setdefault(column.strip().lower(), set()).update(v.strip() for v in values.split(","))
-        scenes, skipped = from_manifest(Path(args.manifest), root, select)
-    else:
-        scenes, skipped = from_folder(root)
+    scenes, skipped = _found(args)
+    source = GeoTiffs(args.s1_unit, args.s2_unit, stated_orders(args.bands), facts(scenes) if args.manifest else "")
     scenes = [s for s in scenes if all(any(f.sensor == key for f in s.files) for key in options.require)]
     planned = [units_of(scene, options, scene.split) for scene in scenes]
     centers = [place.center for _, place in planned]
@@ -238,7 +291,49 @@ def plan(args: argparse.Namespace, options: Options, cover: WorldCover) -> tuple
         cover, [c for s, c, k in zip(scenes, centers, keep, strict=True) if k and c and s.cell not in own_map]
     )
     counts: Counter[str] = Counter({f"files: {reason}": n for reason, n in skipped.items()})
-    return GeoTiffs(args.s1_unit), units, {"scenes": len(scenes), "units": len(units), **counts}
+    return source, units, {"scenes": len(scenes), "units": len(units), **counts}
+
+
+def _found(args: argparse.Namespace) -> tuple[list[Scene], Counter[str]]:
+    """All scenes of the folder and what was left out, by reason. Raises ValueError where there is no scene."""
+    root = Path(args.source)
+    if not root.is_dir():
+        raise ValueError(f"--source {root}: no such folder")
+    if not args.manifest:
+        scenes, skipped = from_folder(root)
+    else:
+        select: dict[str, set[str]] = {}
+        for text in args.select:
+            column, sign, values = text.partition("=")
+            if not sign:
+                raise ValueError(f"--select {text!r}: expected COLUMN=VALUE[,VALUE]")
+            select.setdefault(column.strip().lower(), set()).update(v.strip() for v in values.split(","))
+        scenes, skipped = from_manifest(Path(args.manifest), root, select)
+    unknown = {reason.removeprefix(UNKNOWN_SENSOR): n for reason, n in skipped.items() if UNKNOWN_SENSOR in reason}
+    if unknown:
+        rows = ", ".join(f"{name!r} ({n})" for name, n in sorted(unknown.items()))
+        known = ", ".join(name for s in SENSORS.values() for name in (s.key, *s.aliases))
+        print(
+            f"data_prep: {args.manifest}: {sum(unknown.values())} rows are LEFT OUT, their sensor is unknown: {rows}; "
+            f"expected one of {known}, worldcover", file=sys.stderr,
+        )  # fmt: skip
+    if not scenes:
+        raise ValueError(_nothing(args, skipped))
+    return scenes, skipped
+
+
+def _nothing(args: argparse.Namespace, skipped: Mapping[str, int]) -> str:
+    """Why there is no scene, and what to do."""
+    seen = ", ".join(f"{n} x {reason}" for reason, n in skipped.items())
+    if args.manifest:
+        return f"{args.manifest}: no row is left to prepare ({seen})"
+    if not skipped:
+        return f"--source {args.source}: no GeoTIFF or JPEG 2000 file in it"
+    return (
+        f"--source {args.source}: the naming rule explains none of the files ({seen}). Let a folder or file name say "
+        "the sensor (S2L2A/<cell>.tif, <cell>/S1RTC.tif), or list the files in a CSV with columns file, location, "
+        "sensor and pass --manifest; --help describes both"
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -247,7 +342,18 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--source", required=True, help="folder with the files")
     result.add_argument("--manifest", default=None, help="CSV; without it the naming rule applies")
     result.add_argument("--select", action="append", default=[], metavar="COLUMN=VALUE[,VALUE]", help="rows to use")
-    result.add_argument("--s1-unit", choices=("auto", "dB", "power"), default="auto")
+    result.add_argument(
+        "--bands", action="append", default=[], metavar="SENSOR=NAME,...",
+        help="order of the bands in files that do not name them; X..Y are the numbered bands from X to Y",
+    )  # fmt: skip
+    result.add_argument(
+        "--s1-unit", type=partial(unit_word, "s1"), choices=("auto", *delivered_units("s1")), default="auto",
+        help="of files that do not say it (power = linear)",
+    )  # fmt: skip
+    result.add_argument(
+        "--s2-unit", type=partial(unit_word, "s2_l2a"), choices=delivered_units("s2_l2a"), default="DN",
+        help="of files that do not say it",
+    )  # fmt: skip
     cli.add_arguments(result, require="", snap="auto", sea_keep=1.0)
     return result
 

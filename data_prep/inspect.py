@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.dataset import DataSet
+from data_prep.doubts import looks_wrong
 from terrafm_jax import landcover
 from terrafm_jax.data.decode import parse_example
 from terrafm_jax.data.sampling import MODES
@@ -29,8 +30,13 @@ from terrafm_jax.sensors import SENSOR_KEYS, SENSORS
 
 def describe(data: DataSet) -> str:
     """Everything that can be said in lines of text."""
-    parts = [_sizes(data), _sensors(data), _classes(data), _statistics(data), _left_out(data)]
+    parts = [_doubts(data), _sizes(data), _sensors(data), _classes(data), _statistics(data), _left_out(data)]
     return "\n\n".join(part for part in parts if part)
+
+
+def _doubts(data: DataSet) -> str:
+    """What the values cannot or should not be; "" if nothing."""
+    return "\n".join(f"looks wrong: {text}" for text in looks_wrong(data.statistics))
 
 
 def _sizes(data: DataSet) -> str:
@@ -122,14 +128,17 @@ def write_page(data: DataSet, out: Path, text: str, tiles: int = 16) -> Path:
         f'<h2>{html.escape(title)}</h2>\n<p><a href="{name}"><img src="{name}" alt="{html.escape(title)}"></a></p>'
         for name, title in made.items()
     )
+    doubts = "\n".join(f'<p class="wrong">{html.escape(line)}</p>' for line in _doubts(data).splitlines())
     page = out / "index.html"
     page.write_text(
         f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(data.directory.name)}: prepared tiles</title>
 <style>body{{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:1200px;padding:0 1em;color:#1d2733}}
 img{{max-width:100%;border:1px solid #d5dbe1}}
-pre{{background:#f4f6f8;padding:1em;overflow:auto;font-size:12.5px}}</style>
+pre{{background:#f4f6f8;padding:1em;overflow:auto;font-size:12.5px}}
+.wrong{{background:#fde8e6;border-left:4px solid #b3261e;padding:.5em 1em}}</style>
 </head><body><h1>Prepared tiles: {html.escape(data.directory.name)}</h1>
+{doubts}
 <pre>{html.escape(text)}</pre>
 {figures}
 <p><small>Contains modified Copernicus Sentinel data. Land cover: ESA WorldCover (CC-BY-4.0). Major-TOM: CC-BY-SA-4.0.

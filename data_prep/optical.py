@@ -7,11 +7,16 @@ from functools import reduce
 import numpy as np
 
 from data_prep.delivered import SensorInput
+from data_prep.doubts import check_cirrus, eight_bit, repeated_low
 from data_prep.harmonize import decide_offset, measured, misplaced, pixel_offset, snap_origin
 from data_prep.quality import is_constant
 from data_prep.raster import BadInput, Grid, Raster
 from data_prep.records import Group, Layer
 from terrafm_jax.sensors import SENSORS, Sensor
+
+DN_PER_REFLECTANCE = 10_000.0
+MOST_REFLECTANCE = 6.5535  # the largest DN
+ROUNDING = 0.02  # DN: what float32 loses of a quotient, while a resampled value lies anywhere between two DN
 
 
 def optical(key: str, given: SensorInput, snap: str) -> Layer:
@@ -23,14 +28,16 @@ def optical(key: str, given: SensorInput, snap: str) -> Layer:
       snap: ``on``, ``off`` or ``auto``, see ``cell.Options``.
 
     Raises:
-      BadInput: a band is missing, has another size, CRS or place than its group, or no valid DN.
+      BadInput: a band is missing, has another size, CRS or place than its group, no valid DN or reflectance, or
+        is surely another band.
     """
     sensor = SENSORS[key]
     missing = [name for name in sensor.band_names if name not in given.bands]
     if missing:
         raise BadInput(f"{key}: missing band {', '.join(missing)}, found {sorted(given.bands)}")
     rasters = {name: given.bands[name] for name in (*sensor.band_names, *_dropped(sensor, given))}
-    pixels = {name: _as_dn(key, name, raster) for name, raster in rasters.items()}
+    as_dn = _from_reflectance if given.unit == "reflectance" else _as_dn
+    pixels = {name: as_dn(key, name, raster) for name, raster in rasters.items()}
     grids = _grids(key, sensor, rasters)
     if snap == "on" or (snap == "auto" and misplaced(grids)):
         grids = {name: snap_origin(grid) for name, grid in grids.items()}
@@ -47,8 +54,12 @@ def optical(key: str, given: SensorInput, snap: str) -> Layer:
     finest = sensor.groups["10m"]
     if all(is_constant(pixels[b], by_band[b]) for b in finest):
         raise BadInput(f"{key}: one value in all pixels of {', '.join(finest)}, not a measurement")
+    if key == "s2_l1c":
+        check_cirrus(pixels, by_band)
     verdict = pixel_offset(key, pixels, by_band) if given.offset is None else None
-    offset = given.offset or decide_offset(given.product, verdict)
+    # Who computes reflectance has used the offset that the id speaks of.
+    product = "" if given.unit == "reflectance" else given.product
+    offset = given.offset or decide_offset(product, verdict)
     stored = {g: Group(tuple(pixels[b] for b in bands), valid[g], grids[g]) for g, bands in sensor.groups.items()}
     return Layer(given, stored, offset, verdict)
 
@@ -66,20 +77,56 @@ def _dropped(sensor: Sensor, given: SensorInput) -> list[str]:
 
 def _as_dn(key: str, name: str, raster: Raster) -> np.ndarray:
     """Delivered pixels as uint16, values unchanged, the file's nodata as 0. Raises BadInput."""
+    pixels = _without_nodata(key, name, raster)
+    if pixels.dtype == np.uint16:
+        return pixels
+    if pixels.dtype.kind == "f" and (pixels != np.rint(pixels)).any():
+        raise BadInput(
+            f"{key} {name}: fractional values, expected DN (reflectance x 10000); for 0..1 state the unit reflectance "
+            "in the units column of a manifest or with --s2-unit"
+        )
+    if pixels.size and (pixels.min() < 0 or pixels.max() > 65535):
+        raise BadInput(f"{key} {name}: values {pixels.min()}..{pixels.max()} are no DN (0..65535){_undeclared(pixels)}")
+    return pixels.astype(np.uint16)
+
+
+def _from_reflectance(key: str, name: str, raster: Raster) -> np.ndarray:
+    """Reflectance 0..1 as the DN (uint16) that it was computed from. Raises BadInput where that is not exact."""
+    what, pixels = f"{key} {name}", _without_nodata(key, name, raster)
+    if pixels.dtype.kind != "f":
+        raise BadInput(f"{what}: whole numbers of type {pixels.dtype} are no reflectance (0..1); DN?")
+    if pixels.size and (pixels.min() < 0 or pixels.max() > MOST_REFLECTANCE):
+        raise BadInput(
+            f"{what}: values {pixels.min():.6g}..{pixels.max():.6g} are no reflectance that DN can hold "
+            f"(0..{MOST_REFLECTANCE}){_undeclared(pixels)}; give the DN"
+        )
+    scaled = pixels.astype(np.float64) * DN_PER_REFLECTANCE
+    whole = np.rint(scaled)
+    rest = float(np.abs(scaled - whole).max(initial=0.0))
+    if rest > ROUNDING:
+        raise BadInput(
+            f"{what}: reflectance is no multiple of 1/{DN_PER_REFLECTANCE:.0f} (up to {rest:.2f} DN beside it), so it "
+            "cannot be stored as DN without loss: resampled or compressed? Give the DN"
+        )
+    return whole.astype(np.uint16)
+
+
+def _without_nodata(key: str, name: str, raster: Raster) -> np.ndarray:
+    """Delivered pixels, the file's nodata as 0. Raises BadInput on NaN and on previews."""
     pixels, nodata = raster.pixels, raster.nodata
+    eight_bit(f"{key} {name}", pixels)
     if nodata is not None and nodata != 0:
         gone = np.isnan(pixels) if np.isnan(nodata) else pixels == nodata
         pixels = np.where(gone, pixels.dtype.type(0), pixels)
-    if pixels.dtype == np.uint16:
-        return pixels
-    if pixels.dtype.kind == "f":
-        if not np.isfinite(pixels).all():
-            raise BadInput(f"{key} {name}: NaN or infinite values")
-        if (pixels != np.rint(pixels)).any():
-            raise BadInput(f"{key} {name}: fractional values, expected DN (reflectance x 10000)")
-    if pixels.size and (pixels.min() < 0 or pixels.max() > 65535):
-        raise BadInput(f"{key} {name}: values {pixels.min()}..{pixels.max()} are no DN (0..65535)")
-    return pixels.astype(np.uint16)
+    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
+        raise BadInput(f"{key} {name}: NaN or infinite values; if they mean nodata, the file or a manifest must say so")
+    return pixels
+
+
+def _undeclared(pixels: np.ndarray) -> str:
+    """The remedy where one value below zero stands for nodata."""
+    low = repeated_low(pixels, 0)
+    return "" if low is None else f"; if {low:g} means nodata, name it in the nodata column of a manifest"
 
 
 def _grids(key: str, sensor: Sensor, rasters: dict[str, Raster]) -> dict[str, Grid]:

@@ -97,6 +97,10 @@ def grid_of(source: rasterio.DatasetReader, what: str) -> Grid:
     """Grid of an open file. Raises BadInput where it has no CRS or is not north-up."""
     transform = source.transform
     six = (transform.a, transform.b, transform.c, transform.d, transform.e, transform.f)
+    if source.crs is None and source.gcps[0]:
+        raise BadInput(
+            f"{what}: radar geometry (ground control points only, as in GRD products): terrain-correct it first"
+        )
     if source.crs is None or transform.is_identity:
         raise BadInput(f"{what}: no georeference (CRS {source.crs}, transform {six})")
     if transform.b or transform.d or transform.a <= 0 or transform.e >= 0:
@@ -111,4 +115,4 @@ def _crs_text(wkt: str) -> str:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, for one cell of a CSV file."""
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+    return (str(error) or type(error).__name__).splitlines()[0][:400]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import hashlib
 import json
 import multiprocessing
 import os
@@ -23,6 +22,7 @@ from typing import Any
 
 from data_prep.cell import prepare
 from data_prep.chunks import WORK, Job, Unit, chunk_path, read, telling_full_disk, write_chunk
+from data_prep.identity import differences, parts_of
 from data_prep.progress import Progress
 from data_prep.survey import Verdicts, look, survey
 from data_prep.write import SUMMARY, finalize, write_text
@@ -65,9 +65,10 @@ def prepare_all(
       chunks.DiskFull, chunks.SourceUnavailable: stopped; what is finished stays.
     """
     directory = Path(job.directory)
-    digest = _digest(job, units, chunk_size)
+    digest = parts_of(job, units, chunk_size)
     finished = _finished(directory, digest)
     if finished is not None:
+        print(f"{directory} is complete already; delete it to prepare the same again", file=sys.stderr)
         return finished
     job.work.mkdir(parents=True, exist_ok=True)
     with telling_full_disk(job), _locked(job.work / "lock"):
@@ -91,18 +92,9 @@ def prepare_all(
                         write_chunk(job, i, chunks[i], (), lambda key: bar.step(not key))
                 else:
                     _Pool(job, chunks, workers, bar).run(todo)
-        summary = finalize(job, len(chunks), {**plan, "sea_keep": job.options.sea_keep, "digest": digest["digest"]})
+        told = {"sea_keep": job.options.sea_keep, "digest": digest["digest"], "job": digest}
+        summary = finalize(job, len(chunks), {**plan, **told})
     return summary
-
-
-def _digest(job: Job, units: Sequence[Unit], chunk_size: int) -> dict[str, str]:
-    """What must be equal for a folder to be continued."""
-    options = json.dumps(dataclasses.asdict(job.options), sort_keys=True)
-    names = hashlib.blake2b(digest_size=16)
-    for unit in sorted(units, key=lambda u: (u.cell, u.number)):
-        names.update(f"{unit.key}|{unit.products}|{unit.split}|{unit.outlook}\n".encode())
-    parts = {"options": options, "cells": names.hexdigest(), "chunk_size": str(chunk_size), "shards": job.compression}
-    return {**parts, "digest": hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()}
 
 
 def _finished(directory: Path, digest: dict[str, str]) -> dict[str, Any] | None:
@@ -112,7 +104,9 @@ def _finished(directory: Path, digest: dict[str, str]) -> dict[str, Any] | None:
     path = directory / SUMMARY
     summary = read_json(path, dict) if path.exists() else {}
     if summary.get("digest") != digest["digest"]:
-        raise PrepareError(f"{directory} holds a data set of other cells or options; choose another --out or delete it")
+        different = differences(summary["job"], digest) if "job" in summary else []
+        what = "; ".join(different) or "other cells or options"
+        raise PrepareError(f"{directory} holds another data set: {what}; choose another --out or delete it")
     return summary
 
 
@@ -121,11 +115,10 @@ def _check_same_job(path: Path, digest: dict[str, str], directory: Path) -> None
         write_text(path, json.dumps(digest))
         return
     found = read_json(path, dict)
-    different = [key for key in digest if key != "digest" and found.get(key) != digest[key]]
+    different = differences(found, digest)
     if different:
         raise PrepareError(
-            f"{directory} holds an interrupted preparation with other {', '.join(different)}: found "
-            f"{ {k: found.get(k) for k in different} }, expected { {k: digest[k] for k in different} }; "
+            f"{directory} holds an interrupted preparation with other options: {'; '.join(different)}; "
             "choose another --out or delete it"
         )
 

@@ -4,14 +4,16 @@ Naming rule. A folder or file name says the sensor (``S1RTC``, ``S2L1C``, ``s2_l
 ``S2A_MSIL2A_...``, ``S1A_IW_...``). A file whose name is or ends in a band (``B02.tif``,
 ``T31UDQ_20170829T105019_B01.jp2``, ``B02_10m``, ``..._VH.tif``) holds that band, and its cell is the nearest
 folder that names neither sensor nor product; any other file is a multi-band image, and its cell is its
-own name (or its folder's, where the name is a sensor)::
+own name (or its folder's, where the name is a sensor). Its bands are those of its descriptions, else of
+``--bands SENSOR=ORDER``; they are never guessed from their number::
 
     ROOT/S2L2A/282D_485L_3_3.tif            ROOT/282D_485L_3_3/S2L2A.tif
     ROOT/S2L2A/199U/199U_1099R/S2B_MSIL2A_20200223T032739_N9999_.../B02.tif
     ROOT/S2B_MSIL2A_..._T48QUE_....SAFE/GRANULE/.../IMG_DATA/R10m/T48QUE_20200223T032739_B02_10m.jp2
 
-Manifest columns: ``file``, ``location`` (or ``cell``), ``sensor``; optional ``bands`` (by comma), ``units``,
-``date`` (or ``time``), ``product``, ``orbit``, ``offset`` (DN), ``nodata``, ``split``. Other columns serve
+Manifest columns: ``file``, ``location`` (or ``cell``), ``sensor``; optional ``bands`` (by comma, in the file's
+order), ``units`` (dB or power = linear; DN or reflectance), ``date`` (or ``time``; 2022-06-01 or
+2022-06-01T10:30:21), ``product``, ``orbit``, ``offset`` (DN), ``nodata``, ``split``. Other columns serve
 ``--select``. Sensor ``worldcover`` (or units that speak of WorldCover codes) is a land-cover map.
 """
 
@@ -19,17 +21,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
+from typing import Any
 
 from data_prep.times import iso_time
+from data_prep.units import stated_unit
 from terrafm_jax.data.tiles import SPLITS
 from terrafm_jax.sensors import BASELINE_OFFSET, SENSORS, SensorError, band_name, sensor
 from terrafm_jax.tables import read_csv
 
 LANDCOVER = "landcover"
+UNKNOWN_SENSOR = "no sensor of the model: "
 CLOUD_MASK = "cloud_mask"  # Major-TOM's, beside the bands of Level 2A
 SUFFIXES = (".tif", ".tiff", ".jp2")
 _PRODUCT = re.compile(r"(S2[A-D]_MSI(L1C|L2A)_\w+|S1[A-D]_(?:IW|EW|SM|WV)_[A-Z]{3}\w*)")
@@ -43,8 +49,8 @@ class SceneFile:
     Attributes:
       path: where it is.
       sensor: sensor key or ``landcover``.
-      bands: ESA names in the file's order; () = to be read from descriptions or the count.
-      unit: ``DN``, ``dB``, ``power`` or "" (S1: to be read from the values).
+      bands: ESA names in the file's order; () = to be read from descriptions.
+      unit: ``DN``, ``reflectance``, ``dB``, ``power`` or "" (as the flags say; S1: to be read from the values).
       offset, nodata: as a manifest states them.
     """
 
@@ -107,7 +113,7 @@ def by_name(path: PurePath) -> tuple[str, SceneFile] | str:
     else:
         cell = stem if place != len(parts) - 1 else (folders[-1] if folders else stem)
     kind = kind_of(key, " ".join(path.parts))
-    file = SceneFile("", key, (band,) if band else (), "DN" if key != "s1" else "", kind, product, iso_time(product))
+    file = SceneFile("", key, (band,) if band else (), "", kind, product, iso_time(product))
     return cell, file
 
 
@@ -177,8 +183,11 @@ def from_manifest(path: Path, root: Path, select: Mapping[str, set[str]]) -> tup
             skipped["not selected"] += 1
             continue
         key = _manifest_sensor(row)
-        if not key or Path(row["file"]).suffix.lower() not in SUFFIXES:
-            skipped[f"no sensor of the model: {row['sensor']}"] += 1
+        if not key:
+            skipped[f"{UNKNOWN_SENSOR}{row['sensor']}"] += 1
+            continue
+        if Path(row["file"]).suffix.lower() not in SUFFIXES:
+            skipped[f"none of {', '.join(SUFFIXES)}"] += 1
             continue
         cell = row[place].replace("/", "_")
         try:
@@ -211,36 +220,60 @@ def _manifest_sensor(row: Mapping[str, str]) -> str:
 
 
 def _manifest_file(key: str, row: Mapping[str, str], root: Path) -> SceneFile:
-    """One row. Raises ValueError on bands, offsets or nodata that make no sense."""
+    """One row. Raises ValueError naming all of bands, units, dates, offsets and nodata that make no sense."""
     units = row.get("units", "")
-    bands: tuple[str, ...] = ()
-    if key != LANDCOVER and row.get("bands"):
-        bands = band_list(key, row["bands"], row["file"])
-    unit = "DN" if key != "s1" else "dB" if re.search(r"(?i)\bdb\b", units) else ""
-    if key == "s1" and not unit and re.search(r"(?i)power|linear", units):
-        unit = "power"
+    measured = key != LANDCOVER and row.get("bands") != CLOUD_MASK
     declared = re.search(r"nodata\s*(-?\d+(?:\.\d+)?)", units)
+    cells: dict[str, Callable[[], Any]] = {
+        "bands": lambda: band_list(key, row["bands"], row["file"]) if key != LANDCOVER and row.get("bands") else (),
+        "unit": lambda: stated_unit(key, units) if measured else "",
+        "time": lambda: _stated_time(row.get("time") or row.get("date") or "") if key != LANDCOVER else "",
+        "offset": lambda: _stated_offset(row["offset"]) if row.get("offset") else None,
+        "nodata": lambda: _number("nodata", row.get("nodata") or (declared.group(1) if declared else "")),
+    }
+    read, faults = {}, []
+    for name, value in cells.items():
+        try:
+            read[name] = value()
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        raise ValueError(", ".join(faults))
     product = row.get("product") or next(
         (m.group(1) for t in (row["file"], row.get("origin_path", "")) if (m := _PRODUCT.search(t))), ""
     )
     return SceneFile(
         path=str(root / row["file"]),
         sensor=key,
-        bands=bands,
-        unit=unit,
         kind=kind_of(key, f"{row['sensor']} {units}") if key != LANDCOVER else "",
         product=product,
-        time=iso_time(row.get("time") or row.get("date")),
         orbit=row.get("orbit", ""),
-        offset=_stated_offset(row["offset"]) if row.get("offset") else None,
-        nodata=float(row["nodata"]) if row.get("nodata") else float(declared.group(1)) if declared else None,
+        **read,
     )
+
+
+def _number(column: str, text: str) -> float | None:
+    """A number, None for an empty cell. Raises ValueError naming the column."""
+    try:
+        return float(text) if text else None
+    except ValueError:
+        raise ValueError(f"{column} {text!r}: expected a number") from None
+
+
+def _stated_time(text: str) -> str:
+    """ISO 8601, "" for an empty cell or bare years. Raises ValueError: a date that vanishes is not missed later."""
+    if re.fullmatch(r"20\d\d(\s*-\s*20\d\d)?(\s*\(.*\))?", text):  # said to be no better known
+        return ""
+    found = iso_time(text)
+    if text and found[:4] < "2014":  # also "": the first Sentinel flew in 2014
+        raise ValueError(f"date {text!r}: expected YYYY-MM-DD or YYYY-MM-DDTHH:MM:SS, from 2014 on")
+    return found
 
 
 def _stated_offset(text: str) -> float:
     """DN still inside the stored values. Raises ValueError, also on -1000: the sign that ESA gives its ADD_OFFSET."""
-    offset = float(text)
-    if not 0 <= offset <= BASELINE_OFFSET:
+    offset = _number("offset", text)
+    if offset is None or not 0 <= offset <= BASELINE_OFFSET:
         raise ValueError(f"offset {text}: expected the DN to subtract, 0..{BASELINE_OFFSET:.0f}")
     return offset
 
@@ -254,8 +287,30 @@ def band_list(key: str, text: str, what: str) -> tuple[str, ...]:
     found = [CLOUD_MASK if name == CLOUD_MASK else band_name(name, SENSORS[key]) for name in names]
     unknown = [name for name, band in zip(names, found, strict=True) if band is None]
     if unknown:
-        raise ValueError(f"{what}: bands {unknown} are not known to {key}")
+        level = "; B10 means Level-1C" if key == "s2_l2a" and "B10" in map(band_name, unknown) else ""
+        raise ValueError(f"{what}: bands {unknown} are not known to {key}{level}")
     return tuple(str(name) for name in found)
+
+
+def stated_orders(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """``["s2_l1c=B01..B12,B8A"]`` -> sensor key -> names in the files' order. Raises ValueError."""
+    found = {}
+    for text in texts:
+        name, sign, bands = text.partition("=")
+        if not sign:
+            raise ValueError(f"--bands {text!r}: expected SENSOR=NAME,NAME,...")
+        key = sensor(name).key
+        found[key] = band_list(key, bands, f"--bands {name}")
+    return found
+
+
+def facts(scenes: Iterable[Scene]) -> str:
+    """A digest of what is said of the files, wherever they lie."""
+    digest = hashlib.blake2b(digest_size=16)
+    for scene in scenes:
+        for file in scene.files:
+            digest.update(repr((scene.cell, dataclasses.replace(file, path=Path(file.path).name))).encode())
+    return digest.hexdigest()
 
 
 # --- joining ----------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 
 from data_prep.cell import SHARED
 from data_prep.chunks import WORK, Job, chunk_path, shard_path, sync
+from data_prep.doubts import looks_wrong
 from data_prep.stats import Tally
 from terrafm_jax import landcover
 from terrafm_jax.data import tiles
@@ -40,9 +42,11 @@ def finalize(job: Job, chunks: int, plan: dict[str, Any]) -> dict[str, Any]:
     merged = _Merged(job)
     for chunk in range(chunks):
         merged.add(chunk)
-    if not sum(merged.count.values()):
-        return merged.summary(plan)  # nothing to publish; the work folder stays, with the reasons
     directory = Path(job.directory)
+    if not sum(merged.count.values()):  # nothing to publish but the reasons
+        write_text(directory / "rejected.csv", merged.rejected_csv())
+        shutil.rmtree(job.work)  # whoever has mended the files must not meet the old verdicts again
+        return merged.summary(plan)
     counts = {split: len(found) for split, found in merged.shards.items() if found}
     for split, total in counts.items():
         for number, chunk in enumerate(merged.shards[split]):
@@ -52,9 +56,10 @@ def finalize(job: Job, chunks: int, plan: dict[str, Any]) -> dict[str, Any]:
     for split in counts:
         save_array(directory / f"index_{split}.npy", merged.index(split))
     write_text(directory / "layouts.json", json.dumps(merged.layouts))
-    write_text(directory / "statistics.json", merged.tally.to_json(merged.classes(), "computed over the train split"))
+    statistics = merged.tally.to_json(merged.classes(), "computed over the train split")
+    write_text(directory / "statistics.json", statistics)
     write_text(directory / "rejected.csv", merged.rejected_csv())
-    summary = merged.summary(plan)
+    summary = merged.summary(plan) | {"looks_wrong": looks_wrong(json.loads(statistics))}
     write_text(directory / SUMMARY, json.dumps(summary, indent=1))
     _write_metadata(directory, merged)
     shutil.rmtree(job.work)
@@ -142,13 +147,16 @@ class _Merged:
             "cells_sharing_ground_examples": sorted(self.shared)[:50],
             "rejected": len(self.rejected),
             "rejected_reasons": dict(sorted(Counter(_kind(r[2]) for r in self.rejected).items())),
+            "rejected_examples": {_kind(reason): f"{unit}: {reason}" for unit, _, reason in reversed(self.rejected)},
             "offset_conflicts": len(conflicts),
             "offset_conflict_examples": conflicts[:20],
             "classes": self.classes(),
         }
 
 
-_KINDS = (
+_KINDS = (  # the first that fits
+    "bands without names", "wrong band order", "implausible backscatter", "taken as power", "taken as dB",
+    "nodata not declared", "radar geometry", "8-bit values", "reflectance is no multiple", "are no reflectance",
     "cannot be read as an image", "truncated", "missing band", "sensors missing", "wrong size", "wrong CRS",
     "different CRS", "no georeference", "black", "NaN", "are no DN", "fractional values", "one value in all pixels",
     "no such file", "ends the worker", "WorldCover maps",
@@ -157,7 +165,9 @@ _KINDS = (
 
 def _kind(reason: str) -> str:
     """What many cells have in common in their reasons."""
-    return next((kind for kind in _KINDS if kind in reason), reason.split("(")[0][:80].strip())
+    known = next((kind for kind in _KINDS if kind in reason), "")
+    without_path = re.sub(r"(?i)^.*\.(tiff?|jp2|parquet): ", "", reason)
+    return known or without_path.split("(")[0][:80].strip()
 
 
 def write_text(path: Path, text: str) -> None:

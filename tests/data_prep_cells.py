@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from rasterio.io import MemoryFile
 from rasterio.transform import from_origin
 from rasterio.warp import transform
 
+from data_prep.scenes import band_list
 from terrafm_jax.sensors import S2_L1C, SENSORS
 
 SIZE = 48  # pixels at 10 m
@@ -30,6 +32,15 @@ def geotiff(pixels: np.ndarray, affine: rasterio.Affine, crs: str | None = "EPSG
         ) as out:  # fmt: skip
             out.write(layers)
         return memory.read()
+
+
+def manifest_bands(real_data: Path) -> dict[str, tuple[str, ...]]:
+    """File of the real tiles -> its bands in order, as their manifest states them."""
+    rows = csv.DictReader((real_data / "MANIFEST.csv").read_text().splitlines())
+    keys = {"Sentinel-2 L1C": "s2_l1c", "S2L1C": "s2_l1c", "Sentinel-2 L2A": "s2_l2a", "S2L2A": "s2_l2a"}
+    keys["Sentinel-1 RTC"] = "s1"
+    stacked = [r for r in rows if r["sensor"] in keys and "," in r["bands"] and r["file"].endswith(".tif")]
+    return {row["file"]: band_list(keys[row["sensor"]], row["bands"], row["file"]) for row in stacked}
 
 
 def scene(seed: int, size: int = SIZE, offset: int = 0) -> dict[str, dict[str, np.ndarray]]:

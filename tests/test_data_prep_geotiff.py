@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import rasterio
 from data_prep_cells import geotiff as tif
-from data_prep_cells import scene
+from data_prep_cells import manifest_bands, scene
 from rasterio.transform import from_origin
 
 from data_prep import geotiff
 from data_prep.cell import Options
-from data_prep.geotiff import bands_of, blocks, guess_unit
-from data_prep.raster import BadInput, Grid, Raster
-from data_prep.scenes import band_list, by_name, from_folder
+from data_prep.geotiff import blocks, guess_unit, named
+from data_prep.raster import Grid, Raster
+from data_prep.scenes import band_list, by_name, from_folder, stated_orders
 from terrafm_jax.sensors import S2_L1C, SENSORS
 
 
@@ -62,20 +62,21 @@ def test_what_the_naming_rule_leaves_out():
     assert by_name(PurePath("somewhere/DEM.tif")) == "no sensor in the name"
 
 
-def test_bands_from_descriptions_or_count():
-    assert bands_of("s1", ("VH", "VV"), 2, "x") == ("VH", "VV")
-    assert bands_of("s1", ("bands", "bands"), 2, "x") == ("VV", "VH"), "junk counts as none"
-    order = bands_of("s2_l1c", (None,) * 13, 13, "x")
-    assert order.index("B10") == order.index("B09") + 1
-    assert bands_of("s2_l1c", (None,) * 12, 12, "x") == SENSORS["s2_l1c"].band_names
-    assert bands_of("s2_l2a", tuple(f"B{n}" for n in (1, 2, 3, 4, 5, 6, 7, 8, "8A", 9, 11, 12)), 12, "x") == (
-        SENSORS["s2_l2a"].band_names
-    )
-    with pytest.raises(BadInput, match="manifest"):
-        bands_of("s2_l2a", (None,) * 4, 4, "x")
+def test_bands_from_descriptions_never_from_their_number():
+    assert named("s1", ("VH", "VV")) == ("VH", "VV")
+    assert named("s1", ("bands", "bands")) == (), "junk counts as none"
+    assert named("s2_l1c", (None,) * 13) == ()
+    every = tuple(f"B{n}" for n in (1, 2, 3, 4, 5, 6, 7, 8, "8A", 9, 11, 12))
+    assert named("s2_l2a", every) == SENSORS["s2_l2a"].band_names
     assert band_list("s2_l1c", "B1..B8, B8A, B9", "x")[-3:] == ("B08", "B8A", "B09")
     with pytest.raises(ValueError, match="B77"):
         band_list("s2_l1c", "B1, B77", "x")
+    with pytest.raises(ValueError, match="B10 means Level-1C"):
+        band_list("s2_l2a", "B01..B12,B8A", "x")
+    assert stated_orders(["S2L1C=B01..B12,B8A"])["s2_l1c"][-4:] == ("B10", "B11", "B12", "B8A")
+    for wrong in ("s2_l1c", "landsat=B1", "s1=VV,VW"):
+        with pytest.raises(ValueError, match=r"expected|VW"):
+            stated_orders([wrong])
 
 
 def test_unit_of_sentinel_1_from_its_values():
@@ -128,15 +129,16 @@ def test_offsets_of_the_real_cells(real: Path, real_data: Path):
 
 @pytest.mark.real
 def test_real_pixels_come_back(real: Path, real_data: Path):
-    found = records(real)
+    found, orders = records(real), manifest_bands(real_data)
     for cell in ("282D_485L_3_3", "433D_629L_3_1", "637U_59R_1_3"):
         record = found[f"{cell}/r0_c0"]
         assert [bool(record[key]["present"]) for key in SENSORS] == [True] * 3
         assert record["s1"]["kind"] == b"RTC gamma0"
         for key, folder in (("s1", "S1RTC"), ("s2_l1c", "S2L1C"), ("s2_l2a", "S2L2A")):
             with rasterio.open(real_data / f"train_tiles/terramesh_224/{folder}/{cell}.tif") as source:
-                names = bands_of(key, source.descriptions, source.count, cell)
-                delivered = dict(zip(names, source.read(), strict=True))
+                delivered = dict(
+                    zip(orders[f"train_tiles/terramesh_224/{folder}/{cell}.tif"], source.read(), strict=True)
+                )
                 transform = source.transform
             for group, bands in SENSORS[key].groups.items():
                 stored = record[key][group]["dn"]

@@ -139,7 +139,8 @@ def test_another_option_cannot_continue_it(source: Path, tmp_path: Path, capsys:
     assert majortom.main(command(source, out, "--sea-keep", "0.5")) == 1
     message = capsys.readouterr().err
     assert "other options" in message
-    assert '"sea_keep": 0.5' in message
+    assert "--sea-keep 0.02 there, 0.5 now" in message
+    assert "--require" not in message
 
 
 def test_two_jobs_in_one_folder(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -364,8 +365,10 @@ def test_truncated_parquet_and_nothing_usable(tmp_path: Path, capsys: pytest.Cap
     out = tmp_path / "out"
     assert majortom.main(command(tmp_path, out)) == 1
     assert "nothing prepared" in capsys.readouterr().out
-    meta = json.loads(str(np.load(out / ".work" / "chunk-000000.npz")["meta"]))
-    assert all("truncated" in row[2] for row in meta["rejected"])
+    rejected = list(csv.DictReader((out / "rejected.csv").read_text().splitlines()))
+    assert len(rejected) == 2
+    assert all("truncated" in row["reason"] for row in rejected)
+    assert not (out / ".work").exists(), "the next start looks at the files again"
     metadata = tmp_path / "Core-S2L2A" / "metadata.parquet"
     metadata.write_bytes(metadata.read_bytes()[:-100])
     assert majortom.main(command(tmp_path, tmp_path / "other")) == 1

@@ -39,6 +39,17 @@ def test_band_names_in_any_spelling(tmp_path: Path) -> None:
     assert resolve(f"s2_l2a={path}", Declared(bands={"s2_l2a": ("B8A", "red")})).bands == ("B04", "B8A")
 
 
+@pytest.mark.parametrize(("across", "down"), [(10.0052, 10.0), (10.0, 10.0052), (9.97947, 9.99208)])
+def test_pixels_that_are_nearly_square_add_no_row(tmp_path: Path, across: float, down: float) -> None:
+    """64 x 64 pixels as EuroSAT's: the side that is a little longer ended in a row of its own."""
+    path = write(tmp_path / "x.tif", surface(64, 64, 12), names=NAMES)
+    with rasterio.open(path, "r+") as image:
+        image.transform = rasterio.Affine(across, 0, WEST, 0, -down, NORTH)
+    found = grid_lib.target_grid([resolve(f"s2_l2a={path}", Declared())])
+    assert (found.height, found.width) == (64, 64)
+    assert [grid_lib._pixels(n) for n in (64.2, 64.5, 10980.05, 10980.2)] == [65, 65, 10980, 10981]
+
+
 def test_several_files_make_one_date(tmp_path: Path) -> None:
     fine = write(tmp_path / "fine.tif", surface(64, 64, 4), names=("B02", "B03", "B04", "B08"))
     coarse = write(tmp_path / "T32TQM_B11_20m.tif", surface(32, 32, 1), gsd=20)

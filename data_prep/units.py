@@ -1,0 +1,46 @@
+"""The words that state the unit of delivered values, and what each sensor may be delivered in."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+WORDS = {"power": "power", "linear": "power", "db": "dB", "dn": "DN", "reflectance": "reflectance"}
+_RADAR, _OPTICAL = ("dB", "power"), ("DN", "reflectance")
+
+
+def delivered_units(key: str) -> tuple[str, ...]:
+    """The units that a sensor may be delivered in."""
+    return _RADAR if key == "s1" else _OPTICAL
+
+
+def expected(key: str) -> str:
+    """The words for people."""
+    return "dB or power (= linear)" if key == "s1" else "DN (= reflectance x 10000) or reflectance (0..1)"
+
+
+def stated_unit(key: str, text: str) -> str:
+    """The unit that a text such as ``gamma0 in dB, nodata -99`` states for a sensor, "" where it states nothing.
+
+    ``DN = reflectance*10000`` is DN. Raises ValueError on texts without a known word, with a word of the other
+    sensor or with several units: a wrong unit is not seen again once tiles are cut.
+    """
+    rest = re.sub(r"(?i)nodata\s*[-+]?\d+(?:\.\d+)?", "", text)
+    words = re.findall(r"[a-z]+", rest.lower())
+    if not words:
+        return ""
+    found = {WORDS[word] for word in words if word in WORDS}
+    if "DN" in found or re.search(r"(?i)reflectance\s*[*x×]\s*10", rest):
+        found = (found | {"DN"}) - {"reflectance"}
+    if len(found) != 1 or not found <= set(delivered_units(key)) or "amplitude" in words:
+        raise ValueError(f"units {text!r}: expected {expected(key)} for {key}")
+    return found.pop()
+
+
+def unit_word(key: str, text: str) -> str:
+    """The unit that one word of a flag names, ``auto`` as it is. Raises ArgumentTypeError."""
+    word = text.strip().lower()
+    try:
+        return word if word == "auto" else stated_unit(key, word)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
