@@ -16,9 +16,10 @@ import sys
 from pathlib import Path
 
 from absl import app, flags
-from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "configs/X.py[:argument]")
+from terrafm_jax.startup import config_flag, parse_flags
+
+_CONFIG = config_flag("configs", "configs/X.py[:argument], your file or one of the package's")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "[SLICES*]CHIP:AxB[xC] with CHIP v4, v5e, v5p or v6e")
 _PER_CHIP = flags.DEFINE_integer("images_per_chip", 0, "sets config.batch_size to so many times the chips")
 _METERS = flags.DEFINE_integer("tile_meters", 5340, "side of the tiles; 5340 is a quarter of a Major-TOM cell")
@@ -67,4 +68,4 @@ def main(_argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "topology"])
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

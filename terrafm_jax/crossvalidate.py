@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from terrafm_jax.commands import begin, one_line
+from terrafm_jax.startup import begin, list_flag, one_line, parse_flags
 
 _CHECKPOINT = flags.DEFINE_multi_string("checkpoint", None, "[NAME=]PATH, one per seed; default name: pretrained")
 _SUITE = flags.DEFINE_string("suite", "folder", "as evaluate's")
@@ -26,7 +26,7 @@ _DATA = flags.DEFINE_string("data", None, "folder of the suite (folder: or a YAM
 _NAME = flags.DEFINE_string("name", "", "data set of the suite; may be left out when there is only one")
 _OUT = flags.DEFINE_string("out", None, "folder for results")
 _INPUTS = flags.DEFINE_string("inputs", "", "sensors, e.g. s2_l1c or s1+s2_l2a; default: all shared ones, fused")
-_PROTOCOL = flags.DEFINE_list(
+_PROTOCOL = list_flag(
     "protocol", ["galileo-knn20", "torchgeo-bench-knn5", "logreg", "galileo-linear", "fold-finetune"],
     "protocols of evaluate, and fold-finetune",
 )  # fmt: skip
@@ -34,7 +34,7 @@ _FOLDS = flags.DEFINE_integer("folds", 5, "folds")
 _REPEATS = flags.DEFINE_integer("repeats", 10, "repetitions with other folds")
 _TUNE_REPEATS = flags.DEFINE_integer("tune_repeats", 2, "repetitions of fold-finetune, the first ones of the others")
 _RANDOM = flags.DEFINE_integer("random_seeds", 3, "untrained networks")
-_RATES = flags.DEFINE_list("rates", None, "learning rates of fold-finetune; default: its recipe's")
+_RATES = list_flag("rates", None, "learning rates of fold-finetune; default: its recipe's")
 _EPOCHS = flags.DEFINE_integer("epochs", 0, "epochs of fold-finetune; default: its recipe's")
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", 0, "network input in px; 0: the images' own")
 
@@ -186,8 +186,8 @@ class Experiment:
         arms.figure(scores, self.out / "results.png", title, chance)
 
 
-def main(argv: list[str]) -> None:
-    begin(argv)
+def main(_argv: list[str]) -> None:
+    begin()
 
     from terrafm_jax.evals.datasets.base import DatasetError
     from terrafm_jax.evals.features import FeatureError
@@ -207,4 +207,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["checkpoint", "data", "out"])
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

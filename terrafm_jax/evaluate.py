@@ -7,23 +7,24 @@ compare side by side. Exit codes: 0 all rows there, 1 an error or a failed row, 
 
 from __future__ import annotations
 
+import dataclasses
+
 from absl import app, flags
-from ml_collections import config_flags
 
-from terrafm_jax.commands import begin, one_line
+from terrafm_jax.startup import begin, config_flag, list_flag, one_line, parse_flags, refuse
 
-config_flags.DEFINE_config_file("config", None, "configs/eval/X.py: values for the flags below; a flag given wins")
+config_flag("configs/eval", "configs/eval/X.py: values for the flags below; a flag given wins")
 _CHECKPOINT = flags.DEFINE_multi_string(
     "checkpoint", None, "PATH, raw, random:SIZE[:SEED] or random@PATH[:SEED]; NAME= in front names it; repeatable"
 )
 _SUITE = flags.DEFINE_string("suite", None, "geobench, geobench2, copernicus, tfds, folder, or a published layout")
 _DATA = flags.DEFINE_string("data", None, "folder of the suite (folder: or a YAML file)")
 _OUT = flags.DEFINE_string("out", None, "folder for results; default: eval_out")
-_PROTOCOL = flags.DEFINE_list("protocol", None, "protocols, by name; default: one that fits each task")
-_NAMES = flags.DEFINE_list("names", None, "data sets of the suite; default: all that are there")
-_INPUTS = flags.DEFINE_list("inputs", None, "sensors: s1, s2_l2a, s1+s2_l2a, each, fused; default: each and fused")
-_FRACTIONS = flags.DEFINE_list("fractions", None, "shares of the train labels, e.g. 0.01,0.05,0.2,1")
-_SHOTS = flags.DEFINE_list("shots", None, "labels per class, e.g. 1,5,10")
+_PROTOCOL = list_flag("protocol", None, "protocols, by name; default: one that fits each task")
+_NAMES = list_flag("names", None, "data sets of the suite; default: all that are there")
+_INPUTS = list_flag("inputs", None, "sensors: s1, s2_l2a, s1+s2_l2a, each, fused; default: each and fused")
+_FRACTIONS = list_flag("fractions", None, "shares of the train labels, e.g. 0.01,0.05,0.2,1")
+_SHOTS = list_flag("shots", None, "labels per class, e.g. 1,5,10")
 _SEEDS = flags.DEFINE_integer("seeds", None, "repetitions where labels are drawn")
 _RUNS = flags.DEFINE_integer("runs", None, "repetitions of a probe; default: as its protocol says")
 _EPOCHS = flags.DEFINE_integer("epochs", None, "epochs of probes instead of the published ones (rows are labelled)")
@@ -43,6 +44,13 @@ _BANDS = flags.DEFINE_enum("bands", None, ["corrected", "as_labelled"], "geobenc
 _PARTITION = flags.DEFINE_string("partition", None, "geobench: e.g. 0.01x_train")
 
 
+def _numbers(name: str, texts: list[str] | None, kind: type) -> list | None:
+    try:
+        return texts and [kind(text) for text in texts]
+    except ValueError:
+        refuse(f"--{name}={','.join(texts)}: expected {'whole ' * (kind is int)}numbers between commas")
+
+
 def settings() -> dict:
     """Values of the config file, replaced by the flags that were given."""
     config = flags.FLAGS.config
@@ -50,8 +58,8 @@ def settings() -> dict:
     given = {
         "checkpoints": _CHECKPOINT.value, "suite": _SUITE.value, "data": _DATA.value, "out": _OUT.value,
         "protocols": _PROTOCOL.value, "names": _NAMES.value, "inputs": _INPUTS.value, "seeds": _SEEDS.value,
-        "fractions": _FRACTIONS.value and [float(f) for f in _FRACTIONS.value],
-        "shots": _SHOTS.value and [int(k) for k in _SHOTS.value], "runs": _RUNS.value, "epochs": _EPOCHS.value,
+        "fractions": _numbers("fractions", _FRACTIONS.value, float), "shots": _numbers("shots", _SHOTS.value, int),
+        "runs": _RUNS.value, "epochs": _EPOCHS.value,
         "image_size": _IMAGE_SIZE.value, "folds": _FOLDS.value, "repeats": _REPEATS.value,
         "batch_size": _BATCH.value, "limit": _LIMIT.value, "tile": _TILE.value,
         "upstream_l2a_stem": _UPSTREAM.value, "dtype": _DTYPE.value, "cache": _CACHE.value, "figures": _FIGURES.value,
@@ -62,12 +70,12 @@ def settings() -> dict:
     found["options"] = options
     lacking = [f"--{k.removesuffix('s')}" for k in ("checkpoints", "suite", "data") if not found.get(k)]
     if lacking:
-        raise app.UsageError(f"give {', '.join(lacking)}")
+        refuse(f"give {', '.join(lacking)}; --help lists all flags")
     return {"out": "eval_out", **{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}}
 
 
-def main(argv: list[str]) -> None:
-    begin(argv)
+def main(_argv: list[str]) -> None:
+    begin()
     wanted = settings()
 
     from terrafm_jax.evals.datasets.base import DatasetError
@@ -77,6 +85,10 @@ def main(argv: list[str]) -> None:
     from terrafm_jax.evals.session import Session, Settings
     from terrafm_jax.weights import WeightsError
 
+    known = {field.name for field in dataclasses.fields(Settings)}
+    unknown = sorted(set(wanted) - known)
+    if unknown:
+        refuse(f"--config: unknown fields {unknown}, expected some of {sorted(known)}")
     with one_line(DatasetError, FeatureError, ProtocolError, WeightsError):
         session = Session(Settings(**wanted), progress=bar)
         rows = session.run()
@@ -86,4 +98,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

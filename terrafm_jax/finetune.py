@@ -7,16 +7,15 @@ request, 1 an error, with one line that says what to do, 2 wrong flags.
 from __future__ import annotations
 
 from absl import app, flags
-from ml_collections import config_flags
 
-from terrafm_jax.commands import begin, one_line
+from terrafm_jax.startup import begin, config_flag, one_line, parse_flags
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "configs/finetune/X.py[:argument]")
+_CONFIG = config_flag("configs/finetune", "configs/finetune/X.py[:argument], your file or one of the package's")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; resumed when it holds one")
 
 
-def main(argv: list[str]) -> None:
-    begin(argv)
+def main(_argv: list[str]) -> None:
+    begin()
 
     from terrafm_jax.config import ConfigError
     from terrafm_jax.evals.datasets.base import DatasetError
@@ -39,4 +38,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

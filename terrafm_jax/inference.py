@@ -90,7 +90,7 @@ class Model:
           mask: bool, True where a pixel is no measurement: [B, H, W] for all sensors, or a dict by sensor. Pixels
             that are not finite or, in DN, zero in all bands are masked anyway. Masked pixels get the mean; a sensor
             without any measurement in an image takes no part in its fusion.
-          units: by sensor, "DN" (default) or "reflectance" for Sentinel-2, "dB" (default) or "linear" for
+          units: by sensor, "DN" (default) or "reflectance" for Sentinel-2, "dB" (default) or "power" for
             Sentinel-1. What is declared wins; what is not declared is refused if it looks like something else.
           offset: DN to subtract from Sentinel-2 (1000 for processing baselines from 04.00 on unless the values
             are harmonised): a number, [B], or a dict of these by sensor.

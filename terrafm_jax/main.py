@@ -10,12 +10,33 @@ from __future__ import annotations
 import os
 
 from absl import app, flags
-from ml_collections import config_flags
 
-from terrafm_jax.startup import fail, parse_flags, start_jax, start_logging
+from terrafm_jax.startup import config_flag, fail, parse_flags, start_logging
+from terrafm_jax.xla import cache_compilations
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "configs/X.py[:argument]")
+# Seconds without a sign of life after which a process counts as dead and the others end, too. JAX waits for 100.
+HEARTBEAT = 30
+
+_CONFIG = config_flag("configs", "configs/X.py[:argument], your file or one of the package's")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run, local or gs://; resumed when it holds one")
+_CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "pretend to have so many CPU devices (tests, dry runs)")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "join the other processes of the job (jax.distributed)")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where the launcher does not tell")
+_PROCESSES = flags.DEFINE_integer("processes", None, "number of processes, where the launcher does not tell")
+_PROCESS = flags.DEFINE_integer("process", None, "index of this process, where the launcher does not tell")
+
+
+def _start_jax() -> None:
+    """Fake devices, the compile cache and the other processes: all that must precede the first use of a device."""
+    import jax
+
+    if _CPU_DEVICES.value:
+        jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
+    cache_compilations()
+    if _DISTRIBUTED.value:
+        jax.distributed.initialize(
+            _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, heartbeat_timeout_seconds=HEARTBEAT
+        )
 
 
 def _read_weights(path: str) -> dict:
@@ -30,7 +51,7 @@ def _first_line(error: Exception) -> str:
 
 def main(_argv: list[str]) -> None:
     start_logging()
-    start_jax()
+    _start_jax()
 
     import jax
 

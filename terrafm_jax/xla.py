@@ -1,4 +1,4 @@
-"""One XLA flag that results depend on, set before the first computation, and the folder of compiled programs.
+"""What is set before JAX computes: one XLA flag that results depend on, and the folder of compiled programs.
 
 jaxlib 0.10.2 and 0.11 hand some reductions on CPU to a library (``__ynn_fusion``) that returns silently
 wrong, thread-dependent sums: https://github.com/jax-ml/jax/issues/39103; the fused embedding of this

@@ -69,7 +69,7 @@ def test_units_and_offset_reach_the_same_values(model):
     wanted = model.encode(**x)
     reflectance = (x["s2_l2a"] / 10_000.0).astype(np.float32)
     linear = (10.0 ** (x["s1"] / 10.0)).astype(np.float32)
-    units = {"s2_l2a": "reflectance", "s1": "linear"}
+    units = {"s2_l2a": "Reflectance", "s1": "linear"}
     close(model.encode(s2_l2a=reflectance, s1=linear, units=units), wanted, 1e-4)
     late = x["s2_l2a"] + np.uint16(1000)
     close(model.encode(s2_l2a=late, s1=x["s1"], offset=1000), wanted)
@@ -166,8 +166,8 @@ def test_values_that_cannot_be_what_they_are_called(model):
         ({"s2_l2a": dn.astype(np.float64) * 100}, "cannot be DN"),
         ({"s2_l2a": dn, "units": {"s2_l2a": "reflectance"}}, "cannot be reflectance.*look like DN"),
         ({"s2_l2a": dn, "units": {"s2_l2a": "dB"}}, "expected one of .*reflectance"),
-        ({"s1": 10 ** (s1 / 10)}, "look like linear"),
-        ({"s1": s1, "units": {"s1": "linear"}}, "cannot be linear.*look like dB"),
+        ({"s1": 10 ** (s1 / 10)}, "look like power"),
+        ({"s1": s1, "units": {"s1": "power"}}, "cannot be power.*look like dB"),
         ({"s1": s1 - 9999}, "cannot be dB.*mask"),
     ]
     for arguments, message in cases:

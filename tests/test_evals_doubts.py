@@ -7,6 +7,7 @@ import pytest
 
 from terrafm_jax.evals.datasets.base import Dataset, DatasetInfo, Input, Sample, Split
 from terrafm_jax.evals.datasets.doubts import doubts
+from terrafm_jax.evals.datasets.labels import S2_13
 
 BANDS = ("B02", "B03", "B04", "B08")
 RNG = np.random.default_rng(0)
@@ -38,9 +39,9 @@ def optical(image, bands=BANDS, sensor="s2_l2a", **fields) -> list[str]:
         (lambda: optical(LAND + 1000), "offset: 1000 inside"),
         (lambda: optical(LAND, offset=1000), "offset: 0"),
         (lambda: doubts(a_set(Input("s1", ("VV", "VH"), "dB"), 10 * np.log10(POWER))), None),
-        (lambda: doubts(a_set(Input("s1", ("VV", "VH"), "linear"), POWER)), None),
-        (lambda: doubts(a_set(Input("s1", ("VV", "VH"), "dB"), POWER)), "unit: linear"),
-        (lambda: doubts(a_set(Input("s1", ("VV", "VH"), "linear"), 900 * POWER)), "amplitude"),
+        (lambda: doubts(a_set(Input("s1", ("VV", "VH"), "Linear"), POWER)), None),
+        (lambda: doubts(a_set(Input("s1", ("VV", "VH"), "dB"), POWER)), "unit: power"),
+        (lambda: doubts(a_set(Input("s1", ("VV", "VH"), "power"), 900 * POWER)), "amplitude"),
     ],
 )  # fmt: skip
 def test_values_against_their_declaration(found, words):
@@ -58,6 +59,17 @@ def test_cirrus_decides_for_level_1c():
     assert "B10" in text
 
 
+def test_the_darkest_band_of_level_1c_is_cirrus():
+    bands = (*BANDS, "B10", "B11")
+    planes = np.concatenate([LAND, RNG.uniform(5, 50, (8, 8, 1)), RNG.uniform(800, 900, (8, 8, 1))], -1)
+    assert optical(planes, bands, "s2_l1c") == []
+    swapped = (*BANDS, "B11", "B10")
+    (text,) = optical(planes, swapped, "s2_l1c")
+    assert "band 6 is declared B10" in text
+    assert "that of band 5 (B11)" in text
+    assert "order" in optical(planes / 1e4, swapped, "s2_l1c", unit="reflectance")[0]
+
+
 def test_the_real_images_are_what_they_are_declared_to_be(real_data, tmp_path):
     from terrafm_jax.evals.datasets import open_suite
 
@@ -69,3 +81,7 @@ def test_the_real_images_are_what_they_are_declared_to_be(real_data, tmp_path):
         described.write_text(f"root: {real_data / 'eval_labelled/eurosat_ms'}\ninputs:\n  {inputs}\n")
         (dataset,) = open_suite("folder", described)
         assert len(doubts(dataset)) == count
+    inputs = f"s2_l1c: {{bands: [{', '.join(S2_13)}], unit: DN}}"  # ESA's order, which EuroSAT does not follow
+    described.write_text(f"root: {real_data / 'eval_labelled/eurosat_ms'}\ninputs:\n  {inputs}\n")
+    (text,) = doubts(*open_suite("folder", described))
+    assert "that of band 10 (B09)" in text

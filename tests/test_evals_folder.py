@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from terrafm_jax.evals import datasets
-from terrafm_jax.evals.datasets import labels
-from terrafm_jax.evals.datasets.base import DatasetError, collate
+from terrafm_jax.evals.datasets import folder, labels
+from terrafm_jax.evals.datasets.base import SPLITS, DatasetError, collate
 
 pytest.importorskip("rasterio")
 RNG = np.random.default_rng(0)
@@ -28,6 +28,42 @@ def test_class_folders_are_split_by_share(tmp_path):
     np.testing.assert_array_equal(np.bincount(dataset.split("test").labels), [2, 2, 2])
     assert len(set().union(*(dataset.split(s).ids for s in dataset.splits))) == 18
     assert dataset.split("train")[0].images["s2_l2a"].shape == (32, 32, 12)
+
+
+@pytest.mark.parametrize(
+    ("classes", "per_class", "shares", "counts"),
+    [
+        (10, 12, (0.6, 0.2, 0.2), (72, 24, 24)),
+        (3, 6, (0.5, 0.17, 0.33), (9, 3, 6)),
+        (7, 3, (0.6, 0.2, 0.2), (13, 4, 4)),
+        (4, 1, (0.6, 0.2, 0.2), (4, 0, 0)),  # a class that was not trained on cannot be tested
+        (2, 5, (0.0, 0.5, 0.5), (0, 5, 5)),
+    ],
+)
+def test_random_splits_have_the_shares_asked_for(classes, per_class, shares, counts):
+    labels = np.repeat(np.arange(classes), per_class)
+    found = folder._random_splits(len(labels), labels, dict(zip(SPLITS, shares, strict=True)), 0)
+    assert tuple(len(found[name]) for name in SPLITS) == counts
+    assert sorted(i for rows in found.values() for i in rows) == list(range(len(labels)))
+    for name, share in zip(SPLITS, shares, strict=True):  # and each class, to the next whole image
+        each = np.bincount(labels[found[name]], minlength=classes)
+        assert np.all(np.abs(each - share * per_class) < 1)
+
+
+def test_a_table_of_splits_that_is_not_named_is_said_to_be_ignored(tmp_path, caplog):
+    fake.eurosat_like(tmp_path, classes=2, per_class=4, yaml="task: classification\n")
+    open_one(tmp_path)
+    assert not caplog.records
+    (tmp_path / "split.csv").write_text("file,split\n")
+    open_one(tmp_path)
+    assert "split.csv is ignored and splits are drawn at random; to use it say splits: split.csv" in caplog.text
+
+
+def test_thirteen_bands_are_level_1c(tmp_path):
+    fake.tiff(tmp_path / "a" / "x.tif", fake.planes(RNG, 8, 13))
+    (tmp_path / "dataset.yaml").write_text(f"inputs:\n  s2_l2a: {{bands: [{', '.join(labels.S2_12)}]}}\n")
+    with pytest.raises(DatasetError, match=r"13 bands, .*dataset.yaml declares 12; thirteen bands.*sensor s2_l1c"):
+        open_one(tmp_path)
 
 
 def test_two_sensors_masks_and_suffixes(tmp_path):
@@ -129,10 +165,16 @@ def test_change_pairs(tmp_path):
     ("text", "message"),
     [
         ("inputs: [", "not valid YAML"),
-        ("name: x", "expected a mapping with at least 'inputs'"),
+        ("name: x", "dataset.yaml: names no inputs"),
+        ("input: {s2_l2a: {bands: [B04]}}", r"dataset.yaml: unknown field 'input', did you mean 'inputs'\?$"),
+        ("inputs: {s2_l2a: {bands: [B04, B08], offset: '0'}}", r"inputs.s2_l2a.offset = '0', expected a number$"),
+        ("inputs: {s2_l2a: {bands: [B04, B08], units: DN}}", r"'inputs.s2_l2a.units', did you mean 'unit'\?$"),
+        ("inputs: {s2_l2a: {bands: [B04, B08], unit: dB}}", r"unit 'dB', expected one of \['DN', 'reflectance'\]"),
+        ("inputs: {s2_l2a: {bands: [B04, B10]}}", r"s2_l2a: unknown bands \['B10'\], B10 means .* s2_l1c in \['B04'"),
+        ("inputs: {s2_l2a: {bands: [B04, B04]}}", r"s2_l2a: repeated bands \['B04'\] in"),
         (
             "inputs: {s2_l2a: {bands: [B04], colour: 1}}\ntaks: x",
-            r"unknown fields \['taks'\]; unknown fields \['inputs.s2_l2a.colour'\]",
+            r"unknown field 'taks', did you mean 'task'\?; unknown field 'inputs.s2_l2a.colour', expected .*'ban",
         ),
         ("inputs: {s2_l2a: {bands: [B04]}}\ntask: detection", "task 'detection'"),
         ("inputs: {s2_l2a: {bands: [B04, B08]}}\ntask: segmentation", "needs 'masks'"),
@@ -141,11 +183,11 @@ def test_change_pairs(tmp_path):
         ("inputs: {s2_l2a: {bands: [B08, B04]}}", r"names its bands \['B04', 'B08'\]"),
         ("inputs: {s2_l2a: {bands: [B04, B08]}}\nsplits: {train: 0.9}", "sum to 1"),
         ("inputs: {s2_l2a: {bands: [B04, B08]}}\nsplits: {train: much, test: 0.1}", "dataset.yaml: splits .*'much'"),
-        ("inputs: {s2_l2a: {bands: [B04, B08]}}\nsplits:", "splits = None, expected str or dict"),
+        ("inputs: {s2_l2a: {bands: [B04, B08]}}\nsplits:", "splits = None, expected text or a mapping"),
         ("inputs: {s2_l2a: {bands: [B04, B08]}}\nclasses: [no, yes]", "classes hold yes or no.*: quote them"),
         ("inputs: {s2_l2a: {bands: [B04, B98]}}", r"dataset.yaml: inputs: s2_l2a: unknown bands \['B98'\]"),
-        ("inputs: {s2_l2a: {unit: DN}}", "dataset.yaml: inputs: needs 'bands'"),
-        ("inputs: {s2_l2a: {bands: [B04, B08], offset: }}", r"inputs.s2_l2a.offset = None, expected int or float"),
+        ("inputs: {s2_l2a: {unit: DN}}", "dataset.yaml: inputs.s2_l2a needs 'bands'$"),
+        ("inputs: {s2_l2a: {bands: [B04, B08], offset: }}", r"inputs.s2_l2a.offset = None, expected a number$"),
         ("inputs: {s2_l2a: 3}", "inputs.s2_l2a is no mapping"),
         ("inputs: {s2_l2a: {bands: [B04, B08]}}\nroot: nowhere", "nowhere: not found"),
     ],

@@ -182,6 +182,10 @@ def test_torch_module_names_faults(module):
     ):
         with pytest.raises(ValueError, match=message):
             module(bad)
+    with pytest.raises(TypeError, match=r"images: found Tensor; expected a dict of sensor -> tensor \[B, bands"):
+        module(x["s1"])
+    with pytest.raises(TypeError, match=r"s1: found ndarray; expected a torch.Tensor"):
+        module({"s1": x["s1"].numpy()})
     with pytest.raises(ValueError, match=r"unknown bands \['B10'\]"):
         module.keep_bands("s2_l2a", ["B10"])
 

@@ -72,6 +72,8 @@ def test_tiles_of_two_sizes_have_a_program_each(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "2 canvas bucket(s)" in done.stderr
     assert [done.stderr.count(f"compiled step for canvas {number}") for number in (1, 2, 3)] == [1, 1, 0]
+    assert [done.stderr.count(f"compiling the step for canvas {number}") for number in (1, 2, 3)] == [1, 1, 0]
+    assert done.stderr.index("compiling the step") < done.stderr.index("compiled step")
     assert np.all(np.isfinite([row["loss"] for row in rows(tmp_path / "run") if "loss" in row]))
 
 

@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import struct
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -252,11 +253,18 @@ class TerraFM(nn.Module):
 
     def _checked(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
         known, patch = self.config["sensors"], self.config["patch"]
+        if not isinstance(images, Mapping):
+            raise TypeError(
+                f"images: found {type(images).__name__}; expected a dict of sensor -> tensor [B, bands, H, W], "
+                f"such as {{{known[-1]!r}: images}}; sensors are {known}"
+            )
         if not images or any(sensor not in known for sensor in images):
             raise ValueError(f"sensors {list(images)}; expected some of {known}")
         if len(images) > 1 and not self.config["fusion"]:
             raise ValueError(f"sensors {list(images)} together, but these weights have no fusion; give one")
         for sensor, image in images.items():
+            if not isinstance(image, Tensor):
+                raise TypeError(f"{sensor}: found {type(image).__name__}; expected a torch.Tensor [B, bands, H, W]")
             if image.ndim != 4 or image.shape[1] != len(self.bands[sensor]) or any(n % patch for n in image.shape[2:]):
                 raise ValueError(
                     f"{sensor}: {tuple(image.shape)}; expected [B, {len(self.bands[sensor])}, H, W] "

@@ -85,7 +85,7 @@ def add_declarations(parser: argparse.ArgumentParser) -> None:
     """What the user knows about files that do not say it themselves."""
     add = parser.add_argument
     add("--bands", action="append", default=[], metavar="NAME=B02,B03,...", help="band names of an unnamed raster")
-    add("--unit", action="append", default=[], metavar="NAME=UNIT", help="dn or reflectance; db or power")
+    add("--unit", action="append", default=[], metavar="NAME=UNIT", help="DN or reflectance; dB or power")
     add("--offset", action="append", default=[], metavar="NAME=DN", help="baseline offset still inside (1000 or 0)")
     add("--nodata", action="append", default=[], metavar="NAME=VALUE", help="nodata value that files do not declare")
 

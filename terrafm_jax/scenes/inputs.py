@@ -19,6 +19,7 @@ from terrafm_jax.scenes.layers import Acquisition, Layer, bands_of, broken, open
 from terrafm_jax.scenes.products import from_folder, from_stac
 from terrafm_jax.sensors import BASELINE_OFFSET, L2A_ABSTAIN, L2A_THRESHOLD, SENSORS, Sensor, SensorError
 from terrafm_jax.sensors import sensor as find_sensor
+from terrafm_jax.units import unit_word
 
 UNITS = {"s1": ("db", "power"), "s2_l1c": ("dn", "reflectance"), "s2_l2a": ("dn", "reflectance")}
 _SAMPLE = 192  # pixels per side that are looked at before the work starts
@@ -67,9 +68,10 @@ def resolve(argument: str, declared: Declared) -> Acquisition:
 
 def _unit(sensor: Sensor, given: str) -> str:
     known = UNITS[sensor.key]
-    if given and given.lower() not in known:
+    given = unit_word(given).lower()
+    if given and given not in known:
         raise SceneError(f"--unit {sensor.key}={given}: expected one of {list(known)}")
-    return given.lower() or known[0]
+    return given or known[0]
 
 
 def _from_files(paths: Sequence[str], sensor: Sensor, declared: Declared) -> Acquisition:

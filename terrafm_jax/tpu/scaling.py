@@ -7,6 +7,7 @@ numbers (``python -m terrafm_jax.aot``) or with a measurement points at one of t
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 
@@ -266,6 +267,7 @@ def table(rows: list[StepTime]) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m terrafm_jax.tpu.scaling", description=__doc__).parse_args()
     print(input_table())
     for recipe in paper_recipes():
         for chip in CHIPS:

@@ -57,6 +57,7 @@ class Compiled:
         """Begins to compile for batches of these shapes (arrays of which only shape and dtype count)."""
         for batch in batches:
             if (shape := _shape(batch)) not in self._begun:
+                self._progress.line(f"compiling the step for canvas {len(self._begun) + 1} (about a minute)")
                 self._begun[shape] = self._threads.submit(self._compile, batch)
 
     def wait(self) -> None:

@@ -6,6 +6,7 @@ Curves, collapse monitors, throughput, restarts with goodput, and the pictures o
 
 from __future__ import annotations
 
+import argparse
 import base64
 import dataclasses
 import html
@@ -335,10 +336,9 @@ def write(workdir: Any) -> str | None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    if not arguments:
-        print("usage: python -m terrafm_jax.training.report WORKDIR ...", file=sys.stderr)
-        return 2
-    written = [write(workdir) for workdir in arguments]
+    parser = argparse.ArgumentParser(prog="python -m terrafm_jax.training.report", description=__doc__)
+    parser.add_argument("workdir", nargs="+", help="folder of a run, local or gs://")
+    written = [write(workdir) for workdir in parser.parse_args(arguments).workdir]
     print("\n".join(p for p in written if p))
     return 0 if all(written) else 1
 

@@ -16,9 +16,10 @@ import numpy as np
 
 from terrafm_jax.evals.features import ImageBatch
 from terrafm_jax.sensors import SENSORS, band_name, sensor
+from terrafm_jax.units import unit_word
 
 TASKS = ("classification", "multilabel", "segmentation", "regression", "change")
-UNITS = {"S2": ("DN", "reflectance"), "S1": ("dB", "linear")}
+UNITS = {"S2": ("DN", "reflectance"), "S1": ("dB", "power")}
 SPLITS = ("train", "val", "test")
 
 
@@ -33,7 +34,7 @@ class Input:
     Attributes:
       sensor: key or alias in ``sensors.py``. Raises DatasetError for any other (Landsat has no stem).
       bands: delivered channels in order, in any known spelling; "" marks one that the model has no use for.
-      unit: ``DN`` (reflectance x 10000), ``reflectance``, ``dB`` or ``linear`` (power).
+      unit: ``DN`` (reflectance x 10000), ``reflectance``, ``dB`` or ``power``, as ``units.unit_word`` reads them.
       offset: DN of the processing baseline still in all images (1000 from N0400 on, unless removed).
       level: for people, e.g. ``L1C``, ``GRD sigma0, Lee-filtered``.
     """
@@ -54,15 +55,19 @@ class Input:
             ) from e
         object.__setattr__(self, "sensor", found.key)
         allowed = UNITS["S1" if found.key == "s1" else "S2"]
-        object.__setattr__(self, "unit", self.unit or allowed[0])
+        object.__setattr__(self, "unit", unit_word(self.unit) or allowed[0])
         if self.unit not in allowed:
             raise DatasetError(f"{found.key}: unit {self.unit!r}, expected one of {list(allowed)}")
         names = [band_name(b, found) for b in self.bands]
         unknown = [b for b, n in zip(self.bands, names, strict=True) if b and n is None]
         known = [n for n in names if n]
         twice = sorted({n for n in known if known.count(n) > 1})
-        if unknown or twice:
-            raise DatasetError(f"{found.key}: unknown bands {unknown}, repeated bands {twice} in {list(self.bands)}")
+        faults = [f"unknown bands {unknown}"] if unknown else []
+        if found.key == "s2_l2a" and any(band_name(b) == "B10" for b in unknown):
+            faults.append("B10 means Level-1C: declare sensor s2_l1c")
+        faults += [f"repeated bands {twice}"] if twice else []
+        if faults:
+            raise DatasetError(f"{found.key}: {', '.join(faults)} in {list(self.bands)}")
         if not any(n in found.band_names for n in known):
             raise DatasetError(f"{found.key}: none of {list(self.bands)} is a band of the sensor")
 
@@ -97,7 +102,7 @@ def canonical(source: Input, image: np.ndarray, name: str = "image") -> np.ndarr
         raise DatasetError(f"{name}: shape {image.shape}, expected [H, W, {len(source.bands)}] for {source.bands}")
     taken = image[..., [i for i, _ in source.channels]].astype(np.float32)
     if source.sensor == "s1":
-        if source.unit == "linear":
+        if source.unit == "power":
             with np.errstate(divide="ignore", invalid="ignore"):
                 taken = np.where(taken > 0, 10.0 * np.log10(taken), np.nan)
         taken[~np.isfinite(taken)] = np.nan

@@ -10,6 +10,7 @@ from terrafm_jax.evals.datasets.base import Dataset, Input, Sample, canonical
 from terrafm_jax.sensors import BASELINE_OFFSET, L1C_CIRRUS_THRESHOLD, L2A_THRESHOLD, SENSORS, band_name
 
 SAMPLES = 16
+BESIDE = 100.0  # DN by which the median of another band may lie below that of B10
 
 
 def doubts(dataset: Dataset) -> list[str]:
@@ -30,7 +31,7 @@ def doubts(dataset: Dataset) -> list[str]:
         pixels = pixels[np.isfinite(pixels).all(1)]
         if not len(pixels):
             continue
-        text = _radar(pixels, source) if key == "s1" else _optical(pixels, source)
+        text = _radar(pixels, source) if key == "s1" else _optical(pixels, source) or _order(source, samples)
         if not text and key != "s1" and not any(key in s.offset for s in samples):
             text = _baseline(pixels, source, _cirrus(source, samples))
         found += [f"{dataset.info.name}, {key}: {text}"] if text else []
@@ -40,8 +41,8 @@ def doubts(dataset: Dataset) -> list[str]:
 def _radar(pixels: np.ndarray, source: Input) -> str:
     low, high, middle = pixels.min(), pixels.max(), np.median(pixels)
     if source.unit == "dB" and low >= 0 and high > 0:
-        return f"declared dB, but no value is negative ({low:.3g} to {high:.3g}): is it power (unit: linear)?"
-    if source.unit == "linear" and middle > 10:
+        return f"declared dB, but no value is negative ({low:.3g} to {high:.3g}): is it power (unit: power)?"
+    if source.unit == "power" and middle > 10:
         return f"declared power, but its median is {10 ** (middle / 10):.3g}: amplitude? square and calibrate it first"
     return ""
 
@@ -55,6 +56,26 @@ def _optical(pixels: np.ndarray, source: Input) -> str:
     if source.unit == "reflectance" and middle > 1e5:
         return f"declared reflectance, but the median is {middle / 1e4:.3g}: is it DN (unit: DN)?"
     return ""
+
+
+def _order(source: Input, samples: Sequence[Sample]) -> str:
+    """Cirrus is the darkest band of Level-1C nearly everywhere: where another one is, the order is not as declared."""
+    names = [band_name(b, SENSORS[source.sensor]) for b in source.bands]
+    if "B10" not in names:
+        return ""
+    pixels = np.concatenate([s.images[source.sensor].reshape(-1, len(names)) for s in samples]).astype(np.float32)
+    pixels = pixels[np.isfinite(pixels).all(1) & (pixels != 0).any(1)] * (1e4 if source.unit == "reflectance" else 1)
+    if not len(pixels):
+        return ""
+    middle = np.median(pixels, axis=0)
+    darkest, declared = int(middle.argmin()), names.index("B10")
+    if middle[declared] - middle[darkest] < BESIDE:
+        return ""
+    return (
+        f"band {declared + 1} is declared B10 (cirrus, the darkest), but its median is {middle[declared]:.0f} DN and "
+        f"that of band {darkest + 1} ({names[darkest] or 'unnamed'}) {middle[darkest]:.0f}: is the order of the bands "
+        "right? EuroSAT has B8A last"
+    )
 
 
 def _cirrus(source: Input, samples: Sequence[Sample]) -> float | None:

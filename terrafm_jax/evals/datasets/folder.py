@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from terrafm_jax.evals.datasets import files
 from terrafm_jax.evals.datasets.base import SPLITS, TASKS, Dataset, DatasetError, DatasetInfo, Input, Sample, Split
 from terrafm_jax.sensors import SENSORS, band_name
 
+log = logging.getLogger(__name__)
+
 _FIELDS = {
     "name": str, "root": str, "task": str, "classes": list, "inputs": dict, "masks": str, "mask_suffix": str,
     "labels": (str, dict), "splits": (str, dict), "ignore": int, "licence": str, "note": str, "unit": str,
@@ -23,6 +27,10 @@ _FIELDS = {
 _INPUT_FIELDS = {
     "bands": list, "unit": str, "offset": (int, float), "level": str, "folder": str, "suffix": str, "after": str,
 }  # fmt: skip
+
+
+_LEVEL = "; thirteen bands, B10 among them, are Level-1C: sensor s2_l1c"
+_WORDS = {str: "text", list: "a list", dict: "a mapping", int: "a whole number", float: "a number"}
 
 
 def open_folder(path: str | Path) -> list[Dataset]:
@@ -47,42 +55,47 @@ def _faults(found: Any, fields: dict[str, Any], where: str) -> list[str]:
     """Fields that nobody knows, and values of another type than theirs."""
     if not isinstance(found, dict):
         return [f"{where[:-1]} is no mapping"]
-    unknown = sorted(f"{where}{name}" for name in found if name not in fields)
-    faults = [f"unknown fields {unknown}"] if unknown else []
-    for name in found.keys() & fields.keys():
+    faults = []
+    for name in (str(n) for n in found if n not in fields):
+        near = difflib.get_close_matches(name.lower(), fields, 1, 0.6)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected some of {sorted(fields)}"
+        faults.append(f"unknown field {where + name!r}, {hint}")
+    for name in (n for n in found if n in fields):
         kinds = fields[name] if isinstance(fields[name], tuple) else (fields[name],)
         if not isinstance(found[name], kinds) or isinstance(found[name], bool):
-            expected = " or ".join(kind.__name__ for kind in kinds)
+            expected = " or ".join(_WORDS[kind] for kind in kinds if kind is not int or float not in kinds)
             faults.append(f"{where}{name} = {found[name]!r}, expected {expected}")
     if any(isinstance(name, bool) for name in found.get("classes") or () if isinstance(found["classes"], list)):
         faults.append("classes hold yes or no, which YAML takes for truth values: quote them")
     return faults
 
 
+def _input(key: str, entry: dict[str, Any]) -> Input:
+    bands = tuple(str(name) for name in entry["bands"])
+    return Input(key, bands, entry.get("unit", ""), float(entry.get("offset", 0)), entry.get("level", ""))
+
+
 class _Reader:
     def __init__(self, file: Path, spec: Any):
-        if not isinstance(spec, dict) or "inputs" not in spec:
+        if not isinstance(spec, dict):
             raise DatasetError(f"{file}: expected a mapping with at least 'inputs', found {type(spec).__name__}")
         faults = _faults(spec, _FIELDS, "")
-        declared = spec["inputs"] if isinstance(spec["inputs"], dict) else {}
-        for key, entry in declared.items():
+        declared = spec.get("inputs") or {}
+        for key, entry in declared.items() if isinstance(declared, dict) else ():
             faults += _faults(entry, _INPUT_FIELDS, f"inputs.{key}.")
+            faults += [f"inputs.{key} needs 'bands'"] if isinstance(entry, dict) and "bands" not in entry else []
         task = spec.get("task", "classification")
-        if faults or task not in TASKS or not declared:
-            found = "; ".join([*faults, f"task {task!r}, {len(declared)} inputs"])
-            raise DatasetError(f"{file}: {found}; tasks are {list(TASKS)}, fields {sorted(_FIELDS)}")
+        faults += [f"task {task!r}, expected one of {list(TASKS)}"] if task not in TASKS else []
+        if faults or not declared:
+            raise DatasetError(f"{file}: {'; '.join(faults) or 'names no inputs: expected at least one sensor there'}")
         self.file, self.spec, self.task = file, spec, task
         self.root = (file.parent / spec.get("root", ".")).resolve()
         files.need(self.root, f"the folder 'root' of {file}")
         self.declared = declared
         try:
-            self.inputs = {
-                k: Input(k, tuple(v["bands"]), v.get("unit", ""), float(v.get("offset", 0)), v.get("level", ""))
-                for k, v in declared.items()
-            }
-        except (KeyError, TypeError, ValueError) as e:  # DatasetError among them: it knows no file
-            text = f"needs {e}" if isinstance(e, KeyError) else e
-            raise DatasetError(f"{file}: inputs: {text}") from e
+            self.inputs = {k: _input(k, v) for k, v in declared.items()}
+        except DatasetError as e:  # it knows no file
+            raise DatasetError(f"{file}: inputs: {e}") from e
 
     def dataset(self) -> Dataset:
         first = next(iter(self.declared))
@@ -155,7 +168,8 @@ class _Reader:
             file = files.need(self._folder(key) / (self._relative(path) + suffix), f"the {key} image of {path.name}")
             found = files.tiff_size(file, declared.bands)
             if found["count"] != len(declared.bands):
-                raise DatasetError(f"{file}: {found['count']} bands, {self.file} declares {len(declared.bands)}")
+                hint = _LEVEL if found["count"] == 13 and declared.sensor == "s2_l2a" else ""
+                raise DatasetError(f"{file}: {found['count']} bands, {self.file} declares {len(declared.bands)}{hint}")
             names = [band_name(d, SENSORS[declared.sensor]) if d else None for d in found["descriptions"]]
             wanted = [band_name(b, SENSORS[declared.sensor]) for b in declared.bands]
             if all(names) and any(w and n != w for n, w in zip(names, wanted, strict=True)):
@@ -224,6 +238,8 @@ class _Reader:
 
     def _splits(self, images: list[Path], labels: np.ndarray | None) -> dict[str, list[int]]:
         """From a CSV with columns file and split, from shares, or 60/20/20; random shares are seeded and stratified."""
+        if "splits" not in self.spec:
+            self._unused_splits()
         given = self.spec.get("splits", {"train": 0.6, "val": 0.2, "test": 0.2})
         if isinstance(given, str):
             rows = files.read_csv(self.root / given, ("file", "split"))
@@ -247,18 +263,46 @@ class _Reader:
             raise DatasetError(f"{self.file}: splits {given}, expected {expected}")
         return _random_splits(len(images), labels, shares, seed)
 
+    def _unused_splits(self) -> None:
+        """A table beside the images that looks like splits is easily taken for used."""
+        found = sorted(p.name for p in self.root.glob("*split*.csv"))
+        if found:
+            log.warning(
+                "%s: %s is ignored and splits are drawn at random; to use it say splits: %s",
+                self.file, ", ".join(found), found[0],
+            )  # fmt: skip
+
 
 def _random_splits(count: int, labels: np.ndarray | None, shares: dict[str, float], seed: int) -> dict[str, list[int]]:
     groups = [np.arange(count)]
     if labels is not None and labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer):
         groups = [np.nonzero(labels == c)[0] for c in np.unique(labels)]
     rng, out = np.random.default_rng(seed), {k: [] for k in shares}
-    ends = np.cumsum(list(shares.values()))
+    wanted = np.array(list(shares.values()))
+    seen, drawn = 0, np.zeros(len(wanted), int)
     for members in groups:
-        cuts = np.round(ends * len(members)).astype(int)
-        for name, part in zip(shares, np.split(rng.permutation(members), cuts[:-1]), strict=True):
+        seen += len(members)
+        sizes = _sizes(len(members), wanted, seen * wanted - drawn)
+        drawn += sizes
+        for name, part in zip(shares, np.split(rng.permutation(members), np.cumsum(sizes)[:-1]), strict=True):
             out[name] += part.tolist()
     return {k: sorted(v) for k, v in out.items()}
+
+
+def _sizes(count: int, shares: np.ndarray, lacking: np.ndarray) -> np.ndarray:
+    """How many of ``count`` each split gets: its share rounded down, the rest to where most is ``lacking``.
+
+    Rounding each class for itself would add up: twelve images a class gave 70, 30 and 20 of 120 instead of 72, 24, 24.
+    The first split with a share, train as a rule, gets one of every class before the others do.
+    """
+    sizes = np.floor(count * shares + 1e-9).astype(int)
+    lacking = np.where(shares > 0, lacking - sizes, -np.inf)
+    for _ in range(count - sizes.sum()):
+        first = int(np.argmax(shares > 0))
+        chosen = first if not sizes[first] else int(np.argmax(lacking))
+        sizes[chosen] += 1
+        lacking[chosen] -= 1
+    return sizes
 
 
 def _value(path: Path, found: Any) -> float:

@@ -113,7 +113,7 @@ def _open(folder: Path, name: str, bands: str, partition: str) -> Dataset:
     level = {"s2_l1c": "L1C", "s2_l2a": "L2A"}[spec.level]
     inputs = {spec.level: Input(spec.level, optical, spec.unit, level=level)}
     if spec.radar:
-        inputs["s1"] = Input("s1", tuple(b for _, b in spec.radar), "linear", level="GRD sigma0, Lee-filtered")
+        inputs["s1"] = Input("s1", tuple(b for _, b in spec.radar), "power", level="GRD sigma0, Lee-filtered")
     order = f"bands={'corrected' if corrected else 'as_labelled'}"
     part = "" if partition == "default" else f"partition {partition}"
     info = DatasetInfo(

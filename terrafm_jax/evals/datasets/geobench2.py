@@ -59,7 +59,7 @@ def _specs() -> dict[str, Spec]:
         "kuro_siwo": Spec(
             "segmentation",
             ("No water", "Permanent water", "Flood"),
-            {"s1": (2, Input("s1", ("VV", "VH"), "linear", level="GRD sigma0"))},
+            {"s1": (2, Input("s1", ("VV", "VH"), "power", level="GRD sigma0"))},
             mask=4,
             remap=(0, 1, 2, -1),
             note="post-event image only",

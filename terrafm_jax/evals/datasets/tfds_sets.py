@@ -39,7 +39,7 @@ _INPUTS: dict[str, dict[str, Input]] = {
     "eurosat/all": {"s2_l1c": Input("s2_l1c", labels.EUROSAT_BANDS, "DN", level="L1C")},
     # Planes 5 and 6 of So2Sat's radar are Lee-filtered power of VH and VV.
     "so2sat/all": {
-        "s1": Input("s1", ("", "", "", "", "VH", "VV", "", ""), "linear", level="GRD sigma0, Lee-filtered"),
+        "s1": Input("s1", ("", "", "", "", "VH", "VV", "", ""), "power", level="GRD sigma0, Lee-filtered"),
         "s2_l1c": Input("s2_l1c", labels.S2_10, "reflectance", level="L1C"),
     },
     "bigearthnet/all": {"s2_l2a": Input("s2_l2a", _BEN_BANDS, "DN", level="L2A")},
