@@ -97,7 +97,8 @@ class Model:
             Level-1C, if named, is looked at for the offset and dropped.
           layers: blocks (0-based, negative from the end) whose features are returned too.
           batch_size: images a device handles at once.
-          check: whether to ask if the values are what they are called; False only for what was checked before.
+          check: whether to ask if the values are what they are called, and to take zeros for nodata; False only for
+            what was checked, harmonised and masked before.
 
         Returns:
           Features of float32 NumPy arrays: cls [B, d], patches [B, h, w, d], layers.
@@ -109,7 +110,7 @@ class Model:
         check_by_sensor(units=units, bands=bands)
         inputs, columns = self._inputs(images, mask, units or {}, offset, bands or {}, check)
         layers = self._layers(layers)
-        empty = self._empty(inputs)
+        empty = self._empty(inputs, refuse=check)
         parts = [self._run(chunk, columns, layers) for chunk in self._chunks(inputs, batch_size)]
         found = jax.tree.map(lambda *x: np.concatenate(x), *parts)
         return jax.tree.map(lambda x: _without(x, empty), found) if empty.any() else found
@@ -137,7 +138,7 @@ class Model:
             if set(names) != set(sensor.band_names):
                 lacking = ", ".join(sorted(set(sensor.band_names) - set(names)))
                 self._say_once(f"{key}: stem sliced to {', '.join(names)}; without {lacking}")
-            ignore = unmeasured(image, unit)
+            ignore = unmeasured(image, unit) if check else ~np.isfinite(image).all(-1)
             ours = mask.get(key) if isinstance(mask, Mapping) else mask
             if ours is not None:
                 ignore |= mask_of(key, ours, image.shape[:3])
@@ -173,10 +174,10 @@ class Model:
                     raise units_lib.UnitError(f"{key}: {finding.text}")
                 self._say_once(f"{key}: {finding.text}", logging.WARNING)
 
-    def _empty(self, inputs: Mapping[str, Mapping[str, np.ndarray]]) -> np.ndarray:
+    def _empty(self, inputs: Mapping[str, Mapping[str, np.ndarray]], refuse: bool) -> np.ndarray:
         """bool [B]: images in which no sensor measured anything. Raises InputError if that is all of them."""
         empty = np.all([given["ignore"].all((1, 2)) for given in inputs.values()], axis=0)
-        if empty.all():
+        if empty.all() and refuse:
             raise InputError(
                 "encode: no image holds a measurement (all pixels are zero, NaN or masked); nothing to encode"
             )
