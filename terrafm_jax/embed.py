@@ -64,25 +64,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_scene(args: argparse.Namespace) -> None:
     """Plans, loads the weights, embeds, writes."""
-    from terrafm_jax.scenes import output, read
+    from terrafm_jax.scenes import masks, output, read
     from terrafm_jax.scenes.area import read_aoi
     from terrafm_jax.scenes.grid import Plan, target_grid
-    from terrafm_jax.scenes.inputs import resolve
+    from terrafm_jax.scenes.inputs import resolve_all
 
     kind = output.format_of(args.out)
     if not args.dry_run:
         make_folder(args.out)
     if args.points and kind != "parquet":
         raise SceneError(f"--out {args.out}: --points writes Parquet; give OUT.parquet")
-    known = declared(args)
-    acquisitions = [resolve(text, known) for text in args.sensor]
+    acquisitions = resolve_all(args.sensor, declared(args))
     aoi = read_aoi(args.aoi) if args.aoi else None
     grid = target_grid(acquisitions, _gsd(args.gsd), args.crs, aoi)
     overlap = args.overlap if args.overlap is not None else 0 if kind == "parquet" else args.window // 32 * 16
     batch = _batch(args.batch)
     plan = Plan(grid, args.window, overlap, args.stride, batch=batch)
-    masks = [read.read_mask(text) for text in args.mask]
-    reader = read.SceneReader(acquisitions, grid, composite=args.composite, masks=masks, use_classes=args.use_scl)
+    left_out = [masks.read_mask(text) for text in args.mask]
+    reader = read.SceneReader(acquisitions, grid, composite=args.composite, masks=left_out, use_classes=args.use_scl)
     model = _load(args)
 
     from terrafm_jax.scenes.encoder import WindowEncoder
@@ -221,22 +220,29 @@ def _dry_run(plan: Any, reader: Any, encoder: Any, inside: Any) -> None:
 
 
 def _points(args: argparse.Namespace, plan: Any, reader: Any, encoder: Any, tags: Any, inside: Any) -> None:
-    from terrafm_jax.scenes import points, run, store
+    from terrafm_jax.scenes import finish, points, run, store
     from terrafm_jax.scenes.places import Places
 
     where, columns = points.read_points(args.points)
     job = Places(encoder, reader, plan, points.to_grid(where, plan.grid), encoder.width, inside)
+    outside = points.outside(args.points, where, job.wanted, plan.grid)
     if args.dry_run:
         _dry_run_places(job, encoder)
         return
     mark = run.signature(plan, reader, inside, tags=tags, places=zlib.crc32(where.tobytes()))
+    this = finish.digest(mark, columns=columns)
+    if finish.done_already(args.out, this, args.overwrite):
+        _say("done already -> %s", args.out)
+        return
     unfinished = store.UnfinishedPlaces(args.out, encoder.width, mark)
     with _Progress(len(where), "place") as progress:
         patches, cls = job.run(unfinished, progress=progress, threads=args.threads, save_seconds=args.save_seconds)
-    points.write_points(args.out, where, columns, patches, cls, tags)
+    finish.refuse_nothing(patches, unfinished, args.out)
+    said = [*outside, *reader.warnings]
+    points.write_points(args.out, where, columns, patches, cls, tags | finish.closing_tags(this, said))
     unfinished.remove()
     empty = int(np.isnan(patches[:, 0]).sum())
-    _say("%d places, %d without data -> %s", len(where), empty, args.out)
+    _say("%d places, %d without data -> %s%s", len(where), empty, args.out, finish.closing_words(said))
 
 
 def _dry_run_places(job: Any, encoder: Any) -> None:
@@ -258,13 +264,19 @@ def _dry_run_places(job: Any, encoder: Any) -> None:
 
 
 def _whole(args: argparse.Namespace, kind: str, plan: Any, reader: Any, encoder: Any, tags: Any, inside: Any) -> None:
-    from terrafm_jax.scenes import output, run, store
+    from terrafm_jax.scenes import finish, output, run, store
 
     mark = run.signature(plan, reader, inside, tags=tags)
+    this = finish.digest(mark, kind=kind, dtype=args.dtype)
+    if finish.done_already(args.out, this, args.overwrite):
+        _say("done already -> %s", args.out)
+        return
     unfinished = store.Unfinished(args.out, plan, encoder.width, mark)
     with _Progress(plan.count(), "window") as progress:
         job = run.Job(encoder, reader, plan, encoder.width, unfinished, inside=inside, progress=progress)
         summary = job.run(threads=args.threads, save_seconds=args.save_seconds)
+    finish.refuse_nothing(unfinished.tokens(), unfinished, args.out)
+    tags = tags | finish.closing_tags(this, reader.warnings)
     meta = output.Meta(tuple(f"feature {i}" for i in range(encoder.width)), tags)
     if kind == "parquet":
         _write_windows(args.out, plan, reader, unfinished, meta)
@@ -273,9 +285,9 @@ def _whole(args: argparse.Namespace, kind: str, plan: Any, reader: Any, encoder:
         write(args.out, unfinished.tokens(), plan.output, meta, args.dtype)
     unfinished.remove()
     _say(
-        "%d windows encoded, %d empty, %d done before, %.1f s (%.1f s of it waiting for pixels), %.2f km2/s -> %s",
+        "%d windows encoded, %d empty, %d done before, %.1f s (%.1f s of it waiting for pixels), %.2f km2/s -> %s%s",
         summary.encoded, summary.empty, summary.resumed, summary.seconds, summary.reading,
-        summary.square_kilometers / max(summary.seconds, 1e-9), args.out,
+        summary.square_kilometers / max(summary.seconds, 1e-9), args.out, finish.closing_words(reader.warnings),
     )  # fmt: skip
 
 
@@ -290,33 +302,35 @@ def _write_windows(out: Path, plan: Any, reader: Any, unfinished: Any, meta: Any
         for box, vector in zip(boxes, cls, strict=True)
         if np.isfinite(vector).all()
     ]
-    if not rows:
-        raise SceneError(f"{out}: no window holds valid pixels; check --mask, --nodata and --aoi")
     output.write_windows(out, rows, meta)
 
 
 def run_change(args: argparse.Namespace) -> None:
     from terrafm_jax.scenes import output
     from terrafm_jax.scenes.analyze import change
+    from terrafm_jax.scenes.finish import closing_words
 
     if output.format_of(args.out) != "cog":
         raise SceneError(f"--out {args.out}: change is written as GeoTIFF; give CHANGE.tif")
     make_folder(args.out)
-    shares = change(args.first, args.second, args.out)
-    _say("change %s -> %s", {k: round(v, 4) for k, v in shares.items()}, args.out)
+    shares, said = change(args.first, args.second, args.out)
+    _say("change %s -> %s%s", {k: round(v, 4) for k, v in shares.items()}, args.out, closing_words(said))
 
 
 def run_search(args: argparse.Namespace) -> None:
     from terrafm_jax.scenes import analyze
+    from terrafm_jax.scenes.finish import closing_words
 
     make_folder(args.out)
     with analyze.open_embedding(args.query) as source:
         query = analyze.vector_at(source, *args.point)
-        weights = source.tags[analyze.WEIGHTS_TAG]
-    hits = analyze.search(query, args.files, args.k, weights)
+        tags = dict(source.tags)
+    said: list[str] = []
+    hits = analyze.search(query, args.files, args.k, tags, said)
     analyze.write_hits(args.out, hits)
     for hit in hits[:5]:
         _say("%.4f  %.5f %.5f  %s", *(hit[k] for k in ("similarity", "lon", "lat", "file")))
+    _say("%d hits -> %s%s", len(hits), args.out, closing_words(said))
 
 
 def run_picture(args: argparse.Namespace) -> None:

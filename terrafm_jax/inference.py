@@ -14,21 +14,18 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from terrafm_jax import checks, weights
 from terrafm_jax import units as units_lib
-from terrafm_jax import weights
+from terrafm_jax.arguments import InputError, check_by_sensor, kept_bands, mask_of, says, unmeasured
 from terrafm_jax.loader import COMPUTE_FIELDS, Loaded, read
 from terrafm_jax.models import Features, ModelSpec, patchify, terrafm
-from terrafm_jax.sensors import NORMALIZED_MEAN, SENSOR_KEYS, SENSORS, Sensor, SensorError, normalize
+from terrafm_jax.sensors import NORMALIZED_MEAN, SENSOR_KEYS, SENSORS, Sensor, normalize
 
 log = logging.getLogger(__name__)
 
 FILL = NORMALIZED_MEAN  # what a pixel without a measurement gets, as in training
 MIN_SIDE = 16
 _UPSTREAM_STEM = "s2_l1c"  # the stem that upstream's code takes for every 12-band input
-
-
-class InputError(ValueError):
-    """Arguments of ``Model.encode`` do not fit together or do not fit the weights."""
 
 
 class Model:
@@ -76,10 +73,11 @@ class Model:
         s1: Any = None,
         mask: Any = None,
         units: Mapping[str, str] | None = None,
-        offset: Any = 0.0,
+        offset: Any = None,
         bands: Mapping[str, Sequence[str]] | None = None,
         layers: Sequence[int] = (),
         batch_size: int = 32,
+        check: bool = True,
     ) -> Features:
         """Class tokens and patch tokens of images.
 
@@ -88,15 +86,19 @@ class Model:
             which are fused. H and W are at least 16; sides that are no multiple of the patch are continued by
             repeating the last row or column, so the grid is ceil(H / 16) x ceil(W / 16).
           mask: bool, True where a pixel is no measurement: [B, H, W] for all sensors, or a dict by sensor. Pixels
-            that are not finite or, in DN, zero in all bands are masked anyway. Masked pixels get the mean; a sensor
-            without any measurement in an image takes no part in its fusion.
-          units: by sensor, "DN" (default) or "reflectance" for Sentinel-2, "dB" (default) or "power" for
+            that are not finite or zero (Sentinel-2: in all bands; Sentinel-1: power of any band) are masked anyway.
+            Masked pixels get the mean; a sensor without any measurement in an image takes no part in its fusion,
+            and an image without any gets NaN.
+          units: by sensor, "dn" (default) or "reflectance" for Sentinel-2, "db" (default) or "power" ("linear") for
             Sentinel-1. What is declared wins; what is not declared is refused if it looks like something else.
           offset: DN to subtract from Sentinel-2 (1000 for processing baselines from 04.00 on unless the values
-            are harmonised): a number, [B], or a dict of these by sensor.
-          bands: by sensor, the names of the bands given, in their order. Default: all, in canonical order.
+            are harmonised): a number, [B], or a dict of these by sensor. An explicit 0 says that none is inside.
+          bands: by sensor, the names of the bands given, in their order. Default: all, in canonical order. B10 of
+            Level-1C, if named, is looked at for the offset and dropped.
           layers: blocks (0-based, negative from the end) whose features are returned too.
           batch_size: images a device handles at once.
+          check: whether to ask if the values are what they are called, and to take zeros for nodata; False only for
+            what was checked, harmonised and masked before.
 
         Returns:
           Features of float32 NumPy arrays: cls [B, d], patches [B, h, w, d], layers.
@@ -105,37 +107,84 @@ class Model:
           InputError, SensorError, UnitError: see the message; nothing was computed.
         """
         images = {k: v for k, v in (("s1", s1), ("s2_l1c", s2_l1c), ("s2_l2a", s2_l2a)) if v is not None}
-        inputs, columns = self._inputs(images, mask, units or {}, offset, bands or {})
+        check_by_sensor(units=units, bands=bands)
+        inputs, columns = self._inputs(images, mask, units or {}, offset, bands or {}, check)
         layers = self._layers(layers)
+        empty = self._empty(inputs, refuse=check)
         parts = [self._run(chunk, columns, layers) for chunk in self._chunks(inputs, batch_size)]
-        return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+        found = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+        return jax.tree.map(lambda x: _without(x, empty), found) if empty.any() else found
 
     # --- checking and converting on the host ---
 
     def _inputs(
-        self, given: dict[str, Any], mask: Any, units: Mapping[str, str], offset: Any, bands: Mapping[str, Any]
+        self,
+        given: dict[str, Any],
+        mask: Any,
+        units: Mapping[str, str],
+        offset: Any,
+        bands: Mapping[str, Any],
+        check: bool,
     ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, tuple[int, ...]]]:
         """Per sensor values float32 [B, H, W, C] in DN or dB, ignore [B, H, W], offset [B]; and the bands' columns."""
         images = {key: self._image(key, value) for key, value in given.items()}
         self._check(images, {"units": units, "bands": bands, "offset": offset, "mask": mask})
         inputs, columns = {}, {}
         for key, image in images.items():
-            sensor, unit = SENSORS[key], units.get(key)
-            kept, names = self._kept(sensor, image.shape[-1], bands.get(key))
+            sensor, unit = SENSORS[key], units_lib.word(units.get(key), SENSORS[key])
+            kept, names, cirrus = kept_bands(sensor, image.shape[-1], bands.get(key))
             columns[key] = sensor.indices(names)
-            image = image[..., kept]
+            b10, image = image[..., cirrus], image[..., kept]
             if set(names) != set(sensor.band_names):
                 lacking = ", ".join(sorted(set(sensor.band_names) - set(names)))
                 self._say_once(f"{key}: stem sliced to {', '.join(names)}; without {lacking}")
-            ignore = ~np.isfinite(image).all(-1)
-            if sensor.unit == "DN" and unit in (None, "DN"):
-                ignore |= (image == sensor.nodata).all(-1)
+            ignore = unmeasured(image, unit) if check else ~np.isfinite(image).all(-1)
             ours = mask.get(key) if isinstance(mask, Mapping) else mask
             if ours is not None:
-                ignore |= self._mask(key, ours, image.shape[:3])
+                ignore |= mask_of(key, ours, image.shape[:3])
+            said = checks.Declared(unit, key in units, 0.0, says(offset, key))
+            dn = self._offset(sensor, offset, unit, len(image))
+            if check and not ignore.all():
+                self._question(key, {n: image[..., i] for i, n in enumerate(names)}, b10, ignore, dn, said)
             values = units_lib.to_sensor_unit(image, sensor, unit, ignore)
-            inputs[key] = {"values": values, "ignore": ignore, "offset": self._offset(sensor, offset, unit, len(image))}
+            inputs[key] = {"values": values, "ignore": ignore, "offset": dn}
         return inputs, columns
+
+    def _question(
+        self,
+        key: str,
+        bands: Mapping[str, np.ndarray],
+        cirrus: np.ndarray,
+        ignore: np.ndarray,
+        offset: np.ndarray,
+        said: checks.Declared,
+    ) -> None:
+        """Refuses values that surely are not what they are called, warns of the others; images of one offset at once.
+
+        Args:
+          bands: [B, H, W] each. cirrus: [B, H, W, 0 or 1]. ignore: [B, H, W]. offset: [B].
+        """
+        for value in np.unique(offset):
+            rows = (offset == value) & ~ignore.all((1, 2))
+            pixels = {name: band[rows][~ignore[rows]] for name, band in bands.items()}
+            ours = dataclasses.replace(said, offset=float(value))
+            b10 = cirrus[rows][~ignore[rows]] if cirrus.shape[-1] else None
+            for finding in checks.values(key, pixels, ours, cirrus=b10, spell=checks.KEYWORDS) if rows.any() else ():
+                if finding.sure:
+                    raise units_lib.UnitError(f"{key}: {finding.text}")
+                self._say_once(f"{key}: {finding.text}", logging.WARNING)
+
+    def _empty(self, inputs: Mapping[str, Mapping[str, np.ndarray]], refuse: bool) -> np.ndarray:
+        """bool [B]: images in which no sensor measured anything. Raises InputError if that is all of them."""
+        empty = np.all([given["ignore"].all((1, 2)) for given in inputs.values()], axis=0)
+        if empty.all() and refuse:
+            raise InputError(
+                "encode: no image holds a measurement (all pixels are zero, NaN or masked); nothing to encode"
+            )
+        if empty.any():
+            shown = np.flatnonzero(empty)[:10].tolist()
+            log.warning("encode: %d of %d images hold no measurement, they get NaN: %s", empty.sum(), len(empty), shown)
+        return empty
 
     def _image(self, key: str, value: Any) -> np.ndarray:
         image = np.asarray(value)
@@ -169,61 +218,38 @@ class Model:
         if faults:
             raise InputError("encode: " + "; ".join(faults))
 
-    def _kept(self, sensor: Sensor, count: int, names: Sequence[str] | None) -> tuple[list[int], tuple[str, ...]]:
-        """Positions in the given array of the bands the model sees, and their canonical names."""
-        if names is None:
-            if count != len(sensor.band_names):
-                raise InputError(
-                    f"{sensor.key}: {count} bands without names; expected {len(sensor.band_names)} "
-                    f"({', '.join(sensor.band_names)}), or name them: bands={{'{sensor.key}': [...]}}"
-                )
-            return list(range(count)), sensor.band_names
-        if len(names) != count:
-            raise InputError(f"{sensor.key}: {count} bands but {len(names)} names: {', '.join(names)}")
-        dropped = {alias.lower() for band in sensor.dropped for alias in (band.name, *band.aliases)}
-        kept = [i for i, name in enumerate(names) if name.strip().lower() not in dropped]
-        found = sensor.canonical(names[i] for i in kept)
-        twice = sorted({name for name in found if found.count(name) > 1})
-        if twice or not found:
-            raise SensorError(f"{sensor.key}: bands {twice or list(names)} given twice or none of the model's given")
-        return kept, found
-
-    @staticmethod
-    def _mask(key: str, given: Any, shape: tuple[int, ...]) -> np.ndarray:
-        given = np.asarray(given)
-        given = given[None] if given.ndim == 2 else given
-        if given.shape != shape or given.dtype != bool:
-            raise InputError(
-                f"mask of {key}: {given.dtype} {given.shape}; expected bool {shape}, True where not measured"
-            )
-        return given
-
-    @staticmethod
-    def _offset(sensor: Sensor, offset: Any, unit: str | None, count: int) -> np.ndarray:
-        given = offset.get(sensor.key, 0.0) if isinstance(offset, Mapping) else offset
-        given = np.asarray(given, np.float32)
+    def _offset(self, sensor: Sensor, offset: Any, unit: str, count: int) -> np.ndarray:
+        stated = offset.get(sensor.key, 0.0) if isinstance(offset, Mapping) else offset
+        try:
+            given = np.asarray(0.0 if stated is None else stated, np.float32)
+        except (TypeError, ValueError):
+            raise InputError(f"offset of {sensor.key}: {stated!r}; expected DN, such as 1000") from None
         if given.shape not in ((), (count,)):
             raise InputError(f"offset of {sensor.key}: shape {given.shape}; expected a number or [{count}]")
-        if not given.any():
+        if not given.any() or (sensor.unit != "DN" and not isinstance(offset, Mapping)):
             return np.zeros(count, np.float32)
-        if sensor.unit != "DN":
-            if isinstance(offset, Mapping):
-                raise InputError(f"offset of {sensor.key}: only Sentinel-2 has one")
-            return np.zeros(count, np.float32)
+        for finding in [f for v in np.unique(given) for f in checks.offset(sensor.key, float(v), checks.KEYWORDS)]:
+            if finding.sure:
+                raise InputError(f"offset of {sensor.key}: {finding.text}")
+            self._say_once(finding.text, logging.WARNING)
         if unit == "reflectance":
             raise InputError(f"offset of {sensor.key}: reflectance has none; give DN, or subtract it beforehand")
         return np.broadcast_to(given, (count,)).astype(np.float32)
 
     def _layers(self, layers: Sequence[int]) -> tuple[int, ...]:
+        if isinstance(layers, str) or not isinstance(layers, Sequence | np.ndarray):
+            raise InputError(f"layers {layers!r}; expected numbers of blocks in a list, such as [-1]")
+        if not all(isinstance(i, int | np.integer) for i in layers):
+            raise InputError(f"layers {list(layers)!r}; expected whole numbers of blocks, such as [-1]")
         wrong = [i for i in layers if not -self.spec.depth <= i < self.spec.depth]
         if wrong:
             raise InputError(f"layers {wrong} do not exist; depth is {self.spec.depth}")
         return tuple(int(i) % self.spec.depth for i in layers)
 
-    def _say_once(self, text: str) -> None:
+    def _say_once(self, text: str, level: int = logging.INFO) -> None:
         if text not in self._said:
             self._said.add(text)
-            log.info(text)
+            log.log(level, text)
 
     # --- computing on the devices ---
 
@@ -273,6 +299,11 @@ class Model:
         given = jnp.array([[s in measured for s in self.spec.sensors]])
         present = jnp.stack(rows, axis=1)
         return jnp.where(present.any(1, keepdims=True), present, given)
+
+
+def _without(rows: np.ndarray, empty: np.ndarray) -> np.ndarray:
+    """Rows of images without a measurement as NaN."""
+    return np.where(empty.reshape(-1, *[1] * (rows.ndim - 1)), np.float32(np.nan), rows)
 
 
 def sliced(backbone: Any, sensor: str, columns: Sequence[int], spec: ModelSpec) -> Any:

@@ -1,32 +1,24 @@
-"""Units of what users hand to ``Model.encode``: conversion, and refusal of values that cannot be what they are called.
+"""Units of what users hand in: the words for them, conversion, and refusal of values that a unit cannot hold.
 
-A declared unit wins over appearances: only impossible values are refused then. Undeclared values are
-taken in the sensor's own unit (DN, dB) and refused when they clearly are something else.
+Whether values that a unit could hold really are in it, :mod:`terrafm_jax.checks` asks.
 """
 
 from __future__ import annotations
-
-import logging
-from typing import Any
 
 import numpy as np
 
 from terrafm_jax.sensors import Sensor
 
-log = logging.getLogger(__name__)
-
-UNITS = {
-    "DN": ("DN", "reflectance"),
-    "dB": ("dB", "power"),
-}  # sensor's unit -> accepted ones, the first is the default
-_SPELLINGS = {word.lower(): word for words in UNITS.values() for word in words} | {"linear": "power"}
+# The sensor's unit -> words for what its values may be given in; the first is the default. Case does not matter.
+WORDS = {"DN": ("dn", "reflectance"), "dB": ("db", "power")}
+SYNONYMS = {"linear": "power"}
+_SPELLINGS = {"dn": "DN", "reflectance": "reflectance", "db": "dB", "power": "power", **SYNONYMS}
 _DN_PER_REFLECTANCE = 10_000.0
 _MAX_DN = 65_535.0  # uint16
 _MAX_REFLECTANCE = _MAX_DN / _DN_PER_REFLECTANCE
 _DB_RANGE = (-150.0, 100.0)  # below any noise floor, above any corner reflector
 _MAX_POWER = 1e7
-_SAMPLE = 1_000_000  # values looked at for doubts; impossible values are looked for in all
-_FLOOR = 1e-10  # linear power below it has no logarithm worth keeping
+_FLOOR = 1e-10  # power below it has no logarithm worth keeping
 
 
 class UnitError(ValueError):
@@ -34,29 +26,44 @@ class UnitError(ValueError):
 
 
 def unit_word(text: str) -> str:
-    """The word of ``UNITS`` for what people write: case does not count, ``linear`` is power. Unknown words stay."""
+    """A unit as the table of sensors spells it: case does not count, ``linear`` is power. Unknown words stay."""
     return _SPELLINGS.get(text.strip().lower(), text)
+
+
+def word(given: str | None, sensor: Sensor) -> str:
+    """The word for a unit in any spelling, the default for None or nothing.
+
+    Raises:
+      UnitError: it is none of the sensor's.
+    """
+    allowed = WORDS[sensor.unit]
+    if given is not None and not isinstance(given, str):
+        raise UnitError(f"{sensor.key}: unit {given!r}; expected one of {list(allowed)}")
+    if not given:
+        return allowed[0]
+    found = SYNONYMS.get(given.strip().lower(), given.strip().lower())
+    if found not in allowed:
+        same = [f"{k} = {v}" for k, v in SYNONYMS.items() if v in allowed]
+        raise UnitError(
+            f"{sensor.key}: unit {given!r}; expected one of {list(allowed)}{''.join(f' ({s})' for s in same)}"
+        )
+    return found
 
 
 def to_sensor_unit(values: np.ndarray, sensor: Sensor, unit: str | None, ignore: np.ndarray) -> np.ndarray:
     """Checks and converts ``values [B, H, W, C]`` to float32 DN or dB.
 
     Args:
-      unit: one of ``UNITS[sensor.unit]`` in any spelling of :func:`unit_word`, or None (undeclared).
+      unit: see :func:`word`; None = the sensor's own.
       ignore: bool [B, H, W], pixels that are not measurements.
 
     Raises:
       UnitError: the unit is not one of the sensor's, or the values cannot be in it.
     """
-    allowed = UNITS[sensor.unit]
-    unit = None if unit is None else unit_word(unit)
-    if unit is not None and unit not in allowed:
-        raise UnitError(f"{sensor.key}: unit {unit!r}; expected one of {list(allowed)}")
-    used = unit or allowed[0]
+    used = word(unit, sensor)
     seen = values[~ignore]
     if seen.size:
         _refuse_impossible(seen, sensor, used)
-        _question(seen, sensor, used, declared=unit is not None)
     if used == "reflectance":
         return values.astype(np.float32) * np.float32(_DN_PER_REFLECTANCE)
     if used == "power":
@@ -66,42 +73,17 @@ def to_sensor_unit(values: np.ndarray, sensor: Sensor, unit: str | None, ignore:
 
 def _refuse_impossible(seen: np.ndarray, sensor: Sensor, unit: str) -> None:
     low, high = float(seen.min()), float(seen.max())
-    found = f"{sensor.key}: values from {low:g} to {high:g} cannot be {unit}"
-    if unit == "DN" and (high > _MAX_DN or low < -_MAX_DN):
+    shown = {"dn": "DN", "db": "dB"}.get(unit, unit)
+    found = f"{sensor.key}: values from {low:g} to {high:g} cannot be {shown}"
+    if unit == "dn" and (high > _MAX_DN or low < -_MAX_DN):
         raise UnitError(f"{found} (16 bits hold at most {_MAX_DN:g}); mask nodata with mask=")
     if unit == "reflectance" and (high > _MAX_REFLECTANCE or low < -1.0):
         raise UnitError(
-            f"{found} (16 bits / 10000 is {_MAX_REFLECTANCE:g}); they look like DN: units={_fix(sensor, 'DN')}"
+            f"{found} (16 bits / 10000 is {_MAX_REFLECTANCE:g}); they look like DN: units={{'{sensor.key}': 'dn'}}"
         )
     if unit == "power" and low < 0.0:
-        raise UnitError(f"{found} (it is not negative); they look like dB: units={_fix(sensor, 'dB')}")
+        raise UnitError(f"{found} (power is not negative); they look like dB: units={{'{sensor.key}': 'db'}}")
     if unit == "power" and high > _MAX_POWER:
         raise UnitError(f"{found}; calibrate to gamma0 or sigma0 first")
-    if unit == "dB" and not (_DB_RANGE[0] <= low and high <= _DB_RANGE[1]):
+    if unit == "db" and not (_DB_RANGE[0] <= low and high <= _DB_RANGE[1]):
         raise UnitError(f"{found} (expected {_DB_RANGE[0]:g} to {_DB_RANGE[1]:g}); mask nodata with mask=")
-
-
-def _question(seen: np.ndarray, sensor: Sensor, unit: str, *, declared: bool) -> None:
-    """Refuses undeclared values that look like another unit; warns about declared and odd ones."""
-    sample = seen.reshape(-1)[:: max(1, seen.size // _SAMPLE)].astype(np.float64)
-    looks = None
-    if unit == "DN" and seen.max() <= _MAX_REFLECTANCE and (sample != np.round(sample)).any():
-        looks = "reflectance"
-    if unit == "dB" and sample.min() >= 0.0 and sample.max() > 0.0:
-        looks = "power"
-    found = f"{sensor.key}: values from {sample.min():g} to {sample.max():g}, median {np.median(sample):g}"
-    if looks and not declared:
-        raise UnitError(
-            f"{found}, were taken as {unit} but look like {looks}; say units={_fix(sensor, looks)}, "
-            f"or units={_fix(sensor, unit)} if they really are {unit}"
-        )
-    if looks:
-        log.warning("%s, are declared %s but look like %s", found, unit, looks)
-    elif unit == "DN" and np.median(sample) > 20_000:
-        log.warning("%s, are very bright for %s", found, unit)
-    elif unit == "dB" and (np.median(sample) > 10 or sample.min() < -80):
-        log.warning("%s, are unusual for backscatter in dB; is nodata masked?", found)
-
-
-def _fix(sensor: Sensor, unit: str) -> dict[str, Any]:
-    return {sensor.key: unit}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from weights_samples import TINY, images, sample
 
+from terrafm_jax import checks
 from terrafm_jax.inference import InputError, Model
 from terrafm_jax.models import encode, patchify
 from terrafm_jax.sensors import SENSORS, SensorError, normalize
@@ -97,10 +98,55 @@ def test_thirteen_l1c_bands_lose_b10_when_named(model):
     x = images(SMALL, sensors=("s2_l1c",))["s2_l1c"]
     names = [*SENSORS["s2_l1c"].band_names]
     names.insert(10, "B10")
-    thirteen = np.insert(x, 10, 999, axis=-1)
+    thirteen = np.insert(x, 10, 12, axis=-1)
     close(model.encode(s2_l1c=thirteen, bands={"s2_l1c": names}), model.encode(s2_l1c=x))
-    with pytest.raises(InputError, match="13 bands without names"):
+    with pytest.raises(InputError, match=r"13 bands without names; with B10 name them.*'B09', 'B10', 'B11'"):
         model.encode(s2_l1c=thirteen)
+    with pytest.raises(InputError, match=r"count of Level-1C .*use s2_l1c"):
+        model.encode(s2_l2a=thirteen)
+    with pytest.raises(SensorError, match="B10 means Level-1C: use s2_l1c"):
+        model.encode(s2_l2a=thirteen, bands={"s2_l2a": names})
+
+
+def test_b10_tells_the_offset_of_l1c(model, caplog):
+    x = images(SMALL, sensors=("s2_l1c",))["s2_l1c"]
+    names = {"s2_l1c": [*SENSORS["s2_l1c"].band_names, "B10"]}
+    late = np.concatenate([x + 1000, np.full((*x.shape[:3], 1), 1012)], -1).astype(np.uint16)
+    with pytest.raises(UnitError, match=r"B10 stand at 1012 DN.*offset=\{'s2_l1c': 1000\}"):
+        model.encode(s2_l1c=late, bands=names)
+    close(model.encode(s2_l1c=late, bands=names, offset=1000), model.encode(s2_l1c=x))
+    model.encode(s2_l1c=late, bands=names, offset=0)
+    assert "taken as declared" in caplog.text
+    early = np.concatenate([x, np.full((*x.shape[:3], 1), 12)], -1).astype(np.uint16)
+    with pytest.raises(UnitError, match=r"B10 stand at 12 DN.*removed before"):
+        model.encode(s2_l1c=early, bands=names, offset=1000)
+
+
+def test_the_sign_of_the_offset_and_an_offset_that_is_not_there(model):
+    x = images(SMALL, sensors=("s2_l2a",))["s2_l2a"]
+    cases = [
+        (-1000, InputError, "give offset={'s2_l2a': 1000}"),
+        ({"s2_l2a": [1000, -1000]}, InputError, "give offset={'s2_l2a': 1000}"),
+        (0.1, InputError, "is a reflectance"),
+        (np.nan, InputError, "expected a number"),
+        ("much", InputError, "expected DN"),
+        (1000, UnitError, "was removed before or never inside; pass offset={'s2_l2a': 0}"),
+        ([0, 1000], UnitError, "was removed before"),
+    ]
+    for offset, error, words in cases:
+        with pytest.raises(error) as caught:
+            model.encode(s2_l2a=x, offset=offset)
+        assert words in str(caught.value)
+
+
+def test_an_offset_left_inside_is_warned_of_once(model, caplog):
+    x = images(SMALL, sensors=("s2_l2a",))["s2_l2a"] + np.uint16(950)
+    model.encode(s2_l2a=x)
+    model.encode(s2_l2a=x)
+    assert caplog.text.count("still inside; if so, pass offset={'s2_l2a': 1000}") == 1
+    caplog.clear()
+    model.encode(s2_l2a=x, offset=0)
+    assert not caplog.records
 
 
 def test_masked_pixels_do_not_matter(model):
@@ -124,8 +170,25 @@ def test_a_sensor_without_any_measurement_takes_no_part(model):
     x["s1"][1] = np.nan
     found = model.encode(**x)
     close(found.cls[1:], model.encode(s2_l2a=x["s2_l2a"][1:]).cls)
-    nothing = {k: np.full(v.shape, np.nan, np.float32) for k, v in x.items()}
-    assert np.isfinite(model.encode(**nothing).cls).all()
+
+
+def test_images_without_any_measurement_have_no_vector(model, caplog):
+    x = images(SMALL, sensors=("s1", "s2_l2a"))
+    wanted = model.encode(**x)
+    x["s1"][1], x["s2_l2a"][1] = np.nan, 0
+    found = model.encode(**x)
+    close(found.cls[0], wanted.cls[0])
+    assert np.isnan(found.cls[1]).all()
+    assert np.isnan(found.patches[1]).all()
+    assert "1 of 2 images hold no measurement, they get NaN: [1]" in caplog.text
+    for nothing in (
+        {"s2_l2a": np.zeros((1, *SMALL, 12), np.uint16)},
+        {"s2_l2a": np.full((1, *SMALL, 12), np.nan)},
+        {"s2_l2a": np.zeros((1, *SMALL, 12)), "units": {"s2_l2a": "reflectance"}},
+        {"s1": np.zeros((1, *SMALL, 2)), "units": {"s1": "power"}},
+    ):
+        with pytest.raises(InputError, match="no image holds a measurement"):
+            model.encode(**nothing)
 
 
 def test_any_size_continues_the_edge(model):
@@ -163,12 +226,24 @@ def test_values_that_cannot_be_what_they_are_called(model):
     cases = [
         ({"s2_l2a": dn / 10_000.0}, "look like reflectance.*units="),
         ({"s2_l2a": dn * 2.8e-4 / 2.8}, "look like reflectance"),
+        ({"s2_l2a": dn / 100.0}, "look like percent"),
+        ({"s2_l2a": dn / 100.0, "units": {"s2_l2a": "reflectance"}}, "look like percent"),
+        ({"s2_l2a": (dn % 256).astype(np.uint8)}, "8-bit preview"),
+        ({"s2_l2a": (dn - 3000.0) / 1700.0}, "look standardised"),
+        ({"s2_l2a": np.where(dn > 3000, dn.astype(np.float32), -9999)}, "-9999 is no reflectance but nodata"),
+        ({"s1": (s1 + 14) / 4}, "look standardised"),
+        ({"s1": -s1.clip(None, -1)}, "lost their sign"),
+        ({"s1": (10 ** (s1 / 20) * 2000).astype(np.uint16)}, "amplitude in DN"),
+        ({"s1": 10 ** ((s1 + 4) / 20)}, "power.*or amplitude"),
+        ({"s1": 10 ** (s1 / 20) * 2000, "units": {"s1": "power"}}, "amplitude in DN"),
+        ({"s1": s1 * 0}, "nothing but zeros"),
+        ({"s1": s1 * 0 - 99}, "no backscatter in dB; is nodata masked"),
         ({"s2_l2a": dn.astype(np.float64) * 100}, "cannot be DN"),
         ({"s2_l2a": dn, "units": {"s2_l2a": "reflectance"}}, "cannot be reflectance.*look like DN"),
         ({"s2_l2a": dn, "units": {"s2_l2a": "dB"}}, "expected one of .*reflectance"),
         ({"s1": 10 ** (s1 / 10)}, "look like power"),
-        ({"s1": s1, "units": {"s1": "power"}}, "cannot be power.*look like dB"),
-        ({"s1": s1 - 9999}, "cannot be dB.*mask"),
+        ({"s1": s1, "units": {"s1": "linear"}}, "cannot be power.*look like dB"),
+        ({"s1": np.where(s1 < -25, -9999, s1)}, "cannot be dB.*mask"),
     ]
     for arguments, message in cases:
         with pytest.raises(UnitError, match=message) as caught:
@@ -180,14 +255,24 @@ def test_doubtful_values_pass_and_declared_units_win(model, caplog):
     dark = np.ones((1, *SMALL, 12), np.uint16)
     dark[..., :3, :3, :] = 2
     with caplog.at_level(logging.WARNING):
-        model.encode(s2_l2a=dark)  # dark water, median 1
-        assert not caplog.records
+        model.encode(s2_l2a=dark)  # dark water, median 1, or a preview in 16 bits
+        assert "look like an 8-bit preview" in caplog.text
         model.encode(s2_l2a=dark * 0.7, units={"s2_l2a": "DN"})
-        assert "declared DN but look like reflectance" in caplog.text
+        assert "look like reflectance, not DN" in caplog.text
+        assert "taken as declared" in caplog.text
         model.encode(s2_l2a=dark * np.uint16(25_000))
         assert "very bright" in caplog.text
-        model.encode(s1=np.full((1, *SMALL, 2), -99.0))
+        model.encode(s1=np.full((1, *SMALL, 2), -99.0), units={"s1": "dB"})
         assert "is nodata masked?" in caplog.text
+
+
+def test_units_have_one_vocabulary(model):
+    x = images(SMALL, sensors=("s1", "s2_l2a"))
+    wanted = model.encode(**x)
+    for db, dn in (("db", "DN"), ("dB", "dn")):
+        close(model.encode(**x, units={"s1": db, "s2_l2a": dn}), wanted)
+    for word in ("power", "linear", "POWER"):
+        close(model.encode(s1=10 ** (x["s1"] / 10), units={"s1": word}), model.encode(s1=x["s1"]), 1e-4)
 
 
 def test_arguments_that_do_not_fit(model, plain):
@@ -206,6 +291,12 @@ def test_arguments_that_do_not_fit(model, plain):
         (model, {"s1": x["s1"], "layers": (4,)}, "depth is 4"),
         (model, {"s1": x["s1"].astype(str)}, "integers or floats"),
         (model, {"s1": x["s1"], "bands": {"s1": ["VV"]}}, "2 bands but 1 names"),
+        (model, {"s1": x["s1"], "layers": "all"}, "numbers of blocks in a list"),
+        (model, {"s1": x["s1"], "layers": 2}, "numbers of blocks in a list"),
+        (model, {"s1": x["s1"], "layers": ["last"]}, "whole numbers of blocks"),
+        (model, {"s2_l2a": x["s2_l2a"], "units": "reflectance"}, "expected a dict by sensor, such as units="),
+        (model, {"s2_l2a": x["s2_l2a"], "bands": ["B02"]}, "expected a dict by sensor, such as bands="),
+        (model, {"s2_l2a": x["s2_l2a"], "bands": {"s2_l2a": "B02"}}, "expected a list of names"),
     ]
     for which, arguments, message in cases:
         with pytest.raises(InputError, match=message) as caught:
@@ -226,6 +317,11 @@ def test_weights_hash_depends_on_the_backbone_alone():
     assert Model(loaded).weights_hash != Model(sample(seed=5)).weights_hash
 
 
+NAMES = SENSORS["s2_l1c"].band_names
+THIRTEEN = (*NAMES[:10], "B10", *NAMES[10:])
+CIRRUS_LAST = (*NAMES[:8], "B09", "B10", "B11", "B12", "B8A")
+
+
 def test_real_tiles_are_neither_refused_nor_misread(real_data):
     """Every stacked real tile, in the unit its manifest states, passes the checks and comes out unchanged."""
     import csv
@@ -241,9 +337,15 @@ def test_real_tiles_are_neither_refused_nor_misread(real_data):
                 continue
             with rasterio.open(real_data / row[column]) as source:
                 image = source.read().transpose(1, 2, 0)[None]
+            names = {12: NAMES, 13: CIRRUS_LAST if row["group"] == "eurosat_ms" else THIRTEEN, 2: ("VV", "VH")}
             ignore = ~np.isfinite(image).all(-1)
             if key == "s1":
                 ignore |= (image <= -99).all(-1)
+            offset = row[{"s2_l1c": "L1C_offset", "s2_l2a": "L2A_offset"}.get(key, "group")] == "1000"
+            pixels = dict(zip(names[image.shape[-1]], image[~ignore].T, strict=True))
+            said = checks.Declared("db" if key == "s1" else "dn", offset=1000.0 * offset)
+            if not ignore.all():
+                assert checks.values(key, pixels, said, cirrus=pixels.pop("B10", None)) == [], row[column]
             found = to_sensor_unit(image, SENSORS[key], None, ignore)
             np.testing.assert_array_equal(found[~ignore], image.astype(np.float32)[~ignore], err_msg=row[column])
             seen += 1

@@ -133,7 +133,7 @@ def test_maps_cover_the_scene_pixel_by_pixel(tmp_path):
     assert sure[32:, 32:].max() <= 100
     np.testing.assert_array_equal(sure == 255, classes == 255)
     # Without overlap a window's pixels are exactly what the network says of that window.
-    mapping.predict_scene(tuned, [f"s2_l2a={file}"], out, window=32, overlap=0)
+    mapping.predict_scene(tuned, [f"s2_l2a={file}"], out, window=32, overlap=0, overwrite=True)
     window = np.zeros((1, 32, 32, 12), np.float32)
     window[..., kept] = scene[32:64, :32][..., kept]
     with rasterio.open(out) as found:

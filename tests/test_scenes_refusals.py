@@ -95,7 +95,7 @@ def test_units_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture) ->
         ((f"--sensor=s2_l2a={whole}", "--unit=s2_l2a=reflectance"), "--unit s2_l2a=dn"),
         ((f"--sensor=s1={power}",), "--unit s1=power"),
         ((f"--sensor=s1={db}", "--unit=s1=power"), "--unit s1=db"),
-        ((f"--sensor=s1={db}", "--unit=s1=dn"), "expected one of ['db', 'power']"),
+        ((f"--sensor=s1={db}", "--unit=s1=dn"), "--unit s1=dn: expected one of ['db', 'power'] (linear = power)"),
     ):
         assert remedy in fails(capsys, *args)
 
@@ -115,9 +115,8 @@ def test_values_that_nobody_declared_as_nodata(tmp_path: Path, caplog: pytest.Lo
     data = surface(64, 64, 12).astype(np.float32)
     data[:, :20] = -9999
     path = write(tmp_path / "fill.tif", data, names=NAMES)
-    resolve(f"s2_l2a={path}", Declared())
-    assert "pass --nodata s2_l2a=-9999" in caplog.text
-    caplog.clear()
+    with pytest.raises(SceneError, match="pass --nodata s2_l2a=-9999"):
+        resolve(f"s2_l2a={path}", Declared())
     date = resolve(f"s2_l2a={path}", Declared(nodata={"s2_l2a": -9999.0}))
     assert "--nodata" not in caplog.text
     assert not read.SceneReader([date], grid_lib.target_grid([date])).read(0, 0, 64, 64)["s2_l2a"].valid[:20].any()
@@ -166,7 +165,8 @@ def test_settings_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture)
         (("--crs=EPSG:4326",), "is not metric"),
         (("--crs=EPSG:nonsense",), "--crs EPSG:nonsense"),
         (("--window=100", "--overlap=33", "--stride=5"), "--overlap 33"),
-        (("--aoi=nowhere.geojson",), "holds no GeoJSON polygon"),
+        (("--aoi=nowhere.geojson",), "--aoi nowhere.geojson: no such file"),
+        (("--crs=3857",), "meters are 0.69 m on the ground here; pass EPSG:32632"),
         (("--mask=nowhere.tif",), "nowhere.tif"),
         (("--offset=s2_l2a=much",), "--offset s2_l2a=much"),
         (("--points=p.csv",), "give OUT.parquet"),
@@ -194,7 +194,11 @@ def test_areas_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
         "crs.geojson": str({**shape, "crs": {"properties": {"name": "EPSG:0"}}}).replace("'", '"'),
     }.items():
         (tmp_path / name).write_text(content)
-        assert f"{name}: holds no GeoJSON polygon" in fails(capsys, scene, f"--aoi={tmp_path / name}")
+        line = fails(capsys, scene, f"--aoi={tmp_path / name}")
+        assert f"{name}: holds no GeoJSON polygon" in line
+        assert ("found Point; places go to --points" in line) == (name == "point.geojson")
+    (tmp_path / "area.gpkg").write_bytes(b"SQLite format 3")
+    assert ".gpkg is not read; convert it: ogr2ogr" in fails(capsys, scene, f"--aoi={tmp_path / 'area.gpkg'}")
 
 
 def test_weights_that_do_not_fit(

@@ -131,24 +131,29 @@ def predict_scene(
     batch: int = 8,
     threads: int = 2,
     declared: Any = None,
-) -> None:
+    overwrite: bool = False,
+) -> str:
     """Maps a scene.
 
     Args:
       sensors: ``NAME=FILE`` as ``terrafm_jax.embed --sensor`` takes them.
       window, overlap: pixels; the size the network was tuned at and half of it by default.
       gsd: meters per pixel of the work grid; the finest band's by default. Should be that of the tuning images.
+      overwrite: replace ``out``, which holds something else.
+
+    Returns:
+      What the last line of a command should say: what was done, and what was warned of.
 
     Raises:
       SceneError: unreadable or unfitting files. ValueError: sensors or bands missing.
     """
-    from terrafm_jax.scenes import run, store
+    from terrafm_jax.scenes import finish, run, store
     from terrafm_jax.scenes.grid import Plan, target_grid
-    from terrafm_jax.scenes.inputs import Declared, resolve
+    from terrafm_jax.scenes.inputs import Declared, resolve_all
     from terrafm_jax.scenes.read import SceneReader
     from terrafm_jax.scenes.readback import WEIGHTS_TAG
 
-    acquisitions = [resolve(text, declared or Declared()) for text in sensors]
+    acquisitions = resolve_all(sensors, declared or Declared())
     grid = target_grid(acquisitions, gsd)
     patch = tuned.spec.model.patch
     window = window or tuned.spec.image_size or 224
@@ -157,12 +162,17 @@ def predict_scene(
     reader = SceneReader(acquisitions, grid)
     classify = WindowClassifier(tuned, reader.bands)
     mark = run.signature(plan, reader, None, weights=tuned.weights_hash, sensors=list(sensors), declared=str(declared))
+    this = finish.digest(mark)
+    if finish.done_already(out, this, overwrite):
+        return f"done already: {out}"
     unfinished = store.Unfinished(out, plan, classify.width, mark)
     ground = 1e-6 if classify.dense else 0.5  # dense maps know of every pixel whether it was measured
     run.Job(classify, reader, plan, classify.width, unfinished, min_ground=ground).run(threads=threads)
-    tags = {**tuned.tags(), WEIGHTS_TAG: tuned.weights_hash}
+    finish.refuse_nothing(unfinished.tokens(), unfinished, out)
+    tags = {**tuned.tags(), WEIGHTS_TAG: tuned.weights_hash, **finish.closing_tags(this, reader.warnings)}
     write_map(out, unfinished.tokens(), plan, tuned, tags)
     unfinished.remove()
+    return f"written {out}{finish.closing_words(reader.warnings)}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -179,14 +189,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--overlap", type=int, default=None, help="pixels; default: half a window")
     parser.add_argument("--gsd", type=float, default=None, help="meters a pixel; default: the finest band's")
     parser.add_argument("--batch", type=int, default=8, help="windows at once")
+    parser.add_argument("--overwrite", action="store_true", help="replace MAP.tif, which holds something else")
     args = parser.parse_args(argv)
     try:
-        how = {"window": args.window, "overlap": args.overlap, "gsd": args.gsd, "batch": args.batch}
-        predict_scene(Tuned(args.workdir), args.sensor, args.out, declared=declared(args), **how)
+        how = {
+            "window": args.window,
+            "overlap": args.overlap,
+            "gsd": args.gsd,
+            "batch": args.batch,
+            "overwrite": args.overwrite,
+        }
+        said = predict_scene(Tuned(args.workdir), args.sensor, args.out, declared=declared(args), **how)
     except (ValueError, OSError, Stopped) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
-    print(f"written {args.out}")
+    print(said)
     return 0
 
 

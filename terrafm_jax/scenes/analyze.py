@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import heapq
 import json
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from terrafm_jax.scenes import output
+from terrafm_jax.scenes import compare, output
 from terrafm_jax.scenes.errors import SceneError, first_line
+from terrafm_jax.scenes.finish import JOB_TAG, WARNINGS_TAG
 from terrafm_jax.scenes.readback import WEIGHTS_TAG, Embedding, lonlat, open_embedding, place_of, whole
 
+_log = logging.getLogger(__name__)
 _CHANGE_TAG = "TERRAFM_CHANGE"  # of what change() writes: it has the weights' tag, but holds no features
 
 
@@ -24,11 +28,14 @@ def unit(values: np.ndarray) -> np.ndarray:
     return values / np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), 1e-12)
 
 
-def change(first: Path, second: Path, out: Path) -> dict[str, float]:
-    """Writes 1 - cosine of the tokens of two dates (0 = same, 2 = opposite) as a COG; returns its quantiles.
+def change(first: Path, second: Path, out: Path) -> tuple[dict[str, float], list[str]]:
+    """Writes 1 - cosine of the tokens of two dates (0 = same, 2 = opposite) as a COG.
+
+    Returns:
+      Its quantiles, and what speaks against the comparison (also warned of, and in the tags).
 
     Raises:
-      SceneError: other grid, other number of features or other weights.
+      SceneError: other grid, weights, sensors, bands or sampling.
     """
     with open_embedding(first) as a, open_embedding(second) as b:
         _features(a), _features(b)
@@ -37,15 +44,21 @@ def change(first: Path, second: Path, out: Path) -> dict[str, float]:
             faults.append("they lie on different grids; embed both with the same --aoi, --gsd and --stride")
         if a.tags[WEIGHTS_TAG] != b.tags[WEIGHTS_TAG] or a.width != b.width:
             faults.append("they come from different weights; embed both with the same --checkpoint")
+        wrong, doubts = compare.tags(a.tags, b.tags)
+        faults += wrong
         if faults:
             raise SceneError(f"{first} and {second}: {'; '.join(faults)}")
+        for text in doubts:
+            _log.warning("%s and %s: %s", first, second, text)
         result = np.full((a.grid.height, a.grid.width, 1), np.nan, np.float32)
         for block in a.blocks():
             result[(*block, 0)] = 1.0 - (unit(a.read(block)) * unit(b.read(block))).sum(-1)
-        tags = {**a.tags, _CHANGE_TAG: f"1 - cosine of {first.name} and {second.name}"}
+        tags = {k: v for k, v in a.tags.items() if k not in (JOB_TAG, WARNINGS_TAG)}
+        tags |= {_CHANGE_TAG: f"1 - cosine of {first.name} and {second.name}"}
+        tags |= {WARNINGS_TAG: "; ".join(doubts)} if doubts else {}
         output.write_cog(out, result, a.grid, output.Meta(("change",), tags))
     found = result[np.isfinite(result)]
-    return {f"p{q}": float(np.percentile(found, q)) for q in (50, 90, 99)} if found.size else {}
+    return {f"p{q}": float(np.percentile(found, q)) for q in (50, 90, 99)} if found.size else {}, doubts
 
 
 def _features(found: Embedding) -> None:
@@ -67,15 +80,29 @@ def vector_at(found: Embedding, lon: float, lat: float) -> np.ndarray:
     return vector
 
 
-def search(query: np.ndarray, paths: Sequence[Path], count: int, weights: str = "") -> list[dict[str, Any]]:
+def search(
+    query: np.ndarray,
+    paths: Sequence[Path],
+    count: int,
+    tags: Mapping[str, str] | None = None,
+    said: list[str] | None = None,
+) -> list[dict[str, Any]]:
     """The ``count`` most similar tokens (GeoTIFF, Zarr), windows or places (GeoParquet) of many outputs, best first.
 
     Reads block by block, so that memory does not grow with the number or size of outputs.
+
+    Args:
+      query: float32 [d]. tags: of the output that it comes from.
+      said: gets what speaks against comparing with some output, which is also warned of.
+
+    Raises:
+      SceneError: unreadable, or of other weights.
     """
+    compared = _Compared(tags or {}, len(query), [] if said is None else said)
     best: list[tuple[float, int, dict[str, Any]]] = []
     serial = 0
     for path in paths:
-        for score, hit in _hits(unit(query), path, count, weights):
+        for score, hit in _hits(unit(query), path, count, compared):
             serial += 1
             entry = (score, -serial, hit)
             if len(best) < count:
@@ -85,13 +112,13 @@ def search(query: np.ndarray, paths: Sequence[Path], count: int, weights: str = 
     return [{"similarity": round(score, 6), **hit} for score, _, hit in sorted(best, reverse=True)]
 
 
-def _hits(query: np.ndarray, path: Path, count: int, weights: str) -> Iterator[tuple[float, dict[str, Any]]]:
+def _hits(query: np.ndarray, path: Path, count: int, compared: _Compared) -> Iterator[tuple[float, dict[str, Any]]]:
     if path.suffix.lower() in (".parquet", ".geoparquet"):
-        yield from _parquet_hits(query, path, count, weights)
+        yield from _parquet_hits(query, path, count, compared)
         return
     with open_embedding(path) as source:
         _features(source)
-        _same_weights(path, source.tags[WEIGHTS_TAG], weights, source.width, len(query))
+        compared(path, source.tags, source.width)
         for rows, columns in source.blocks():
             scores = (unit(source.read((rows, columns))) @ query).ravel()
             for i in _top(scores, count):
@@ -101,7 +128,9 @@ def _hits(query: np.ndarray, path: Path, count: int, weights: str) -> Iterator[t
                 yield float(scores[i]), {"file": str(path), "row": row, "column": column, "lon": lon, "lat": lat}
 
 
-def _parquet_hits(query: np.ndarray, path: Path, count: int, weights: str) -> Iterator[tuple[float, dict[str, Any]]]:
+def _parquet_hits(
+    query: np.ndarray, path: Path, count: int, compared: _Compared
+) -> Iterator[tuple[float, dict[str, Any]]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -114,7 +143,7 @@ def _parquet_hits(query: np.ndarray, path: Path, count: int, weights: str) -> It
         row = 0
         for batch in file.iter_batches(4096, columns=["embedding", x, y]):
             vectors = np.asarray(batch["embedding"].flatten()).reshape(len(batch), -1)
-            _same_weights(path, tags[WEIGHTS_TAG], weights, vectors.shape[1], len(query))
+            compared(path, tags, vectors.shape[1])
             scores = unit(vectors) @ query
             for i in _top(scores, count):
                 lon, lat = batch[x][int(i)].as_py(), batch[y][int(i)].as_py()
@@ -124,9 +153,24 @@ def _parquet_hits(query: np.ndarray, path: Path, count: int, weights: str) -> It
         raise SceneError(f"{path}: cannot be read as Parquet ({first_line(error)}); fetch or write it again") from None
 
 
-def _same_weights(path: Path, found: str, expected: str, width: int, query: int) -> None:
-    if (expected and found != expected) or width != query:
-        raise SceneError(f"{path}: comes from other weights than the query; embed both with the same --checkpoint")
+@dataclasses.dataclass
+class _Compared:
+    """Whether outputs can be compared with a query of ``width`` features from an output with ``tags``."""
+
+    tags: Mapping[str, str]
+    width: int
+    said: list[str]
+
+    def __call__(self, path: Path, tags: Mapping[str, str], width: int) -> None:
+        """Warns of what speaks against it. Raises SceneError for other weights."""
+        expected = self.tags.get(WEIGHTS_TAG, "")
+        if (expected and tags[WEIGHTS_TAG] != expected) or width != self.width:
+            raise SceneError(f"{path}: comes from other weights than the query; embed both with the same --checkpoint")
+        wrong, doubts = compare.tags(self.tags, tags)
+        for text in (f"{path.name} and the query: {t}" for t in wrong + doubts):
+            if text not in self.said:
+                self.said.append(text)
+                _log.warning(text)
 
 
 def _top(scores: np.ndarray, count: int) -> np.ndarray:

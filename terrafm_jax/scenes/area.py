@@ -16,6 +16,7 @@ from rasterio.warp import transform_bounds, transform_geom
 from terrafm_jax.scenes.errors import SceneError, first_line
 
 _MARGIN = 0.1  # degrees around a grid beyond which an area is cut off
+_OTHER_VECTORS = (".gpkg", ".shp", ".kml", ".kmz", ".fgb", ".gml", ".zip")
 _EDGE = 0.02  # degrees; a parallel sags less than a meter over so much
 
 
@@ -25,6 +26,11 @@ def read_aoi(text: str) -> dict[str, Any]:
     A box whose west is larger than its east crosses the antimeridian. Raises SceneError.
     """
     parts = text.split(",")
+    kind = Path(text).suffix.lower()
+    if len(parts) != 4 and not Path(text).exists():
+        raise SceneError(f"--aoi {text}: no such file; expected a GeoJSON file or WEST,SOUTH,EAST,NORTH in degrees")
+    if kind in _OTHER_VECTORS:
+        raise SceneError(f"--aoi {text}: {kind} is not read; convert it: ogr2ogr -t_srs EPSG:4326 AREA.geojson {text}")
     try:
         shape = _box(*map(float, parts)) if len(parts) == 4 else _polygons(json.loads(Path(text).read_bytes()))
         found = shapely.geometry.shape(shape)
@@ -52,7 +58,8 @@ def _polygons(data: dict[str, Any]) -> dict[str, Any]:
     polygons = [s for s in shapes if s["type"] in ("Polygon", "MultiPolygon")]
     crs = data.get("crs", {}).get("properties", {}).get("name", "EPSG:4326").replace("OGC:1.3:CRS84", "EPSG::4326")
     if not polygons:
-        raise KeyError("polygon")
+        kinds = ", ".join(sorted({str(s["type"]) for s in shapes})) or "nothing"
+        raise ValueError(f"found {kinds}; places go to --points")
     rings = [r for p in polygons for r in (p["coordinates"] if p["type"] == "MultiPolygon" else [p["coordinates"]])]
     shape = {"type": "MultiPolygon", "coordinates": rings}
     return shape if "4326" in crs else transform_geom(CRS.from_user_input(crs), "EPSG:4326", shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -77,6 +78,7 @@ def scene_parser(description: str) -> argparse.ArgumentParser:
     add("--batch", type=_count, default=16, help="windows at once")
     add("--threads", type=_count, default=2, help="reading threads")
     add("--save-seconds", type=float, default=30.0, help="between snapshots of an unfinished job")
+    add("--overwrite", action="store_true", help="replace OUT, which holds something else")
     add("--dry-run", action="store_true", help="say windows, memory and time, and stop")
     return parser  # fmt: skip
 
@@ -84,22 +86,47 @@ def scene_parser(description: str) -> argparse.ArgumentParser:
 def add_declarations(parser: argparse.ArgumentParser) -> None:
     """What the user knows about files that do not say it themselves."""
     add = parser.add_argument
-    add("--bands", action="append", default=[], metavar="NAME=B02,B03,...", help="band names of an unnamed raster")
-    add("--unit", action="append", default=[], metavar="NAME=UNIT", help="DN or reflectance; dB or power")
+    add(
+        "--bands",
+        action="append",
+        default=[],
+        metavar="NAME=B02,B03,...",
+        help="band names of an unnamed raster; override,B02,B03,... against the names in the file",
+    )
+    add("--unit", action="append", default=[], metavar="NAME=UNIT", help="dn or reflectance; db or power (= linear)")
     add("--offset", action="append", default=[], metavar="NAME=DN", help="baseline offset still inside (1000 or 0)")
     add("--nodata", action="append", default=[], metavar="NAME=VALUE", help="nodata value that files do not declare")
 
 
 def declared(args: argparse.Namespace) -> Declared:
-    """The values of :func:`add_declarations`. Raises SceneError."""
+    """The values of :func:`add_declarations`. Raises SceneError, also for a sensor that ``--sensor`` does not name."""
     from terrafm_jax.scenes.inputs import Declared
 
-    return Declared(
+    found = Declared(
         bands=pairs("bands", args.bands, lambda v: tuple(v.split(","))),
         unit=pairs("unit", args.unit, str),
         offset=pairs("offset", args.offset, float),
         nodata=pairs("nodata", args.nodata, float),
     )
+    given = _sensors(args.sensor)
+    stray = [
+        f"--{name} names {key}"
+        for name in ("bands", "unit", "offset", "nodata")
+        for key in getattr(found, name)
+        if given and key not in given
+    ]
+    if stray:
+        raise SceneError(f"{'; '.join(stray)}, but --sensor gives {', '.join(given)} only; correct the name")
+    return found
+
+
+def _sensors(arguments: Sequence[str]) -> list[str]:
+    """Keys of the sensors that ``--sensor NAME=SPEC`` name; those that nobody knows are said elsewhere."""
+    found = []
+    for text in arguments:
+        with contextlib.suppress(SensorError):
+            found.append(sensor(text.partition("=")[0]).key)
+    return list(dict.fromkeys(found))
 
 
 def change_parser() -> argparse.ArgumentParser:
@@ -146,11 +173,16 @@ def _count(text: str) -> int:
 
 def pairs(name: str, given: Sequence[str], convert: Any) -> dict[str, Any]:
     """``["s1=db"]`` -> ``{"s1": "db"}`` with canonical sensor keys. Raises SceneError."""
-    found = {}
+    found: dict[str, Any] = {}
     for text in given:
-        key, _, value = text.partition("=")
+        key, is_pair, value = text.partition("=")
+        if not is_pair:
+            raise SceneError(f"--{name} {text}: of which sensor? expected SENSOR=VALUE, such as --{name} s2_l2a={text}")
         try:
-            found[sensor(key).key] = convert(value)
+            canonical, converted = sensor(key).key, convert(value)
         except (SensorError, ValueError) as error:
             raise SceneError(f"--{name} {text}: expected SENSOR=VALUE ({error})") from None
+        if canonical in found and found[canonical] != converted:
+            raise SceneError(f"--{name} {text}: {canonical} has {found[canonical]} already; give one value")
+        found[canonical] = converted
     return found

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from affine import Affine
 from rasterio.crs import CRS
-from rasterio.warp import transform_bounds
+from rasterio.warp import transform, transform_bounds
 
 from terrafm_jax.data.tiles import EXTENT_ORDER
 from terrafm_jax.scenes import area
@@ -21,6 +21,7 @@ from terrafm_jax.scenes.layers import Acquisition, open_raster
 # Training crops span 12 to 28 m a pixel (5,340 m tiles, scales 0.05 to 1, 96 and 224 px); 20 m lies
 # inside and is a multiple of what Sentinel-2 delivers.
 PRETRAINING_GSD = 20.0
+_STRETCHED = 0.05  # meters of UTM are off by up to 0.1 %, those of continental projections by a few percent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +57,8 @@ def target_grid(
     """The common grid of all sensors: the intersection of their extents, cut to the area of interest.
 
     Origin and pixel borders are those of the reference raster (finest band of the first of s2_l2a, s2_l1c,
-    s1), so that at native sampling nothing is resampled. Geographic rasters go to the UTM zone of their
-    center, because tokens need meters.
+    s1), so that at native sampling nothing is resampled. Geographic rasters, and those whose meters are none on
+    the ground (Web Mercator), go to the UTM zone of their center, because tokens need meters.
 
     Raises:
       SceneError: sensors (or the area of interest) do not meet, CRS not metric, fewer than 16 pixels.
@@ -66,13 +67,22 @@ def target_grid(
     path, native = _finest(reference)
     with open_raster(path) as source:
         own, origin, box = source.crs, source.transform, source.bounds
+        stretch = _stretch(own, box) if own.is_projected else 1.0
+        true = own.is_projected and abs(stretch - 1) <= _STRETCHED
         try:
-            target = CRS.from_user_input(crs) if crs else (own if own.is_projected else _utm(own, box))
+            target = _crs(crs) if crs else (own if true else _utm(own, box))
         except ValueError as error:
             raise SceneError(f"--crs {crs}: {first_line(error)}; expected something like EPSG:32631") from None
     if not target.is_projected or not math.isclose(target.linear_units_factor[1], 1.0):
         raise SceneError(f"--crs {crs or own}: is not metric; pass a projected CRS in meters such as EPSG:32631")
-    step = gsd or (native if own.is_projected else _meters(native))
+    if crs and target != own:
+        stretch_there = _stretch(target, transform_bounds(own, target, *box))
+        if abs(stretch_there - 1) > _STRETCHED:
+            utm = _utm(own, box).to_string()
+            raise SceneError(
+                f"--crs {crs}: its meters are {1 / stretch_there:.2f} m on the ground here; pass {utm}, or leave it out"
+            )
+    step = gsd or (native / (1.0 if true else stretch) if own.is_projected else _meters(native))
     if not 0.1 <= step <= 10_000:
         raise SceneError(f"--gsd {step:g}: expected meters per pixel between 0.1 and 10000")
     left, bottom, right, top = _common_extent(acquisitions, target, aoi)
@@ -105,6 +115,22 @@ def _finest(acquisition: Acquisition) -> tuple[str, float]:
             sizes[path] = float(source.transform.a if source.crs.is_projected else -source.transform.e)
     path = min(sizes, key=sizes.__getitem__)
     return path, sizes[path]
+
+
+def _crs(text: str) -> CRS:
+    return CRS.from_user_input(f"EPSG:{text}" if text.isdigit() else text)
+
+
+def _stretch(crs: CRS, box: Sequence[float]) -> float:
+    """Meters of a projected CRS per meter on the ground, northwards from a box's center; Mercator: 1 / cos(lat)."""
+    x, middle = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    factor = crs.linear_units_factor[1]
+    lons, lats = transform(crs, "EPSG:4326", [x, x], [middle, middle + 1000 / factor])
+    north, east = math.radians(lats[1] - lats[0]), math.radians(lons[1] - lons[0]) * math.cos(math.radians(lats[0]))
+    # Radius of curvature along the meridian, of WGS 84: the sphere is off by up to 0.7 %.
+    meridian = 6_335_439.0 / (1 - 0.00669438 * math.sin(math.radians(lats[0])) ** 2) ** 1.5
+    across = 6_378_137.0 / math.sqrt(1 - 0.00669438 * math.sin(math.radians(lats[0])) ** 2)
+    return 1000 / max(math.hypot(north * meridian, east * across), 1e-9)
 
 
 def _utm(crs: CRS, bounds: Any) -> CRS:

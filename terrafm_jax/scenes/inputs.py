@@ -14,14 +14,13 @@ from pathlib import Path
 import numpy as np
 from rasterio.errors import RasterioIOError
 
+from terrafm_jax import checks, units
 from terrafm_jax.scenes.errors import SceneError
-from terrafm_jax.scenes.layers import Acquisition, Layer, bands_of, broken, open_raster, ordered
+from terrafm_jax.scenes.layers import Acquisition, Layer, bands_of, broken, open_raster, ordered, unique
 from terrafm_jax.scenes.products import from_folder, from_stac
-from terrafm_jax.sensors import BASELINE_OFFSET, L2A_ABSTAIN, L2A_THRESHOLD, SENSORS, Sensor, SensorError
+from terrafm_jax.sensors import SENSORS, Sensor, SensorError
 from terrafm_jax.sensors import sensor as find_sensor
-from terrafm_jax.units import unit_word
 
-UNITS = {"s1": ("db", "power"), "s2_l1c": ("dn", "reflectance"), "s2_l2a": ("dn", "reflectance")}
 _SAMPLE = 192  # pixels per side that are looked at before the work starts
 _log = logging.getLogger(__name__)
 
@@ -50,79 +49,121 @@ def resolve(argument: str, declared: Declared) -> Acquisition:
     except SensorError as error:
         raise SceneError(f"--sensor {argument}: {error}") from None
     path = Path(spec)
+    alone = sensor.key in declared.bands and (path.is_dir() or path.suffix.lower() == ".json")
+    if alone:
+        raise SceneError(f"--bands {sensor.key}: names the bands of one raster; {spec} names its bands itself")
     if path.suffix.lower() == ".json":
         found = from_stac(path, sensor)
     elif path.is_dir():
         found = from_folder(path, sensor)
     else:
         found = _from_files(spec.split(","), sensor, declared)
-    found = dataclasses.replace(
-        found,
-        unit=_unit(sensor, declared.unit.get(sensor.key, "")),
-        offset=declared.offset.get(sensor.key, found.offset),
-        nodata=declared.nodata.get(sensor.key),
-    )
-    check(found, declared=sensor.key in declared.unit)
+    found = _as_declared(found, sensor, declared)
+    key = sensor.key
+    return check(found, checks.Declared(found.unit, key in declared.unit, found.offset, key in declared.offset))
+
+
+def _as_declared(found: Acquisition, sensor: Sensor, declared: Declared) -> Acquisition:
+    """An acquisition with its unit, offset and nodata: what the user says, else what the files say."""
+    key, path, stated = sensor.key, found.paths[0], [_scaling(layer) for layer in found.layers]
+    unit = declared.unit.get(key, "")
+    if _makes_reflectance(found, stated):
+        if unit and _unit(sensor, unit) != "reflectance":
+            scale = f"{stated[0][0]:g}"
+            raise SceneError(f"{path}: states scale {scale} itself, so its values are reflectance; leave --unit out")
+        unit = "reflectance"
+    # A file that states an offset of its own is read harmonised: the product's must not be taken off again.
+    own = 0.0 if any(shift for _, shift in stated) else found.offset
+    offset = declared.offset.get(key, own)
+    return dataclasses.replace(found, unit=_unit(sensor, unit), offset=offset, nodata=declared.nodata.get(key))
+
+
+def resolve_all(arguments: Sequence[str], declared: Declared) -> list[Acquisition]:
+    """:func:`resolve` of every ``--sensor``. Raises SceneError with the faults of all of them."""
+    found, faults = [], []
+    for argument in arguments:
+        try:
+            found.append(resolve(argument, declared))
+        except SceneError as error:
+            faults.append(str(error))
+    if faults:
+        raise SceneError("; ".join(dict.fromkeys(faults)))
     return found
 
 
 def _unit(sensor: Sensor, given: str) -> str:
-    known = UNITS[sensor.key]
-    given = unit_word(given).lower()
-    if given and given not in known:
-        raise SceneError(f"--unit {sensor.key}={given}: expected one of {list(known)}")
-    return given or known[0]
+    try:
+        return units.word(given, sensor)
+    except units.UnitError as error:
+        raise SceneError(f"--unit {sensor.key}={given}: {str(error).partition('; ')[2]}") from None
 
 
 def _from_files(paths: Sequence[str], sensor: Sensor, declared: Declared) -> Acquisition:
-    layers: dict[str, Layer] = {}
     names = declared.bands.get(sensor.key, ())
+    if names and len(paths) > 1:
+        raise SceneError(f"--bands {sensor.key}: names the bands of one raster, but {len(paths)} are given")
+    found: list[Layer] = []
     for path in paths:
         with open_raster(path) as source:
-            given = names if len(paths) == 1 else ()
-            for i, band in enumerate(bands_of(source, sensor, given), 1):
-                if band:
-                    layers.setdefault(band, Layer(band, path, i))
-    return Acquisition(sensor.key, ordered(layers, sensor, ", ".join(paths)), "", product=Path(paths[0]).stem)
+            found += [Layer(band, path, i) for i, band in enumerate(bands_of(source, sensor, names), 1) if band]
+    what = ", ".join(paths)
+    layers = unique(found, what)
+    product = Path(paths[0]).stem
+    return Acquisition(sensor.key, ordered(layers, sensor, what), "", product=product, cirrus=layers.get("B10"))
+
+
+def _scaling(layer: Layer) -> tuple[float, float]:
+    """Scale and offset that the file itself states (GDAL); 1 and 0 where it states none."""
+    with open_raster(layer.path) as source:
+        if layer.index > source.count:
+            raise SceneError(f"{layer.path}: has {source.count} bands, band {layer.index} was asked for")
+        return source.scales[layer.index - 1], source.offsets[layer.index - 1]
+
+
+def _makes_reflectance(found: Acquisition, stated: Sequence[tuple[float, float]]) -> bool:
+    """Whether the files say themselves that scaling makes reflectance of their DN."""
+    scales = sorted({scale for scale, _ in stated})
+    if SENSORS[found.sensor].unit != "DN" or scales[0] >= 0.01:
+        return False
+    if scales[-1] >= 0.01:
+        raise SceneError(f"{found.paths[0]}: its bands state the scales {scales}; rewrite them with one scale")
+    _log.info("%s: states scale %g itself, so its values are reflectance", found.paths[0], scales[-1])
+    return True
 
 
 # --- checks before the work ----------------------------------------------------------------------
 
 
-def check(acquisition: Acquisition, *, declared: bool = False) -> None:
-    """Opens every file, reads a sample of every band and compares it with the unit.
+def check(acquisition: Acquisition, said: checks.Declared) -> Acquisition:
+    """Opens every file, reads a sample of every band and compares it with what was said of it.
 
-    Args:
-      declared: the user named the unit: it wins over appearances, only values that it cannot hold are refused.
+    Returns:
+      The acquisition with what looks wrong noted in ``doubts``, which is warned of.
 
     Raises:
-      SceneError: a file is unreadable or empty, or its values are in another unit.
+      SceneError: a file is unreadable or empty, or its values surely are not what they are called.
     """
+    key, path = acquisition.sensor, acquisition.paths[0]
     samples = {layer.band: sample(layer, acquisition.nodata) for layer in acquisition.layers}
-    values = np.concatenate(list(samples.values()))
-    if not values.size:
-        raise SceneError(f"{acquisition.paths[0]}: holds nothing but nodata; give another file or date")
-    if acquisition.sensor == "s1":
-        _check_radar(acquisition, values, declared)
-    else:
-        _check_optical(acquisition, samples, values, declared)
-
-
-def _doubt(text: str, declared: bool) -> None:
-    """What looks wrong stops the job, unless the user said that it is right."""
-    if not declared:
-        raise SceneError(text)
-    _log.warning("%s; taken as declared", text)
+    cirrus = sample(acquisition.cirrus, acquisition.nodata) if acquisition.cirrus else None
+    findings = checks.offset(key, said.offset)
+    findings = (
+        findings if any(f.sure for f in findings) else findings + checks.values(key, samples, said, cirrus=cirrus)
+    )
+    for finding in findings:
+        if finding.sure:
+            raise SceneError(f"{path}: {finding.text}")
+        _log.warning("%s: %s", path, finding.text)
+    return dataclasses.replace(acquisition, doubts=tuple(f"{Path(path).name}: {f.text}" for f in findings))
 
 
 def sample(layer: Layer, nodata: float | None = None) -> np.ndarray:
-    """float64 [n]: valid pixels of a coarse sample of one band (decimated, but down to the last row)."""
+    """[n]: valid pixels of a coarse sample of one band (but down to the last row), scaled as the file says."""
+    scale, shift = _scaling(layer)
     with open_raster(layer.path) as source:
-        if layer.index > source.count:
-            raise SceneError(f"{layer.path}: has {source.count} bands, band {layer.index} was asked for")
         rows, columns = min(source.height, _SAMPLE), min(source.width, _SAMPLE)
         try:
-            data = source.read(layer.index, out_shape=(rows, columns)).astype(np.float64)
+            data = source.read(layer.index, out_shape=(rows, columns))
             source.read(layer.index, window=((source.height - 1, source.height), (0, source.width)))
         except RasterioIOError as error:
             raise SceneError(f"{layer.path}: {broken(error)}") from None
@@ -131,40 +172,4 @@ def sample(layer: Layer, nodata: float | None = None) -> np.ndarray:
     for value in (declared, nodata):
         if value is not None:
             bad |= data == value
-    return data[~bad]
-
-
-def _check_radar(acquisition: Acquisition, values: np.ndarray, declared: bool) -> None:
-    path, median, low = acquisition.paths[0], float(np.median(values)), float(np.percentile(values, 1))
-    if acquisition.unit == "power" and median < 0:
-        raise SceneError(f"{path}: median {median:.4g} is below zero, so this is dB and not power; pass --unit s1=db")
-    if acquisition.unit == "db" and low >= 0:
-        text = f"{path}: values from {low:.4g} with median {median:.4g} look like linear power, not dB"
-        _doubt(f"{text}; pass --unit s1=power (or --unit s1=db if they are dB)", declared)
-    elif acquisition.unit == "db" and not -60 < median < 20:
-        text = f"{path}: median {median:.4g} looks like no backscatter in dB"
-        _doubt(f"{text}; pass --nodata s1=VALUE or the --unit", declared)
-
-
-def _check_optical(
-    acquisition: Acquisition, samples: Mapping[str, np.ndarray], values: np.ndarray, declared: bool
-) -> None:
-    path, key, unit = acquisition.paths[0], acquisition.sensor, acquisition.unit
-    high, low = float(np.percentile(values, 99.5)), float(values.min())
-    if unit == "reflectance" and high > 20:
-        raise SceneError(f"{path}: values up to {high:.4g} are DN, not reflectance; pass --unit {key}=dn")
-    if unit == "dn" and high < 5 and bool(np.any(values != np.round(values))):
-        text = f"{path}: fractional values up to {high:.3g} look like reflectance, not DN"
-        _doubt(f"{text}; pass --unit {key}=reflectance (or --unit {key}=dn if they are DN)", declared)
-    if low < (-0.3 if unit == "reflectance" else -3000):
-        _log.warning("%s: holds values down to %.4g; if that is nodata, pass --nodata %s=%g", path, low, key, low)
-    darkest = min((np.percentile(v[v > 0], 1) for v in samples.values() if np.any(v > 0)), default=0.0)
-    plain = key == "s2_l2a" and unit == "dn" and not acquisition.offset
-    if plain and L2A_THRESHOLD < darkest <= L2A_ABSTAIN:
-        _log.warning(
-            "%s: the darkest pixels stand at %.0f DN, as if the baseline offset were still inside; "
-            "if so, pass --offset s2_l2a=%.0f",
-            path,
-            darkest,
-            BASELINE_OFFSET,
-        )
+    return data[~bad] if (scale, shift) == (1.0, 0.0) else data[~bad] * scale + shift

@@ -12,6 +12,7 @@ from typing import Any
 import rasterio
 from rasterio.errors import RasterioError
 
+from terrafm_jax import checks
 from terrafm_jax.scenes.errors import SceneError, first_line
 from terrafm_jax.sensors import Sensor, band_name
 
@@ -35,11 +36,13 @@ class Acquisition:
     Attributes:
       sensor: key of the table of sensors.
       layers: one per band, in canonical order; bands of the sensor may be missing.
-      unit: ``dn`` or ``reflectance`` (Sentinel-2), ``db`` or ``power`` (Sentinel-1).
+      unit: one of ``units.WORDS``.
       offset: processing-baseline DN still inside (0 = harmonised).
       nodata: value that means "no measurement" beside what the files declare; None = only that.
       product, time: as far as known.
       classes: path of the scene classification (SCL), if there is one.
+      cirrus: B10 of Level-1C, if there is one: no band of the model, but the best evidence of the offset.
+      doubts: sentences on what looks wrong.
     """
 
     sensor: str
@@ -50,6 +53,8 @@ class Acquisition:
     product: str = ""
     time: str = ""
     classes: str = ""
+    cirrus: Layer | None = None
+    doubts: tuple[str, ...] = ()
 
     @property
     def bands(self) -> tuple[str, ...]:
@@ -93,8 +98,16 @@ def broken(error: BaseException) -> str:
 def bands_of(source: rasterio.DatasetReader, sensor: Sensor, names: Sequence[str] = ()) -> list[str | None]:
     """ESA name of every band of a raster; None for a band that is no band of the sensor.
 
-    ``names`` (from --bands) win, then band descriptions, then, for one band, the file name.
+    ``names`` (from --bands), then band descriptions, then, for one band, the file name.
+
+    Raises:
+      SceneError: no names, unknown names, a band named twice, B10 in Level-2A, names that contradict the descriptions.
     """
+    for finding in checks.level(sensor.key, [*source.descriptions, *names, last_part(source.name)]):
+        raise SceneError(f"{source.name}: {finding.text}")
+    described = [band_name(d, sensor) if d else None for d in source.descriptions]
+    override = names[:1] == ("override",)
+    names = names[1:] if override else names
     if names:
         if len(names) != source.count:
             raise SceneError(
@@ -104,22 +117,61 @@ def bands_of(source: rasterio.DatasetReader, sensor: Sensor, names: Sequence[str
         if None in found:
             unknown = [n for n, b in zip(names, found, strict=True) if b is None]
             raise SceneError(f"--bands {sensor.key}: unknown bands {unknown}; expected {list(sensor.band_names)}")
+        _once(f"--bands {sensor.key}", found)
+        wrong = [f"{n} for {d}" for n, d in zip(found, described, strict=True) if d and n != d]
+        if wrong and not override:
+            raise SceneError(
+                f"{source.name}: --bands {sensor.key} contradicts the names in the file ({', '.join(wrong)}); leave "
+                f"--bands out, or if the file is wrong, pass --bands {sensor.key}=override,{','.join(names)}"
+            )
         return found
-    found = [band_name(d, sensor) if d else None for d in source.descriptions]
+    found = described
     if not any(found) and source.count == 1:
         found = [band_in_name(Path(source.name).stem, sensor)]
     if not any(found):
+        hint = ""
+        if source.count == 13 and sensor.unit == "DN":
+            hint = "; 13 is the count of Level-1C (with B10)" + ("" if sensor.dropped else ": use s2_l1c")
         raise SceneError(
             f"{source.name}: its {source.count} bands have no names of {sensor.title} bands "
-            f"(descriptions {list(source.descriptions)[:3]}); pass --bands {sensor.key}=NAME,NAME,... in file order"
+            f"(descriptions {list(source.descriptions)[:3]}{hint}); "
+            f"pass --bands {sensor.key}=NAME,NAME,... in file order"
         )
+    _once(str(source.name), found)
     return found
+
+
+def _once(what: str, names: Sequence[str | None]) -> None:
+    twice = sorted({n for n in names if n and list(names).count(n) > 1})
+    if twice:
+        raise SceneError(f"{what}: names {', '.join(twice)} twice; name each band once")
+
+
+def last_part(path: str) -> str:
+    """The end of a file's name without suffix and sampling, where its band stands."""
+    return re.split(r"[_\-.]", re.sub(r"_(10|20|60)m$", "", Path(path).stem))[-1]
 
 
 def band_in_name(stem: str, sensor: Sensor) -> str | None:
     """The band that a file name ends in: ``B02``, ``T31TDG_..._B8A_20m``, ``x_vv``."""
     stem = re.sub(r"_(10|20|60)m$", "", stem)
     return band_name(stem, sensor) or band_name(re.split(r"[_\-.]", stem)[-1], sensor)
+
+
+def unique(found: Sequence[Layer], what: str) -> dict[str, Layer]:
+    """Layers by band. Raises SceneError, with the candidates, where a band is found twice: which one is not guessed."""
+    by_band: dict[str, list[Layer]] = {}
+    for layer in found:
+        by_band.setdefault(layer.band, []).append(layer)
+    twice = {band: layers for band, layers in by_band.items() if len(layers) > 1}
+    if twice:
+        band, layers = next(iter(twice.items()))
+        shown = ", ".join(layer.path for layer in layers[:4]) + (" ..." if len(layers) > 4 else "")
+        raise SceneError(
+            f"{what}: {', '.join(twice)} found more than once ({band} in {shown}); "
+            "give one product or date at a time, each with its own --sensor"
+        )
+    return {band: layers[0] for band, layers in by_band.items()}
 
 
 def ordered(layers: Mapping[str, Layer], sensor: Sensor, what: str) -> tuple[Layer, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from terrafm_jax.scenes.errors import SceneError, first_line
 from terrafm_jax.scenes.grid import Grid
 from terrafm_jax.tables import read_csv
 
+_log = logging.getLogger(__name__)
 _NAMES = (("lon", "lat"), ("longitude", "latitude"), ("x", "y"))
 
 
@@ -37,6 +39,8 @@ def read_points(path: Path) -> tuple[np.ndarray, dict[str, list[Any]]]:
     except ValueError as error:
         raise SceneError(f"--points {path}: a coordinate is no number ({first_line(error)})") from None
     bad = np.flatnonzero(~((np.abs(places[:, 0]) <= 180) & (np.abs(places[:, 1]) <= 90)))
+    if bad.size and (np.abs(places[:, 0]) <= 90).all() and (np.abs(places[:, 1]) <= 180).all():
+        raise SceneError(f"--points {path}: latitudes beyond 90 degrees; are lon and lat swapped?")
     if bad.size or not len(places):
         raise SceneError(
             f"--points {path}: {len(places)} places, rows {bad[:5].tolist()} are no degrees; expected EPSG:4326"
@@ -65,6 +69,28 @@ def to_grid(places: np.ndarray, grid: Grid) -> np.ndarray:
     """Longitude, latitude -> x, y in the CRS of a grid; float64 [N, 2]."""
     xs, ys = transform_points("EPSG:4326", grid.crs, places[:, 0].tolist(), places[:, 1].tolist())
     return np.array([xs, ys]).T
+
+
+def outside(path: Path, places: np.ndarray, wanted: np.ndarray, grid: Grid) -> list[str]:
+    """A sentence, also warned of, on places [N, 2] that are none of ``wanted`` (positions); none if all are.
+
+    Raises:
+      SceneError: no place lies in the scene.
+    """
+    count = len(places) - len(wanted)
+    if not len(wanted):
+        hint = "give degrees of EPSG:4326 in this scene and --aoi"
+        if (np.abs(places) <= 90).all():
+            x, y = to_grid(places[:, ::-1], grid).T
+            left, bottom, right, top = grid.bounds
+            if ((left <= x) & (x <= right) & (bottom <= y) & (y <= top)).any():
+                hint = "they lie in it with lon and lat swapped: correct the columns"
+        raise SceneError(f"--points {path}: all {count} places lie outside the scene; {hint}")
+    if not count:
+        return []
+    text = f"{count} of {len(places)} places outside the scene or --aoi"
+    _log.warning("--points %s: %s", path, text)
+    return [text]
 
 
 def write_points(

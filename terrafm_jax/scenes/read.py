@@ -7,12 +7,11 @@ kernel when it shrinks), renormalised over valid pixels; Sentinel-1 in linear po
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,14 +27,13 @@ from terrafm_jax.scenes import area
 from terrafm_jax.scenes.errors import SceneError
 from terrafm_jax.scenes.grid import Grid
 from terrafm_jax.scenes.layers import Acquisition, Layer, broken, open_raster
+from terrafm_jax.scenes.masks import SCL_INVALID, MaskFile, check_masks
 from terrafm_jax.scenes.resample import resample
 from terrafm_jax.sensors import SENSORS
 
 _log = logging.getLogger(__name__)
 
 COMPOSITES = ("first", "median", "mean")
-# Scene classification of Level 2A: no data, saturated, cloud shadow, medium and high cloud, cirrus, snow stays.
-SCL_INVALID = (0, 1, 3, 8, 9, 10)
 _POWER_FLOOR = 1e-6  # -60 dB
 _LARGEST = {"s1": (1e7, "power"), "s2_l1c": (65_535.0, "DN"), "s2_l2a": (65_535.0, "DN")}
 
@@ -46,25 +44,6 @@ class Pixels:
 
     values: np.ndarray
     valid: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class MaskFile:
-    """A raster that says where the scene counts: ``keep`` where non-zero, or classes (SCL) to leave out."""
-
-    path: str
-    classes: tuple[int, ...] = ()
-
-
-def read_mask(text: str) -> MaskFile:
-    """``FILE`` (non-zero = keep) or ``scl=FILE`` or ``scl=FILE:3,8,9`` (classes to leave out). Raises SceneError."""
-    kind, _, rest = text.partition("=")
-    if kind.lower() != "scl" or not rest:
-        open_raster(text).close()
-        return MaskFile(text)
-    path, _, listed = rest.rpartition(":") if rest.rpartition(":")[2].replace(",", "").isdigit() else (rest, "", "")
-    open_raster(path).close()
-    return MaskFile(path, tuple(int(v) for v in listed.split(",")) if listed else SCL_INVALID)
 
 
 class SceneReader:
@@ -94,7 +73,25 @@ class SceneReader:
         for acquisition in acquisitions:
             self.dates[acquisition.sensor].append(acquisition)
         self.bands = {key: _common_bands(dates) for key, dates in self.dates.items()}
-        self._local = threading.local()
+        self._local, self._lock = threading.local(), threading.Lock()
+        self._noted: list[str] = []
+        for text in check_masks(grid, self._masks, self.dates, use_classes):
+            self._note(text)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What looks wrong with the inputs, as far as it is known by now: reading goes on finding things."""
+        return list(
+            dict.fromkeys([*(t for dates in self.dates.values() for d in dates for t in d.doubts), *self._noted])
+        )
+
+    def _note(self, text: str) -> None:
+        """Warns once, in whichever thread finds it first."""
+        with self._lock:
+            new = text not in self._noted
+            self._noted += [text] if new else []
+        if new:
+            _log.warning(text)
 
     @property
     def paths(self) -> list[str]:
@@ -163,7 +160,8 @@ class SceneReader:
         if window.width <= 0 or window.height <= 0:
             return np.full((len(layers), grid.height, grid.width), np.nan, np.float32)
         data = self._pixels(layers, window)
-        data = _measured(data, date, [self._open(layer.path).nodatavals[layer.index - 1] for layer in layers])
+        stored = [_Stored.of(self._open(layer.path), layer.index) for layer in layers]
+        data = _measured(data, date, stored, self._note)
         transform = source.window_transform(window)
         aligned = source.crs == grid.crs and _offset(transform, grid)
         if aligned:
@@ -273,7 +271,22 @@ def _source_window(source: rasterio.DatasetReader, grid: Grid) -> Window:
     return Window(left, top, right - left, bottom - top)
 
 
-def _measured(data: np.ndarray, date: Acquisition, declared: Sequence[float | None]) -> np.ndarray:
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """What a file says of one band: its nodata (as stored), and how stored numbers become values."""
+
+    nodata: float | None
+    scale: float = 1.0
+    shift: float = 0.0
+
+    @classmethod
+    def of(cls, source: rasterio.DatasetReader, index: int) -> _Stored:
+        return cls(source.nodatavals[index - 1], source.scales[index - 1], source.offsets[index - 1])
+
+
+def _measured(
+    data: np.ndarray, date: Acquisition, stored: Sequence[_Stored], note: Callable[[str], None]
+) -> np.ndarray:
     """Harmonised DN or linear power, NaN where nothing was measured; ``data`` float32 [bands, H, W] may be changed.
 
     Sentinel-2: nodata is zero (or the declared value) in all bands at once; zero in some bands is dark
@@ -283,16 +296,21 @@ def _measured(data: np.ndarray, date: Acquisition, declared: Sequence[float | No
     bad = np.zeros(data.shape[1:], bool)
     if not np.isfinite(data.sum(dtype=np.float64)):  # NaN and infinity survive every sum
         bad |= ~np.isfinite(data).all(0)
-    for band, value in zip(data, declared, strict=True):
-        for v in (value, date.nodata):
+    for band, file in zip(data, stored, strict=True):
+        for v in (file.nodata, date.nodata):
             if v is not None and not np.isnan(v) and (v != 0 or date.sensor == "s1"):
                 bad |= band == np.float32(v)
+    if date.sensor != "s1":
+        bad |= ~data.any(0)
+    for band, file in zip(data, stored, strict=True):
+        if (file.scale, file.shift) != (1.0, 0.0):
+            band *= np.float32(file.scale)
+            band += np.float32(file.shift)
     if date.sensor == "s1":
         with np.errstate(over="ignore", invalid="ignore"):
             data = 10.0 ** (data / 10.0) if date.unit == "db" else data
         bad |= ~(data > 0).all(0)
     else:
-        bad |= ~data.any(0)
         if date.unit == "reflectance":
             data *= 10_000.0
         if date.offset:
@@ -301,16 +319,11 @@ def _measured(data: np.ndarray, date: Acquisition, declared: Sequence[float | No
     if not (-limit <= data.min() and data.max() <= limit):  # NaN, too, makes us look closer
         impossible = ~bad & (np.abs(data) > limit).any(0)
         if impossible.any():
-            _say_once(f"{date.paths[0]}: holds values beyond {limit:g}, which cannot be {unit}; they count as nodata")
+            note(f"{date.paths[0]}: holds values beyond {limit:g}, which cannot be {unit}; they count as nodata")
         bad |= impossible
     if bad.any():
         data[:, bad] = np.nan
     return data
-
-
-@functools.cache
-def _say_once(text: str) -> None:
-    _log.warning(text)
 
 
 def _offset(transform: Any, grid: Grid) -> tuple[int, int] | None:
