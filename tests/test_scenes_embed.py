@@ -325,7 +325,7 @@ def test_units_end_in_the_same_features(tmp_path: Path) -> None:
         ("s2_l2a", dn, reflectance, "--unit=s2_l2a=reflectance"),
         ("s2_l2a", dn, shifted, "--offset=s2_l2a=1000"),
     ):
-        outs = [tmp_path / "1.tif", tmp_path / "2.tif"]
+        outs = [tmp_path / f"{flag[2:]}{n}.tif" for n in (1, 2)]
         assert call(out=outs[0], sensors={key: first}) == 0
         assert call(flag, out=outs[1], sensors={key: second}) == 0
         assert np.allclose(tokens(outs[0]), tokens(outs[1]), atol=2e-3), flag
