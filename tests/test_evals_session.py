@@ -240,7 +240,7 @@ def test_session_writes_resumes_and_compares(tmp_path):
     text = (out / "results.md").read_text()
     assert "## torchgeo-bench-knn5/1, 100 % of the train labels" in text
     assert "(n=2)" in text
-    assert "- tiny: 12 train, 3 val, 9 test samples" in text
+    assert "- tiny: 12 train, 4 val, 8 test samples" in text
     assert any("50 % of the train labels, draw 1: top1" in line for line in said)
     assert (out / "figures/scores.png").stat().st_size > 5000
     assert len(list((out / "figures").glob("confusion-*.png"))) == 1
