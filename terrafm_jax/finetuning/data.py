@@ -1,4 +1,4 @@
-"""Batches of labelled images as a function of the step: seeded order, this process's rows, read ahead by threads."""
+"""Batches of labelled images as a function of the step: seeded order, read ahead by threads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import jax
 import numpy as np
 
 from terrafm_jax.evals.datasets.base import DatasetInfo, Sample, Split, collate
@@ -66,15 +65,13 @@ class Source:
         return np.resize(np.roll(self.order(epoch, seed), -at * batch_size), batch_size)
 
     def train(self, start: int, stop: int, batch_size: int, seed: int) -> Iterator[dict[str, Any]]:
-        """This process's part of the batches of steps start..stop-1, read ahead of the device."""
-        count, index = jax.process_count(), jax.process_index()
-        part = slice(index * batch_size // count, (index + 1) * batch_size // count)
+        """The batches of steps start..stop-1, read ahead of the device."""
         with ThreadPoolExecutor(1) as ahead:
             waiting = []
             step = start
             while step < stop or waiting:
                 while step < stop and len(waiting) < AHEAD:
-                    waiting.append(ahead.submit(self.batch, self.rows(step, batch_size, seed)[part]))
+                    waiting.append(ahead.submit(self.batch, self.rows(step, batch_size, seed)))
                     step += 1
                 yield waiting.pop(0).result()
 

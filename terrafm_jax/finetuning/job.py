@@ -42,6 +42,8 @@ class Job:
 
     def __post_init__(self) -> None:
         schema.check(self.config)
+        if jax.process_count() > 1:
+            raise ConfigError("fine-tuning runs in one process, on all of its devices; start it without --distributed")
         c = self.config
         encoder = open_encoder(c.init_from, c.image_size, c.compute.dtype, c.upstream_l2a_stem)
         if not isinstance(encoder, Encoder):
@@ -104,7 +106,7 @@ class Job:
         recipe = self.config.copy_and_resolve_references()
         with recipe.unlocked():
             del recipe.stop_at_epoch  # says how far to go now, not what the run is
-        workdir_lib.claim(self.workdir, recipe, write=jax.process_index() == 0)
+        workdir_lib.claim(self.workdir, recipe, write=True)
         sources, stop = self.sources(), StopRequest()
         shown = ", ".join(f"{k} {len(s)}" for k, s in sources.items())
         self.say(f"{self.dataset.info.name} ({self.dataset.info.task}): {shown}; inputs {'+'.join(self.inputs)}")
@@ -143,12 +145,11 @@ class Job:
             "per_class": result.per_class, "classes": list(info.classes), "confusion": result.confusion,
             "settings": result.settings | {"split": split, "rates": list(c.rates)}, "note": info.note,
         }  # fmt: skip
-        if jax.process_index() == 0:
-            shutil.copytree(Path(str(best.folder)) / "best", self.folder / "best", dirs_exist_ok=True)
-            (self.folder / "results.jsonl").write_text(json.dumps(row, default=store._plain) + "\n")
-            (self.folder / "results.md").write_text(report.markdown([row]))
-            if row["confusion"] is not None:
-                report.confusion_figure(row, self.folder / "figures" / "confusion.png")
+        shutil.copytree(Path(str(best.folder)) / "best", self.folder / "best", dirs_exist_ok=True)
+        (self.folder / "results.jsonl").write_text(json.dumps(row, default=store._plain) + "\n")
+        (self.folder / "results.md").write_text(report.markdown([row]))
+        if row["confusion"] is not None:
+            report.confusion_figure(row, self.folder / "figures" / "confusion.png")
         if c.predictions:
             from terrafm_jax.finetuning.predict import write_predictions
 

@@ -6,7 +6,6 @@ import csv
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from terrafm_jax.evals.datasets.base import DatasetInfo
@@ -17,13 +16,8 @@ NODATA = 255
 
 
 def write_predictions(folder: Path, run: Run, state: TuneState, split: str, info: DatasetInfo) -> None:
-    """``predictions.csv`` for whole images; one ``<id>.tif`` a mask, georeferenced where the image file is.
-
-    Every process computes; the first writes.
-    """
+    """``predictions.csv`` for whole images; one ``<id>.tif`` a mask, georeferenced where the image file is."""
     found = [p for batch, _ in run.outputs(state, split) for p in batch]
-    if jax.process_index():
-        return
     folder.mkdir(parents=True, exist_ok=True)
     source = run.sources[split]
     if info.task == "segmentation":

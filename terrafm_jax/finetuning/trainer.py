@@ -206,8 +206,7 @@ class Run:
         self.plan, self.folder, self.sources, self.say = plan, epath.Path(folder), dict(sources), say
         self.folder.mkdir(parents=True, exist_ok=True)
         self.checkpoints = Checkpointer(str(self.folder), keep_last=1)
-        self.first = jax.process_index() == 0
-        self.writer = MetricWriter(str(self.folder), self.first, tensorboard)
+        self.writer = MetricWriter(str(self.folder), True, tensorboard)
         self.per_epoch = steps_per_epoch(len(self.sources["train"]), plan.batch_size)
         self.best: tuple[float, int] = (-np.inf, -1)
         self._predict, self._measure = make_predict(plan), make_measure(plan)
@@ -234,7 +233,7 @@ class Run:
         finally:
             batches.close()
             self.checkpoints.wait()
-        if complete and self.first:
+        if complete:
             (self.folder / "DONE").write_text(f"step {int(state.step)}\n")
         return complete
 
@@ -303,8 +302,6 @@ class Run:
         """Writes ``best/``: the encoder as ``terrafm_jax.load`` reads it, and beside it ``head/`` (LoRA folded in)."""
         params = to_host(network.merged(self.plan.spec, state.trainable, state.frozen))
         head = {"head": params["head"], "head_state": to_host(state.head)}
-        if not self.first:
-            return
         spec = self.plan.spec
         meta = {
             "step": int(state.step), "epoch": epoch, "score": score, "name": self.plan.name,
@@ -353,7 +350,7 @@ class Run:
         for batch, count in source.evaluate(self.plan.eval_batch_size):
             size = tuple(batch["targets"].shape[1:3]) if self.plan.spec.task == "segmentation" else (0, 0)
             part = {k: v for k, v in batch.items() if k != "targets"}
-            found = self._predict(state, _local(self.plan, part), size)
+            found = self._predict(state, to_device(self.plan, part), size)
             yield to_host(found)[:count], batch["targets"][:count]
 
     def evaluate(self, state: TuneState, split: str, resamples: int | None = None) -> Result:
@@ -380,16 +377,6 @@ class Run:
     def close(self) -> None:
         self.checkpoints.close()
         self.writer.close()
-
-
-def _local(plan: Plan, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Evaluation batches are the same in every process: each takes its rows of them."""
-    count, index = jax.process_count(), jax.process_index()
-
-    def part(x: np.ndarray) -> np.ndarray:
-        return x[index * len(x) // count : (index + 1) * len(x) // count]
-
-    return to_device(plan, {k: v if k == "bands" else jax.tree.map(part, v) for k, v in batch.items()})
 
 
 def selection(task: str, result: Result) -> float:
