@@ -292,7 +292,8 @@ def test_slurm_requeues_after_a_preemption(root, worker):
     """jax.distributed joins the tasks through Slurm's variables; the batch script ends as the step did."""
     env = fake_cluster(worker, 2) | {**FAST, "MODULE": "fake_training", "PYTHONPATH": str(worker)}
     arguments = [f"--workdir={worker / 'out'}", "--plan=42"]
-    found = call(root, "bash", copied(root, worker), *arguments, env=env | {"JAX_PLATFORMS": "cpu"})
+    env |= {"JAX_PLATFORMS": "cpu", "SLURM_SUBMIT_DIR": str(worker)}
+    found = call(root, "bash", copied(root, worker), *arguments, env=env)
     assert found.returncode == 42, found.stderr
     assert (worker / "out/start_1_0").read_text().startswith("2 ")
     assert (worker / "scontrol.log").read_text() == f"requeue {env['SLURM_JOB_ID']}\n"
