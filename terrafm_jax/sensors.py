@@ -103,7 +103,7 @@ _S2_BANDS = (
     Band("B11", 20, ("swir16", "swir_1", "swir1", "11 - swir")),
     Band("B12", 20, ("swir22", "swir_2", "swir2", "12 - swir")),
 )
-_B10 = Band("B10", 60, ("cirrus", "10 - swir - cirrus"))
+_B10 = Band("B10", 60, ("cirrus", "swir_cirrus", "10 - swir - cirrus"))
 
 S1 = Sensor(
     key="s1",
