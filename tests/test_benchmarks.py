@@ -74,7 +74,6 @@ def test_all_that_one_call_measures_is_understood(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "flags", "keys"),
     [
