@@ -15,6 +15,7 @@ from tiles_fake import fake_record, write_dataset
 
 from terrafm_jax import landcover
 from terrafm_jax.config import base
+from terrafm_jax.evals import landcover_knn
 from terrafm_jax.evals.datasets.base import DatasetError
 from terrafm_jax.evals.during_training import LabelledSets, LandCoverKnn
 from terrafm_jax.evals.encoders import random_encoder
@@ -92,7 +93,7 @@ def splits(tmp_path_factory):
 
 
 @pytest.mark.parametrize("protocol", ["galileo-knn20", "torchgeo-bench-knn5"])
-def test_land_cover_is_classified_as_scikit_learn_does(splits, protocol):
+def test_land_cover_is_classified_as_scikit_learn_does(splits, protocol, monkeypatch):
     """20 neighbors by cosine, weighted exp(similarity / 0.07), or 5 by Euclidean distance with one vote each; features
     are the teacher's; a gallery of 60 tiles out of 80, all queries, and none whose category is unknown.
     """
@@ -107,12 +108,17 @@ def test_land_cover_is_classified_as_scikit_learn_does(splits, protocol):
     run = a_run("", protocol=protocol, gallery="train", split="holdout", train_examples=60, test_examples=0)
     run.config.knn.batch_size, run.config.data.dir = 16, str(folder)
     evaluator = LandCoverKnn(run)
-    read, encode, polls = [], evaluator._encode, []
+    read, encode, polls, center = [], evaluator._encode, [], []
+    results, score = [], landcover_knn.score
+    monkeypatch.setattr(landcover_knn, "score", lambda *arguments: results.append(score(*arguments)) or results[0])
 
     def noting(backbone, batch):
-        found = encode(backbone, batch)
+        """Features moved, as those of random weights all point the same way: no weighting would tell."""
+        found = np.asarray(encode(backbone, batch))
+        center.append(found.mean(0))
+        found = found - center[0]
         real = batch["index"] >= 0  # the others fill the last batch
-        read.append((batch["index"][real], np.asarray(found, np.float64)[real]))
+        read.append((batch["index"][real], found[real].astype(np.float64)))
         return found
 
     evaluator._encode = noting
@@ -126,6 +132,7 @@ def test_land_cover_is_classified_as_scikit_learn_does(splits, protocol):
     seen, truth = np.array(labels["train"])[gallery[0]], np.array(labels["holdout"])[known]
     predicted = reference.fit(gallery[1], seen).predict(queries[1])
     recalls = {landcover.NAMES[c]: np.mean(predicted[truth == c] == c) for c in np.unique(truth)}
+    np.testing.assert_allclose(results[0].scores, reference.predict_proba(queries[1]), atol=1e-5)
     assert 0.3 < np.mean(predicted == truth) < 0.9, "neither a guess nor trivial"
     assert found == {
         "knn_protocol": f"{protocol}/1",
