@@ -109,7 +109,7 @@ _S2_DELIVERED = (
     Band("B08", 10, ("nir", "nir_broad", "08 - nir")),
     Band("B8A", 20, ("nir08", "nir_narrow", "rededge4", "red_edge_4", "08a - vegetation red edge")),
     Band("B09", 60, ("nir09", "water_vapor", "water_vapour", "watervapor", "09 - water vapour")),
-    Band("B10", 60, ("cirrus", "10 - swir - cirrus")),
+    Band("B10", 60, ("cirrus", "swir_cirrus", "10 - swir - cirrus")),
     Band("B11", 20, ("swir16", "swir_1", "swir1", "11 - swir")),
     Band("B12", 20, ("swir22", "swir_2", "swir2", "12 - swir")),
 )

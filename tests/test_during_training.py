@@ -1,21 +1,28 @@
-"""Labelled data sets while pretraining: the same numbers as the evaluate command finds for the same weights."""
+"""What is evaluated while pretraining: kNN on land cover as scikit-learn finds it; labelled data sets as the evaluate
+command finds them for the same weights.
+"""
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import jax
 import labelled_fake as fake
+import numpy as np
 import pytest
+from tiles_fake import fake_record, write_dataset
 
+from terrafm_jax import landcover
 from terrafm_jax.config import base
+from terrafm_jax.evals import landcover_knn
 from terrafm_jax.evals.datasets.base import DatasetError
-from terrafm_jax.evals.during_training import LabelledSets
+from terrafm_jax.evals.during_training import LabelledSets, LandCoverKnn
 from terrafm_jax.evals.encoders import random_encoder
 from terrafm_jax.evals.protocols import ProtocolError
 from terrafm_jax.evals.session import Session, Settings
 from terrafm_jax.models.spec import ModelSpec
-from terrafm_jax.sensors import Statistics
+from terrafm_jax.sensors import SENSORS, Statistics
 
 pytest.importorskip("rasterio")
 TINY = ModelSpec(width=24, depth=2, heads=2, grid=2, prototypes=16, head_hidden=16, head_bottleneck=8, fusion_heads=4)
@@ -54,3 +61,82 @@ def test_faults_are_found_before_training(tmp_path):
     fake.eurosat_like(tmp_path / "tiny", per_class=2)
     with pytest.raises(ProtocolError, match=r"config.knn.labelled: nothing in .* that segmentation-linear can do"):
         LabelledSets(a_run(tmp_path / "tiny", protocol="segmentation-linear"))
+
+
+# --- land cover of prepared tiles ---
+
+
+def land(number: int) -> tuple[int, dict]:
+    """Category and record of a tile whose brightness tells a little of its category; every ninth is unknown."""
+    category = landcover.UNKNOWN if number % 9 == 0 else number % 5
+    record = fake_record(number, 24, category=category)
+    gain = 0.2 + 0.15 * (number % 5) + 0.2 * np.random.default_rng(number).random()
+    for key, sensor in SENSORS.items():
+        for group in sensor.groups:
+            record[key][group]["dn"] = (gain * record[key][group]["dn"]).astype(sensor.dtype)
+    return category, record
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory):
+    """A data set of two splits, and the categories of their tiles."""
+    folder, labels, infos = tmp_path_factory.mktemp("splits"), {}, []
+    for name, numbers in (("train", range(80)), ("holdout", range(100, 140))):
+        labels[name], records = map(list, zip(*map(land, numbers), strict=True))
+        written = write_dataset(folder / name, records, split=name, per_shard=40)
+        infos.append(json.loads((written / "dataset_info.json").read_text()))
+        for path in written.iterdir():
+            path.rename(folder / path.name)
+    infos[0]["splits"] += infos[1]["splits"]
+    (folder / "dataset_info.json").write_text(json.dumps(infos[0]))
+    return folder, labels
+
+
+@pytest.mark.parametrize("protocol", ["galileo-knn20", "torchgeo-bench-knn5"])
+def test_land_cover_is_classified_as_scikit_learn_does(splits, protocol, monkeypatch):
+    """20 neighbors by cosine, weighted exp(similarity / 0.07), or 5 by Euclidean distance with one vote each; features
+    are the teacher's; a gallery of 60 tiles out of 80, all queries, and none whose category is unknown.
+    """
+    neighbors = pytest.importorskip("sklearn.neighbors")
+    reference = {
+        "galileo-knn20": neighbors.KNeighborsClassifier(
+            20, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
+        ),
+        "torchgeo-bench-knn5": neighbors.KNeighborsClassifier(5, algorithm="brute"),
+    }[protocol]
+    folder, labels = splits
+    run = a_run("", protocol=protocol, gallery="train", split="holdout", train_examples=60, test_examples=0)
+    run.config.knn.batch_size, run.config.data.dir = 16, str(folder)
+    evaluator = LandCoverKnn(run)
+    read, encode, polls, center = [], evaluator._encode, [], []
+    results, score = [], landcover_knn.score
+    monkeypatch.setattr(landcover_knn, "score", lambda *arguments: results.append(score(*arguments)) or results[0])
+
+    def noting(backbone, batch):
+        """Features moved, as those of random weights all point the same way: no weighting would tell."""
+        found = np.asarray(encode(backbone, batch))
+        center.append(found.mean(0))
+        found = found - center[0]
+        real = batch["index"] >= 0  # the others fill the last batch
+        read.append((batch["index"][real], found[real].astype(np.float64)))
+        return found
+
+    evaluator._encode = noting
+    backbone = jax.device_get(random_encoder(TINY, 1, 32, Statistics.published()).params)
+    found = dict(evaluator(7, SimpleNamespace(teacher={"backbone": backbone}), lambda: polls.append(1)))
+
+    assert len(polls) == len(read) == 4 + 3
+    (gallery, queries) = (tuple(map(np.concatenate, zip(*part, strict=True))) for part in (read[:4], read[4:]))
+    known = [i for i, category in enumerate(labels["holdout"]) if category != landcover.UNKNOWN]
+    assert (len(gallery[0]), queries[0].tolist()) == (60, known)
+    seen, truth = np.array(labels["train"])[gallery[0]], np.array(labels["holdout"])[known]
+    predicted = reference.fit(gallery[1], seen).predict(queries[1])
+    recalls = {landcover.NAMES[c]: np.mean(predicted[truth == c] == c) for c in np.unique(truth)}
+    np.testing.assert_allclose(results[0].scores, reference.predict_proba(queries[1]), atol=1e-5)
+    assert 0.3 < np.mean(predicted == truth) < 0.9, "neither a guess nor trivial"
+    assert found == {
+        "knn_protocol": f"{protocol}/1",
+        "knn_top1": pytest.approx(np.mean(predicted == truth)),
+        "knn_macro": pytest.approx(np.mean(list(recalls.values()))),
+        **{f"knn_class/{name}": pytest.approx(value) for name, value in recalls.items()},
+    }

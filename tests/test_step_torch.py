@@ -29,14 +29,14 @@ from benchmarks.peer_torch import Trainer  # noqa: E402
 P = 16
 
 
-def spec_for_torch(**model: object) -> TrainSpec:
+def spec_for_torch(alpha: float, **model: object) -> TrainSpec:
     """No drop path and no warm-up of the temperature; decay that is not negligible."""
     spec = tiny(("s1", "s2_l2a"))
     return dataclasses.replace(
         spec,
         model=dataclasses.replace(spec.model, drop_path=0.0, depth=2, **model),
         optim=OptimSpec(batch_size=BATCH, total_steps=10, base_lr=3e-2, decay_start=0.4, decay_end=0.4, eps=1e-5),
-        objective=dataclasses.replace(spec.objective, teacher_temp=0.04, teacher_temp_warmup_steps=0),
+        objective=dataclasses.replace(spec.objective, alpha=alpha, teacher_temp=0.04, teacher_temp_warmup_steps=0),
     )
 
 
@@ -111,16 +111,24 @@ def with_distinct_queries(params: dict) -> dict:
     return jax.tree_util.tree_map_with_path(larger, params)
 
 
-@pytest.mark.parametrize("folded", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_two_steps_equal_torch(folded: bool) -> None:
-    spec, mesh = spec_for_torch(folded=folded), one_device()
+@pytest.mark.parametrize(
+    ("alpha", "folded"),
+    [
+        (0.8, False),
+        pytest.param(1.0, False, marks=pytest.mark.slow),
+        pytest.param(0.8, True, marks=pytest.mark.slow),
+    ],
+    ids=["dual centering", "plain DINO", "dual centering, folded"],
+)
+def test_two_steps_equal_torch(alpha: float, folded: bool) -> None:
+    spec, mesh = spec_for_torch(alpha, folded=folded), one_device()
     state = init_state(spec, mesh)
     state = dataclasses.replace(
         state, params=with_distinct_queries(state.params), teacher=with_distinct_queries(state.teacher)
     )
     goal = spec.objective
     trainer = Trainer(
-        peer_spec(spec.model, folded), torch.device("cpu"), torch.float32, compiled=False, decay=0.4, alpha=goal.alpha,
+        peer_spec(spec.model, folded), torch.device("cpu"), torch.float32, compiled=False, decay=0.4, alpha=alpha,
         teacher_temp=goal.teacher_temp, momentum=1.0, center_momentum=goal.center_momentum,
     )  # fmt: skip
     fill(trainer.student, state.params)

@@ -237,6 +237,27 @@ def test_nuisance_belongs_to_the_product(plans: list[CellPlan]) -> None:
     assert blues[0] != blues[1]
 
 
+@pytest.mark.parametrize("name", ["grass", "crop", "tree"])
+def test_leaves_are_green_in_the_summer_of_their_hemisphere(plans: list[CellPlan], name: str) -> None:
+    """NDVI of one cell, moved and seen again: seasons far from the equator, opposite across it, hardly any near it."""
+    plan = next(p for p in plans if p.landcover == name and "s2_l2a" in p.acquisitions)
+
+    def ndvi(lat: float, month: int) -> float:
+        seen = plan.acquisitions["s2_l2a"]
+        seen = dataclasses.replace(seen, time=seen.time.replace(month=month, day=18))
+        there = dataclasses.replace(plan, lat=lat, acquisitions={"s2_l2a": seen})
+        product = render(there, cloudy=0, wedges=0).products["s2_l2a"]
+        red, infrared = (product.bands[b].astype(float) - seen.offset for b in ("B04", "B08"))
+        return float(np.median((infrared - red) / (infrared + red)))
+
+    january, april, july = (ndvi(50, month) for month in (1, 4, 7))
+    swing = july - january
+    assert swing > 0.05
+    assert january + 0.2 * swing < april < july - 0.2 * swing
+    assert ndvi(-50, 1) - ndvi(-50, 7) > 0.8 * swing
+    assert abs(ndvi(2, 1) - ndvi(2, 7)) < 0.1 * swing
+
+
 def test_structure_is_common_to_all_sensors() -> None:
     """Dunes show in optical and radar: the bands correlate over a bare cell although speckled."""
     plan = next(p for p in plan_cells(seed=3, size=192, cells=1, heldout=12) if p.landcover == "bare")

@@ -53,7 +53,9 @@ def test_every_config_runs_as_a_smoke_test_of_itself(config: str, prepared: Path
     assert np.all(np.isfinite(losses))
     for monitor in ("teacher_entropy", "kl", "center_norm", "center_distance", "feature_std", "grad_norm"):
         assert monitor in found[-2] or monitor in found[-1], monitor
-    assert any("knn_top1" in key for row in found for key in row)
+    accuracy = {row["step"]: row["knn_top1"] for row in found if "knn_top1" in row}
+    assert list(accuracy) == [0, 4], "random weights first, then every config.knn.every"
+    assert all(0 <= value <= 1 for value in accuracy.values())
 
 
 @pytest.mark.parametrize("row", ["single", "modality", "fusion"])
@@ -152,6 +154,7 @@ def test_nonfinite_losses_abort_and_keep_the_last_good_checkpoint(
     assert f"last good checkpoint is {workdir}/checkpoints/2;" in done.stderr
     assert (workdir / "report.html").exists()
     good = [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
+    assert f"The last good checkpoint is {workdir / 'checkpoints' / str(max(good))};" in done.stderr
     for step in good:
         assert all(np.all(np.isfinite(v)) for v in state_of(workdir, step).values()), step
 

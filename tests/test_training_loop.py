@@ -1,0 +1,229 @@
+"""The loop inside one process: what is logged where, what a checkpoint remembers, a stop while evaluating."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import struct
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+from tiles_fake import fake_record, write_dataset
+
+from configs.demo import get_config
+from terrafm_jax.config import flatten, model_spec
+from terrafm_jax.sensors import Statistics
+from terrafm_jax.training import flops, loop
+
+STEPS, BATCH = 9, 8  # an epoch
+DAMAGED = "fake-train.array_record-00003-of-00009"  # 8 records
+PEAK = 1e12  # FLOP/s of a device, where it is known
+
+
+def statistics() -> Statistics:
+    """Other ones than the published."""
+    published = Statistics.published()
+    return dataclasses.replace(published, mean={k: tuple(m + 1 for m in v) for k, v in published.mean.items()})
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As many tiles as a run sees; a ninth of them cannot be read."""
+    folder = write_dataset(tmp_path_factory.mktemp("data"), [fake_record(i) for i in range(STEPS * BATCH)])
+    shard = folder / DAMAGED
+    shard.write_bytes(b"\xff" * len(shard.read_bytes()))
+    (folder / "statistics.json").write_text(statistics().to_json())
+    return folder
+
+
+def tiny(data: Path, **fields: Any) -> ConfigDict:
+    c = get_config("runlocal")
+    c.data.dir, c.data.max_skipped, c.data.sampling = str(data), 1.0, "uniform"
+    c.total_steps, c.knn.every, c.checkpoint.every = str(STEPS), "3", "3"
+    c.model.sensors, c.model.fusion, c.model.depth = ("s1",), False, 1
+    c.views.global_size, c.views.local_size, c.views.locals = 32, 16, 1
+    c.log.pictures, c.log.tensorboard = False, True
+    for key, value in fields.items():
+        section, _, name = key.rpartition("__")
+        (c[section] if section else c)[name] = value
+    return c
+
+
+class Watched:
+    """An evaluator that notes the steps it sees, and is told to stop in the middle of one of them."""
+
+    def __init__(self, stop_at: int = -1):
+        self.steps: list[int] = []
+        self.stop_at = stop_at
+
+    def __call__(self, step: int, state: Any, poll: Callable[[], None]) -> Iterator[tuple[str, float]]:
+        self.steps.append(step)
+        yield "begun", 1.0
+        if step == self.stop_at:
+            signal.raise_signal(signal.SIGTERM)
+        poll()
+        yield "watched", float(step)
+
+
+def rows(workdir: Path, key: str) -> dict[int, dict]:
+    """Rows of the metrics that hold ``key``, by step."""
+    found = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return {row["step"]: row for row in found if key in row}
+
+
+def meta(workdir: Path, step: int) -> dict:
+    return json.loads((workdir / "checkpoints" / str(step) / "meta" / "metadata").read_text())
+
+
+class FakeWandb(ModuleType):
+    """Stands for Weights & Biases: keeps what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.begun: list[dict] = []
+        self.rows: list[tuple[int, Mapping[str, float]]] = []
+        self.finished = 0
+
+    def init(self, **options: Any) -> SimpleNamespace:
+        self.begun.append(options)
+        return SimpleNamespace(log=lambda values, step: self.rows.append((step, dict(values))), finish=self._finish)
+
+    def _finish(self) -> None:
+        self.finished += 1
+
+
+@dataclasses.dataclass
+class Start:
+    """How one start of the program ended, the steps it evaluated, and what it left."""
+
+    outcome: loop.Outcome
+    evaluated: list[int]
+    files: set[str]
+    meta: dict[str, Any]
+
+
+@dataclasses.dataclass
+class Run:
+    config: ConfigDict
+    workdir: Path
+    starts: list[Start]
+    wandb: FakeWandb
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of nine steps in four starts: told to stop while it evaluates step 3; stopped after step 6; told to stop
+    while it evaluates the last step; to the end. W&B is there, and the device's peak known, in the third one.
+    """
+    found = Run(tiny(data), tmp_path_factory.mktemp("loop") / "run", [], FakeWandb())
+
+    def start(stop_at: int = -1, **fields: Any) -> None:
+        evaluator = Watched(stop_at)
+        outcome = loop.train(tiny(data, **fields), str(found.workdir), lambda run: [evaluator])
+        files = {path.name for path in found.workdir.iterdir()}
+        found.starts.append(Start(outcome, evaluator.steps, files, meta(found.workdir, outcome.step)))
+
+    start(stop_at=3)
+    start(stop_at_step=6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", found.wandb)
+        patch.setattr(flops, "peak_flops", lambda kind, dtype: PEAK)
+        start(stop_at=9, log__wandb="a project")
+    start()
+    return found
+
+
+def test_a_step_whose_evaluation_was_stopped_is_evaluated_by_the_next_start(run: Run) -> None:
+    """And no other: the third start does not evaluate step 6 again."""
+    assert [start.evaluated for start in run.starts] == [[0, 3], [3, 6], [9], [9]]
+    assert [start.meta["evaluated"] for start in run.starts[:3]] == [False, True, False]
+    outcomes = [dataclasses.astuple(start.outcome) for start in run.starts]
+    assert outcomes == [(3, False, 42), (6, False, 0), (9, False, 42), (9, True, 0)]
+    assert ["DONE" in start.files for start in run.starts] == [False, False, False, True]
+
+
+def test_nothing_of_half_an_evaluation_is_written(run: Run) -> None:
+    found = [json.loads(line) for line in (run.workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in found if "begun" in row] == [0, 3, 6, 9]
+    assert [row["step"] for row in found if "watched" in row] == [0, 3, 6, 9]
+
+
+def test_rows_tell_the_pace(run: Run) -> None:
+    """From the second step of a start on: before it there is nothing to compare with."""
+    found = rows(run.workdir, "loss")
+    assert list(found) == list(range(1, STEPS + 1))
+    work = flops.step_flops(loop.plan(run.config, str(run.workdir)).spec) * BATCH
+    for step, row in found.items():
+        paced = step not in (1, 4, 7)
+        assert ("images_per_second" in row) == ("tflops_per_second" in row) == paced
+        assert ("mfu" in row) == (step in (8, 9)), "in the first two starts the peak is not known"
+        if paced:
+            assert row["images_per_second"] == pytest.approx(BATCH / row["seconds_per_step"])
+            assert row["tflops_per_second"] == pytest.approx(work / row["seconds_per_step"] / 1e12)
+    for step in (8, 9):
+        expected = found[step]["tflops_per_second"] * 1e12 / (PEAK * jax.device_count())
+        assert found[step]["mfu"] == pytest.approx(expected)
+    for step in (2, 5, 8):  # no batch is fetched after the last step of a start
+        assert 0 < found[step]["data_share"] < 1
+
+
+def test_a_checkpoint_says_what_it_is_of(run: Run) -> None:
+    assert run.starts[1].meta == {
+        "step": 6,
+        "evaluated": True,
+        "example": 6 * BATCH,
+        "skipped": {DAMAGED: rows(run.workdir, "skipped")[6]["skipped"]},
+        "model": as_json(dataclasses.asdict(model_spec(run.config))),
+        "config": as_json(flatten(run.config)) | {"stop_at_step": 6},
+        "statistics": json.loads(statistics().to_json()),
+    }
+
+
+def as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def test_records_skipped_before_a_restart_are_counted(run: Run) -> None:
+    counts = [start.meta["skipped"] for start in run.starts[:3]]
+    assert counts[2] == {DAMAGED: 8}
+    assert 0 < counts[0][DAMAGED] < counts[1][DAMAGED] < 8
+    logged = rows(run.workdir, "skipped")
+    assert [{DAMAGED: logged[step]["skipped"]} for step in (3, 6, 9)] == counts
+
+
+def events(folder: Path) -> Iterator[Any]:
+    """TensorBoard's events: records of length, checksum, protocol buffer, checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        content, at = path.read_bytes(), 0
+        while at < len(content):
+            (length,) = struct.unpack_from("<Q", content, at)
+            yield Event.FromString(content[at + 12 : at + 12 + length])
+            at += length + 16
+
+
+def test_tensorboard_holds_the_scalars_of_all_starts(run: Run) -> None:
+    found = {
+        (value.tag, event.step): value.simple_value
+        for event in events(run.workdir / "tensorboard")
+        for value in event.summary.value
+    }
+    for key in ("loss", "grad_norm", "watched"):
+        expected = {(key, step): row[key] for step, row in rows(run.workdir, key).items()}
+        assert {k: v for k, v in found.items() if k[0] == key} == pytest.approx(expected)
+
+
+def test_wandb_gets_the_rows_of_its_start(run: Run) -> None:
+    (options,) = run.wandb.begun
+    assert options == {"project": "a project", "resume": "allow", "dir": str(run.workdir)}
+    losses = {step: values["loss"] for step, values in run.wandb.rows if "loss" in values}
+    assert losses == {step: row["loss"] for step, row in rows(run.workdir, "loss").items() if step > 6}
+    assert run.wandb.finished == 1
