@@ -8,6 +8,7 @@ import logging
 import math
 import sys
 import time
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,7 +48,7 @@ class MetricWriter:
             except ImportError:
                 log.warning("config.log.wandb = %r, but wandb is not installed: not logging there", wandb_project)
             else:
-                self._wandb = wandb.init(project=wandb_project, resume="allow", dir=str(workdir))
+                self._wandb = wandb.init(project=wandb_project, id=_run_id(workdir), resume="allow", dir=str(workdir))
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends scalars (NaN and infinities as strings, JSON has none); text and lists go to the file alone."""
@@ -73,6 +74,14 @@ class MetricWriter:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _run_id(workdir: str) -> str:
+    """The name under which all starts of a workdir are one run elsewhere; kept in ``WORKDIR/wandb_id``."""
+    path = epath.Path(workdir) / "wandb_id"
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex[:12])
+    return path.read_text().strip()
 
 
 def _board(folder: str) -> Any:
