@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.raster import BadInput, Raster
-from terrafm_jax.sensors import S1, SENSORS
+from terrafm_jax.sensors import BASELINE_OFFSET, S1, SENSORS
 
 RADAR = (-35.0, 5.0)  # dB: medians of land and sea, VV and VH, gamma0 and sigma0
 _RADAR_NOTHING = -60.0  # dB, far below the noise of the instrument
@@ -100,7 +100,7 @@ def check_cirrus(pixels: Mapping[str, np.ndarray], valid: Mapping[str, np.ndarra
     middle = {name: _median(band, valid[name]) for name, band in pixels.items()}
     middle = {name: value for name, value in middle.items() if not np.isnan(value)}
     name = min(middle, key=lambda band: middle[band])
-    level = middle[name] - (1000.0 if middle[name] >= 1000 else 0.0)
+    level = middle[name] - (BASELINE_OFFSET if middle[name] >= BASELINE_OFFSET else 0.0)
     if level < _DARK and middle["B10"] - middle[name] > _FAR:
         raise BadInput(
             f"s2_l1c: wrong band order, the median of B10 (cirrus, nearly black) is {middle['B10']:.0f} DN, that of "

@@ -196,7 +196,7 @@ class Run:
     """Trains in ``folder``; calling :meth:`train` again continues, also after a kill.
 
     Attributes:
-      best: (score, epoch) on validation so far. history: validation metrics by epoch.
+      best: (score, epoch) on validation so far.
     """
 
     def __init__(

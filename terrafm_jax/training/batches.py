@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from terrafm_jax import landcover
-from terrafm_jax.sensors import SENSOR_KEYS, SENSORS
+from terrafm_jax.sensors import BASELINE_OFFSET, SENSOR_KEYS, SENSORS
 
 TILE_METERS = 5340  # a quarter of a Major-TOM cell: 534 px at 10 m
 
@@ -66,7 +66,7 @@ def random_batch(
         "index": np.arange(batch_size, dtype=np.int32),
         "landcover": rng.integers(0, landcover.NUM_CLASSES, batch_size).astype(np.int32),
         "present": present,
-        "offset": np.where(rng.random((batch_size, len(SENSOR_KEYS))) < 0.5, 1000.0, 0.0).astype(np.float32),
+        "offset": np.where(rng.random((batch_size, len(SENSOR_KEYS))) < 0.5, BASELINE_OFFSET, 0.0).astype(np.float32),
     }
     batch["offset"][:, SENSOR_KEYS.index("s1")] = 0.0
     for key in sensors:
