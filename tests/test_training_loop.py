@@ -22,6 +22,8 @@ from terrafm_jax.config import flatten, model_spec
 from terrafm_jax.sensors import Statistics
 from terrafm_jax.training import flops, loop
 
+pytestmark = pytest.mark.slow
+
 STEPS, BATCH = 9, 8  # an epoch
 DAMAGED = "fake-train.array_record-00003-of-00009"  # 8 records
 PEAK = 1e12  # FLOP/s of a device, where it is known
