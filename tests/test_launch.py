@@ -389,7 +389,11 @@ def test_docker_passes_signals_on_and_does_not_start_again(root, tmp_path, numbe
     docker.chmod(0o755)
     env = {**os.environ, **FAST, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     command = ["launch/docker.sh", "--no-build", "--", "--workdir=/runs/s"]
-    job = subprocess.Popen(command, cwd=root, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    job = subprocess.Popen(
+        command, cwd=root, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # Tests that run in the background inherit that SIGINT is ignored, and a shell cannot trap what it inherits so.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     wait_for(tmp_path / "started", job)
     os.killpg(job.pid, number)
     _, errors = job.communicate(timeout=60)

@@ -41,6 +41,24 @@ def test_another_recipe_is_refused_with_every_difference(tmp_path: Path, config:
     workdir.claim(str(tmp_path), config, write=True)
 
 
+def test_a_run_of_a_version_that_lacked_a_field_goes_on_with_its_default(tmp_path: Path, config: ConfigDict) -> None:
+    workdir.claim(str(tmp_path), config, write=True)
+    record = tmp_path / "config.json"
+    found = json.loads(record.read_text())
+    del found["views.aspect"]
+    record.write_text(json.dumps(found))
+    config.views.aspect = (0.5, 2.0)
+    with pytest.raises(ConfigError, match=r"views.aspect: \[0.75, 1.33\d+\] there, \[0.5, 2.0\] here"):
+        workdir.claim(str(tmp_path), config, write=True)
+    workdir.claim(str(tmp_path), base(), write=True)
+
+
+def test_a_folder_that_cannot_be_made_is_named(config: ConfigDict, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"workdir .*file/run: "):
+        workdir.claim(str(tmp_path / "file" / "run"), config, write=True)
+
+
 def test_a_damaged_record_of_the_config_is_named(tmp_path: Path, config: ConfigDict) -> None:
     workdir.claim(str(tmp_path), config, write=True)
     (tmp_path / "config.json").write_text('{"batch_size": 10')

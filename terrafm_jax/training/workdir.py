@@ -126,12 +126,13 @@ def _recorded(path: epath.Path) -> dict[str, Any]:
 
 
 def _same_recipe(folder: epath.Path, theirs: dict[str, Any], mine: dict[str, Any], allowed: bool) -> None:
-    # A field that a run of an older version does not have was what its default is now.
-    theirs = json.loads(json.dumps(flatten(base()))) | theirs
+    defaults = json.loads(json.dumps(flatten(base())))
+    if mine.keys() == defaults.keys():  # of pretraining: what an older version did not have was as its default is
+        theirs = defaults | theirs
     different = [
-        f"config.{k}: {theirs[k]!r} there, {mine.get(k, 'absent')!r} here"
+        f"config.{k}: {theirs.get(k, 'absent')!r} there, {mine.get(k, 'absent')!r} here"
         for k in sorted(theirs.keys() | mine.keys())
-        if not _is_free(k) and theirs[k] != mine.get(k, "absent")
+        if not _is_free(k) and theirs.get(k, "absent") != mine.get(k, "absent")
     ]
     if different and not allowed:
         raise ConfigError(
