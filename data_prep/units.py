@@ -1,17 +1,17 @@
-"""The words that state the unit of delivered values, and what each sensor may be delivered in."""
+"""The unit that a manifest or a flag states of delivered values; ``terrafm_jax.units`` has the words."""
 
 from __future__ import annotations
 
 import argparse
 import re
 
-WORDS = {"power": "power", "linear": "power", "db": "dB", "dn": "DN", "reflectance": "reflectance"}
-_RADAR, _OPTICAL = ("dB", "power"), ("DN", "reflectance")
+from terrafm_jax.sensors import SENSORS
+from terrafm_jax.units import SPELLINGS, UNITS
 
 
 def delivered_units(key: str) -> tuple[str, ...]:
     """The units that a sensor may be delivered in."""
-    return _RADAR if key == "s1" else _OPTICAL
+    return UNITS[SENSORS[key].unit]
 
 
 def expected(key: str) -> str:
@@ -29,7 +29,7 @@ def stated_unit(key: str, text: str) -> str:
     words = re.findall(r"[a-z]+", rest.lower())
     if not words:
         return ""
-    found = {WORDS[word] for word in words if word in WORDS}
+    found = {SPELLINGS[word] for word in words if word in SPELLINGS}
     if "DN" in found or re.search(r"(?i)reflectance\s*[*x×]\s*10", rest):
         found = (found | {"DN"}) - {"reflectance"}
     if len(found) != 1 or not found <= set(delivered_units(key)) or "amplitude" in words:

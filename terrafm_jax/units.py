@@ -9,10 +9,13 @@ import numpy as np
 
 from terrafm_jax.sensors import Sensor
 
-# The sensor's unit -> words for what its values may be given in; the first is the default. Case does not matter.
-WORDS = {"DN": ("dn", "reflectance"), "dB": ("db", "power")}
+# The sensor's unit -> units that its values may be given in; the first is the default.
+UNITS = {"DN": ("DN", "reflectance"), "dB": ("dB", "power")}
 SYNONYMS = {"linear": "power"}
-_SPELLINGS = {"dn": "DN", "reflectance": "reflectance", "db": "dB", "power": "power", **SYNONYMS}
+# What people write, in lower case, and the unit that is meant.
+SPELLINGS = {unit.lower(): unit for units in UNITS.values() for unit in units} | SYNONYMS
+# As commands and arguments spell them.
+WORDS = {own: tuple(unit.lower() for unit in units) for own, units in UNITS.items()}
 _DN_PER_REFLECTANCE = 10_000.0
 _MAX_DN = 65_535.0  # uint16
 _MAX_REFLECTANCE = _MAX_DN / _DN_PER_REFLECTANCE
@@ -26,8 +29,8 @@ class UnitError(ValueError):
 
 
 def unit_word(text: str) -> str:
-    """A unit as the table of sensors spells it: case does not count, ``linear`` is power. Unknown words stay."""
-    return _SPELLINGS.get(text.strip().lower(), text)
+    """A unit as ``UNITS`` spells it: case does not count, ``linear`` is power. Unknown words stay."""
+    return SPELLINGS.get(text.strip().lower(), text)
 
 
 def word(given: str | None, sensor: Sensor) -> str:

@@ -16,10 +16,9 @@ import numpy as np
 
 from terrafm_jax.evals.features import ImageBatch
 from terrafm_jax.sensors import SENSORS, band_name, sensor
-from terrafm_jax.units import unit_word
+from terrafm_jax.units import UNITS, unit_word
 
 TASKS = ("classification", "multilabel", "segmentation", "regression", "change")
-UNITS = {"S2": ("DN", "reflectance"), "S1": ("dB", "power")}
 SPLITS = ("train", "val", "test")
 
 
@@ -54,7 +53,7 @@ class Input:
                 f"(Landsat, aerial and other sensors are refused, not squeezed into a Sentinel stem)"
             ) from e
         object.__setattr__(self, "sensor", found.key)
-        allowed = UNITS["S1" if found.key == "s1" else "S2"]
+        allowed = UNITS[found.unit]
         object.__setattr__(self, "unit", unit_word(self.unit) or allowed[0])
         if self.unit not in allowed:
             raise DatasetError(f"{found.key}: unit {self.unit!r}, expected one of {list(allowed)}")
