@@ -94,10 +94,14 @@ class Checkpointer:
             if not _disk_full(e):
                 raise
             last = self.latest()
+            advice = "free some space and start again"
             raise CheckpointError(
                 f"{self.folder}: the disk is full; the checkpoint was not written. "
-                + (f"The one of step {last} is complete: f" if last is not None else "F")
-                + "ree some space and start again"
+                + (
+                    f"The one of step {last} is complete: {advice}"
+                    if last is not None
+                    else f"None is there yet: {advice}"
+                )
             ) from e
 
 

@@ -7,6 +7,7 @@ parts of the sums cross the slow network between them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -58,9 +59,6 @@ def _spread(shape: Sequence[int], spec: P) -> P | None:
     if not any(names):
         return None
     for i, (size, held) in enumerate(zip(shape, names, strict=True)):
-        parts = sizes["data"]
-        for name in held:
-            parts *= sizes[name]
-        if size % parts == 0:
+        if size % math.prod(sizes[name] for name in (*held, "data")) == 0:
             return P(*(*names[:i], (*held, "data"), *names[i + 1 :]))
     return spec
