@@ -221,7 +221,7 @@ def _tile(
     tile_id = f"{name}/{window.name}"
     thinned = cell.split is None or cell.split == SPLITS[0]  # a split file is taken at its word for evaluation
     if is_sea and thinned and unit_hash(f"sea {tile_id}") >= options.sea_keep:
-        return "open ocean"
+        return "open ocean" if split == SPLITS[0] else f"open ocean of {split}"
     parts = {key: layer.cut(finest, window) for key, layer in layers.items()}
     shares = {key: quality.nodata_share(part.valid) for key, part in parts.items()}
     parts = {key: part for key, part in parts.items() if shares[key] <= options.max_nodata}

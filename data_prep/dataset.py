@@ -46,7 +46,9 @@ class DataSet:
 
     def sampling(self) -> dict[str, Order]:
         """Sampling mode -> the order it makes of the training split, or of the first split there is."""
-        index = next(iter(self.index.values()))
+        split, index = next(iter(self.index.items()))
         keep = 1.0 if self.summary.get("sea_keep", 1.0) < 1 else SamplingSpec().sea_keep  # never thin twice
+        sea = self.summary.get("left_out", {}).get("open ocean", 0) if split == "train" else 0
         specs = {mode: SamplingSpec(mode=mode, sea_keep=keep) for mode in MODES}
-        return {mode: Order(index, spec, 64, 0, buckets=np.zeros(256, np.int64)) for mode, spec in specs.items()}
+        buckets = np.zeros(256, np.int64)
+        return {mode: Order(index, spec, 64, 0, buckets=buckets, sea_left_out=sea) for mode, spec in specs.items()}

@@ -137,14 +137,14 @@ def _world(axis: Axes, title: str) -> None:
 
 
 def class_histogram(data: DataSet, path: Path) -> None:
-    """Share of each category among the records and among what each sampling mode draws."""
+    """Share of each category before sampling (with the sea that preparation dropped) and among what each mode draws."""
     from matplotlib.patches import Patch
 
     plt = _plt()
     orders = data.sampling()
     natural = orders.pop("uniform").natural_histogram()
     shares = {
-        f"records ({next(iter(data.splits))})": natural,
+        f"before sampling ({next(iter(data.splits))})": natural,
         **{_drawn(order.spec): order.expected_histogram() for order in orders.values()},
     }
     shown = [i for i in range(landcover.NUM_CATEGORIES) if natural[i] > 0]
@@ -160,7 +160,7 @@ def class_histogram(data: DataSet, path: Path) -> None:
         marks.append(Patch(facecolor="#ffffff", edgecolor="#333333", linewidth=0.6, hatch=hatch, label=name))
     axis.set_xticks(range(len(shown)), [landcover.CATEGORIES[i].title for i in shown], rotation=25, ha="right")
     axis.set_ylabel("share of the tiles, %")
-    axis.set_title("land cover of the records, and of what sampling draws from them")
+    axis.set_title("land cover before sampling, and of what sampling draws")
     axis.set_xlim(-0.5, max(len(shown), 5) - 0.5)  # one class alone would fill the picture
     figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), frameon=False)
     axis.spines[["top", "right"]].set_visible(False)

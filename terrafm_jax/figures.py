@@ -65,12 +65,12 @@ def learning_curves(path: Any, workdir: Any) -> None:
 
 
 def sampling_histogram(path: Any, before: Sequence[float], after: Sequence[float]) -> None:
-    """Share of each land-cover category among the records and among what training draws, [NUM_CATEGORIES] each."""
+    """Share of each land-cover category before sampling and among what training draws, [NUM_CATEGORIES] each."""
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(9, 3.6), constrained_layout=True)
     place = np.arange(landcover.NUM_CATEGORIES)
     colors = [c.color for c in landcover.CATEGORIES]
-    axis.bar(place - 0.2, before, 0.4, color=colors, edgecolor="black", linewidth=0.5, alpha=0.45, label="records")
+    axis.bar(place - 0.2, before, 0.4, color=colors, edgecolor="black", linewidth=0.5, alpha=0.45, label="before")
     axis.bar(place + 0.2, after, 0.4, color=colors, edgecolor="black", linewidth=0.5, label="drawn for training")
     axis.set_xticks(place, [c.title for c in landcover.CATEGORIES], rotation=35, ha="right", fontsize=8)
     axis.set_ylabel("share")

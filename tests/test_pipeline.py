@@ -256,7 +256,12 @@ def test_open_sea_is_not_thinned_twice(tmp_path: Path) -> None:
     paper = SamplingSpec("paper", sea_keep=0.25)
     assert make_order(data, "train", paper, batch_size=4, seed=0).epoch_size == 10
     (data / "summary.json").write_text(json.dumps({"left_out": {"open ocean": 392}}))
-    assert make_order(data, "train", paper, batch_size=4, seed=0).epoch_size == 16
+    order = make_order(data, "train", paper, batch_size=4, seed=0)
+    assert order.epoch_size == 16
+    before, after = order.natural_histogram(), order.expected_histogram()
+    assert before[landcover.SEA] == pytest.approx(400 / 408), "a picture of both shows what preparation has thinned"
+    assert after[landcover.SEA] == pytest.approx(0.5)
+    assert "392 of open sea that preparation has left out" in order.describe()
 
 
 # --- canvases ---

@@ -153,9 +153,12 @@ def load_statistics(data_dir: Any) -> Statistics:
     return Statistics.from_json(path.read_text(), str(path))
 
 
-def _sea_is_thinned(split: Split) -> bool:
+def _sea_left_out(split: Split) -> int:
+    """Tiles of open sea that preparation has kept out of the training split."""
     path = epath.Path(split.directory) / "summary.json"
-    return path.exists() and read_json(path, lambda summary: bool(summary.get("left_out", {}).get("open ocean")))
+    if split.name != "train" or not path.exists():
+        return 0
+    return read_json(path, lambda summary: int(summary.get("left_out", {}).get("open ocean", 0)))
 
 
 def make_order(
@@ -175,10 +178,11 @@ def make_order(
     """
     opened = open_split(data_dir, split)
     index, _, table = _plan(opened, sensors, canvases)
-    if sampling.mode == "paper" and sampling.sea_keep < 1 and _sea_is_thinned(opened):
+    left_out = _sea_left_out(opened)
+    if sampling.mode == "paper" and sampling.sea_keep < 1 and left_out:
         logging.info("%s: open sea was thinned in preparation, sea_keep = 1 here", opened.directory)
         sampling = dataclasses.replace(sampling, sea_keep=1.0)
-    return Order(index, sampling, batch_size, seed, sensors=sensors, buckets=table)
+    return Order(index, sampling, batch_size, seed, sensors=sensors, buckets=table, sea_left_out=left_out)
 
 
 def make_loader(

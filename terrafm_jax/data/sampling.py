@@ -193,6 +193,7 @@ class Order:
       seed: names the permutations.
       sensors: configured sensors; records that hold none of them are left out.
       buckets: canvas bucket of every layout, ``[number of layouts]``; None makes every layout its own.
+      sea_left_out: tiles of open sea that preparation has dropped: there before sampling, never drawn.
 
     Raises:
       SamplingError: settings out of range, or no record is left.
@@ -207,11 +208,13 @@ class Order:
         *,
         sensors: Sequence[str] = SENSOR_KEYS,
         buckets: Sequence[int] | None = None,
+        sea_left_out: int = 0,
     ):
         spec.check()
         if batch_size < 1:
             raise SamplingError(f"batch_size = {batch_size}, expected at least 1")
         self.spec, self.batch_size, self.seed, self.num_records = spec, int(batch_size), int(seed), len(index)
+        self._sea_left_out = sea_left_out
         keep = eligible(index, spec, sensors)
         if not keep.any():
             raise SamplingError(
@@ -258,6 +261,7 @@ class Order:
         """Class histograms before and after sampling: strata may hold several classes."""
         k = landcover.NUM_CATEGORIES
         self._natural = np.bincount(index["landcover"], minlength=k)[:k].astype(np.float64)
+        self._natural[landcover.SEA] += self._sea_left_out
         group = np.repeat(np.arange(len(self._size)), self._size)
         classes = index["landcover"][self._members]
         joint = np.bincount(group * k + classes, minlength=len(self._size) * k).reshape(-1, k)
@@ -301,7 +305,7 @@ class Order:
         return self._members[self._offset[group] + place].astype(np.int64)
 
     def natural_histogram(self) -> np.ndarray:
-        """Share of every land-cover category among all records; float64 [13]."""
+        """Share of every land-cover category before sampling, with the sea that preparation dropped; float64 [13]."""
         return self._natural / self._natural.sum()
 
     def expected_histogram(self) -> np.ndarray:
@@ -314,8 +318,10 @@ class Order:
             f"sampling: {self.spec.mode}, {self.num_eligible} of {self.num_records} records, "
             f"{self.epoch_size:.0f} drawn an epoch, {self.steps_per_epoch} steps of {self.batch_size}, "
             f"{len(self.buckets)} canvas bucket(s)",
-            f"{'land cover':<26}{'records':>10}{'share':>9}{'drawn':>9}  times an epoch",
+            f"{'land cover':<26}{'tiles':>10}{'share':>9}{'drawn':>9}  times an epoch",
         ]
+        if self._sea_left_out:
+            lines.insert(1, f"tiles count {self._sea_left_out} of open sea that preparation has left out already")
         before, after = self.natural_histogram(), self.expected_histogram()
         for i in np.flatnonzero(self._natural):
             times = self._expected[i] / self._natural[i]

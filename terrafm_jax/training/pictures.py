@@ -88,7 +88,7 @@ def save_views(path: Any, sets: Sequence[ViewSet], spec: ViewSpec) -> None:
 
 
 def class_chart(before: np.ndarray, after: np.ndarray) -> Image.Image:
-    """Two bars a category that occurs: its share of the records (pale) and of what sampling draws.
+    """Two bars a category that occurs: its share before sampling (pale) and of what sampling draws.
 
     Args:
       before, after: shares that sum to 1, float [NUM_CATEGORIES].
@@ -98,7 +98,7 @@ def class_chart(before: np.ndarray, after: np.ndarray) -> Image.Image:
     scale = full / max(float(before.max()), float(after.max()))
     chart = Image.new("RGB", (left + full + 60, (len(shown) + 1) * line), "white")
     draw = ImageDraw.Draw(chart)
-    draw.text((left, 8), "share of the records (pale), share drawn", fill="black")
+    draw.text((left, 8), "share before sampling (pale), share drawn", fill="black")
     for row, i in enumerate(shown, 1):
         category, top = landcover.CATEGORIES[i], row * line
         color = np.frombuffer(bytes.fromhex(category.color[1:]), np.uint8)
