@@ -264,9 +264,13 @@ def test_safe_granules_in_jpeg_2000(tmp_path: Path):
             if level == "L2A" and step == 10:
                 (folder.parent / "R20m").mkdir(exist_ok=True)
                 _jp2(folder.parent / "R20m" / f"T32TPT_20200605T103031_{name}_20m.jp2", pixels[::2, ::2], 20)
+        masks = tmp_path / "in" / safe / "GRANULE" / f"{level}_T32TPT_A0" / "QI_DATA"
+        masks.mkdir()  # baseline 04.00 and later deliver masks as images, some of them called after bands
+        for name in ("MSK_DETFOO_B02", "MSK_QUALIT_B8A", "MSK_CLASSI_B00", "MSK_CLDPRB_20m"):
+            _jp2(masks / f"{name}.jp2", np.zeros((48, 48), np.uint16), 10)
     scenes, skipped = from_folder(tmp_path / "in")
     assert len(scenes) == 1
-    assert skipped == {"band resampled by ESA": 4}
+    assert skipped == {"band resampled by ESA": 4, "quality mask": 8}
     assert prepare(tmp_path / "in", tmp_path / "out", "--tile-size", "48") == 0
     (record,) = records(tmp_path / "out").values()
     assert record["cell"] == b"T32TPT_20200605T103031"
