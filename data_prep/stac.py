@@ -42,15 +42,14 @@ BLOCK_TILES = 2
 
 @dataclasses.dataclass(frozen=True)
 class Stac:
-    """Items by id, as plain dictionaries, and how URLs are signed (``module:function``)."""
+    """How URLs are signed (``module:function``); the items travel with the units that need them."""
 
-    items: Mapping[str, dict[str, Any]]
     sign: str = ""
 
     def read(self, unit: Unit) -> Cell:
         """Loads one block. Raises BadInput, SourceUnavailable."""
-        ids, grid = unit.where
-        sensors = {key: self._sensor(key, [self.items[i] for i in names], grid) for key, names in ids.items()}
+        items, grid = unit.where
+        sensors = {key: self._sensor(key, those, grid) for key, those in items.items()}
         found = {key: given for key, given in sensors.items() if given is not None}
         return Cell(unit.cell, found, unit.number, unit.split, rivals=unit.rivals)
 
@@ -233,29 +232,29 @@ def plan(args: argparse.Namespace, options: Options, cover: WorldCover) -> tuple
         )
     found = search(args.catalog, collections, args.bbox, args.datetime)
     items = {key: {i.id: i.to_dict() for i in sorted(group, key=lambda i: i.id)} for key, group in found.items()}
-    everything = {name: item for group in items.values() for name, item in group.items()}
     units: list[Unit] = []
     centers: list[tuple[float, float]] = []
     skipped: Counter[str] = Counter()
     for anchor_key, name, partners in _acquisitions(items):
         try:
-            grid = grid_of_item(everything[name])
+            grid = grid_of_item(items[anchor_key][name])
         except BadInput as error:
             skipped[str(error)] += 1
             continue
         for row, col, block in blocks_of(grid, options, args.bbox):
             ids = {anchor_key: [name], **partners}
-            nearest = _radar_of(items.get("s1", {}), block, everything[name])
+            nearest = _radar_of(items.get("s1", {}), block, items[anchor_key][name])
             if nearest and anchor_key != "s1":
                 ids["s1"] = nearest
             if not all(key in ids for key in options.require):
                 skipped["blocks without required sensors"] += 1
                 continue
             lon, lat = lonlat_outline(block)
-            products = tuple((key, _product(everything[names[0]])) for key, names in ids.items())
+            used = {key: [items[key][i] for i in names] for key, names in ids.items()}
+            products = tuple((key, _product(those[0])) for key, those in used.items())
             names = options.blocks.splits(lon, lat)
             outlook = names.pop() if len(names) == 1 else "mixed"
-            units.append(Unit(f"{name}@r{row}_c{col}", 0, (ids, block), products, None, outlook))
+            units.append(Unit(f"{name}@r{row}_c{col}", 0, (used, block), products, None, outlook))
             centers.append((float(lat.mean()), float(lon.mean())))
     keep, fixed = cli.chosen_cells([u.cell for u in units], centers, args)
     cli.check_maps(cover, [c for c, k in zip(centers, keep, strict=True) if k])
@@ -270,7 +269,7 @@ def plan(args: argparse.Namespace, options: Options, cover: WorldCover) -> tuple
         for u, p, near in zip(chosen, places, ground.rivals(places), strict=True)
     ]
     seen = {f"items_{key}": len(group) for key, group in items.items()}
-    return Stac(everything, args.sign), kept, {**seen, **skipped, "units": len(kept)}
+    return Stac(args.sign), kept, {**seen, **skipped, "units": len(kept)}
 
 
 def _acquisitions(items: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[str, str, dict[str, list[str]]]]:

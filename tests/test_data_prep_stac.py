@@ -57,12 +57,13 @@ def catalog(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, d
         catalog.add_child(pystac.Collection(key, key, everywhere))
     bands = scene(11, SIZE, 1000)
     without_cirrus = scene(11, SIZE)["s2_l1c"]
+    # Ids are unique within a collection only: both levels share theirs.
     add_item(
-        catalog, root, "s2_l2a", "S2A_T32UPU_20210611T103021_L2A", bands["s2_l2a"],
+        catalog, root, "s2_l2a", "S2A_T32UPU_20210611T103021", bands["s2_l2a"],
         **{"s2:processing_baseline": "05.00", "s2:mgrs_tile": "32UPU", "eo:cloud_cover": 7.0},
     )  # fmt: skip
     add_item(
-        catalog, root, "s2_l1c", "S2A_T32UPU_20210611T103021_L1C", without_cirrus,
+        catalog, root, "s2_l1c", "S2A_T32UPU_20210611T103021", without_cirrus,
         **{"s2:processing_baseline": "03.00", "s2:mgrs_tile": "32UPU"},
     )  # fmt: skip
     add_item(catalog, root, "s1", "S1A_IW_GRDH_20210612_rtc", bands["s1"], **{"sat:orbit_state": "ascending"})
