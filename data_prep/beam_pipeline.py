@@ -6,17 +6,18 @@
 
 One element is one chunk of cells; each is prepared by the same function as on one machine and publishes
 its shards atomically, so retries and duplicates of a bundle do no harm and the records are the same.
-``--out`` must be a folder that all workers see (a file share, or a bucket mounted as one).
+``--out`` must be a folder that all workers see (a file share, or a bucket mounted as one). What is in the
+chunks lies there, too: Dataflow takes no job graph above 10 MB, and the cells of a planet are over a gigabyte.
 """
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from data_prep.chunks import DiskFull, Job, SourceUnavailable, Unit, write_chunk
+from data_prep.chunks import DiskFull, Job, SourceUnavailable, Unit, job_of_chunk, sync, write_chunk
 
-BeamJob = Any  # apache_beam is imported where it is needed: it is an optional extra
+Element = tuple[str, int, int]  # file, first byte, number of the chunk
 
 
 def run_chunks(job: Job, chunks: Mapping[int, Sequence[Unit]], runner: str, flags: Sequence[str] = ()) -> None:
@@ -40,14 +41,14 @@ def run_chunks(job: Job, chunks: Mapping[int, Sequence[Unit]], runner: str, flag
     if not chunks:
         return
     options = PipelineOptions([f"--runner={runner}", *flags])
+    elements = write_elements(job, chunks)
     try:
         with beam.Pipeline(options=options) as pipeline:
-            elements = [(number, list(units)) for number, units in sorted(chunks.items())]
             done = (
                 pipeline
                 | "chunks" >> beam.Create(elements)
                 | "spread" >> beam.Reshuffle()
-                | "prepare" >> beam.Map(_chunk, job)
+                | "prepare" >> beam.Map(prepare_element)
             )
             _ = done | "count" >> beam.combiners.Count.Globally()
     except Exception as error:  # Beam wraps what a worker raised in its own types
@@ -55,8 +56,24 @@ def run_chunks(job: Job, chunks: Mapping[int, Sequence[Unit]], runner: str, flag
         raise
 
 
-def _chunk(element: tuple[int, Sequence[Unit]], job: Job) -> int:
-    number, units = element
+def write_elements(job: Job, chunks: Mapping[int, Sequence[Unit]]) -> list[Element]:
+    """Writes what is in the chunks to one file in the work folder; an element says where a chunk lies in it."""
+    path = job.work / "chunks.pickle"
+    elements = []
+    with open(path, "wb") as file:
+        for number, units in sorted(chunks.items()):
+            elements.append((str(path), file.tell(), number))
+            pickle.dump((job_of_chunk(job, units), list(units)), file)
+    sync(path)
+    return elements
+
+
+def prepare_element(element: Element) -> int:
+    """Writes the shards of one chunk; returns its number."""
+    path, start, number = element
+    with open(path, "rb") as file:
+        file.seek(start)
+        job, units = pickle.load(file)  # the plan of this very job, written when it started
     return write_chunk(job, number, units, (), lambda key: None)
 
 

@@ -96,6 +96,12 @@ class Job:
         return Path(self.directory) / WORK
 
 
+def job_of_chunk(job: Job, units: Sequence[Unit]) -> Job:
+    """The job with the offsets of these units alone: it travels with every chunk, and a planet has 100,000 of them."""
+    pairs = {pair for unit in units for pair in unit.products}
+    return dataclasses.replace(job, offsets={pair: job.offsets[pair] for pair in sorted(pairs & job.offsets.keys())})
+
+
 def chunk_path(job: Job, chunk: int) -> Path:
     """The file whose presence says that the chunk is done."""
     return job.work / f"chunk-{chunk:06d}.npz"

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.cell import prepare
-from data_prep.chunks import WORK, Job, Unit, chunk_path, read, telling_full_disk, write_chunk
+from data_prep.chunks import WORK, Job, Unit, chunk_path, job_of_chunk, read, telling_full_disk, write_chunk
 from data_prep.identity import differences, parts_of
 from data_prep.progress import Progress
 from data_prep.survey import Verdicts, look, survey
@@ -178,7 +178,10 @@ class _Pool:
         for crumb in self.crumbs.iterdir():
             crumb.unlink()
         with self._executor(self.workers) as (executor, counter):
-            futures = {executor.submit(_work, self.job, i, self.chunks[i], self.deadly) for i in todo}
+            futures = {
+                executor.submit(_work, job_of_chunk(self.job, units), i, units, self.deadly)
+                for i, units in ((i, self.chunks[i]) for i in todo)
+            }
             base = self.bar.done
             while futures:
                 done, futures = wait(futures, timeout=0.5, return_when=FIRST_COMPLETED)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,11 @@ import numpy as np
 import pytest
 from data_prep_cells import make_source
 
-from data_prep import majortom
+from data_prep import beam_pipeline, majortom
+from data_prep.cell import Options
+from data_prep.chunks import Job, Unit
+from data_prep.harmonize import Offset
+from data_prep.worldcover import WorldCover
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -29,6 +35,23 @@ def test_without_beam_the_message_says_what_to_install(tmp_path: Path, monkeypat
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     assert majortom.main(command(source, tmp_path / "out", "--runner", "DirectRunner")) == 1
     assert "terrafm_jax[beam]" in capsys.readouterr().err
+
+
+def test_elements_are_small_and_chunks_travel_with_their_offsets_alone(tmp_path: Path, monkeypatch):
+    """Dataflow refuses job graphs above 10 MB; 2.2 million cells and their offsets are over a gigabyte."""
+    keys = [("s2_l2a", f"product {i}") for i in range(1000)]
+    units = [Unit(f"cell {i}", 0, {"row": i}, (keys[i],)) for i in range(1000)]
+    offsets = {key: Offset(float(i), "pixels") for i, key in enumerate(keys)}
+    job = Job(majortom.MajorTom("x"), WorldCover(None, {}), Options(), str(tmp_path), offsets=offsets)
+    job.work.mkdir()
+    elements = beam_pipeline.write_elements(job, {i: units[10 * i : 10 * i + 10] for i in range(100)})
+    assert len(pickle.dumps(elements)) < 100 * 40
+    seen = []
+    monkeypatch.setattr(beam_pipeline, "write_chunk", lambda *given: seen.append(given) or given[1])
+    assert beam_pipeline.prepare_element(elements[77]) == 77
+    ((part, number, those, _, _),) = seen
+    assert (number, those) == (77, units[770:780])
+    assert part == dataclasses.replace(job, offsets={key: offsets[key] for key in keys[770:780]})
 
 
 @pytest.mark.slow
