@@ -6,7 +6,7 @@ import argparse
 import itertools
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from data_prep.chunks import COMPRESSIONS, DiskFull, Job, Source, SourceUnavaila
 from data_prep.raster import BadInput
 from data_prep.run import PrepareError, prepare_all
 from data_prep.splits import BlockSplit, read_splits
-from data_prep.worldcover import WorldCover, maps_of
+from data_prep.worldcover import WorldCover
 from terrafm_jax.data.tiles import SPLITS
 from terrafm_jax.sensors import SensorError, sensor
 
@@ -96,9 +96,8 @@ def outlook(center: tuple[float, float] | None, blocks: BlockSplit, margin: floa
     return found.pop() if len(found) == 1 else "mixed"
 
 
-def check_maps(cover: WorldCover, centers: Sequence[tuple[float, float]]) -> None:
-    """Raises ValueError naming all WorldCover maps that the centers (lat, lon) need and that are missing."""
-    needed = {name for lat, lon in centers for name in maps_of(np.array([lon]), np.array([lat]))}
+def check_maps(cover: WorldCover, needed: Iterable[str]) -> None:
+    """Raises ValueError naming all WorldCover maps that are needed and missing: now, and not after days of work."""
     missing = cover.missing(needed)
     if missing:
         raise ValueError(
@@ -217,13 +216,16 @@ def chosen_cells(
     fixed = dict(read_splits(args.splits)) if args.splits else {}
     keep = [not args.splits or name in fixed for name in names]
     if args.bbox:
-        west, south, east, north = args.bbox
         for i, center in enumerate(centers):
-            inside = (
-                center is not None and south <= center[0] <= north and (center[1] - west) % 360 <= (east - west) % 360
-            )
-            keep[i] &= inside
+            keep[i] &= center is not None and in_bbox(args.bbox, *center)
     if args.limit is not None:
         allowed = set(sorted({n for n, k in zip(names, keep, strict=True) if k})[: args.limit])
         keep = [k and n in allowed for n, k in zip(names, keep, strict=True)]
     return keep, fixed
+
+
+def in_bbox(bbox: Sequence[float], lat: float, lon: float) -> bool:
+    """Whether a place lies in (west, south, east, north); west may be larger than east, across the antimeridian."""
+    west, south, east, north = bbox
+    width = 360.0 if east - west >= 360 else (east - west) % 360
+    return south <= lat <= north and (lon - west) % 360 <= width

@@ -47,7 +47,7 @@ from data_prep.scenes import (
     stated_orders,
 )
 from data_prep.units import delivered_units, unit_word
-from data_prep.worldcover import WorldCover, lonlat_outline
+from data_prep.worldcover import WorldCover, lonlat_outline, maps_under
 from terrafm_jax.data.tiles import EXTENT_ORDER
 from terrafm_jax.sensors import SENSORS, band_name
 
@@ -269,6 +269,14 @@ def units_of(scene: Scene, options: Options, split: str | None) -> tuple[list[Un
     return found, Place(scene.cell, split, center, ground.radius(grid), grid)
 
 
+def _maps(unit: Unit, place: Place) -> list[str]:
+    """WorldCover maps under a unit; none where the scene brings a map of its own or cannot be read."""
+    scene, block = unit.where
+    if place.footprint is None or any(f.sensor == LANDCOVER for f in scene.files):
+        return []
+    return maps_under(place.footprint if block is None else place.footprint.window(*block))
+
+
 def plan(args: argparse.Namespace, options: Options, cover: WorldCover) -> tuple[Source, list[Unit], dict[str, Any]]:
     """Units of a folder. Raises ValueError."""
     scenes, skipped = _found(args)
@@ -286,10 +294,7 @@ def plan(args: argparse.Namespace, options: Options, cover: WorldCover) -> tuple
     for (found, place), near in zip(chosen, ground.rivals([place for _, place in chosen]), strict=True):
         split = place.split
         units += [dataclasses.replace(u, split=split, outlook=split or u.outlook, rivals=near) for u in found]
-    own_map = {s.cell for s in scenes if any(f.sensor == LANDCOVER for f in s.files)}
-    cli.check_maps(
-        cover, [c for s, c, k in zip(scenes, centers, keep, strict=True) if k and c and s.cell not in own_map]
-    )
+    cli.check_maps(cover, {name for found, place in chosen for u in found for name in _maps(u, place)})
     counts: Counter[str] = Counter({f"files: {reason}": n for reason, n in skipped.items()})
     return source, units, {"scenes": len(scenes), "units": len(units), **counts}
 

@@ -22,6 +22,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_prep import cli, ground, parquet
 from data_prep.cell import Options
 from data_prep.chunks import Source, Unit
@@ -29,10 +31,11 @@ from data_prep.delivered import Cell, SensorInput
 from data_prep.ground import Place, Rival
 from data_prep.raster import BadInput, Grid, Raster, decode, normalize_crs
 from data_prep.times import iso_time
-from data_prep.worldcover import WorldCover
+from data_prep.worldcover import WorldCover, lonlat_outline, maps_at
 from terrafm_jax.sensors import SENSOR_KEYS, SENSORS
 
 FOLDERS = {"s1": "Core-S1RTC", "s2_l1c": "Core-S2L1C", "s2_l2a": "Core-S2L2A"}
+_TRIES = 10  # cells to look at for the size of all
 RADIUS = 8.0  # km, half the diagonal of a cell (10.68 km a side) and some more
 KINDS = {"s1": "RTC gamma0", "s2_l1c": "L1C", "s2_l2a": "L2A"}
 _COLUMNS = (
@@ -287,8 +290,24 @@ def plan(args: argparse.Namespace, options: Options, cover: WorldCover) -> tuple
         expected = split or cli.outlook(center, options.blocks)
         products = tuple(same.setdefault(pair, pair) for key, row in unit.items() if (pair := (key, row.product)))
         units.append(Unit(anchor.cell, number, unit, products, split, expected, those))
-    cli.check_maps(cover, [c for c, k in zip(centers, keep, strict=True) if k and c])
+    cli.check_maps(cover, _maps(source, picked) if cover.folder else ())
     return source, units, {**seen, **without, "units": len(units)}
+
+
+def _maps(source: MajorTom, picked: Sequence[tuple[dict[str, Row], Row, Any, int]]) -> set[str]:
+    """WorldCover maps under the centers of all cells, and under what lies around them within the size of one cell."""
+    places = np.array([center for _, _, center, _ in picked if center], np.float64).reshape(-1, 2)
+    grids = (_footprint(source.source, next(iter(unit)), anchor) for unit, anchor, _, _ in picked[:_TRIES])
+    grid = next((g for g in grids if g), None)
+    half = 0.0
+    if grid:  # a point well within the circle inside the square lies in the cell, however that is turned
+        _, lat = lonlat_outline(grid)
+        half = 0.45 * float(np.ptp(lat)) * (1 - 2 / grid.height)  # without its margin
+    names: set[str] = set()
+    for north, east in ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)):
+        lat = places[:, 0] + north * half
+        names |= maps_at(places[:, 1] + east * half / np.cos(np.radians(places[:, 0])).clip(0.05), lat)
+    return names
 
 
 def parser() -> argparse.ArgumentParser:

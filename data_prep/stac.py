@@ -34,7 +34,7 @@ from data_prep.raster import BadInput, Grid, Raster, first_line, normalize_crs
 from data_prep.scenes import kind_of
 from data_prep.tiling import UNIT
 from data_prep.times import iso_time
-from data_prep.worldcover import WorldCover, lonlat_outline
+from data_prep.worldcover import WorldCover, lonlat_outline, maps_under
 from terrafm_jax.sensors import SENSORS, band_name
 
 BLOCK_TILES = 2
@@ -183,13 +183,17 @@ def search(
 
 
 def _wanted(item: Any, bbox: Sequence[float] | None, when: str) -> bool:
-    if bbox is not None:
-        west, south, east, north = item.bbox
-        if west > bbox[2] or east < bbox[0] or south > bbox[3] or north < bbox[1]:
-            return False
+    if bbox is not None and not _overlap(item.bbox, bbox):
+        return False
     first, _, last = when.partition("/")
     day = iso_time(item.datetime)[:10]
     return not when or ((first or "0") <= day and (day <= (last or "9") if "/" in when else day == first))
+
+
+def _overlap(box: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two (west, south, east, north) share ground, also across the antimeridian."""
+    south = max(box[1], other[1])
+    return south <= min(box[3], other[3]) and (cli.in_bbox(box, south, other[0]) or cli.in_bbox(other, south, box[0]))
 
 
 def grid_of_item(item: Mapping[str, Any]) -> Grid:
@@ -218,7 +222,7 @@ def blocks_of(grid: Grid, options: Options, bbox: Sequence[float] | None) -> Ite
         for col in range(0, max(1, grid.width - options.tile_size + 1), step):
             block = grid.window(row, col, min(side, grid.height - row), min(side, grid.width - col))
             lon, lat = lonlat_outline(block)
-            if bbox is None or (bbox[0] <= lon.mean() <= bbox[2] and bbox[1] <= lat.mean() <= bbox[3]):
+            if bbox is None or cli.in_bbox(bbox, float(lat.mean()), float(lon.mean())):
                 yield row, col, block
 
 
@@ -257,8 +261,8 @@ def plan(args: argparse.Namespace, options: Options, cover: WorldCover) -> tuple
             units.append(Unit(f"{name}@r{row}_c{col}", 0, (used, block), products, None, outlook))
             centers.append((float(lat.mean()), float(lon.mean())))
     keep, fixed = cli.chosen_cells([u.cell for u in units], centers, args)
-    cli.check_maps(cover, [c for c, k in zip(centers, keep, strict=True) if k])
     chosen = [u for u, k in zip(units, keep, strict=True) if k]
+    cli.check_maps(cover, {name for u in chosen for name in maps_under(u.where[1])})
     places = [
         Place(u.cell, fixed.get(u.cell), c, ground.radius(u.where[1]), u.where[1])
         for u, c, k in zip(units, centers, keep, strict=True)
@@ -295,13 +299,11 @@ def _scene(item: Mapping[str, Any]) -> tuple[str, str]:
 def _radar_of(items: Mapping[str, Any], block: Grid, anchor: Mapping[str, Any]) -> list[str]:
     """Ids of the Sentinel-1 items under the block that lie nearest in time: one day's frames, in order."""
     lon, lat = lonlat_outline(block)
+    area = (lon.min(), lat.min(), lon.max(), lat.max())
     under = [
         (name, iso_time(i["properties"].get("datetime"))[:10])
         for name, i in sorted(items.items())
-        if i["bbox"][0] <= lon.max()
-        and i["bbox"][2] >= lon.min()
-        and i["bbox"][1] <= lat.max()
-        and i["bbox"][3] >= lat.min()
+        if _overlap(i["bbox"], area)
     ]
     if not under:
         return []

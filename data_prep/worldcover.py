@@ -84,9 +84,7 @@ class WorldCover:
         result = np.full(grid.shape, landcover.UNKNOWN, np.uint8)
         if self.folder is None:
             return result
-        a, b, c, d, e, f = grid.transform  # pixel centers decide, so a tile that only touches a map does not need it
-        inner = Grid(grid.crs, (a, b, c + a / 2, d, e, f + e / 2), grid.height - 1, grid.width - 1)
-        needed = maps_of(*lonlat_outline(inner))
+        needed = maps_under(grid)
         faults = self.missing(needed)
         if faults:
             raise MissingMaps(
@@ -120,6 +118,18 @@ def maps_of(lon: np.ndarray, lat: np.ndarray) -> list[str]:
     rows = range(_floor(max(float(lat.min()), SOUTH)), _floor(min(float(lat.max()), NORTH - 1e-9)) + 1, STEP)
     cols = range(_floor(float(lon.min())), _floor(float(lon.max())) + 1, STEP)
     return sorted({map_name((west + 180) % 360 - 180, south) for south in rows for west in cols})
+
+
+def maps_under(grid: Grid) -> list[str]:
+    """Names of the maps that a grid needs. Pixel centers decide, so one that only touches a map does not need it."""
+    a, b, c, d, e, f = grid.transform
+    return maps_of(*lonlat_outline(Grid(grid.crs, (a, b, c + a / 2, d, e, f + e / 2), grid.height - 1, grid.width - 1)))
+
+
+def maps_at(lon: np.ndarray, lat: np.ndarray) -> set[str]:
+    """Names of the maps in which any of many single points lies."""
+    points = np.stack([np.floor(lon / STEP), np.floor(lat / STEP)], axis=1) * STEP + STEP / 2
+    return {name for x, y in np.unique(points, axis=0) for name in maps_of(np.array([x]), np.array([y]))}
 
 
 def _floor(degrees: float) -> int:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import data_prep_cells
 import numpy as np
 import pytest
 from data_prep_cells import SIZE, make_cells, make_source, place, product_id, scene, worldcover, write_majortom
+from rasterio.warp import transform
 
-from data_prep import majortom
+from data_prep import cli, majortom
 from data_prep.majortom import Row, join
 from terrafm_jax.data.tiles import INDEX_DTYPE, geometry, unpack_valid
 from terrafm_jax.sensors import SENSORS, Statistics
@@ -242,6 +244,30 @@ def test_wrong_arguments_are_named_before_any_work(source: Path, tmp_path: Path,
     assert majortom.main(["--source", str(source), "--worldcover", str(lonely), "--out", str(tmp_path / "x")]) == 1
     assert "N48E009" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_maps_beside_the_center_are_asked_for_before_any_work(tmp_path: Path, monkeypatch, capsys):
+    """The center of the cell lies in one map, a third of its ground in the next, which is not there."""
+    (x,), (y,) = transform("EPSG:4326", "EPSG:32632", [12.0], [48.5])
+    monkeypatch.setattr(data_prep_cells, "place", lambda cell: (x - 320.0, y + 240.0))
+    write_majortom(tmp_path, *make_cells(1))
+    worldcover(tmp_path / "worldcover", 9, 48, np.full((30, 30), 10))
+    assert prepare(tmp_path, tmp_path / "out") == 1
+    assert "1 maps are missing: N48E012" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert prepare(tmp_path, tmp_path / "out", "--worldcover-missing", "sea") == 0
+
+
+def test_boxes_of_longitude_and_latitude(source: Path, tmp_path: Path):
+    for box, inside, outside in (
+        ((-180, -90, 180, 90), [(10.0, 10.0), (-80.0, -180.0), (0.0, 180.0)], []),
+        ((0, -90, 360, 90), [(10.0, -10.0)], []),
+        ((170, -20, -170, 20), [(0.0, 175.0), (0.0, -175.0), (20.0, 180.0)], [(0.0, 165.0), (21.0, 175.0)]),
+        ((5, 45, 11, 48), [(46.0, 5.0)], [(46.0, 4.9), (44.0, 6.0), (46.0, -175.0)]),
+    ):
+        assert all(cli.in_bbox(box, *place) for place in inside), box
+        assert not any(cli.in_bbox(box, *place) for place in outside), box
+    assert prepare(source, tmp_path / "out", "--bbox", "-180", "-90", "180", "90", "--limit", "1") == 0
 
 
 def test_parts_that_were_not_downloaded_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

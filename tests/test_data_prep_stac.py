@@ -147,3 +147,14 @@ def test_blocks_lie_on_the_lines_of_60_metres():
         assert block.transform[2] % 60 == 0
         assert block.bounds()[2] <= 709_800
     assert all(b.gsd in (10, 20, 60) for b in S2_L1C.bands)
+
+
+def test_boxes_overlap_across_the_antimeridian():
+    over = (179.0, -18.0, -179.5, -17.0)  # as items name it
+    assert stac._overlap(over, (-180, -20, -170, 0))
+    assert stac._overlap((-180, -20, -170, 0), over)
+    assert stac._overlap(over, (179.9, -17.5, 180.2, -17.4)), "blocks run on without a jump"
+    assert stac._overlap((0, 0, 10, 10), (-20, 5, 30, 6)), "no corner of either lies in the other"
+    assert not stac._overlap(over, (-179, -20, -170, 0))
+    assert not stac._overlap(over, (178, -16, -170, 0))
+    assert not stac._overlap((0, 0, 1, 1), (1.1, 0, 2, 1))

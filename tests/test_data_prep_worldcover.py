@@ -18,6 +18,7 @@ from data_prep.worldcover import (
     is_ocean,
     majority,
     map_name,
+    maps_at,
     maps_of,
     ocean,
     oceans,
@@ -47,6 +48,8 @@ def test_names_of_maps():
     assert maps_of(np.array([10.0]), np.array([85.0])) == []
     assert maps_of(np.array([10.0]), np.array([-61.0])) == []
     assert maps_of(np.array([10.0]), np.array([83.9, 84.1])) == ["N81E009"]
+    points = np.array([[8.9, 47.9], [8.8, 47.8], [9.1, 48.1], [180.1, -17.0], [10.0, 85.0], [10.0, -61.0]])
+    assert maps_at(*points.T) == {"N45E006", "N48E009", "S18W180"}
 
 
 def test_four_maps_meet_under_a_tile(tmp_path: Path):
