@@ -25,7 +25,7 @@ from data_prep.chunks import WORK, Job, Unit, chunk_path, job_of_chunk, read, te
 from data_prep.identity import differences, parts_of
 from data_prep.progress import Progress
 from data_prep.survey import Verdicts, look, survey
-from data_prep.write import SUMMARY, finalize, write_text
+from data_prep.write import SUMMARY, finalize, remove_work, write_text
 from terrafm_jax.data.source import read_json
 from terrafm_jax.data.tiles import SPLITS
 
@@ -68,9 +68,10 @@ def prepare_all(
     digest = parts_of(job, units, chunk_size)
     finished = _finished(directory, digest)
     if finished is not None:
+        remove_work(directory)
         print(f"{directory} is complete already; delete it to prepare the same again", file=sys.stderr)
         return finished
-    job.work.mkdir(parents=True, exist_ok=True)
+    _make_folder(job)
     with telling_full_disk(job), _locked(job.work / "lock"):
         _check_same_job(job.work / "plan.json", digest, directory)
         chunks = make_chunks(units, chunk_size)
@@ -95,6 +96,14 @@ def prepare_all(
         told = {"sea_keep": job.options.sea_keep, "digest": digest["digest"], "job": digest}
         summary = finalize(job, len(chunks), {**plan, **told})
     return summary
+
+
+def _make_folder(job: Job) -> None:
+    try:
+        with telling_full_disk(job):
+            job.work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PrepareError(f"--out {job.directory}: cannot be written to ({error.strerror})") from error
 
 
 def _finished(directory: Path, digest: dict[str, str]) -> dict[str, Any] | None:

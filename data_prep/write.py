@@ -45,7 +45,7 @@ def finalize(job: Job, chunks: int, plan: dict[str, Any]) -> dict[str, Any]:
     directory = Path(job.directory)
     if not sum(merged.count.values()):  # nothing to publish but the reasons
         write_text(directory / "rejected.csv", merged.rejected_csv())
-        shutil.rmtree(job.work)  # whoever has mended the files must not meet the old verdicts again
+        remove_work(directory)  # whoever has mended the files must not meet the old verdicts again
         return merged.summary(plan)
     counts = {split: len(found) for split, found in merged.shards.items() if found}
     for split, total in counts.items():
@@ -62,8 +62,17 @@ def finalize(job: Job, chunks: int, plan: dict[str, Any]) -> dict[str, Any]:
     summary = merged.summary(plan) | {"looks_wrong": looks_wrong(json.loads(statistics))}
     write_text(directory / SUMMARY, json.dumps(summary, indent=1))
     _write_metadata(directory, merged)
-    shutil.rmtree(job.work)
+    remove_work(directory)
     return summary
+
+
+def remove_work(directory: Path) -> None:
+    """Removes the work folder, under another name: half of it would pass for an interrupted preparation."""
+    leftover = directory / f"{WORK}-done"
+    shutil.rmtree(leftover, ignore_errors=True)
+    if (directory / WORK).exists():
+        (directory / WORK).rename(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 class _Merged:

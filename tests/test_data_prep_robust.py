@@ -116,6 +116,45 @@ def test_interrupted_while_the_shards_get_their_names(
     assert stop == len(expected), "the work folder has one moment for each file of the result"
 
 
+def test_interrupted_while_the_work_folder_goes(
+    source: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    """What is complete stays complete: no cell is prepared again, and no other job takes the folder over."""
+    out, plain = tmp_path / "data", shutil.rmtree
+
+    def stopping(path: Path, *rest: Any, **options: Any) -> None:
+        if Path(path).name == "metadata" or not Path(path).exists():
+            return plain(path, *rest, **options)
+        for file in sorted(Path(path).iterdir())[::2]:
+            file.unlink() if file.is_file() else plain(file)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", stopping)
+    assert majortom.main(command(source, out)) == 130
+    monkeypatch.undo()
+    assert majortom.main(command(source, out, "--max-nodata", "0.1")) == 1
+    assert "holds another data set: --max-nodata" in capsys.readouterr().err
+    monkeypatch.setattr(chunks, "prepare", None)
+    assert majortom.main(command(source, out)) == 0
+    assert files(out) == expected
+    assert all(path.is_file() for path in out.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_to(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "file").write_text("")
+    assert majortom.main(command(source, tmp_path / "file")) == 1
+    assert f"--out {tmp_path / 'file'}: cannot be written to (Not a directory)" in capsys.readouterr().err
+
+
+def test_full_disk_at_the_very_start(source: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]):
+    def full(self: Path, *_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    assert majortom.main(command(source, tmp_path / "data")) == 4
+    assert "no space left under" in capsys.readouterr().err
+
+
 def test_sigterm_stops_cleanly(source: Path, expected: dict[str, bytes], tmp_path: Path):
     out = tmp_path / "data"
     process = start(source, out, "--workers", "2")
