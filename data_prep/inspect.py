@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import html
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -200,13 +201,21 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(path)
             return 0
         text = describe(data)
-        print(text)
+        _say(text)
         page = write_page(data, args.out or args.directory / "inspect", text, args.tiles)
     except (DataError, RecordError) as error:
         print(f"data_prep.inspect: {error}", file=sys.stderr)
         return 1
-    print(f"\npage with pictures: {page}")
+    _say(f"\npage with pictures: {page}")
     return 0
+
+
+def _say(text: str) -> None:
+    """Prints, also where nobody listens any more (``| head``): the page is still to be written."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

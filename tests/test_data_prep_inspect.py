@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +52,18 @@ def test_text_and_page(prepared: Path, capsys: pytest.CaptureFixture[str]):
         assert min(pixels.shape[:2]) > 200
         assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20, f"{name} is blank"
     assert "CC-BY-SA-4.0" in html
+
+
+def test_a_reader_that_goes_away_early(prepared: Path, tmp_path: Path):
+    """As in ``| head``: no traceback, and the page is there."""
+    command = [sys.executable, "-m", "data_prep.inspect", str(prepared), "--out", str(tmp_path), "--tiles", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        err = process.stderr.read().decode()
+    assert (process.returncode, err) == (0, "")
+    assert (tmp_path / "index.html").exists()
 
 
 def test_exported_tile_lies_exactly_on_its_source(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
