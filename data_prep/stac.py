@@ -35,7 +35,8 @@ from data_prep.scenes import kind_of
 from data_prep.tiling import UNIT
 from data_prep.times import iso_time
 from data_prep.worldcover import WorldCover, lonlat_outline, maps_under
-from terrafm_jax.sensors import SENSORS, band_name
+from terrafm_jax.sensors import SENSORS, SensorError, band_name
+from terrafm_jax.sensors import sensor as sensor_named
 
 BLOCK_TILES = 2
 
@@ -182,6 +183,24 @@ def search(
     return found
 
 
+def collections_of(texts: Sequence[str]) -> dict[str, str]:
+    """``["s1=sentinel-1-rtc", "sentinel-2-l2a"]`` -> sensor key -> collection. Raises ValueError.
+
+    The sensor may be left out where the name of the collection says it, as those of the large catalogs do.
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        name, _, collection = text.partition("=")
+        try:
+            key = sensor_named(name).key
+        except SensorError as error:
+            raise ValueError(f"--collection {text}: expected SENSOR=NAME; {error}") from error
+        if key in found:
+            raise ValueError(f"--collection {text}: {key} has {found[key]} already")
+        found[key] = collection or name
+    return found
+
+
 def _wanted(item: Any, bbox: Sequence[float] | None, when: str) -> bool:
     if bbox is not None and not _overlap(item.bbox, bbox):
         return False
@@ -228,12 +247,7 @@ def blocks_of(grid: Grid, options: Options, bbox: Sequence[float] | None) -> Ite
 
 def plan(args: argparse.Namespace, options: Options, cover: WorldCover) -> tuple[Source, list[Unit], dict[str, Any]]:
     """Units of a catalog. Raises ValueError."""
-    collections = dict(text.partition("=")[::2] for text in args.collection)
-    unknown = [key for key in collections if key not in SENSORS]
-    if unknown or not all(collections.values()):
-        raise ValueError(
-            f"--collection: expected SENSOR=NAME with a sensor of {list(SENSORS)}, found {args.collection}"
-        )
+    collections = collections_of(args.collection)
     found = search(args.catalog, collections, args.bbox, args.datetime)
     items = {key: {i.id: i.to_dict() for i in sorted(group, key=lambda i: i.id)} for key, group in found.items()}
     units: list[Unit] = []
@@ -316,7 +330,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser("data_prep.stac", description=__doc__, formatter_class=cli.Formatter)
     result.add_argument("--catalog", required=True, help="URL of a STAC API, or URL or file of a catalog.json")
-    result.add_argument("--collection", action="append", required=True, metavar="SENSOR=NAME", help="once per sensor")
+    result.add_argument("--collection", action="append", required=True, metavar="[SENSOR=]NAME", help="once per sensor")
     result.add_argument("--datetime", default="", help="day or first/last day")
     result.add_argument("--sign", default="", metavar="MODULE:FUNCTION", help="signs asset URLs")
     cli.add_arguments(result, require="", snap="off")

@@ -127,8 +127,9 @@ S1 = Sensor(
     nodata=-32768,
     mean=(-12.7572, -19.6423),
     std=(5.8491, 5.8516),
-    aliases=("s1rtc", "s1grd", "sentinel-1", "sentinel1", "s1-grd"),
-)
+    aliases=("s1rtc", "s1grd", "s1-rtc", "s1-grd", "s1_rtc", "s1_grd", "sentinel-1", "sentinel1", "sentinel-1-rtc",
+             "sentinel-1-grd"),
+)  # fmt: skip
 S2_L1C = Sensor(
     key="s2_l1c",
     title="Sentinel-2 L1C",
@@ -142,7 +143,7 @@ S2_L1C = Sensor(
           3015.8569, 2930.3957, 3243.99, 1389.849, 2915.8289, 2186.0514),
     std=(581.6321, 619.9756, 714.7784, 1018.3657, 1021.4312, 1116.4055,
          1265.8559, 1234.6123, 1374.9582, 608.362, 1547.9093, 1336.0316),
-    aliases=("s2l1c", "sentinel-2-l1c", "s2_toa"),
+    aliases=("s2l1c", "s2-l1c", "sentinel-2-l1c", "s2_toa"),
 )  # fmt: skip
 S2_L2A = Sensor(
     key="s2_l2a",
@@ -158,7 +159,7 @@ S2_L2A = Sensor(
     # The first value (B01) is an outlier in the released code: a typo or trained-in, nobody knows.
     std=(2761.4226, 807.365, 919.6919, 1221.4198, 1265.8146, 1323.0764,
          1428.7845, 1459.0343, 1497.9797, 1577.071, 1738.6128, 1620.8854),
-    aliases=("s2l2a", "sentinel-2-l2a", "s2_boa"),
+    aliases=("s2l2a", "s2-l2a", "sentinel-2-l2a", "sentinel-2-c1-l2a", "s2_boa"),
 )  # fmt: skip
 
 SENSORS: dict[str, Sensor] = {s.key: s for s in (S1, S2_L1C, S2_L2A)}

@@ -13,7 +13,8 @@ from rasterio.warp import transform_bounds
 
 from data_prep import stac
 from data_prep.cell import Options
-from data_prep.stac import assets_of, blocks_of, grid_of_item
+from data_prep.scenes import kind_of
+from data_prep.stac import assets_of, blocks_of, collections_of, grid_of_item
 from terrafm_jax.sensors import S2_L1C, SENSORS
 
 pytest.importorskip("odc.stac", reason="extra [stac] is not installed")
@@ -74,7 +75,7 @@ def catalog(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, d
 
 def prepare(path: Path, out: Path, *flags: str) -> int:
     places = ["--catalog", str(path), "--worldcover", "none", "--out", str(out), "--tile-size", "48"]
-    collections = [x for key in SENSORS for x in ("--collection", f"{key}={key}")]
+    collections = ["--collection", "s1", "--collection", "s2_l1c=s2_l1c", "--collection", "s2_l2a=s2_l2a"]
     return stac.main([*places, *collections, "--split-shares", "1,0,0", *flags])
 
 
@@ -117,6 +118,24 @@ def test_search_by_place_and_day(catalog: tuple[Path, dict], tmp_path: Path, cap
     assert "no cell to prepare" in capsys.readouterr().err
     assert prepare(path, tmp_path / "b", "--bbox", "0", "0", "1", "1") == 1
     assert prepare(path, tmp_path / "c", "--datetime", "2021-06-11") == 0
+
+
+def test_names_of_collections(catalog: tuple[Path, dict], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Those of Planetary Computer, Earth Search and Copernicus Data Space say the sensor themselves."""
+    known = ["sentinel-1-rtc", "sentinel-2-l1c", "sentinel-2-c1-l2a"]
+    assert collections_of(known) == dict(zip(SENSORS, known, strict=True))
+    assert collections_of(["s1=mine", "S2L2A=other"]) == {"s1": "mine", "s2_l2a": "other"}
+    assert kind_of("s1", "sentinel-1-rtc S1A_IW_GRDH_1SDV_20210611T053500_rtc") == "RTC gamma0"
+    assert kind_of("s1", "sentinel-1-grd S1A_IW_GRDH_1SDV_20210611T053500") == "GRD sigma0"
+    for wrong, message in (
+        (["landsat-c2-l2"], "expected SENSOR=NAME; unknown sensor 'landsat-c2-l2'"),
+        (["sentinel-1-rtc", "s1=sentinel-1-grd"], "s1 has sentinel-1-rtc already"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            collections_of(wrong)
+    flags = ["--catalog", str(catalog[0]), "--worldcover", "none", "--out", str(tmp_path / "out")]
+    assert stac.main([*flags, "--collection", "mine"]) == 1
+    assert "--collection mine" in capsys.readouterr().err
 
 
 def test_names_of_assets():

@@ -81,9 +81,10 @@ def test_polarisations_are_known_by_their_names(names: tuple[str, str]) -> None:
 @pytest.mark.parametrize(
     ("names", "meant"),
     [
-        (("s1", "S1RTC", "S1GRD", "sentinel-1"), S1),  # ours, TerraTorch's (twice), STAC's
+        # ours, TerraTorch's, the collections of Planetary Computer, Earth Search and Copernicus Data Space
+        (("s1", "S1RTC", "S1GRD", "sentinel-1", "sentinel-1-rtc", "sentinel-1-grd", "SENTINEL-1-RTC"), S1),
         (("s2_l1c", "S2L1C", "sentinel-2-l1c"), S2_L1C),
-        (("s2_l2a", "S2L2A", "sentinel-2-l2a"), S2_L2A),
+        (("s2_l2a", "S2L2A", "sentinel-2-l2a", "sentinel-2-c1-l2a"), S2_L2A),
     ],
     ids=["s1", "s2_l1c", "s2_l2a"],
 )
