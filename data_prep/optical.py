@@ -137,7 +137,10 @@ def _grids(key: str, sensor: Sensor, rasters: dict[str, Raster]) -> dict[str, Gr
         first = found[bands[0]]
         odd = {b: (g.crs, g.shape, g.transform[:3]) for b, g in found.items() if not _equal(g, first)}
         if odd:
-            raise BadInput(f"{key}: {bands[0]} is {first.crs} {first.shape} at {first.transform[:3]}, but {odd}")
+            what = "wrong size" if any(g.shape != first.shape for g in found.values()) else "wrong CRS or place"
+            raise BadInput(
+                f"{key}: {what}, {bands[0]} is {first.crs} {first.shape} at {first.transform[:3]}, but {odd}"
+            )
         grids[name] = first
     finest = grids[next(iter(grids))]
     for name, grid in grids.items():

@@ -88,7 +88,9 @@ def from_folder(root: Path) -> tuple[list[Scene], Counter[str]]:
             else:
                 cell, file = guess
                 found[cell].append(dataclasses.replace(file, path=str(path)))
-    return _scenes(found, {}), skipped
+        elif path.suffix.lower() in SUFFIXES and path.is_symlink():
+            skipped["link that leads nowhere"] += 1
+    return _scenes(_once(found, skipped), {}), skipped
 
 
 def by_name(path: PurePath) -> tuple[str, SceneFile] | str:
@@ -202,7 +204,7 @@ def from_manifest(path: Path, root: Path, select: Mapping[str, set[str]]) -> tup
                 faults.append(f"line {line}: split {row['split']!r}, expected one of {list(SPLITS)}")
     if faults:
         raise ValueError(f"{path}: " + "; ".join(faults))
-    return _scenes(found, splits), skipped
+    return _scenes(_once(found, skipped), splits), skipped
 
 
 def _manifest_sensor(row: Mapping[str, str]) -> str:
@@ -316,6 +318,19 @@ def facts(scenes: Iterable[Scene]) -> str:
 
 
 # --- joining ----------------------------------------------------------------------------------
+
+
+def _once(found: Mapping[str, Sequence[SceneFile]], skipped: Counter[str]) -> dict[str, list[SceneFile]]:
+    """The files by cell without repetitions: of (cell, product) the first by path stays; counts the others."""
+    result = {}
+    for cell, files in found.items():
+        first: dict[Any, SceneFile] = {}
+        for file in sorted(files, key=lambda f: f.path):
+            what = (file.sensor, file.product or file.path, file.bands)
+            if first.setdefault(what, file) is not file:
+                skipped["same product of the cell again"] += 1
+        result[cell] = list(first.values())
+    return result
 
 
 def _scenes(found: Mapping[str, Sequence[SceneFile]], splits: Mapping[str, str]) -> list[Scene]:

@@ -290,6 +290,26 @@ def _jp2(path: Path, pixels: np.ndarray, step: int) -> None:
         out.write(pixels, 1)
 
 
+def test_duplicates_and_dead_links_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """One product of a cell in two folders, and one row of a manifest twice: once each, whatever the order."""
+    product = "S2B_MSIL2A_20200605T103031_N0300_R018_T32TPT_20200605T143000"
+    for copy in "ba":
+        write_scene(tmp_path / "in" / copy / "S2L2A" / "here" / product, 48)
+    (tmp_path / "in" / "S2L2A").mkdir()
+    (tmp_path / "in" / "S2L2A" / "gone.tif").symlink_to(tmp_path / "nowhere.tif")
+    assert prepare(tmp_path / "in", tmp_path / "out", "--tile-size", "48") == 0
+    assert list(records(tmp_path / "out")) == ["here/r0_c0"]
+    said = capsys.readouterr().out
+    assert "12 files: same product of the cell again" in said
+    assert "1 files: link that leads nowhere" in said
+    paths = sorted((tmp_path / "in" / "a").rglob("*.tif"))
+    lines = [f"{path.relative_to(tmp_path)},here,S2L2A,{path.stem.split('_')[-1]}" for path in (*paths, paths[3])]
+    (tmp_path / "list.csv").write_text("\n".join(["file,location,sensor,bands", *lines]) + "\n")
+    flags = ("--manifest", str(tmp_path / "list.csv"), "--tile-size", "48")
+    assert prepare(tmp_path, tmp_path / "listed", *flags) == 0
+    assert "1 files: same product of the cell again" in capsys.readouterr().out
+
+
 def test_manifest_says_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Junk file names, an odd band order, offset, split and nodata: all from the manifest."""
     bands = scene(2, 48)

@@ -357,7 +357,7 @@ REASONS = {
     1: ("truncated", "B03"),
     2: ("no image", "cannot be read as an image"),
     3: ("missing band", "missing band B8A"),
-    4: ("wrong size", "B02 is EPSG:32632 (48, 48)"),
+    4: ("wrong size", "wrong size, B02 is EPSG:32632 (48, 48)"),
     5: ("wrong crs", "wrong CRS"),
     6: ("crs against metadata", "metadata say EPSG:32633"),
     7: ("no crs", "no georeference"),
@@ -393,6 +393,9 @@ def test_every_kind_of_bad_input_is_quarantined_with_its_reason(tmp_path: Path, 
     summary = json.loads((out / "summary.json").read_text())
     assert summary["rejected"] == len(REASONS)
     assert summary["tiles"] == {"train": 2 * 4}, "cells 0 and 16 are whole"
+    counts = summary["rejected_reasons"]
+    assert sum(counts.values()) == len(REASONS)
+    assert (counts["wrong size"], counts["wrong CRS"], counts["black"]) == (1, 2, 2)
     assert majortom.main(command(tmp_path, out, "--require", "s1,s2_l2a", "--tolerate", "0.95")) == 0
 
 
