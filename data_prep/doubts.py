@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.raster import BadInput, Raster
+from terrafm_jax.checks import EIGHT_BIT
 from terrafm_jax.sensors import BASELINE_OFFSET, S1, SENSORS
 
 RADAR = (-35.0, 5.0)  # dB: medians of land and sea, VV and VH, gamma0 and sigma0
@@ -160,8 +161,8 @@ def _optical_doubts(key: str, levels: Mapping[int, Mapping[str, float]]) -> list
     below = [f"{band} {value:.0f}" for band, value in middle.items() if value < 0]
     if below:
         found.append(f"{key}: medians below zero ({', '.join(below)}): wrong offset or wrong band order?")
-    elif max(levels[99].values()) <= 255:
-        found.append(f"{key}: 99 % of the values are at most 255: 8-bit previews and no DN?")
+    elif max(levels[99].values()) <= EIGHT_BIT:
+        found.append(f"{key}: 99 % of the values are at most {EIGHT_BIT}: 8-bit previews and no DN?")
     elif key == "s2_l1c" and 0 <= middle["B09"] < _DARK / 2 and middle["B08"] > 10 * middle["B09"]:
         found.append(f"{key} B09: median {middle['B09']:.0f} is as dark as B10: wrong band order?")
     return found

@@ -13,9 +13,8 @@ from data_prep.quality import is_constant
 from data_prep.raster import BadInput, Grid, Raster
 from data_prep.records import Group, Layer
 from terrafm_jax.sensors import SENSORS, Sensor
+from terrafm_jax.units import DN_PER_REFLECTANCE, MAX_DN, MAX_REFLECTANCE
 
-DN_PER_REFLECTANCE = 10_000.0
-MOST_REFLECTANCE = 6.5535  # the largest DN
 ROUNDING = 0.02  # DN: what float32 loses of a quotient, while a resampled value lies anywhere between two DN
 
 
@@ -85,8 +84,10 @@ def _as_dn(key: str, name: str, raster: Raster) -> np.ndarray:
             f"{key} {name}: fractional values, expected DN (reflectance x 10000); for 0..1 state the unit reflectance "
             "in the units column of a manifest or with --s2-unit"
         )
-    if pixels.size and (pixels.min() < 0 or pixels.max() > 65535):
-        raise BadInput(f"{key} {name}: values {pixels.min()}..{pixels.max()} are no DN (0..65535){_undeclared(pixels)}")
+    if pixels.size and (pixels.min() < 0 or pixels.max() > MAX_DN):
+        raise BadInput(
+            f"{key} {name}: values {pixels.min()}..{pixels.max()} are no DN (0..{MAX_DN:.0f}){_undeclared(pixels)}"
+        )
     return pixels.astype(np.uint16)
 
 
@@ -95,10 +96,10 @@ def _from_reflectance(key: str, name: str, raster: Raster) -> np.ndarray:
     what, pixels = f"{key} {name}", _without_nodata(key, name, raster)
     if pixels.dtype.kind != "f":
         raise BadInput(f"{what}: whole numbers of type {pixels.dtype} are no reflectance (0..1); DN?")
-    if pixels.size and (pixels.min() < 0 or pixels.max() > MOST_REFLECTANCE):
+    if pixels.size and (pixels.min() < 0 or pixels.max() > MAX_REFLECTANCE):
         raise BadInput(
             f"{what}: values {pixels.min():.6g}..{pixels.max():.6g} are no reflectance that DN can hold "
-            f"(0..{MOST_REFLECTANCE}){_undeclared(pixels)}; give the DN"
+            f"(0..{MAX_REFLECTANCE}){_undeclared(pixels)}; give the DN"
         )
     scaled = pixels.astype(np.float64) * DN_PER_REFLECTANCE
     whole = np.rint(scaled)

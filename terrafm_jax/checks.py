@@ -20,10 +20,11 @@ from terrafm_jax.sensors import (
     SENSORS,
     band_name,
 )
+from terrafm_jax.units import DN_PER_REFLECTANCE, MAX_REFLECTANCE
 
 TWICE = 500.0  # a darkest p1 below: with the offset inside, this were a reflectance of -5 %
-MAX_REFLECTANCE = 6.5535  # 16 bits of DN
-_PERCENT, _EIGHT_BIT = 150.0, 255
+EIGHT_BIT = 255
+_PERCENT = 150.0
 _FILL_DN = -3000.0  # below: no reflectance, but -9999 or -32768
 _BRIGHT_DN = 20_000.0
 _POWER, _AMPLITUDE = 0.05, 5.0  # median below: power (-13 dB); above: amplitude in DN or dB without its sign
@@ -155,7 +156,7 @@ def _optical(key: str, seen: np.ndarray, said: Declared, small: bool, spell: Spe
     if not whole and high <= _PERCENT:
         text = f"{found} look like percent, not DN; divide by 100 and pass {share}"
         return [_doubt(f"{text} (or {dn} if they are DN)", said)]
-    if whole and seen.max() <= _EIGHT_BIT:
+    if whole and seen.max() <= EIGHT_BIT:
         text = f"{found} look like an 8-bit preview (or percent), which carries no reflectance; give DN"
         return [Finding(f"{text} (pass {dn} if they are DN)", small and not said.unit_said)]
     if np.median(seen) > _BRIGHT_DN:
@@ -182,7 +183,7 @@ def _baseline(
     key: str, bands: Mapping[str, np.ndarray], said: Declared, cirrus: np.ndarray | None, spell: Spelling
 ) -> list[Finding]:
     """The offset left inside, or subtracted from values that never had it."""
-    scale = 1e4 if said.unit == "reflectance" else 1.0
+    scale = DN_PER_REFLECTANCE if said.unit == "reflectance" else 1.0
     levels = {name: _dark(pixels) * scale for name, pixels in bands.items()}
     name = min(levels, key=levels.__getitem__)
     dark, sure = levels[name], False

@@ -16,11 +16,11 @@ SYNONYMS = {"linear": "power"}
 SPELLINGS = {unit.lower(): unit for units in UNITS.values() for unit in units} | SYNONYMS
 # As commands and arguments spell them.
 WORDS = {own: tuple(unit.lower() for unit in units) for own, units in UNITS.items()}
-_DN_PER_REFLECTANCE = 10_000.0
-_MAX_DN = 65_535.0  # uint16
-_MAX_REFLECTANCE = _MAX_DN / _DN_PER_REFLECTANCE
+DN_PER_REFLECTANCE = 10_000.0
+MAX_DN = 65_535.0  # uint16
+MAX_REFLECTANCE = MAX_DN / DN_PER_REFLECTANCE
 _DB_RANGE = (-150.0, 100.0)  # below any noise floor, above any corner reflector
-_MAX_POWER = 1e7
+MAX_POWER = 1e7
 _FLOOR = 1e-10  # power below it has no logarithm worth keeping
 
 
@@ -68,7 +68,7 @@ def to_sensor_unit(values: np.ndarray, sensor: Sensor, unit: str | None, ignore:
     if seen.size:
         _refuse_impossible(seen, sensor, used)
     if used == "reflectance":
-        return values.astype(np.float32) * np.float32(_DN_PER_REFLECTANCE)
+        return values.astype(np.float32) * np.float32(DN_PER_REFLECTANCE)
     if used == "power":
         return (10.0 * np.log10(np.maximum(values.astype(np.float32), _FLOOR))).astype(np.float32)
     return values.astype(np.float32)
@@ -78,15 +78,15 @@ def _refuse_impossible(seen: np.ndarray, sensor: Sensor, unit: str) -> None:
     low, high = float(seen.min()), float(seen.max())
     shown = {"dn": "DN", "db": "dB"}.get(unit, unit)
     found = f"{sensor.key}: values from {low:g} to {high:g} cannot be {shown}"
-    if unit == "dn" and (high > _MAX_DN or low < -_MAX_DN):
-        raise UnitError(f"{found} (16 bits hold at most {_MAX_DN:g}); mask nodata with mask=")
-    if unit == "reflectance" and (high > _MAX_REFLECTANCE or low < -1.0):
+    if unit == "dn" and (high > MAX_DN or low < -MAX_DN):
+        raise UnitError(f"{found} (16 bits hold at most {MAX_DN:g}); mask nodata with mask=")
+    if unit == "reflectance" and (high > MAX_REFLECTANCE or low < -1.0):
         raise UnitError(
-            f"{found} (16 bits / 10000 is {_MAX_REFLECTANCE:g}); they look like DN: units={{'{sensor.key}': 'dn'}}"
+            f"{found} (16 bits / 10000 is {MAX_REFLECTANCE:g}); they look like DN: units={{'{sensor.key}': 'dn'}}"
         )
     if unit == "power" and low < 0.0:
         raise UnitError(f"{found} (power is not negative); they look like dB: units={{'{sensor.key}': 'db'}}")
-    if unit == "power" and high > _MAX_POWER:
+    if unit == "power" and high > MAX_POWER:
         raise UnitError(f"{found}; calibrate to gamma0 or sigma0 first")
     if unit == "db" and not (_DB_RANGE[0] <= low and high <= _DB_RANGE[1]):
         raise UnitError(f"{found} (expected {_DB_RANGE[0]:g} to {_DB_RANGE[1]:g}); mask nodata with mask=")

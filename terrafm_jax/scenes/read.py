@@ -30,12 +30,13 @@ from terrafm_jax.scenes.layers import Acquisition, Layer, broken, open_raster
 from terrafm_jax.scenes.masks import SCL_INVALID, MaskFile, check_masks
 from terrafm_jax.scenes.resample import resample
 from terrafm_jax.sensors import SENSORS
+from terrafm_jax.units import DN_PER_REFLECTANCE, MAX_DN, MAX_POWER
 
 _log = logging.getLogger(__name__)
 
 COMPOSITES = ("first", "median", "mean")
 _POWER_FLOOR = 1e-6  # -60 dB
-_LARGEST = {"s1": (1e7, "power"), "s2_l1c": (65_535.0, "DN"), "s2_l2a": (65_535.0, "DN")}
+_LARGEST = {"s1": (MAX_POWER, "power"), "s2_l1c": (MAX_DN, "DN"), "s2_l2a": (MAX_DN, "DN")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,7 +313,7 @@ def _measured(
         bad |= ~(data > 0).all(0)
     else:
         if date.unit == "reflectance":
-            data *= 10_000.0
+            data *= DN_PER_REFLECTANCE
         if date.offset:
             data -= date.offset
     limit, unit = _LARGEST[date.sensor]

@@ -16,7 +16,7 @@ import numpy as np
 
 from terrafm_jax.evals.features import ImageBatch
 from terrafm_jax.sensors import SENSORS, band_name, sensor
-from terrafm_jax.units import UNITS, unit_word
+from terrafm_jax.units import DN_PER_REFLECTANCE, UNITS, unit_word
 
 TASKS = ("classification", "multilabel", "segmentation", "regression", "change")
 SPLITS = ("train", "val", "test")
@@ -107,7 +107,7 @@ def canonical(source: Input, image: np.ndarray, name: str = "image") -> np.ndarr
         taken[~np.isfinite(taken)] = np.nan
     else:
         if source.unit == "reflectance":
-            taken = taken * 10000.0
+            taken = taken * DN_PER_REFLECTANCE
         taken[(taken == 0).all(-1)] = np.nan
     out = np.zeros((*image.shape[:2], len(SENSORS[source.sensor].bands)), np.float32)
     out[..., [c for _, c in source.channels]] = taken

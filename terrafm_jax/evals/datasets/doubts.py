@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from terrafm_jax.checks import EIGHT_BIT
 from terrafm_jax.evals.datasets.base import Dataset, Input, Sample, canonical
 from terrafm_jax.sensors import BASELINE_OFFSET, L1C_CIRRUS_THRESHOLD, L2A_THRESHOLD, SENSORS, band_name
+from terrafm_jax.units import DN_PER_REFLECTANCE
 
 SAMPLES = 16
 BESIDE = 100.0  # DN by which the median of another band may lie below that of B10
@@ -51,10 +53,10 @@ def _optical(pixels: np.ndarray, source: Input) -> str:
     high, middle = float(pixels.max()), float(np.median(pixels))
     if source.unit == "DN" and high <= 10:
         return f"declared DN, but no value is above {high:.3g}: is it reflectance (unit: reflectance)?"
-    if source.unit == "DN" and high <= 255:
+    if source.unit == "DN" and high <= EIGHT_BIT:
         return f"declared DN, but no value is above {high:.3g}: eight-bit previews carry no reflectance"
     if source.unit == "reflectance" and middle > 1e5:
-        return f"declared reflectance, but the median is {middle / 1e4:.3g}: is it DN (unit: DN)?"
+        return f"declared reflectance, but the median is {middle / DN_PER_REFLECTANCE:.3g}: is it DN (unit: DN)?"
     return ""
 
 
@@ -64,7 +66,9 @@ def _order(source: Input, samples: Sequence[Sample]) -> str:
     if "B10" not in names:
         return ""
     pixels = np.concatenate([s.images[source.sensor].reshape(-1, len(names)) for s in samples]).astype(np.float32)
-    pixels = pixels[np.isfinite(pixels).all(1) & (pixels != 0).any(1)] * (1e4 if source.unit == "reflectance" else 1)
+    pixels = pixels[np.isfinite(pixels).all(1) & (pixels != 0).any(1)] * (
+        DN_PER_REFLECTANCE if source.unit == "reflectance" else 1
+    )
     if not len(pixels):
         return ""
     middle = np.median(pixels, axis=0)
@@ -84,7 +88,7 @@ def _cirrus(source: Input, samples: Sequence[Sample]) -> float | None:
     if "B10" not in names:
         return None
     values = np.concatenate([np.ravel(s.images[source.sensor][..., names.index("B10")]) for s in samples])
-    return float(np.percentile(values, 1)) * (1e4 if source.unit == "reflectance" else 1)
+    return float(np.percentile(values, 1)) * (DN_PER_REFLECTANCE if source.unit == "reflectance" else 1)
 
 
 def _baseline(pixels: np.ndarray, source: Input, cirrus: float | None) -> str:
