@@ -1,7 +1,8 @@
-"""Every command that docs/evaluation.md shows exists, parses, and names data sets and protocols that there are."""
+"""Every command that docs/evaluation.md and docs/data.md show exists and parses; evaluation names what there is."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shlex
@@ -101,6 +102,21 @@ def test_every_command_of_the_page_parses():
     assert not [c for c in found if "…" in " ".join(c)]
     done = parse_all(found)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_commands_of_preparation_parse():
+    """Those of docs/data.md and of the modules that it speaks of; ``...`` stands for further flags."""
+    texts, checked = [(ROOT / "docs" / "data.md").read_text()], set()
+    for name in ("majortom", "geotiff", "stac", "inspect"):
+        texts.append(f"```\n{importlib.import_module(f'data_prep.{name}').__doc__}\n```")
+    for name, *words in (command for text in texts for command in commands(text)):
+        if name.startswith("data_prep."):
+            module = importlib.import_module(name)
+            given = [{"W": "5", "S": "45", "E": "11", "N": "48"}.get(word, word) for word in words if word != "..."]
+            given += ["--worldcover", "none", "--out", "OUT"] if "..." in words else []
+            module.parse(given) if name == "data_prep.synthetic" else module.parser().parse_args(given)
+            checked.add(name.removeprefix("data_prep."))
+    assert checked == {"majortom", "geotiff", "stac", "inspect", "synthetic"}
 
 
 def test_every_published_row_of_ours_has_its_command():
