@@ -69,6 +69,11 @@ def _folder(text: str) -> Path:
 
 def options_of(args: argparse.Namespace) -> Options:
     """The options that decide about the content. Raises ValueError naming the flag."""
+    for name in ("workers", "cells_per_shard"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
+    if not 0 <= args.tolerate <= 1:
+        raise ValueError(f"--tolerate {args.tolerate}: expected 0..1")
     try:
         require = tuple(sensor(name).key for name in args.require.split(",") if name.strip())
         shares = tuple(float(x) for x in args.split_shares.split(","))

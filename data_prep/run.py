@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import itertools
 import json
 import multiprocessing
 import os
@@ -13,7 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
@@ -29,6 +30,7 @@ from data_prep.write import SUMMARY, finalize, remove_work, write_text
 from terrafm_jax.data.source import read_json
 from terrafm_jax.data.tiles import SPLITS
 
+_AHEAD = 4  # chunks a worker has in line; waiting for all 100,000 of a planet takes a third of a second each time
 _TRIES = 3  # deaths of workers without a cell to blame before the job gives up
 _ORDER = (*SPLITS, "mixed", "unknown")
 
@@ -187,19 +189,21 @@ class _Pool:
         for crumb in self.crumbs.iterdir():
             crumb.unlink()
         with self._executor(self.workers) as (executor, counter):
-            futures = {
-                executor.submit(_work, job_of_chunk(self.job, units), i, units, self.deadly)
-                for i, units in ((i, self.chunks[i]) for i in todo)
-            }
+            waiting, futures = iter(todo), set[Future[int]]()
             base = self.bar.done
-            while futures:
-                done, futures = wait(futures, timeout=0.5, return_when=FIRST_COMPLETED)
-                self.bar.set(base + counter.value)
-                try:
+            try:
+                while True:
+                    for i in itertools.islice(waiting, _AHEAD * self.workers - len(futures)):
+                        units = self.chunks[i]
+                        futures.add(executor.submit(_work, job_of_chunk(self.job, units), i, units, self.deadly))
+                    if not futures:
+                        break
+                    done, futures = wait(futures, timeout=0.5, return_when=FIRST_COMPLETED)
+                    self.bar.set(base + counter.value)
                     for future in done:
                         future.result()
-                except BrokenProcessPool:
-                    return False
+            except BrokenProcessPool:
+                return False
         return True
 
     def _autopsy(self) -> None:

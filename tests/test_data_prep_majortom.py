@@ -235,6 +235,9 @@ def test_wrong_arguments_are_named_before_any_work(source: Path, tmp_path: Path,
         (["--tile-size", "224"], "nearest legal: 222 or 228"),
         (["--require", "s3"], "s3"),
         (["--split-shares", "0.5,0.1,0.1"], "sum to 1"),
+        (["--workers", "0"], "--workers 0: expected at least 1"),
+        (["--cells-per-shard", "-1"], "--cells-per-shard -1: expected at least 1"),
+        (["--tolerate", "5"], "--tolerate 5.0: expected 0..1"),
     ):
         assert prepare(source, tmp_path / "x", *flags) == 1
         assert message in capsys.readouterr().err
