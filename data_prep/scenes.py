@@ -90,7 +90,7 @@ def from_folder(root: Path) -> tuple[list[Scene], Counter[str]]:
                 found[cell].append(dataclasses.replace(file, path=str(path)))
         elif path.suffix.lower() in SUFFIXES and path.is_symlink():
             skipped["link that leads nowhere"] += 1
-    return _scenes(_once(found, skipped), {}), skipped
+    return _scenes(found, {}, skipped), skipped
 
 
 def by_name(path: PurePath) -> tuple[str, SceneFile] | str:
@@ -204,7 +204,7 @@ def from_manifest(path: Path, root: Path, select: Mapping[str, set[str]]) -> tup
                 faults.append(f"line {line}: split {row['split']!r}, expected one of {list(SPLITS)}")
     if faults:
         raise ValueError(f"{path}: " + "; ".join(faults))
-    return _scenes(_once(found, skipped), splits), skipped
+    return _scenes(found, splits, skipped), skipped
 
 
 def _manifest_sensor(row: Mapping[str, str]) -> str:
@@ -320,34 +320,24 @@ def facts(scenes: Iterable[Scene]) -> str:
 # --- joining ----------------------------------------------------------------------------------
 
 
-def _once(found: Mapping[str, Sequence[SceneFile]], skipped: Counter[str]) -> dict[str, list[SceneFile]]:
-    """The files by cell without repetitions: of (cell, product) the first by path stays; counts the others."""
-    result = {}
-    for cell, files in found.items():
-        first: dict[Any, SceneFile] = {}
-        for file in sorted(files, key=lambda f: f.path):
-            what = (file.sensor, file.product or file.path, file.bands)
-            if first.setdefault(what, file) is not file:
-                skipped["same product of the cell again"] += 1
-        result[cell] = list(first.values())
-    return result
-
-
-def _scenes(found: Mapping[str, Sequence[SceneFile]], splits: Mapping[str, str]) -> list[Scene]:
-    """One scene per acquisition of each cell; sensors are matched in order of time."""
+def _scenes(found: Mapping[str, Sequence[SceneFile]], splits: Mapping[str, str], skipped: Counter[str]) -> list[Scene]:
+    """One scene per acquisition of each cell; sensors are matched in order of time. Counts repeated files."""
     result = []
     for cell in sorted(found):
         sets: dict[str, list[list[SceneFile]]] = {}
         for key in (*SENSORS, LANDCOVER):
-            sets[key] = _acquisitions([f for f in found[cell] if f.sensor == key])
+            files = [f for f in found[cell] if f.sensor == key]
+            sets[key] = _once(_acquisitions(files))
+            repeated = len(files) - sum(map(len, sets[key]))
+            skipped.update({"same product of the cell again": repeated} if repeated else {})
         count = max((len(group) for key, group in sets.items() if key != LANDCOVER), default=0)
         optical = max(len(sets["s2_l1c"]), len(sets["s2_l2a"]))
         for number in range(optical or count):
-            files: list[SceneFile] = []
+            chosen: list[SceneFile] = []
             for key, group in sets.items():
                 if group and (number < len(group) or key in ("s1", LANDCOVER)):
-                    files += group[min(number, len(group) - 1)]
-            result.append(Scene(cell, number, tuple(files), splits.get(cell)))
+                    chosen += group[min(number, len(group) - 1)]
+            result.append(Scene(cell, number, tuple(chosen), splits.get(cell)))
     return result
 
 
@@ -359,3 +349,25 @@ def _acquisitions(files: Iterable[SceneFile]) -> list[list[SceneFile]]:
         own = ((file.product,) if file.product else (str(Path(file.path).parent),)) if single else (file.path,)
         groups[(file.time, *own)].append(file)
     return [sorted(groups[key], key=lambda f: f.path) for key in sorted(groups)]
+
+
+def _once(acquisitions: Sequence[list[SceneFile]]) -> list[list[SceneFile]]:
+    """Without repetitions: of several sets of files of one product the most complete.
+
+    Of equally complete sets the one of more files stays, which holds the bands at their own sampling.
+    """
+    best: dict[str, list[SceneFile]] = {}
+    for files in acquisitions:
+        first: dict[Any, SceneFile] = {}
+        for file in files:
+            first.setdefault((file.product or file.path, file.bands), file)
+        product = files[0].product or files[0].path
+        if _completeness(best.get(product, [])) < _completeness([*first.values()]):
+            best[product] = [*first.values()]
+    return list(best.values())
+
+
+def _completeness(files: Sequence[SceneFile]) -> tuple[int, int]:
+    named = {band for file in files for band in file.bands if band != CLOUD_MASK}
+    whole = len(files) > 0 and any(not file.bands for file in files)  # a file that names none is taken for whole
+    return max(len(named), 12 * whole), len(files)

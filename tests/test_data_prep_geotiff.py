@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+from collections import Counter
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -16,8 +18,11 @@ from rasterio.transform import from_origin
 from data_prep import geotiff
 from data_prep.cell import Options
 from data_prep.geotiff import blocks, guess_unit, named
+from data_prep.ground import share_ground
 from data_prep.raster import Grid, Raster
-from data_prep.scenes import band_list, by_name, from_folder, stated_orders
+from data_prep.scenes import band_list, by_name, from_folder, from_manifest, stated_orders
+from data_prep.splits import BlockSplit
+from data_prep.worldcover import lonlat_outline
 from terrafm_jax.sensors import S2_L1C, SENSORS
 
 
@@ -200,6 +205,40 @@ def test_ground_extents_of_native_ssl4eo_agree_with_its_content(real: Path):
     top = max(best, key=lambda k: best[k])
     assert abs(top[0]) <= 1
     assert abs(top[1]) <= 1
+
+
+@pytest.mark.real
+def test_a_real_product_counts_once_and_at_its_own_sampling(real_data: Path, tmp_path: Path):
+    """Four patches of BigEarthNet lie there twice: as files per band, and stacked with 60 m bands at 10 m."""
+    found, skipped = from_manifest(
+        real_data / "MANIFEST.csv", real_data,
+        {"group": {"bigearthnet_native", "bigearthnet_stacked_120"}, "kind": {"tile"}},
+    )  # fmt: skip
+    cells = [scene.cell for scene in found]
+    assert len(set(cells)) == len(cells) == 11
+    assert skipped["same product of the cell again"] == 4, "the stacked ones"
+    native = [s for s in found if sum(f.sensor == "s2_l2a" for f in s.files) == 12]
+    assert len(native) == 4
+
+
+@pytest.mark.real
+def test_real_tiles_that_share_ground_share_their_split(real: Path):
+    """Six dates of a reservoir among others: however blocks are drawn, no two splits hold the same ground."""
+    grids = []
+    for record in records(real).values():
+        key = next(k for k in ("s2_l2a", "s2_l1c", "s1") if record[k]["present"])
+        ten = record[key]["10m"]
+        grids.append(Grid(record["crs"].decode(), tuple(ten["transform"].tolist()), *ten["dn"].shape[:2]))
+    meeting = [(i, j) for i, j in itertools.combinations(range(len(grids)), 2) if share_ground(grids[i], grids[j])]
+    assert len(meeting) >= 15, "each date of the reservoir with each other"
+    kept: Counter[str] = Counter()
+    for seed in range(20):
+        blocks = BlockSplit((0.4, 0.3, 0.3), degrees=0.1, seed=seed)
+        splits = [blocks.split(*lonlat_outline(grid)) for grid in grids]
+        pairs = [{splits[i], splits[j]} for i, j in meeting]
+        assert all(len(pair - {None}) <= 1 for pair in pairs)
+        kept.update(split for pair in pairs for split in pair if split)
+    assert len(kept) == 3, "pairs were found in every split"
 
 
 # --- constructed folders ----------------------------------------------------------------------
