@@ -126,6 +126,20 @@ def test_landmark_of_the_real_map(real_data: Path):
     assert is_ocean(ocean(out))
 
 
+def test_a_real_map_up_to_the_antimeridian(real_data: Path):
+    """N66E177 ends at 180 E: a tile across it needs N66W180, too, and where that is sea, land ends at the line."""
+    folder = real_data / "data_prep/esa_worldcover"
+    grid = grid_at(180.0, 68.0, "EPSG:32601", 480)
+    with pytest.raises(MissingMaps, match="maps N66W180 are not in"):
+        WorldCover.open(folder).overlay(grid)
+    found = WorldCover.open(folder, "sea").overlay(grid)
+    lon, _ = centers(grid)
+    west, east = lon % 360 < 180, lon % 360 > 180.001
+    assert (found[east] == landcover.SEA).all()
+    assert (found[west] == landcover.SEA).mean() < 0.02
+    assert majority(fractions(found[west])) == landcover.category("moss")
+
+
 def test_overlay_agrees_with_the_map_on_its_own_grid(real_data: Path):
     """The re-coded maps exist on the tile grid and on the WorldCover lattice: a warp leads from one to the other."""
     from data_prep.worldcover import codes_on
