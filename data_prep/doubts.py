@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.radar import NOTHING
 from data_prep.raster import BadInput, Raster
 from terrafm_jax.checks import EIGHT_BIT
 from terrafm_jax.sensors import BASELINE_OFFSET, S1, SENSORS
 
 RADAR = (-35.0, 5.0)  # dB: medians of land and sea, VV and VH, gamma0 and sigma0
 _RADAR_NOTHING = -60.0  # dB, far below the noise of the instrument
-_RADAR_UNDERFLOW = -300.0  # dB: as power this is zero, hence nodata already
 _FEW = 16  # pixels that say nothing
 _DARK = 100.0  # DN: the median of B10 wherever there is no thick cirrus (real tiles: 8..52)
 _FAR = 300.0  # DN between the band that is B10 and one that is called so
@@ -83,7 +83,7 @@ def _decibels(what: str, values: np.ndarray) -> np.ndarray:
             f"{what}: taken as dB, but values {values.min():.4g}..{values.max():.4g} are hardly ever below zero: "
             "power (= linear) or |dB|?"
         )
-    low = repeated_low(values[values > _RADAR_UNDERFLOW], _RADAR_NOTHING)
+    low = repeated_low(values[values > NOTHING], _RADAR_NOTHING)
     if low is not None:
         raise BadInput(
             f"{what}: nodata not declared? {low:g} is no backscatter; name it in the manifest's nodata column"

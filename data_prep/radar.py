@@ -15,6 +15,7 @@ from data_prep import tiling
 from data_prep.raster import Grid
 from terrafm_jax.sensors import S1
 
+NOTHING = -300.0  # dB: whatever lies below is a fill value, declared or not
 _LOWEST, _HIGHEST = S1.nodata + 1, np.iinfo(S1.dtype).max  # the lowest number of all is nodata
 
 
@@ -24,7 +25,7 @@ def power_from(values: np.ndarray, unit: str, nodata: float | None) -> np.ndarra
     Args:
       values: as delivered.
       unit: ``power`` (power <= 0 is nodata) or ``dB``.
-      nodata: the value that the file declares, besides -32768, NaN and infinities.
+      nodata: the value that the file declares, besides NaN, infinities and impossible decibels.
     """
     power = values.astype(np.float32, copy=False)
     if unit == "power" and power.size and power.min() > 0 and power.max() < np.inf and not (nodata or 0) > 0:
@@ -33,7 +34,7 @@ def power_from(values: np.ndarray, unit: str, nodata: float | None) -> np.ndarra
     if nodata is not None and (unit == "dB" or nodata > 0):
         missing |= power == nodata
     if unit == "dB":
-        missing |= power == S1.nodata
+        missing |= power < NOTHING
         power = np.float32(10.0) ** (power / np.float32(10.0))
     elif unit != "power":
         raise ValueError(f"unit of Sentinel-1 must be 'power' or 'dB', found {unit!r}")

@@ -24,6 +24,9 @@ def test_nodata_of_power_and_decibels():
     decibel = power_from(np.array([-10.0, 0.0, -99.0, np.nan]), "dB", -99.0)
     assert decibel[:2] == pytest.approx([0.1, 1.0])
     assert np.isnan(decibel[2:]).all()
+    # No receiver tells these from nothing: fill values that nobody declared, ours of exported tiles among them.
+    assert np.isnan(power_from(np.array([-300.5, -327.68, -340.0, -9999.0]), "dB", None)).all()
+    assert not np.isnan(power_from(np.array([-60.0, -99.0, -150.0]), "dB", None)).any()
     with pytest.raises(ValueError, match="amplitude"):
         power_from(decibel, "amplitude", None)
 
