@@ -88,7 +88,7 @@ setup(
         "notebooks": NOTEBOOKS,
         "dev": DEV,
         "demo": DEMO,
-        "all": DATA + EVAL + EXPORT + GCS + STAC + NOTEBOOKS + DEV,
+        "all": DATA + EVAL + EXPORT + GCS + STAC + BEAM + NOTEBOOKS + DEV,
     },
     classifiers=[
         "Programming Language :: Python :: 3.11",
