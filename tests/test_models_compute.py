@@ -12,7 +12,6 @@ import pytest
 from terrafm_jax import weights
 from terrafm_jax.models import ModelSpec, encode, init_params, parameter_count, patchify, project
 from terrafm_jax.models.attention import attend
-from terrafm_jax.models.terrafm import bottleneck, prototypes
 from terrafm_jax.models.vit import drop_path_keep
 from terrafm_jax.sensors import NORMALIZED_MEAN
 
@@ -118,12 +117,14 @@ def test_patchify_orders_row_column_band():
         patchify(jnp.zeros((1, 9, 12, 1)), 4)
 
 
-def test_logits_are_cosines_of_unit_vectors(params):
-    cls = jax.random.normal(jax.random.key(0), (3, SPEC.width))
-    units, columns = bottleneck(SPEC, params["head"], cls), prototypes(SPEC, params["head"])
-    np.testing.assert_allclose(jnp.linalg.norm(units, axis=1), 1.0, rtol=1e-5)
-    np.testing.assert_allclose(jnp.linalg.norm(columns, axis=0), 1.0, rtol=1e-5)
-    np.testing.assert_allclose(project(SPEC, params["head"], cls), units @ columns, atol=1e-5)
+def test_logits_are_cosines(params):
+    """Neither the length of a prototype nor that of what the MLP gives shows in the logits."""
+    cls, head = jax.random.normal(jax.random.key(0), (3, SPEC.width)), params["head"]
+    logits = project(SPEC, head, cls)
+    assert float(jnp.abs(logits).max()) <= 1 + 1e-5
+    longer = {**head, "last_layer": {"kernel": 7.0 * head["last_layer"]["kernel"]}}
+    longer["mlp"] = {**head["mlp"], "2": {name: 3.0 * x for name, x in head["mlp"]["2"].items()}}
+    np.testing.assert_allclose(project(SPEC, longer, cls), logits, atol=1e-5)
 
 
 def test_drop_path_rises_linearly_and_keeps_the_expectation():

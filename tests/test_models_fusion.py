@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from terrafm_jax import weights
-from terrafm_jax.models import ModelSpec, Prepared, encode, init_params, prepare
+from terrafm_jax.models import ModelSpec, encode, init_params
+from terrafm_jax.models.terrafm import encode_cls
 from terrafm_jax.sensors import NORMALIZED_MEAN
 
 SPEC = ModelSpec(width=32, depth=1, heads=2, patch=4, grid=4, fusion_heads=8, prototypes=8, head_hidden=8)
@@ -124,18 +125,25 @@ def test_constant_and_zero_patches_stay_finite(folded):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
 
-def test_prepared_weights_give_the_same_features_and_gradients():
+def test_several_sets_of_views_together_equal_each_alone():
+    """One pass over the layers with weight products formed once: features and gradients of separate calls."""
     backbone, x = noisy_backbone(), patches(2)
+    sets = [(x, jnp.asarray(PRESENT[1:3])), ({"s1": x["s1"][:, :2, :1]}, None)]
 
-    def loss(use, backbone):
-        weights = use(SPEC, backbone)
-        both = encode(SPEC, weights, x), encode(SPEC, weights, {"s1": x["s1"]})
-        return sum(features.cls.std() for features in both)
+    def together(backbone):
+        return encode_cls(SPEC, backbone, sets, keep=[None] * len(sets))
 
-    assert isinstance(prepare(SPEC, backbone), Prepared)
-    once = jax.jit(jax.value_and_grad(lambda b: loss(prepare, b)))(backbone)
-    twice = jax.jit(jax.value_and_grad(lambda b: loss(lambda _, same: same, b)))(backbone)
-    for a, b in zip(jax.tree.leaves(once), jax.tree.leaves(twice), strict=True):
+    def alone(backbone):
+        return [encode(SPEC, backbone, *each).cls for each in sets]
+
+    def loss(encode_all, backbone):
+        found = encode_all(backbone)
+        return sum(cls.std() for cls in found), found
+
+    found, expected = (
+        jax.jit(jax.grad(lambda b, run=run: loss(run, b), has_aux=True))(backbone) for run in (together, alone)
+    )
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 

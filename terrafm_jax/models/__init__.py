@@ -3,23 +3,19 @@
 from terrafm_jax.models.spec import ModelSpec
 from terrafm_jax.models.terrafm import (
     Features,
-    Prepared,
     encode,
     init_params,
     parameter_count,
     patchify,
-    prepare,
     project,
 )
 
 __all__ = [
     "Features",
     "ModelSpec",
-    "Prepared",
     "encode",
     "init_params",
     "parameter_count",
     "patchify",
-    "prepare",
     "project",
 ]

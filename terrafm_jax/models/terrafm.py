@@ -7,7 +7,7 @@ with the caller's dict inside each function. Nothing here keeps state, so every 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,13 +36,6 @@ class Features(NamedTuple):
     cls: Array
     patches: Array
     layers: tuple[tuple[Array, Array], ...] = ()
-
-
-class Prepared(NamedTuple):
-    """Backbone parameters with the weight products of the folded embedding beside them."""
-
-    params: Params
-    folded: folding.Folded
 
 
 class Backbone(nnx.Module):
@@ -107,24 +100,9 @@ def patchify(images: Array, p: int) -> Array:
     return blocks.reshape(batch, height // p, width // p, p * p * bands)
 
 
-def prepare(spec: ModelSpec, backbone: Params, *, by_columns: bool = False) -> Prepared | Params:
-    """Forms the weight products once for several calls of :func:`encode` in the same step.
-
-    Without it each call forms its own, and so does its backward pass. Gradients reach ``backbone``.
-    Returns ``backbone`` itself when ``spec.folded`` is False.
-
-    Args:
-      by_columns: the calls' patches will be in the layout of ``models.columns``.
-    """
-    if not spec.folded:
-        return backbone
-    embed = nnx.merge(_graphs(spec)["patch_embed"], backbone["patch_embed"])
-    return Prepared(backbone, embed.fold(by_columns=by_columns))
-
-
 def encode(
     spec: ModelSpec,
-    backbone: Params | Prepared,
+    backbone: Params,
     patches: Mapping[str, Array],
     present: Array | None = None,
     *,
@@ -135,7 +113,7 @@ def encode(
 
     Args:
       spec: the network; fields that say how to compute may differ from those used at init.
-      backbone: ``params["backbone"]``, or what :func:`prepare` made of it.
+      backbone: ``params["backbone"]``.
       patches: sensor -> normalised patches [B, h, w, p*p*C] (see :func:`patchify`), or the other layout of
         ``models.columns``. With one sensor this is the released path; with several they are fused.
       present: bool [B, S] over ``spec.sensors``: sensors each sample has. None: those in ``patches``. Weights
@@ -146,10 +124,10 @@ def encode(
     Raises:
       ValueError: unknown sensors, wrong shapes, several sensors without fusion weights, layer out of range.
     """
-    taps = _check(spec, _params(backbone)["patch_embed"], patches, present, layers)
-    prepared = prepare(spec, backbone) if not isinstance(backbone, Prepared) else backbone
-    x, (rows, columns) = _tokens(spec, prepared, patches, present)
-    backbone = _params(prepared)
+    taps = _check(spec, backbone["patch_embed"], patches, present, layers)
+    tokens = _embedding(spec, backbone)(patches, present)
+    rows, columns = tokens.shape[1:3]
+    x = _with_positions(spec, backbone, tokens)
     keep = None if drop_key is None or not spec.drop_path else drop_path_keep(spec, x.shape[0], drop_key)
     x, tapped = run_blocks(spec, backbone["blocks"], x, keep, taps)
     norm = nnx.merge(_graphs(spec)["norm"], backbone["norm"])
@@ -163,7 +141,7 @@ def encode(
 
 def encode_cls(
     spec: ModelSpec,
-    backbone: Params | Prepared,
+    backbone: Params,
     sets: Sequence[tuple[Mapping[str, Array], Array | None]],
     *,
     keep: Sequence[Array | None],
@@ -180,35 +158,38 @@ def encode_cls(
       ValueError: as :func:`encode`.
     """
     for patches, present in sets:
-        _check(spec, _params(backbone)["patch_embed"], patches, present, ())
+        _check(spec, backbone["patch_embed"], patches, present, ())
     by_columns = all(x.ndim == 5 for patches, _ in sets for x in patches.values())
-    prepared = backbone if isinstance(backbone, Prepared) else prepare(spec, backbone, by_columns=by_columns)
-    backbone = _params(prepared)
-    tokens = [_tokens(spec, prepared, patches, present)[0] for patches, present in sets]
+    embed = _embedding(spec, backbone, by_columns=by_columns)
+    tokens = [_with_positions(spec, backbone, embed(patches, present)) for patches, present in sets]
     last, _ = run_blocks_together(spec, backbone["blocks"], tokens, keep)
     norm = nnx.merge(_graphs(spec)["norm"], backbone["norm"])
     return [norm(x[:, 0]) for x in last]
 
 
-def _params(backbone: Params | Prepared) -> Params:
-    return backbone.params if isinstance(backbone, Prepared) else backbone
+def _embedding(
+    spec: ModelSpec, backbone: Params, *, by_columns: bool = False
+) -> Callable[[Mapping[str, Array], Array | None], Array]:
+    """The function from patches per sensor and ``present`` [B, S] to tokens [B, h, w, d].
+
+    The weight products of the folded form are made here, so that several calls, and their backward passes, share them.
+
+    Args:
+      by_columns: the calls' patches will be in the layout of ``models.columns``.
+    """
+    written_out = nnx.merge(_graphs(spec)["patch_embed"], backbone["patch_embed"])
+    folded = written_out.fold(by_columns=by_columns) if spec.folded else None
+
+    def embed(patches: Mapping[str, Array], present: Array | None) -> Array:
+        patches = {sensor: patches[sensor] for sensor in spec.sensors if sensor in patches}
+        if present is not None:
+            present = jnp.stack([present[:, spec.sensors.index(sensor)] for sensor in patches], axis=1)
+        return written_out(patches, present) if folded is None else folding.embed(spec, folded, patches, present)
+
+    return embed
 
 
-def _tokens(
-    spec: ModelSpec, prepared: Params | Prepared, patches: Mapping[str, Array], present: Array | None
-) -> tuple[Array, tuple[int, int]]:
-    """Patches -> tokens [B, 1 + h * w, d] before the first block, and (h, w)."""
-    patches = {sensor: patches[sensor] for sensor in spec.sensors if sensor in patches}
-    if present is not None:
-        present = jnp.stack([present[:, spec.sensors.index(sensor)] for sensor in patches], axis=1)
-    if isinstance(prepared, Prepared):
-        tokens = folding.embed(spec, prepared.folded, patches, present)
-    else:
-        tokens = nnx.merge(_graphs(spec)["patch_embed"], prepared["patch_embed"])(patches, present)
-    return _add_positions(spec, _params(prepared), tokens), tokens.shape[1:3]
-
-
-def _add_positions(spec: ModelSpec, backbone: Params, tokens: Array) -> Array:
+def _with_positions(spec: ModelSpec, backbone: Params, tokens: Array) -> Array:
     """[B, h, w, d] -> [B, 1 + h * w, d] with the class token in front and positions added."""
     batch, rows, columns, width = tokens.shape
     dtype = spec.compute_dtype
@@ -247,20 +228,6 @@ def _check(
     return tuple(i % spec.depth for i in layers)
 
 
-def _head(spec: ModelSpec, head: Params) -> DinoHead:
-    return nnx.merge(_graphs(spec)["head"], {**head, "mlp": _numbered(head["mlp"])})
-
-
 def project(spec: ModelSpec, head: Params, cls: Array) -> Array:
     """DINO head: class tokens [B, d] -> logits [B, K] in float32."""
-    return _head(spec, head)(cls)
-
-
-def bottleneck(spec: ModelSpec, head: Params, cls: Array) -> Array:
-    """The head up to its unit vectors: [B, d] -> [B, bottleneck], for losses that never form all logits."""
-    return _head(spec, head).bottleneck(cls)
-
-
-def prototypes(spec: ModelSpec, head: Params) -> Array:
-    """Unit prototype columns [bottleneck, K]; ``bottleneck(...) @ prototypes(...)`` are the logits."""
-    return _head(spec, head).prototypes()
+    return nnx.merge(_graphs(spec)["head"], {**head, "mlp": _numbered(head["mlp"])})(cls)
