@@ -16,6 +16,7 @@ from terrafm_jax import embed
 from terrafm_jax.inference import Model
 from terrafm_jax.loader import Loaded
 from terrafm_jax.models import ModelSpec, init_params
+from terrafm_jax.scenes.grid import Plan
 from terrafm_jax.scenes.readback import open_embedding, whole
 from terrafm_jax.sensors import SENSORS, Statistics
 
@@ -105,6 +106,11 @@ def tokens(path: Path) -> np.ndarray:
     """float32 [rows, columns, d] of an output."""
     with open_embedding(path) as source:
         return whole(source)
+
+
+def borders(plan: Plan) -> list[int]:
+    """Output columns at which a window begins, but for the first."""
+    return sorted({plan.tokens_of(chunk, at)[1].start for chunk in plan.chunks() for at in chunk.columns} - {0})
 
 
 def jumps(values: np.ndarray, borders: Sequence[int], axis: int) -> tuple[np.ndarray, np.ndarray]:

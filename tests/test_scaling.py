@@ -110,12 +110,6 @@ def test_strong_scaling_ends_at_one_image_a_chip():
     assert rows[-1].mfu < 0.8 * rows[0].mfu  # traffic does not shrink with the batch
 
 
-def test_chip_hours():
-    hours = scaling.chip_hours(B, CHIPS["v5e"], 0.55)
-    assert hours == pytest.approx(B.images * B.flops / (197e12 * 0.55) / 3600)
-    assert 100 < hours < 1000
-
-
 def test_table_has_one_line_a_size():
     rows = scaling.weak_scaling(B, "v6e", 16)
     assert len(scaling.table(rows).splitlines()) == len(rows) + 2

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
-from scenes_fake import CRS, NORTH, WEST, call, jumps, optical, radar, surface, tokens, write
+from scenes_fake import CRS, NORTH, WEST, borders, call, jumps, optical, radar, surface, tokens, write
 
 from terrafm_jax.inference import Model
 from terrafm_jax.scenes import grid as grid_lib
@@ -90,9 +90,9 @@ def test_one_window_equals_the_encoder(tmp_path: Path, tiny_encoder: Model) -> N
 # --- seams ---
 
 
-def _jump(values: np.ndarray, borders: list[int], axis: int) -> float:
+def _jump(values: np.ndarray, seams: list[int], axis: int) -> float:
     """Mean cosine jump between neighbors across window borders over that elsewhere."""
-    at, elsewhere = jumps(values, borders, axis)
+    at, elsewhere = jumps(values, seams, axis)
     return float(at.mean() / elsewhere.mean())
 
 
@@ -110,7 +110,7 @@ def test_windows_leave_no_seams(tmp_path: Path, kind: str) -> None:
         out = tmp_path / f"{overlap}.tif"
         assert call(f"--overlap={overlap}", out=out, sensors={"s2_l2a": source}, window=224) == 0
         plan = Plan(grid_lib.Grid(rasterio.crs.CRS.from_string(CRS), WEST, NORTH, 10.0, size, size), 224, overlap, 16)
-        found = list(grid_lib.borders(plan))
+        found = borders(plan)
         ratios[overlap] = [_jump(tokens(out), found, axis) for axis in (0, 1)]
     assert max(ratios[112]) <= 1.05
     if kind == "gradient":
@@ -365,7 +365,7 @@ def test_real_tiles_are_embedded_without_seams(real_data: Path, tmp_path: Path) 
     values = tokens(cell)
     plan = Plan(grid_lib.Grid(rasterio.crs.CRS.from_string(CRS), 0, 0, 10.0, 1068, 1068), 224, 112, 16)
     assert np.isfinite(values).all()
-    found = [b for b in grid_lib.borders(plan) if b < values.shape[1]]
+    found = [b for b in borders(plan) if b < values.shape[1]]
     assert max(_jump(values, found, axis) for axis in (0, 1)) <= 1.05
 
 
@@ -395,8 +395,8 @@ def test_real_tiles_of_other_sensors_have_no_seams(real_data: Path, tmp_path: Pa
             for axis in (0, 1):
                 side = 16 * values.shape[axis]
                 grid = grid_lib.Grid(rasterio.crs.CRS.from_string(CRS), 0, 0, 10.0, side, side)
-                borders = list(grid_lib.borders(Plan(grid, window, overlap, 16)))
-                for kept, part in zip(found, jumps(values, borders, axis), strict=True):
+                seams = borders(Plan(grid, window, overlap, 16))
+                for kept, part in zip(found, jumps(values, seams, axis), strict=True):
                     kept.append(part)
         ratios[overlap] = np.nanmean(np.concatenate(found[0])) / np.nanmean(np.concatenate(found[1]))
     assert ratios[window // 2] <= 1.05

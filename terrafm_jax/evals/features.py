@@ -72,16 +72,15 @@ def tile_patches(
     return patches, jnp.asarray(batch["present"]).astype(bool)[:, jnp.array(columns)]
 
 
-def tile_encoder(spec: ModelSpec, stats: Stats, *, size: int, sensor: str = "") -> Callable[[Any, Any], Array]:
+def tile_encoder(spec: ModelSpec, stats: Stats, *, size: int) -> Callable[[Any, Any], Array]:
     """A jitted function (backbone parameters, batch) -> class tokens [B, d].
 
-    With ``sensor`` only that one is encoded; else all sensors present are fused. Weights without fusion take,
-    per tile, the first present of s2_l2a, s2_l1c, s1.
+    All sensors present are fused. Weights without fusion take, per tile, the first present of s2_l2a, s2_l1c, s1.
     """
 
     @jax.jit
     def encode(params: Any, batch: Any) -> Array:
-        sensors = (sensor,) if sensor else spec.sensors
+        sensors = spec.sensors
         patches, present = tile_patches(batch, sensors, stats, size=size, patch=spec.patch)
         if spec.fusion and len(sensors) > 1:
             return terrafm.encode(spec, params, patches, present).cls

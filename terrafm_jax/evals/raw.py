@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from terrafm_jax.data.tiles import unpack_valid
 from terrafm_jax.sensors import SENSORS
 
 
@@ -31,29 +30,12 @@ def fused_statistics(images: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.concatenate([band_statistics(images[k]) for k in SENSORS if k in images], axis=1)
 
 
-def tile_statistics(record: Mapping[str, Any], sensors: Sequence[str]) -> np.ndarray:
-    """float32 [sum of 2C]: statistics of a prepared tile at native sampling, offset removed, in canonical band order.
-
-    An absent sensor leaves zeros.
-    """
-    parts = []
-    for key in sensors:
-        sensor = SENSORS[key]
-        if not record[key]["present"]:
-            parts.append(np.zeros(2 * len(sensor.bands), np.float32))
-            continue
-        found = []
-        for group in sensor.groups:
-            dn = np.asarray(record[key][group]["dn"])
-            valid = unpack_valid(np.asarray(record[key][group]["valid"]), dn.shape[1])
-            found.append(band_statistics(dn[None], valid[None])[0].reshape(2, -1))
-        mean, std = np.concatenate(found, axis=1)[:, list(sensor.group_order)] * sensor.scale
-        parts += [mean - np.float32(record[key]["offset"]), std]
-    return np.concatenate(parts).astype(np.float32)
-
-
 def batch_statistics(batch: Mapping[str, Any], sensors: Sequence[str]) -> np.ndarray:
-    """The same for a training batch (layout in data/tiles.py): float32 [B, sum of 2C]."""
+    """Band statistics of prepared tiles at native sampling, offset removed: float32 [B, sum of 2C].
+
+    ``batch`` as data/tiles.py lays it out; sensors in the order given, bands in canonical order; an absent sensor
+    leaves zeros.
+    """
     keys = list(SENSORS)
     present, offset = np.asarray(batch["present"]), np.asarray(batch["offset"])
     columns = keys if present.shape[1] == len(keys) else [k for k in keys if k in sensors]

@@ -8,11 +8,11 @@ from typing import Any
 from terrafm_jax.weights import WeightsError
 
 
-def push(folder: Path, repo: str, *, private: bool = True, token: str | None = None) -> str:
+def push(folder: Path, repo: str, *, private: bool = True) -> str:
     """Uploads an exported folder as ``OWNER/NAME`` (made if missing, private unless told); returns its address."""
     from huggingface_hub import HfApi
 
-    api = HfApi(token=token)
+    api = HfApi()
     api.create_repo(repo, exist_ok=True, private=private)
     return str(api.upload_folder(folder_path=str(folder), repo_id=repo, commit_message="TerraFM weights"))
 

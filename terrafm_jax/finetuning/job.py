@@ -24,7 +24,7 @@ from terrafm_jax.evals.linear import task_of
 from terrafm_jax.finetuning import config as schema
 from terrafm_jax.finetuning.data import Source, class_weights, steps_per_epoch
 from terrafm_jax.finetuning.network import Adam, TuneSpec
-from terrafm_jax.finetuning.trainer import Plan, Run, selection
+from terrafm_jax.finetuning.trainer import Plan, Run
 from terrafm_jax.training import workdir as workdir_lib
 from terrafm_jax.training.preemption import StopRequest
 from terrafm_jax.training.sharding import check_batch, make_mesh
@@ -231,13 +231,3 @@ def _hold_out(split: Split, seed: int) -> tuple[Split, Split]:
     held = label_fraction(_targets(split), 0.2, seed)
     rest = np.setdiff1d(np.arange(len(split)), held)
     return split.subset(rest), split.subset(held)
-
-
-def score_of(row: dict[str, Any]) -> float:
-    """Headline of a row, higher is better (tests and notebooks)."""
-    name = protocols.headline("", row["task"])
-    value = row["metrics"][name]["value"]
-    return -value if row["task"] == "regression" else value
-
-
-__all__ = ["Job", "score_of", "selection"]

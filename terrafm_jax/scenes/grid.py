@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -294,10 +294,3 @@ class Plan:
 
 def _tokens(pixels: int, stride: int, patch: int) -> int:
     return -(-max(pixels - patch, 0) // stride) + 1
-
-
-def borders(plan: Plan) -> Iterator[int]:
-    """Output columns at which a window begins or ends (for measuring seams)."""
-    for start in plan._starts(0, plan.shape[1])[0]:
-        if start:
-            yield start // plan.stride

@@ -25,7 +25,6 @@ from rasterio.windows import Window
 from terrafm_jax.scenes.errors import SceneError, first_line
 from terrafm_jax.scenes.grid import Grid
 
-DTYPES = ("float32", "float16", "int8")
 FORMATS = {".tif": "cog", ".tiff": "cog", ".zarr": "zarr", ".parquet": "parquet", ".geoparquet": "parquet"}
 INT8_NODATA = -128
 _OVERVIEW_EDGE = 512  # overviews end when the longer side fits

@@ -19,7 +19,6 @@ import rasterio
 import rasterio.features
 from rasterio.enums import Resampling
 from rasterio.errors import RasterioError
-from rasterio.transform import array_bounds
 from rasterio.warp import reproject, transform_bounds
 from rasterio.windows import Window
 
@@ -359,8 +358,3 @@ def inside(aoi: Mapping[str, Any] | None, grid: Grid) -> np.ndarray:
     if shape is None:
         return np.zeros(size, bool)
     return rasterio.features.geometry_mask([shape], size, grid.transform, invert=True)
-
-
-def lonlat_bounds(grid: Grid) -> tuple[float, float, float, float]:
-    """west, south, east, north of a grid in degrees."""
-    return transform_bounds(grid.crs, "EPSG:4326", *array_bounds(grid.height, grid.width, grid.transform))

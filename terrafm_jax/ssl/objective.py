@@ -100,11 +100,6 @@ def move_centers(centers: Centers, sums: CenterSums, *, momentum: float) -> Cent
     )
 
 
-def update_centers(centers: Centers, teacher: jax.Array, is_frequent: jax.Array, *, momentum: float) -> Centers:
-    """Centers after a batch with teacher logits [B, G, K], of which ``is_frequent`` (bool [B]) feed the second."""
-    return move_centers(centers, center_sums(teacher, is_frequent), momentum=momentum)
-
-
 class Targets(NamedTuple):
     """What the teacher says of each view it saw, centered and sharpened; [B, G, K] each, fp32, without gradient."""
 
@@ -145,7 +140,7 @@ def pair_cross_entropy(student: jax.Array, probs: jax.Array, student_temp: float
     """Mean over samples and pairs (target i, view j != i) of the cross-entropy of the student.
 
     Args:
-      student: logits [B, V, K], the views that the targets come from first. Any float dtype.
+      student: logits [B, V, K], V >= 2, the G views that the targets come from first. Any float dtype.
       probs: targets [B, G, K], fp32; they get no gradient.
       student_temp: softmax temperature.
 
@@ -176,45 +171,14 @@ def _pair_backward(student_temp: float, saved: tuple, cotangent: jax.Array) -> t
 pair_cross_entropy.defvjp(_pair_forward, _pair_backward)
 
 
-def dino_loss(
-    student: jax.Array,
-    teacher: jax.Array,
-    centers: Centers,
-    *,
-    student_temp: float,
-    teacher_temp: jax.Array | float,
-    alpha: float,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """DINO loss with dual centering over the pairs (teacher view i, student view j != i).
-
-    Args:
-      student: logits [B, V, K]; the first G views are those the teacher saw.
-      teacher: logits [B, G, K]; no gradient flows into them.
-      centers: the two centers as they were before this batch.
-      student_temp, teacher_temp: softmax temperatures.
-      alpha: weight of the overall center; 1 is plain DINO.
+def loss_metrics(loss: jax.Array, targets: Targets) -> dict[str, jax.Array]:
+    """Monitors of a batch whose teacher gave ``targets`` and whose :func:`pair_cross_entropy` is ``loss``.
 
     Returns:
-      The loss (fp32) and metrics: ``teacher_entropy`` (mean over samples and views, nats), ``kl`` (mean over
-      pairs of KL(teacher || student) = loss - entropy), ``marginal_entropy`` (entropy of the mean target: falls
-      to zero when all samples share one prototype), ``sample_entropy`` [B] for per-class reports.
-
-    Raises:
-      ValueError: the shapes do not fit together.
+      ``teacher_entropy`` (mean over samples and views, nats), ``kl`` (mean over pairs of KL(teacher || student) =
+      loss - entropy), ``marginal_entropy`` (entropy of the mean target: falls to zero when all samples share one
+      prototype), ``sample_entropy`` [B] for per-class reports.
     """
-    fits = student.ndim == teacher.ndim == 3 and student.shape[1] >= max(teacher.shape[1], 2)
-    if not fits or student.shape[::2] != teacher.shape[::2]:
-        raise ValueError(
-            f"dino_loss: student [B, V, K] is {student.shape}, teacher [B, G, K] is {teacher.shape}; "
-            "expected equal B and K, V >= G and V >= 2"
-        )
-    targets = teacher_targets(teacher, centers, teacher_temp=teacher_temp, alpha=alpha)
-    loss = pair_cross_entropy(student, targets.probs, student_temp)
-    return loss, loss_metrics(jax.lax.stop_gradient(loss), targets)
-
-
-def loss_metrics(loss: jax.Array, targets: Targets) -> dict[str, jax.Array]:
-    """The metrics of :func:`dino_loss`."""
     sample_entropy = -jnp.mean(jnp.sum(targets.probs * targets.log_probs, axis=-1), axis=-1)
     entropy = jnp.mean(sample_entropy)
     marginal = jnp.mean(targets.probs, axis=(0, 1))

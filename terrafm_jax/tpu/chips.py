@@ -22,7 +22,6 @@ class Chip:
     Attributes:
       flops: peak bf16 FLOP/s.
       hbm: bytes of memory; ``bandwidth`` its bytes/s.
-      vmem: bytes of on-chip vector memory.
       ici: bytes/s of one link in one direction; a chip has two links per torus axis.
       axes: torus axes of the interconnect (2 or 3).
       wrap: smallest size of an axis at which it closes to a ring (a multiple of it, too).
@@ -36,7 +35,6 @@ class Chip:
     flops: float
     hbm: float
     bandwidth: float
-    vmem: float
     ici: float
     axes: int
     wrap: int
@@ -49,10 +47,10 @@ class Chip:
 CHIPS: dict[str, Chip] = {
     c.name: c
     for c in (
-        Chip("v4", 275e12, 32 * GIB, 1.228e12, 2 * 16 * 2**20, 45e9, 3, 4, 6.25e9, 1.05e9, 4, "megacore"),
-        Chip("v5e", 197e12, 16 * GIB, 8.19e11, 128 * 2**20, 45e9, 2, 16, 3.125e9, 1.5e9, 8),
-        Chip("v5p", 459e12, 95 * GIB, 2.765e12, 2 * 64 * 2**20, 90e9, 3, 4, 6.25e9, 1.75e9, 4),
-        Chip("v6e", 918e12, 32 * GIB, 1.64e12, 128 * 2**20, 90e9, 2, 16, 12.5e9, 1.75e9, 8),
+        Chip("v4", 275e12, 32 * GIB, 1.228e12, 45e9, 3, 4, 6.25e9, 1.05e9, 4, "megacore"),
+        Chip("v5e", 197e12, 16 * GIB, 8.19e11, 45e9, 2, 16, 3.125e9, 1.5e9, 8),
+        Chip("v5p", 459e12, 95 * GIB, 2.765e12, 90e9, 3, 4, 6.25e9, 1.75e9, 4),
+        Chip("v6e", 918e12, 32 * GIB, 1.64e12, 90e9, 2, 16, 12.5e9, 1.75e9, 8),
     )
 }
 

@@ -195,11 +195,6 @@ def step_time(
     )
 
 
-def chip_hours(recipe: Recipe, chip: Chip, mfu: float) -> float:
-    """Chip-hours of the whole recipe at a sustained MFU."""
-    return recipe.images * recipe.flops / (chip.flops * mfu) / 3600
-
-
 # --- tables -----------------------------------------------------------------------------------
 
 SIZES = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)

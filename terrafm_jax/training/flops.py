@@ -128,6 +128,6 @@ def image_flops(model: ModelSpec, views: ViewSpec, share: float | None = None) -
     return Flops(embedding, blocks, head)
 
 
-def step_flops(spec: TrainSpec, share: float | None = None) -> float:
+def step_flops(spec: TrainSpec) -> float:
     """FLOPs per image of one training step; see :func:`image_flops`."""
-    return image_flops(spec.model, spec.views, share).total
+    return image_flops(spec.model, spec.views).total
