@@ -46,7 +46,7 @@ if os.environ.get("TERRAFM_TEST_COMPILE") == "quick":  # XLA reads its flags at 
 # Files whose tests carry the marker ``reference``.
 REFERENCE = {
     "test_models_parity", "test_models_fusion", "test_models_compute", "test_objective", "test_optim",
-    "test_step_torch", "test_views", "test_views_resample", "test_columns", "test_export",
+    "test_step_torch", "test_views", "test_views_resample", "test_stems", "test_export",
     "test_export_hub",
 }  # fmt: skip
 

@@ -11,8 +11,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from terrafm_jax.models import ModelSpec, encode, init_params, pallas_attention
+from terrafm_jax.models import ModelSpec, encode, init_params
 from terrafm_jax.models.attention import attend, resolve, rows
+from terrafm_jax.models.tpu import attention_kernels
 from terrafm_jax.models.vit import run_blocks
 
 # (width, heads, tokens): two heads of 64 in a cut, four of 32, one of 128; with and without padding.
@@ -33,7 +34,7 @@ def plain(qkv: jax.Array, heads: int, tokens: int) -> jax.Array:
 @pytest.mark.parametrize(("width", "heads", "tokens"), SHAPES)
 def test_equals_plain_attention(width, heads, tokens):
     spec = ModelSpec(width=width, heads=heads, attention="pallas", fusion_heads=8)
-    qkv = jax.random.normal(jax.random.key(0), (3, pallas_attention.padded(tokens), 3 * width))
+    qkv = jax.random.normal(jax.random.key(0), (3, attention_kernels.padded(tokens), 3 * width))
     found = attend(qkv, spec, tokens)
     np.testing.assert_allclose(found[:, :tokens], plain(qkv, heads, tokens)[:, :tokens], atol=2e-6)
 
@@ -41,7 +42,7 @@ def test_equals_plain_attention(width, heads, tokens):
 @pytest.mark.parametrize(("width", "heads", "tokens"), SHAPES)
 def test_gradient_equals_that_of_plain_attention_and_padding_gets_none(width, heads, tokens):
     spec = ModelSpec(width=width, heads=heads, attention="pallas", fusion_heads=8)
-    length = pallas_attention.padded(tokens)
+    length = attention_kernels.padded(tokens)
     qkv = jax.random.normal(jax.random.key(0), (2, length, 3 * width))
     g = jax.random.normal(jax.random.key(1), (2, length, width)) * (jnp.arange(length) < tokens)[None, :, None]
     (found,) = jax.vjp(lambda x: attend(x, spec, tokens), qkv)[1](g)

@@ -12,8 +12,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from terrafm_jax.models import ModelSpec, encode, init_params, pallas_fusion
-from terrafm_jax.models.columns import stem_product, stem_products
+from terrafm_jax.models import ModelSpec, encode, init_params
+from terrafm_jax.models.stems import stem_product, stem_products
+from terrafm_jax.models.tpu import fusion_kernels
 
 SPEC = ModelSpec(width=128, depth=1, heads=2, patch=4, grid=3, fusion_heads=8, prototypes=8, head_hidden=8)
 PRESENT = np.array([[1, 1, 1], [1, 0, 1], [0, 1, 1], [0, 1, 0], [1, 0, 0], [1, 1, 0], [0, 0, 1], [1, 1, 1]], bool)
@@ -89,7 +90,7 @@ def test_constant_patches_stay_finite():
     rows = [jnp.ones((1, 4, 4, SPEC.stem_width)) * i for i in range(3)]
     scores = [jnp.zeros((1, 4, 4, SPEC.queries * SPEC.fusion_heads))] * 3
     pool = jnp.ones(SPEC.stem_width)
-    out, pull = jax.vjp(lambda v, s, p: pallas_fusion.mix(v, s, None, p, SPEC), rows, scores, pool)
+    out, pull = jax.vjp(lambda v, s, p: fusion_kernels.mix(v, s, None, p, SPEC), rows, scores, pool)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((out, pull(out + 1.0))))
 
 
@@ -142,14 +143,14 @@ def test_gradients_of_several_parts_are_one_product():
 
 def test_auto_takes_the_kernels_only_on_tpu_with_a_mesh_in_context():
     spec = ModelSpec(platform="tpu")
-    assert not pallas_fusion.resolve(spec)
+    assert not fusion_kernels.resolve(spec)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("data",))):
-        assert pallas_fusion.resolve(spec)
-        assert not pallas_fusion.resolve(dataclasses.replace(spec, platform="gpu"))
-        assert not pallas_fusion.resolve(dataclasses.replace(spec, width=96, heads=2))
-        assert not pallas_fusion.resolve(dataclasses.replace(spec, fusion_kernel="xla"))
+        assert fusion_kernels.resolve(spec)
+        assert not fusion_kernels.resolve(dataclasses.replace(spec, platform="gpu"))
+        assert not fusion_kernels.resolve(dataclasses.replace(spec, width=96, heads=2))
+        assert not fusion_kernels.resolve(dataclasses.replace(spec, fusion_kernel="xla"))
 
 
 def test_a_width_that_fills_no_registers_is_named():
     with pytest.raises(ValueError, match=r"multiple of 128; found 288. Use fusion_kernel='xla'"):
-        pallas_fusion.resolve(ModelSpec(width=96, heads=2, fusion_kernel="pallas"))
+        fusion_kernels.resolve(ModelSpec(width=96, heads=2, fusion_kernel="pallas"))

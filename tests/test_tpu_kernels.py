@@ -74,7 +74,8 @@ def test_a_kernel_costs_its_bundles_or_its_traffic(cycles, seconds):
 def test_compiled_attention_is_reckoned_from_its_bundles():
     if not client.available():
         pytest.skip("libtpu is not installed")
-    from terrafm_jax.models import ModelSpec, pallas_attention
+    from terrafm_jax.models import ModelSpec
+    from terrafm_jax.models.tpu import attention_kernels
 
     device = client.compile_only_devices(chips.Topology.parse("v5e:2x2"))[0]
     spec = ModelSpec(width=128, heads=2, dtype="bfloat16", fusion_heads=8)
@@ -82,7 +83,7 @@ def test_compiled_attention_is_reckoned_from_its_bundles():
     for views in (4, 8):
         shape = (views * 10, 40, 384)
         qkv = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(device))
-        _, module = client.compile_only(jax.jit(lambda x: pallas_attention.attend(x, spec, 37)).lower(qkv))
+        _, module = client.compile_only(jax.jit(lambda x: attention_kernels.attend(x, spec, 37)).lower(qkv))
         (found[views],) = [i.cycles for _, i in module.walk() if i.is_kernel]
     assert found[8] == pytest.approx(2 * found[4], rel=0.3)
     assert found[8] > 80 * 2 * 37 * 37 * 64 * 4 / 131072  # cycles that the matrix units alone take
@@ -96,7 +97,8 @@ def test_fusion_compiles_for_every_size_and_moves_no_values(topology, size):
     """The stems deliver patches with samples last; the kernels take them so."""
     if not client.available():
         pytest.skip("libtpu is not installed")
-    from terrafm_jax.models import ModelSpec, pallas_fusion
+    from terrafm_jax.models import ModelSpec
+    from terrafm_jax.models.tpu import fusion_kernels
 
     device = client.compile_only_devices(chips.Topology.parse(topology))[0]
     spec = ModelSpec.of_size(size, dtype="bfloat16")
@@ -106,7 +108,7 @@ def test_fusion_compiles_for_every_size_and_moves_no_values(topology, size):
 
     def both_directions(values, scores, pool, g):
         def mix(*arrays):
-            return pallas_fusion.mix(
+            return fusion_kernels.mix(
                 *jax.tree.map(lambda x: x.transpose(2, 0, 1, 3), arrays[:2]), None, arrays[2], spec
             )
 

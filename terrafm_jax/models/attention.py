@@ -1,4 +1,4 @@
-"""Self-attention over one view's tokens, in four implementations of one function; TPU's is ``pallas_attention``."""
+"""Self-attention over one view's tokens, in four implementations of one function; TPU's is ``attention_kernels``."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from terrafm_jax.models import pallas_attention, pallas_calls
 from terrafm_jax.models.layers import precision
 from terrafm_jax.models.spec import ModelSpec
+from terrafm_jax.models.tpu import attention_kernels, kernel_calls
 
 
 def resolve(spec: ModelSpec, tokens: int) -> str:
@@ -20,13 +20,13 @@ def resolve(spec: ModelSpec, tokens: int) -> str:
         return spec.attention
     if spec.backend == "gpu":
         return "xla"
-    whole = pallas_attention.fits(spec, tokens) and pallas_attention.cut(spec) == pallas_attention.LANES
-    return "pallas" if whole and pallas_calls.wanted(spec) else "head_major"
+    whole = attention_kernels.fits(spec, tokens) and attention_kernels.cut(spec) == attention_kernels.LANES
+    return "pallas" if whole and kernel_calls.wanted(spec) else "head_major"
 
 
 def rows(spec: ModelSpec, tokens: int) -> int:
     """Rows that ``tokens`` of one view are to be padded to before the blocks."""
-    return pallas_attention.padded(tokens) if resolve(spec, tokens) == "pallas" else tokens
+    return attention_kernels.padded(tokens) if resolve(spec, tokens) == "pallas" else tokens
 
 
 def attend(qkv: Array, spec: ModelSpec, tokens: int | None = None) -> Array:
@@ -41,12 +41,13 @@ def attend(qkv: Array, spec: ModelSpec, tokens: int | None = None) -> Array:
     tokens = length if tokens is None else tokens
     implementation = resolve(spec, tokens)
     if implementation == "pallas":
-        if not pallas_attention.fits(spec, tokens):
+        if not attention_kernels.fits(spec, tokens):
             raise ValueError(
-                f"model: attention 'pallas' needs whole heads in {pallas_attention.cut(spec)} columns and at most "
-                f"{pallas_attention.LONGEST} tokens; found heads of {head_dim} and {tokens} tokens. Use attention='xla'"
+                f"model: attention 'pallas' needs whole heads in {attention_kernels.cut(spec)} columns and at most "
+                f"{attention_kernels.LONGEST} tokens; found heads of {head_dim} and {tokens} tokens. "
+                "Use attention='xla'"
             )
-        return pallas_attention.attend(qkv, spec, tokens)
+        return attention_kernels.attend(qkv, spec, tokens)
     qkv = qkv.reshape(batch, length, 3, spec.heads, head_dim)
     if implementation == "head_major":
         out = _head_major(qkv, spec)

@@ -24,12 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from terrafm_jax.models import pallas_fusion
-from terrafm_jax.models.columns import ordered, stem_product, stem_products
-from terrafm_jax.models.fusion_rows import NORM_EPS, head_columns, masked
+from terrafm_jax.models.fusion import NORM_EPS, head_columns, masked
 from terrafm_jax.models.layers import linear, product
 from terrafm_jax.models.placement import gather_rows, row_product, weight_product, whole
 from terrafm_jax.models.spec import ModelSpec
+from terrafm_jax.models.stems import ordered, stem_product, stem_products
+from terrafm_jax.models.tpu import fusion_kernels
 
 HEAD_SUMS = "head_sums"  # scope of the products that are sums over heads, and no FLOPs of the network
 
@@ -37,7 +37,7 @@ HEAD_SUMS = "head_sums"  # scope of the products that are sums over heads, and n
 class Folded(NamedTuple):
     """Products of weights; D = 3d, Q queries, H fusion heads.
 
-    stems: sensor -> kernel [p*p*C, D + Q*H] (or as ``columns.ordered`` left it) and bias [D + Q*H]. The first D
+    stems: sensor -> kernel [p*p*C, D + Q*H] (or as ``stems.ordered`` left it) and bias [D + Q*H]. The first D
       columns give a sensor's value (stem, modality embedding, proj1), the others its scores (stem, keys, queries,
       scale); without fusion there are only the first. They lie in one array since devices sum their gradients as one.
     pool: [D], the pooling vector times the LayerNorm's scale. (Its bias adds the same to every query's logit.) None
@@ -94,7 +94,7 @@ def _asked(queries: Array, key: Array, spec: ModelSpec) -> Array:
 
 
 def embed(spec: ModelSpec, folded: Folded, patches: Mapping[str, Array], present: Array | None) -> Array:
-    """Patches per sensor (either layout of ``columns``) -> tokens [B, h, w, d]; ``present``: bool [B, M] or None."""
+    """Patches per sensor (either layout of ``stems``) -> tokens [B, h, w, d]; ``present``: bool [B, M] or None."""
     if len(patches) == 1:
         ((sensor, x),) = patches.items()
         core = _normalize(_value(spec, folded, sensor, x), spec)
@@ -133,8 +133,8 @@ def _fuse(spec: ModelSpec, folded: Folded, patches: Mapping[str, Array], present
         value, score = stem_products(x, *folded.stems[sensor], joint, (spec.compute_dtype, spec.stat_dtype), spec)
         values.append(value)
         scores.append(score)
-    if pallas_fusion.resolve(spec):  # the same on TPU, in one pass over the values
-        return pallas_fusion.mix(values, scores, present, folded.pool, spec)
+    if fusion_kernels.resolve(spec):  # the same on TPU, in one pass over the values
+        return fusion_kernels.mix(values, scores, present, folded.pool, spec)
     scores = [score.reshape(*score.shape[:-1], spec.queries, spec.fusion_heads) for score in scores]
     weights = _sensor_weights(scores, present)
     mean, inverse, logits = _moments(values, weights, folded, spec)

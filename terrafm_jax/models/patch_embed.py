@@ -1,38 +1,21 @@
 """From patches of one or several sensors to tokens of the backbone: stems, fusion, projection.
 
-Names and shapes of the released path are upstream's. The fusion is a reconstruction (the paper gives
-5 learned queries per position and a learned pooling; Panopticon, its ancestor, the rest). With a single
-sensor present it equals the released path, whatever the queries, keys and pooling vector are.
+Names and shapes of the released path are upstream's; what fuses several sensors is ours (``fusion``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from terrafm_jax.models import folding, fusion_rows
-from terrafm_jax.models.columns import stem_product
-from terrafm_jax.models.layers import LayerNorm, Linear, expand, precision, trunc_normal, uniform_fan_in
+from terrafm_jax.models import folding
+from terrafm_jax.models.fusion import NORM_EPS, Fusion
+from terrafm_jax.models.layers import LayerNorm, Linear
 from terrafm_jax.models.spec import ModelSpec
-from terrafm_jax.sensors import NORMALIZED_MEAN
-
-
-class Stem(nnx.Module):
-    """A convolution with kernel = stride = patch, as a matrix product: kernel [p*p*C, 3d].
-
-    The bias starts at minus the kernel's response to the mean image. Normalised values lie around 0.5, not 0; with a
-    random bias that constant outweighs what differs between patches, tokens start out nearly alike, and small models
-    spend hundreds of steps near collapse (docs/experiments.md).
-    """
-
-    def __init__(self, spec: ModelSpec, sensor: str, *, rngs: nnx.Rngs):
-        fan_in = spec.patch_features(sensor)
-        self.kernel = nnx.Param(uniform_fan_in(rngs.params(), (fan_in, spec.stem_width), fan_in))
-        self.bias = nnx.Param(-NORMALIZED_MEAN * self.kernel[...].sum(0))
+from terrafm_jax.models.stems import Stem, stem_product
 
 
 class Projection(nnx.Module):
@@ -41,45 +24,9 @@ class Projection(nnx.Module):
     def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs):
         wide = spec.stem_width
         self.proj1 = Linear(spec, wide, wide, bias=False, rngs=rngs)
-        self.norm_input = LayerNorm(spec, wide, eps=fusion_rows.NORM_EPS)
+        self.norm_input = LayerNorm(spec, wide, eps=NORM_EPS)
         self.proj2 = Linear(spec, wide, wide, rngs=rngs)
         self.proj3 = Linear(spec, wide, spec.width, rngs=rngs)
-
-
-class Fusion(nnx.Module):
-    """Parameters of the cross-attention over sensors: queries [Q, 3d], key kernel [3d, 3d], pool [3d]."""
-
-    def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs):
-        wide = spec.stem_width
-        self.spec = spec
-        self.queries = nnx.Param(trunc_normal(rngs.params(), (spec.queries, wide)))
-        self.key = Linear(spec, wide, wide, bias=False, rngs=rngs)
-        self.pool = nnx.Param(trunc_normal(rngs.params(), (wide,)))
-
-    def __call__(self, tokens: Array, values: Array, present: Array | None) -> Array:
-        """As written in the paper: tokens, values [B, h, w, M, 3d] -> the queries' vectors [B, h, w, Q, 3d]."""
-        spec = self.spec
-        exact = precision(spec.compute_dtype)
-        split = (spec.fusion_heads, spec.stem_width // spec.fusion_heads)
-        keys = self.key(tokens).reshape(*tokens.shape[:-1], *split)
-        queries = self.queries[...].reshape(spec.queries, *split).astype(spec.compute_dtype)
-        scores = jnp.einsum(
-            "bijmhc,qhc->bijqhm", keys, queries, precision=exact, preferred_element_type=spec.stat_dtype
-        )
-        scores = scores * split[1] ** -0.5
-        if present is not None:
-            scores = jnp.where(present[:, None, None, None, None, :], scores, fusion_rows.ABSENT)
-        weights = jax.nn.softmax(scores, axis=-1).astype(spec.compute_dtype)
-        heads = values.reshape(*values.shape[:-1], *split)
-        fused = jnp.einsum("bijqhm,bijmhc->bijqhc", weights, heads, precision=exact)
-        return fused.reshape(*fused.shape[:4], spec.stem_width)
-
-    def pooled(self, normed: Array) -> Array:
-        """Softmax-weighted mean over the queries: [B, h, w, Q, 3d] -> [B, h, w, 3d]."""
-        pool = self.pool[...]
-        logits = (normed.astype(self.spec.stat_dtype) * expand(pool, normed.ndim)).sum(-1)
-        weights = jax.nn.softmax(logits, axis=-1)[..., None].astype(normed.dtype)
-        return (weights * normed).sum(-2)
 
 
 class PatchEmbed(nnx.Module):
@@ -102,7 +49,7 @@ class PatchEmbed(nnx.Module):
     def fold(self, *, by_columns: bool = False) -> folding.Folded:
         """Multiplies the weights that meet without a non-linearity in between; gradients flow through.
 
-        Kernels for patches are brought into the order of ``models.columns`` if ``by_columns``.
+        Kernels for patches are brought into the order of ``models.stems`` if ``by_columns``.
         """
         projection = self.projection
         return folding.fold(
@@ -122,7 +69,7 @@ class PatchEmbed(nnx.Module):
         """Follows the published order of operations, one product after another.
 
         Args:
-          patches: per sensor [B, h, w, p*p*C], or the other layout of ``models.columns``.
+          patches: per sensor [B, h, w, p*p*C], or the other layout of ``models.stems``.
           present: bool [B, M] over the keys of ``patches``, or None when all are there. Without fusion
             weights it names one sensor a sample.
         """

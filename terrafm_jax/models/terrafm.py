@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from terrafm_jax.models import columns, folding, position
+from terrafm_jax.models import folding, position, stems
 from terrafm_jax.models.heads import DinoHead
 from terrafm_jax.models.layers import LayerNorm, trunc_normal
 from terrafm_jax.models.patch_embed import PatchEmbed
@@ -115,7 +115,7 @@ def encode(
       spec: the network; fields that say how to compute may differ from those used at init.
       backbone: ``params["backbone"]``.
       patches: sensor -> normalised patches [B, h, w, p*p*C] (see :func:`patchify`), or the other layout of
-        ``models.columns``. With one sensor this is the released path; with several they are fused.
+        ``models.stems``. With one sensor this is the released path; with several they are fused.
       present: bool [B, S] over ``spec.sensors``: sensors each sample has. None: those in ``patches``. Weights
         without fusion take several sensors only with one of them present in each sample.
       drop_key: PRNG key of the drop path; None turns it off (teacher, inference).
@@ -175,7 +175,7 @@ def _embedding(
     The weight products of the folded form are made here, so that several calls, and their backward passes, share them.
 
     Args:
-      by_columns: the calls' patches will be in the layout of ``models.columns``.
+      by_columns: the calls' patches will be in the layout of ``models.stems``.
     """
     written_out = nnx.merge(_graphs(spec)["patch_embed"], backbone["patch_embed"])
     folded = written_out.fold(by_columns=by_columns) if spec.folded else None
@@ -211,12 +211,12 @@ def _check(
     if len(patches) > 1 and not spec.fusion and present is None:
         faults.append(f"sensors {tuple(patches)} together, but these weights have no fusion; give one sensor")
     shapes = {s: x.shape for s, x in patches.items()}
-    if any(x.ndim not in (4, 5) for x in patches.values()) or len({columns.grid(x) for x in patches.values()}) > 1:
+    if any(x.ndim not in (4, 5) for x in patches.values()) or len({stems.grid(x) for x in patches.values()}) > 1:
         faults.append(f"patches must be [B, h, w, p*p*C] (or [B, h, p, w, C*p]) with equal B, h, w; found {shapes}")
     for s, x in patches.items():
         # Not the sensor table: a caller may have cut the stem to fewer bands.
-        if s in spec.sensors and columns.values(x) != (expected := embed[f"conv2d_{s}"]["kernel"].shape[0]):
-            faults.append(f"{s}: patches have {columns.values(x)} values; expected {expected}")
+        if s in spec.sensors and stems.values(x) != (expected := embed[f"conv2d_{s}"]["kernel"].shape[0]):
+            faults.append(f"{s}: patches have {stems.values(x)} values; expected {expected}")
     batch = next(iter(shapes.values()), (0,))[0]
     if present is not None and present.shape != (batch, len(spec.sensors)):
         faults.append(f"present has shape {present.shape}; expected {(batch, len(spec.sensors))}")

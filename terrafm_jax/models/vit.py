@@ -12,10 +12,10 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
-from terrafm_jax.models import pallas_attention
 from terrafm_jax.models.attention import attend, rows
 from terrafm_jax.models.layers import MOMENTS, PRODUCT, LayerNorm, Linear, gelu
 from terrafm_jax.models.spec import ModelSpec
+from terrafm_jax.models.tpu import attention_kernels
 
 Params = Mapping[str, Any]
 
@@ -93,7 +93,7 @@ def _rematerialized(spec: ModelSpec, tokens: Sequence[int]) -> Any:
 
     if spec.remat == "none":
         return step
-    kept = jax.checkpoint_policies.save_only_these_names(PRODUCT, MOMENTS, pallas_attention.SAVED)
+    kept = jax.checkpoint_policies.save_only_these_names(PRODUCT, MOMENTS, attention_kernels.SAVED)
     return jax.checkpoint(step, policy=kept if spec.remat == "dots" else None, prevent_cse=not spec.scan)
 
 

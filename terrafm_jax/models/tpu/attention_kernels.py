@@ -8,7 +8,7 @@ free, because the matrix unit is as deep as the registers are wide.
 Rows beyond ``valid`` are padding up to whole registers. They take part as queries, whose results nobody
 reads, and never as keys.
 
-Elsewhere than on TPU the kernels are interpreted, with the same result by test (``pallas_calls``).
+Elsewhere than on TPU the kernels are interpreted, with the same result by test (``kernel_calls``).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from terrafm_jax.models.layers import precision
-from terrafm_jax.models.pallas_calls import over_batch, run
 from terrafm_jax.models.spec import ModelSpec
+from terrafm_jax.models.tpu.kernel_calls import over_batch, run
 
 LANES, ROWS = 128, 8  # of a vector register
 LONGEST = 640  # tokens whose logits still fit into on-chip memory beside everything else

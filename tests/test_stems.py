@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from terrafm_jax.models.columns import stem_product
 from terrafm_jax.models.spec import ModelSpec
+from terrafm_jax.models.stems import stem_product
 from terrafm_jax.models.terrafm import encode, init_params
 
 TINY = {"width": 48, "depth": 1, "heads": 2, "fusion_heads": 4, "grid": 2, "prototypes": 8, "patch": 8}

@@ -8,7 +8,7 @@ Everything that belongs to a patch lies in one row of ``queries * heads`` lanes,
 head are products with a 0/1 matrix that repeats heads for every query; its transpose sums over queries and spreads
 over columns at once. So no axis of queries or heads ever exists.
 
-Elsewhere than on TPU the kernels are interpreted, with the same result by test. As in ``pallas_attention`` the mesh
+Elsewhere than on TPU the kernels are interpreted, with the same result by test. As in ``attention_kernels`` the mesh
 must be in context where arrays are spread over devices.
 """
 
@@ -26,10 +26,11 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from terrafm_jax.models.fusion_rows import Sums, head_columns, masked, mixture, of, pairs, pull
+from terrafm_jax.models.fusion import head_columns, masked
 from terrafm_jax.models.layers import precision
-from terrafm_jax.models.pallas_calls import over_batch, run, wanted
 from terrafm_jax.models.spec import ModelSpec
+from terrafm_jax.models.tpu.fusion_rows import Sums, mixture, of, pairs, pull
+from terrafm_jax.models.tpu.kernel_calls import over_batch, run, wanted
 
 LANES, ROWS = 128, 16  # of a vector register of bfloat16
 # Most patches of one grid step, and values of a sensor in it: more do not fit into a kernel's 16 MiB on v4 and v5p.
@@ -245,7 +246,7 @@ def _mix_bwd(spec: ModelSpec, saved: tuple, g: Array) -> tuple[list[Array], list
     *grads, dpool = over_batch(functools.partial(_backward, spec=spec), arrays, tables(pool, spec))
     width = spec.stem_width
     # No mask over the scores' gradients: the weight of an absent sensor is zero already, and what is cut out of one
-    # array here is put together again by ``columns.stem_products`` at no cost.
+    # array here is put together again by ``stems.stem_products`` at no cost.
     return (
         [x[..., :width] for x in grads],
         [x[..., width:].astype(s.dtype) for x, s in zip(grads, scores, strict=True)],

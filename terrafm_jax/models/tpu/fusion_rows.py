@@ -1,4 +1,4 @@
-"""What fusion computes for each patch, as TPU's kernels do it, and what every way of fusing shares.
+"""What fusion computes for each patch, and the way back, as TPU's kernels do it.
 
 The derivation is that of ``folding``. Here a patch is a row of ``J = queries * heads`` lanes, query-major; no axis of
 queries or heads exists. What belongs to a query repeats over the lanes of its heads, and sums over heads are products
@@ -12,30 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
+from terrafm_jax.models.fusion import NORM_EPS
 from terrafm_jax.models.spec import ModelSpec
-
-NORM_EPS = 1e-5  # of the LayerNorm over a query's vector: PyTorch's default, which upstream left for this norm only
-ABSENT = -1e30  # score of an absent sensor: finite, so that a view without any sensor stays finite
-
-
-def masked(scores: Sequence[Array], present: Array | None) -> list[Array]:
-    """Scores [B, ...] of every sensor with ABSENT where it is absent; ``present``: bool [B, M] or None."""
-    if present is None:
-        return list(scores)
-    seen = (lax.expand_dims(present[:, i], range(1, score.ndim)) for i, score in enumerate(scores))
-    return [jnp.where(there, score, ABSENT) for there, score in zip(seen, scores, strict=True)]
-
-
-def head_columns(spec: ModelSpec) -> np.ndarray:
-    """[D, H]: 1 where a column of D belongs to the head.
-
-    Sums and spreads over heads are products with it: a head's 144 or so columns fill no whole vector registers, and an
-    axis of heads would be padded to nearly twice its size.
-    """
-    return np.repeat(np.eye(spec.fusion_heads), spec.stem_width // spec.fusion_heads, axis=0)
 
 
 class Sums(NamedTuple):

@@ -1,8 +1,9 @@
-"""Patches in the order in which a TPU makes them cheaply, and the stems' product over them.
+"""Stems: a sensor's patches times its kernel, with the patches in either of two layouts.
 
-``ssl.views`` can deliver views as [B, h, p, w, C * p]: the column inside the patch before the patch, the
-last axis ordered (band, row in the patch). The values are those of [B, h, w, p * p * C]; instead of the
-activations it is the kernel, a thousand times smaller, that is brought into order.
+The plain one is [B, h, w, p * p * C]. For TPU ``ssl.views`` delivers views by columns, [B, h, p, w, C * p]: the column
+inside the patch before the patch, the last axis ordered (band, row in the patch), which a TPU makes at a fraction of
+the cost. The values are the same; instead of the activations it is the kernel, a thousand times smaller, that is
+brought into order.
 """
 
 from __future__ import annotations
@@ -13,10 +14,26 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import Array
 
-from terrafm_jax.models.layers import expand, linear, precision, sum_rows
+from terrafm_jax.models.layers import expand, linear, precision, sum_rows, uniform_fan_in
 from terrafm_jax.models.spec import ModelSpec
+from terrafm_jax.sensors import NORMALIZED_MEAN
+
+
+class Stem(nnx.Module):
+    """A convolution with kernel = stride = patch, as a matrix product: kernel [p*p*C, 3d].
+
+    The bias starts at minus the kernel's response to the mean image. Normalised values lie around 0.5, not 0; with a
+    random bias that constant outweighs what differs between patches, tokens start out nearly alike, and small models
+    spend hundreds of steps near collapse (docs/experiments.md).
+    """
+
+    def __init__(self, spec: ModelSpec, sensor: str, *, rngs: nnx.Rngs):
+        fan_in = spec.patch_features(sensor)
+        self.kernel = nnx.Param(uniform_fan_in(rngs.params(), (fan_in, spec.stem_width), fan_in))
+        self.bias = nnx.Param(-NORMALIZED_MEAN * self.kernel[...].sum(0))
 
 
 def grid(x: Array) -> tuple[int, int, int]:
