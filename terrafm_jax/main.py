@@ -60,7 +60,7 @@ def main(_argv: list[str]) -> None:
     from terrafm_jax.evals.during_training import during_training
     from terrafm_jax.training import loop
     from terrafm_jax.training.checkpoint import CheckpointError
-    from terrafm_jax.training.run import TrainingError
+    from terrafm_jax.training.tools import TrainingError
 
     try:
         outcome = loop.train(_CONFIG.value, _WORKDIR.value, during_training, _read_weights)

@@ -21,6 +21,7 @@ from configs.demo import get_config
 from terrafm_jax.config import flatten, model_spec
 from terrafm_jax.sensors import Statistics
 from terrafm_jax.training import flops, loop
+from terrafm_jax.training.plan import make_plan
 
 pytestmark = pytest.mark.slow
 
@@ -161,7 +162,7 @@ def test_rows_tell_the_pace(run: Run) -> None:
     """From the second step of a start on: before it there is nothing to compare with."""
     found = rows(run.workdir, "loss")
     assert list(found) == list(range(1, STEPS + 1))
-    work = flops.step_flops(loop.plan(run.config, str(run.workdir)).spec) * BATCH
+    work = flops.step_flops(make_plan(run.config, str(run.workdir)).spec) * BATCH
     for step, row in found.items():
         paced = step not in (1, 4, 7)
         assert ("images_per_second" in row) == ("tflops_per_second" in row) == paced
@@ -181,7 +182,7 @@ def test_a_checkpoint_says_what_it_is_of(run: Run) -> None:
         "step": 6,
         "evaluated": True,
         "example": 6 * BATCH,
-        "records": loop.plan(run.config, str(run.workdir)).order.num_records,
+        "records": make_plan(run.config, str(run.workdir)).order.num_records,
         "skipped": {"0": {DAMAGED: rows(run.workdir, "skipped")[6]["skipped"]}},
         "model": as_json(dataclasses.asdict(model_spec(run.config))),
         "config": as_json(flatten(run.config)) | {"stop_at_step": 6},

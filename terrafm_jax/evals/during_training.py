@@ -17,14 +17,15 @@ from terrafm_jax.evals.landcover_knn import TileSets
 from terrafm_jax.landcover import NAMES
 
 if TYPE_CHECKING:
-    from terrafm_jax.training.run import Evaluator, Run
+    from terrafm_jax.training.plan import Plan
+    from terrafm_jax.training.tools import Evaluator
 
 
-def during_training(run: Run) -> list[Evaluator]:
+def during_training(plan: Plan) -> list[Evaluator]:
     """The evaluators of a run: none when ``config.knn.every`` is 0. Raises DatasetError for bad labelled data."""
-    if not run.steps["knn.every"]:
+    if not plan.steps["knn.every"]:
         return []
-    return [LandCoverKnn(run), *([LabelledSets(run)] if run.config.knn.labelled else [])]
+    return [LandCoverKnn(plan), *([LabelledSets(plan)] if plan.config.knn.labelled else [])]
 
 
 class LandCoverKnn:
@@ -33,12 +34,12 @@ class LandCoverKnn:
     Yields ``knn_top1``, ``knn_macro`` and ``knn_class/NAME``; the protocol's name stands in ``knn_protocol``.
     """
 
-    def __init__(self, run: Run):
-        knn, spec = run.config.knn, run.spec
+    def __init__(self, plan: Plan):
+        knn, spec = plan.config.knn, plan.spec
         self.protocol = knn.protocol
         self.sets = TileSets(
-            run.config.data.dir, (knn.gallery, knn.train_examples), (knn.split, knn.test_examples),
-            spec.model.sensors, max(1, knn.batch_size // jax.process_count()), run.config.data.canvases,
+            plan.config.data.dir, (knn.gallery, knn.train_examples), (knn.split, knn.test_examples),
+            spec.model.sensors, max(1, knn.batch_size // jax.process_count()), plan.config.data.canvases,
         )  # fmt: skip
         stats = {name: spec.stats.arrays(name) for name in spec.model.sensors}
         self._encode = tile_encoder(spec.model, stats, size=spec.views.global_size)
@@ -69,14 +70,14 @@ class LabelledSets:
     of a job does the same work on its own devices.
     """
 
-    def __init__(self, run: Run):
-        knn = run.config.knn
+    def __init__(self, plan: Plan):
+        knn = plan.config.knn
         protocols.check(knn.protocol)
-        self.protocol, self.spec = knn.protocol, run.spec.model
+        self.protocol, self.spec = knn.protocol, plan.spec.model
         self.sets = [d for d in open_suite(knn.suite, knn.labelled) if d.info.task in protocols.TASKS_OF[knn.protocol]]
         if not self.sets:
             raise protocols.ProtocolError(f"config.knn.labelled: nothing in {knn.labelled} that {knn.protocol} can do")
-        self.run, self._encoder = run, None
+        self.plan, self._encoder = plan, None
 
     def check(self, sensors: Iterable[str]) -> tuple[str, ...]:
         """Those of the sensors that the model takes; without fusion the last one. Raises FeatureError for none."""
@@ -100,7 +101,7 @@ class LabelledSets:
         """The encoder of all steps, which compiles once, with the weights of this one."""
         backbone = _whole(state.teacher["backbone"])
         if self._encoder is None:
-            views, stats = self.run.spec.views, self.run.spec.stats
+            views, stats = self.plan.spec.views, self.plan.spec.stats
             self._encoder = _Teacher(
                 self.spec, backbone, stats, name="teacher", weights_hash="", image_size=views.global_size
             )

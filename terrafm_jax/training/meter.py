@@ -13,10 +13,11 @@ import jax
 
 from terrafm_jax.training import flops
 from terrafm_jax.training.metrics import Progress, timed
-from terrafm_jax.training.run import Run, Tools, TrainingError
+from terrafm_jax.training.plan import Plan
 from terrafm_jax.training.sharding import batch_sharding
 from terrafm_jax.training.state import TrainState
 from terrafm_jax.training.step import abstract_state, make_step
+from terrafm_jax.training.tools import Tools, TrainingError
 from terrafm_jax.training.watch import Watch
 
 
@@ -46,9 +47,9 @@ class Compiled:
     needs them (evaluating the untrained model, reading the first batches).
     """
 
-    def __init__(self, run: Run, progress: Progress):
-        self._step, self._state = make_step(run.spec, run.mesh), abstract_state(run.spec, run.mesh)
-        self._sharding, self._progress = batch_sharding(run.mesh), progress
+    def __init__(self, plan: Plan, progress: Progress):
+        self._step, self._state = make_step(plan.spec, plan.mesh), abstract_state(plan.spec, plan.mesh)
+        self._sharding, self._progress = batch_sharding(plan.mesh), progress
         self._threads = ThreadPoolExecutor(os.cpu_count() or 1, "terrafm-compile")
         self._begun: dict[tuple, Future] = {}
         self._by_shape: dict[tuple, Any] = {}
@@ -96,15 +97,16 @@ def _shape(batch: Mapping[str, Any]) -> tuple:
 class Meter:
     """Reads the metrics of step n while n + 1 runs, logs at intervals, and counts non-finite steps."""
 
-    def __init__(self, run: Run, tools: Tools):
+    def __init__(self, tools: Tools):
         self.seconds: dict[str, float] = {}
         self.nonfinite = 0
-        self._run, self._tools = run, tools
+        plan = tools.plan
+        self._plan, self._tools = plan, tools
         self._pending: tuple[int, Any] | None = None
-        self._flops = flops.step_flops(run.spec) * run.config.batch_size
-        self._peak = flops.peak_flops(jax.devices()[0].device_kind, run.spec.model.dtype) * jax.device_count()
+        self._flops = flops.step_flops(plan.spec) * plan.config.batch_size
+        self._peak = flops.peak_flops(jax.devices()[0].device_kind, plan.spec.model.dtype) * jax.device_count()
         self._mark, self._mark_step = time.monotonic(), None
-        self._watch, self._first, self._pace = Watch(run.mesh), True, ""
+        self._watch, self._first, self._pace = Watch(plan.mesh), True, ""
 
     def push(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         self.flush()
@@ -125,11 +127,11 @@ class Meter:
         finite = all(math.isfinite(float(values[k])) for k in ("loss", "grad_norm"))
         self.nonfinite = 0 if finite else self.nonfinite + 1
         # The first step of every start is logged: until then time counts as starting up.
-        if log or not finite or due(step, self._run.steps["log.every"], self._first or step == self._run.stop):
+        if log or not finite or due(step, self._plan.steps["log.every"], self._first or step == self._plan.stop):
             self._log(step, values)
         self._first = False
         self._tools.progress.update(step, f"loss {float(values['loss']):.3f}{self._pace}")
-        if self.nonfinite >= self._run.config.max_nonfinite:
+        if self.nonfinite >= self._plan.config.max_nonfinite:
             raise TrainingError(
                 f"step {step}: loss {float(values['loss'])}, gradient norm {float(values['grad_norm'])}: not finite "
                 f"for {self.nonfinite} steps in a row (config.max_nonfinite). {self._tools.last_good()}; a lower "
@@ -143,7 +145,7 @@ class Meter:
         if self._mark_step is not None and step > self._mark_step:
             elapsed, count = now - self._mark, step - self._mark_step
             row["seconds_per_step"] = elapsed / count
-            row["images_per_second"] = count * self._run.config.batch_size / elapsed
+            row["images_per_second"] = count * self._plan.config.batch_size / elapsed
             row["tflops_per_second"] = count * self._flops / elapsed / 1e12
             if self._peak:
                 row["mfu"] = count * self._flops / elapsed / self._peak
@@ -154,7 +156,7 @@ class Meter:
         self._tools.writer.write(step, row)
         self._pace = _pace(row)
         self._tools.progress.line(
-            f"step {step}/{self._run.total} loss {float(values['loss']):.4f} "
+            f"step {step}/{self._plan.total} loss {float(values['loss']):.4f} "
             f"entropy {float(values['teacher_entropy']):.2f} grad {float(values['grad_norm']):.3f}{self._pace}"
             f" left {self._tools.progress.eta()}"
         )

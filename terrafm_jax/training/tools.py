@@ -1,4 +1,4 @@
-"""What the parts of the training program hand to each other: the plan of a run, and its tools."""
+"""The tools of a run beside its state: checkpoints, metrics, input, progress, signals."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
 from terrafm_jax import config as config_lib
 from terrafm_jax import weights
 from terrafm_jax.data.pipeline import Loader
-from terrafm_jax.data.sampling import Order
 from terrafm_jax.provenance import portable
 from terrafm_jax.training.checkpoint import Checkpointer, to_host
 from terrafm_jax.training.metrics import MetricWriter, Progress
+from terrafm_jax.training.plan import Plan
 from terrafm_jax.training.preemption import StopRequest
 from terrafm_jax.training.state import TrainState
-from terrafm_jax.training.step import TrainSpec
 from terrafm_jax.training.trace import Trace
 
 # An evaluator gets (step, state, poll) and yields (name, value). It calls poll() at every batch, equally often on
@@ -35,31 +33,10 @@ class TrainingError(RuntimeError):
 
 
 @dataclasses.dataclass
-class Run:
-    """What the parts of the program share: the resolved plan of one run."""
-
-    config: ConfigDict
-    workdir: str
-    spec: TrainSpec
-    steps: Mapping[str, int]
-    order: Order
-    mesh: jax.sharding.Mesh
-    first: bool  # this is the process that writes
-
-    @property
-    def total(self) -> int:
-        return self.steps["total_steps"]
-
-    @property
-    def stop(self) -> int:
-        return min(self.total, self.config.stop_at_step or self.total)
-
-
-@dataclasses.dataclass
 class Tools:
-    """What the loop uses besides the state."""
+    """What the loop uses besides the state: the plan it follows, and all that reads or writes outside the step."""
 
-    run: Run
+    plan: Plan
     checkpoints: Checkpointer
     writer: MetricWriter
     loader: Loader
@@ -74,21 +51,21 @@ class Tools:
           TrainingError: the state holds numbers that are not finite; a good checkpoint must not give way to it.
         """
         self._require_finite(state, step)
-        config = self.run.config
+        config = self.plan.config
         meta = {
             "step": step,
             "evaluated": evaluated,
             "example": -(-step // config.data.echo) * config.batch_size,
-            "records": self.run.order.num_records,
+            "records": self.plan.order.num_records,
             "skipped": _of_all_processes(self.loader.skipped),
-            "model": dataclasses.asdict(self.run.spec.model),
+            "model": dataclasses.asdict(self.plan.spec.model),
             "config": config_lib.flatten(config),
-            "statistics": json.loads(self.run.spec.stats.to_json()),
+            "statistics": json.loads(self.plan.spec.stats.to_json()),
         }
         self.checkpoints.save(step, state, meta)
 
     def _require_finite(self, state: TrainState, step: int) -> None:
-        if bool(_all_finite(state)):
+        if bool(all_finite(state)):
             return
         raise TrainingError(
             f"step {step}: parameters, teacher or moments are not finite. {self.last_good()}; a lower "
@@ -105,14 +82,14 @@ class Tools:
         """Writes the teacher's weights alone, under ``WORKDIR/teacher/STEP``: what users load. Raises TrainingError."""
         self._require_finite(state, step)
         params = to_host(state.teacher)
-        if self.run.first:
+        if self.plan.writes:
             meta = {
                 "step": step,
-                "model": dataclasses.asdict(self.run.spec.model),
-                "statistics": json.loads(self.run.spec.stats.to_json()),
-                "config": portable(config_lib.flatten(self.run.config)),  # users pass these folders on
+                "model": dataclasses.asdict(self.plan.spec.model),
+                "statistics": json.loads(self.plan.spec.stats.to_json()),
+                "config": portable(config_lib.flatten(self.plan.config)),  # users pass these folders on
             }
-            weights.save_npz(epath.Path(self.run.workdir) / "teacher" / str(step), params, meta)
+            weights.save_npz(epath.Path(self.plan.workdir) / "teacher" / str(step), params, meta)
 
     def close(self, together: bool = True) -> None:
         """Ends everything. ``together`` False: other processes are elsewhere or gone, so nothing waits for them."""
@@ -125,7 +102,8 @@ class Tools:
 
 
 @jax.jit
-def _all_finite(tree: Any) -> jax.Array:
+def all_finite(tree: Any) -> jax.Array:
+    """bool []: no leaf of the tree holds a NaN or an infinity."""
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
 
 

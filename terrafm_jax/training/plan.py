@@ -1,0 +1,117 @@
+"""The plan of a run: what its config comes to with this data set on these devices, before anything is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from terrafm_jax import config as config_lib
+from terrafm_jax import landcover
+from terrafm_jax.data import pipeline
+from terrafm_jax.data.sampling import Order
+from terrafm_jax.sensors import Statistics
+from terrafm_jax.training import pictures
+from terrafm_jax.training.metrics import Progress
+from terrafm_jax.training.sharding import check_batch, make_mesh
+from terrafm_jax.training.step import TrainSpec, parameter_table
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What all parts of the program read and none changes.
+
+    Attributes:
+      config: the checked config, for what concerns the host alone (paths, intervals, workers).
+      workdir: the run's folder, local or gs://.
+      spec: what the compiled step depends on.
+      steps: every duration of the config in steps, by its dotted name ("checkpoint.every").
+      order: which records each step trains on.
+      mesh: the devices.
+      writes: whether this process writes the run's files; of several, the first does.
+    """
+
+    config: ConfigDict
+    workdir: str
+    spec: TrainSpec
+    steps: Mapping[str, int]
+    order: Order
+    mesh: jax.sharding.Mesh
+    writes: bool
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole run, at which the schedules aim."""
+        return self.steps["total_steps"]
+
+    @property
+    def stop(self) -> int:
+        """The step at which this start ends: the last one, or ``config.stop_at_step``."""
+        return min(self.total, self.config.stop_at_step or self.total)
+
+    def check_data(self, meta: Mapping[str, Any]) -> None:
+        """Raises ConfigError where a checkpoint comes of other records or statistics: resuming would not be exact.
+
+        ``meta`` is what the checkpoint says of itself (``Tools.save``).
+        """
+        mine = {"records": self.order.num_records, "statistics": json.loads(self.spec.stats.to_json())}
+        different = [key for key, value in mine.items() if meta.get(key, value) != value]
+        if different and not self.config.allow_config_change:
+            raise config_lib.ConfigError(
+                f"config.data.dir: {self.config.data.dir} has other {' and other '.join(different)} than the data set "
+                f"that {self.workdir} was trained on; give that one (it may have moved), another --workdir, or "
+                "--config.allow_config_change=True to go on with this one"
+            )
+
+
+def make_plan(config: ConfigDict, workdir: str) -> Plan:
+    """Reads the data set's index and statistics, converts durations, builds specs and mesh.
+
+    Raises:
+      ConfigError, ShardingError, or what the data set lacks; each names the config key or the file.
+    """
+    if not config.data.dir:
+        raise config_lib.ConfigError("config.data.dir: empty; give the folder of a prepared data set (docs/data.md)")
+    d, m = config.data, config.mesh
+    mesh = make_mesh(data=m.data, fsdp=m.fsdp, tensor=m.tensor)
+    check_batch(mesh, config.batch_size, config.microbatches)
+    order = pipeline.make_order(
+        d.dir, d.split, config_lib.sampling_spec(config), batch_size=config.batch_size, seed=config.seed,
+        sensors=tuple(config.model.sensors), canvases=d.canvases,
+    )  # fmt: skip
+    stats = Statistics.published() if d.statistics == "published" else pipeline.load_statistics(d.dir)
+    steps = config_lib.durations(config, order.examples_per_epoch)
+    shares = np.asarray(order.expected_histogram(), np.float64)
+    return Plan(
+        config=config,
+        workdir=str(workdir),
+        spec=config_lib.train_spec(config, steps, stats, shares),
+        steps=steps,
+        order=order,
+        mesh=mesh,
+        writes=jax.process_index() == 0,
+    )
+
+
+def describe(plan: Plan, progress: Progress) -> None:
+    """Logs the plan and writes ``config_resolved.json``, ``statistics.json``, ``parameters.txt``, ``landcover.png``."""
+    frequent = [n for n, f in zip(landcover.NAMES, plan.spec.frequent, strict=True) if f]
+    progress.line(f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(plan.mesh.shape)}")
+    progress.line(f"{plan.total} steps of {plan.config.batch_size}, {plan.order.examples_per_epoch} records an epoch")
+    for line in plan.order.describe().splitlines():
+        progress.line(line)
+    progress.line(f"frequent land cover: {', '.join(frequent) or 'none, so there is one center'}")
+    if plan.writes:
+        folder = epath.Path(plan.workdir)
+        resolved = {"config": config_lib.flatten(plan.config), "steps": dict(plan.steps), "frequent": frequent}
+        (folder / "config_resolved.json").write_text(json.dumps(resolved, indent=2))
+        (folder / "statistics.json").write_text(plan.spec.stats.to_json())
+        (folder / "parameters.txt").write_text(parameter_table(plan.spec, plan.mesh))
+        drawn, there = plan.order.expected_histogram(), plan.order.natural_histogram()
+        pictures.save_classes(folder / "landcover.png", there, drawn)
