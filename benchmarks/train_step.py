@@ -94,7 +94,6 @@ def make_spec(args: argparse.Namespace) -> TrainSpec:
             objective=ObjectiveSpec(teacher_temp_warmup_steps=1000),
             stats=Statistics.published(),
             frequent=tuple(name in landcover.PAPER_FREQUENT for name in landcover.NAMES),
-            total_steps=TOTAL,
         )
     fields = overrides(args.set)
     known = {f.name for f in (*dataclasses.fields(ModelSpec), *dataclasses.fields(ViewSpec))}

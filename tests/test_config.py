@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import re
 from pathlib import Path
@@ -111,6 +112,16 @@ def test_without_a_frequent_class_there_is_one_center() -> None:
     one, two = (config_lib.train_spec(config, steps, Statistics.published(), shares) for shares in (unknown, mapped))
     assert (one.objective.alpha, two.objective.alpha) == (1.0, config.objective.alpha)
     assert config.objective.alpha < 1
+
+
+def test_the_specs_default_to_the_recipe() -> None:
+    """They stand twice, so that tests and benchmarks need no config, and say the same but for types and durations."""
+    config, shares = base(), np.eye(landcover.NUM_CATEGORIES)[0]
+    spec = config_lib.train_spec(config, durations(config, 1_000_000), Statistics.published(), shares)
+    for part in (spec, spec.model, spec.views, spec.optim, spec.objective, config_lib.sampling_spec(config)):
+        for field in dataclasses.fields(part):
+            if field.default is not dataclasses.MISSING and field.name != "dtype" and not field.name.endswith("_steps"):
+                assert getattr(part, field.name) == field.default, f"{type(part).__name__}.{field.name}"
 
 
 def test_the_recipe_page_names_every_hyperparameter(root: Path) -> None:

@@ -165,4 +165,4 @@ def test_ema_is_float32_and_keeps_the_ends() -> None:
 
 def test_spec_names_all_faults() -> None:
     with pytest.raises(ValueError, match=r"batch_size = 0.*clip = -1.*b1 = 1\.0"):
-        OptimSpec(batch_size=0, clip=-1, b1=1.0)
+        OptimSpec(batch_size=0, total_steps=10, clip=-1, b1=1.0)

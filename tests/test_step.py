@@ -35,7 +35,7 @@ def tiny(sensors: tuple[str, ...] = ("s1",), **fields: object) -> TrainSpec:
     optim = OptimSpec(batch_size=BATCH, total_steps=20, warmup_steps=2, freeze_last_steps=1, base_lr=1e-2, eps=1e-5)
     objective = ObjectiveSpec(teacher_temp_warmup_steps=4)
     frequent = tuple(name in landcover.PAPER_FREQUENT for name in landcover.NAMES)
-    spec = TrainSpec(model, views, optim, objective, Statistics.published(), frequent, seed=3, total_steps=20)
+    spec = TrainSpec(model, views, optim, objective, Statistics.published(), frequent, seed=3)
     return dataclasses.replace(spec, **fields)
 
 
@@ -238,7 +238,7 @@ def test_microbatches_without_randomness_equal_the_whole_batch() -> None:
 
 def test_memory_of_the_state_falls_with_fsdp() -> None:
     """Params, teacher and both moments; vectors stay replicated (here a larger share than in real models)."""
-    spec = dataclasses.replace(tiny(), model=ModelSpec.of_size("b"), views=ViewSpec(), optim=OptimSpec(batch_size=8))
+    spec = dataclasses.replace(tiny(), model=ModelSpec.of_size("b"), views=ViewSpec(), optim=OptimSpec(8, 20))
     held = {n: bytes_per_device(abstract_state(spec, make_mesh(data=8 // n, fsdp=n))) for n in (1, 2, 8)}
     assert held[1] / held[2] > 1.98
     assert held[1] / held[8] > 7.7
@@ -264,7 +264,7 @@ def test_every_parameter_of_every_size_is_in_the_table() -> None:
 def test_indivisible_batches_and_widths_are_refused() -> None:
     spec = tiny()
     with pytest.raises(ShardingError, match=r"batch_size = 12 .*8 x 1 x 1 = 8"):
-        make_step(dataclasses.replace(spec, optim=OptimSpec(batch_size=12)), make_mesh(data=8))
+        make_step(dataclasses.replace(spec, optim=OptimSpec(12, 20)), make_mesh(data=8))
     narrow = dataclasses.replace(spec, model=dataclasses.replace(spec.model, width=36, fusion_heads=2))
     with pytest.raises(ShardingError, match=r"qkv/kernel axis 0 is 36, not a multiple of fsdp = 8"):
         abstract_state(narrow, make_mesh(data=1, fsdp=8))

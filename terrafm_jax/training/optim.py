@@ -47,10 +47,15 @@ Rules = Sequence[tuple[str, Rule]]
 
 @dataclasses.dataclass(frozen=True)
 class OptimSpec:
-    """Hyper-parameters of the optimizer; durations in steps. Defaults are DINO's; ``base_lr`` is per 256 samples."""
+    """Hyper-parameters of the optimizer; durations in steps. Defaults are DINO's.
 
-    batch_size: int = 1024
-    total_steps: int = 100_000
+    Attributes:
+      batch_size: of the global batch; ``base_lr`` is per 256 samples.
+      total_steps: length of the run, where its schedules end: rate, decay and the teacher's momentum.
+    """
+
+    batch_size: int
+    total_steps: int
     warmup_steps: int = 0
     base_lr: float = 5e-4
     min_lr: float = 1e-6

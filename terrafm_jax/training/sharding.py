@@ -213,13 +213,13 @@ def sums_whole(mesh: Mesh) -> bool:
     return mesh.shape["data"] > 1 and mesh.devices.flat[0].platform == "tpu"
 
 
-def gather_params(params: Any, kernel_dtype: Any = None, *, keep: str = PROTOTYPES, sum_whole: bool = False) -> Any:
+def gather_params(params: Any, kernel_dtype: Any = None, *, in_place: str = PROTOTYPES, sum_whole: bool = False) -> Any:
     """Parameters as the networks use them on the mesh in context: whole over the fsdp axis, still split over tensor.
 
     The gradients go the other way: summed over the batch's shards and left where the parameter lives. Without
     this the compiler is free to move activations instead of weights, and does. Kernels travel in ``kernel_dtype``
     if it is given, and so do their gradients; by default in their own, float32. Parameters whose path matches the
-    regular expression ``keep`` stay as they are. ``sum_whole``: see :func:`sums_whole`.
+    regular expression ``in_place`` stay where they are. ``sum_whole``: see :func:`sums_whole`.
     """
     if kernel_dtype is not None:
         params = jax.tree_util.tree_map_with_path(
@@ -229,7 +229,7 @@ def gather_params(params: Any, kernel_dtype: Any = None, *, keep: str = PROTOTYP
         return params
 
     def gather(path: str, x: jax.Array, spec: P) -> jax.Array:
-        if re.fullmatch(keep, path):
+        if re.fullmatch(in_place, path):
             return x
         used = whole_over_fsdp(spec)
         # The embedding multiplies its kernels with other weights: gradients come summed and split, or are small.

@@ -76,7 +76,6 @@ class TrainSpec:
       stats: normalisation statistics of the sensors.
       frequent: per land-cover category, whether it feeds the second center.
       seed: of initialisation and of everything drawn while training.
-      total_steps: length of the run; the schedule of the teacher's momentum ends there.
       microbatches: the batch is worked off in so many parts whose gradients are averaged. Same result up to
         rounding and other random draws, less memory.
       reduce_dtype: "float32" or "bfloat16": in which the gradients of kernels are summed over devices, and in
@@ -91,7 +90,6 @@ class TrainSpec:
     stats: Statistics
     frequent: tuple[bool, ...]
     seed: int = 0
-    total_steps: int = 100_000
     microbatches: int = 1
     reduce_dtype: str = "float32"
     overlap: bool = True
@@ -110,8 +108,8 @@ class TrainSpec:
             faults.append(f"frequent has {len(self.frequent)} entries, expected {landcover.NUM_CATEGORIES}")
         if self.views.globals + self.views.locals < 2:
             faults.append("views.globals + views.locals must be at least 2: the loss compares views with each other")
-        if self.total_steps < 1 or self.microbatches < 1:
-            faults.append(f"total_steps {self.total_steps} and microbatches {self.microbatches} must be at least 1")
+        if self.microbatches < 1:
+            faults.append(f"microbatches {self.microbatches} must be at least 1")
         if faults:
             raise ValueError("training: " + "; ".join(faults))
 
@@ -222,9 +220,7 @@ def _loss_and_gradients(
     teacher_temp: jax.Array,
 ) -> tuple[Any, CenterSums, Metrics]:
     """Gradients, center sums and metrics of a batch or microbatch."""
-    kernel_dtype = jnp.bfloat16 if spec.reduce_dtype == "bfloat16" else None
-    keep = f"{PROTOTYPES}|{EMBEDDING}" if spec.model.folded else PROTOTYPES
-    gather = functools.partial(gather_params, kernel_dtype=kernel_dtype, keep=keep, sum_whole=spec.model.sum_whole)
+    gather = _gatherer(spec)
     view_key, drop_key = jax.random.split(key)
     stats = {name: spec.stats.arrays(name) for name in spec.model.sensors}
     with jax.named_scope("views"):
@@ -238,6 +234,7 @@ def _loss_and_gradients(
     with jax.named_scope("loss"):
         targets = teacher_targets(teacher, state.centers, teacher_temp=teacher_temp, alpha=spec.objective.alpha)
 
+    # What belongs to samples comes as an argument: on several slices each of them computes this of its own samples.
     def loss_fn(params: Any, sets: Sequence[ViewSet], probs: jax.Array, keep: Sequence[jax.Array | None]) -> jax.Array:
         with jax.named_scope("student"):
             student = _student(spec.model, gather(params), sets, keep)
@@ -247,14 +244,24 @@ def _loss_and_gradients(
     sets = [views for views in (global_views, local_views) if views.student.shape[1]]
     arguments = (sets, targets.probs, _drop_path(spec.model, sets, drop_key))
     loss, grads = value_and_grad(loss_fn, state.params, arguments, batch_axes=(0, 0, 2))
-    classes = batch["landcover"]
-    sums = center_sums(teacher, jnp.asarray(spec.frequent)[classes])
-    metrics = {"loss": loss, "feature_std": _feature_std(tokens), **loss_metrics(loss, targets)}
-    metrics |= _class_sums(metrics.pop("sample_entropy"), classes)
+    sums = center_sums(teacher, jnp.asarray(spec.frequent)[batch["landcover"]])
+    monitors = loss_metrics(loss, targets)
+    metrics = {"loss": loss, "feature_std": _feature_std(tokens)}
+    metrics |= _class_sums(monitors.pop("sample_entropy"), batch["landcover"])
     for network in ("student", "teacher"):
         drawn = getattr(global_views, network)
         metrics[f"sensors_per_view_{network}"] = jnp.mean(jnp.sum(drawn, axis=-1).astype(jnp.float32))
-    return grads, sums, metrics
+    return grads, sums, metrics | monitors
+
+
+def _gatherer(spec: TrainSpec) -> Callable[[Any], Any]:
+    """:func:`gather_params` as this spec wants it, for teacher and student alike."""
+    return functools.partial(
+        gather_params,
+        kernel_dtype=jnp.bfloat16 if spec.reduce_dtype == "bfloat16" else None,
+        in_place=f"{PROTOTYPES}|{EMBEDDING}" if spec.model.folded else PROTOTYPES,
+        sum_whole=spec.model.sum_whole,
+    )
 
 
 def _feature_std(tokens: jax.Array) -> jax.Array:
@@ -318,7 +325,7 @@ def train_step(spec: TrainSpec, state: TrainState, batch: Mapping[str, Any]) -> 
     teacher_temp = schedules.teacher_temperature(
         step, start=goal.teacher_temp_start, end=goal.teacher_temp, warmup_steps=goal.teacher_temp_warmup_steps
     )
-    rate = schedules.ema_rate(step, start=goal.ema_start, end=goal.ema_end, total_steps=spec.total_steps)
+    rate = schedules.ema_rate(step, start=goal.ema_start, end=goal.ema_end, total_steps=spec.optim.total_steps)
     grads, sums, metrics = _accumulate(spec, state, batch, jax.random.fold_in(_key(spec), step), teacher_temp)
     with jax.named_scope("update"):
         optimizer = make_optimizer(spec.optim, state.params)
