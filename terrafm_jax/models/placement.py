@@ -44,17 +44,17 @@ def whole(x: Array) -> Array:
 
 
 def _placed(x: Array, at: P) -> Array:
-    return jax.lax.with_sharding_constraint(x, at) if _split() else x
+    return jax.lax.with_sharding_constraint(x, at) if _weights_are_split() else x
 
 
-def _split() -> bool:
+def _weights_are_split() -> bool:
     """Whether there is a mesh in context whose fsdp axis splits weights."""
     shape = dict(get_abstract_mesh().shape)
     return shape.get("fsdp", 1) > 1 and "tensor" in shape
 
 
 def _gather(x: Array, spec: ModelSpec, stored: P, used: P, summed: P) -> Array:
-    return moved(x, stored, used, summed, spec.compute_dtype) if _split() else x
+    return moved(x, stored, used, summed, spec.compute_dtype) if _weights_are_split() else x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
@@ -93,19 +93,19 @@ def weight_product(a: Array, b: Array, spec: ModelSpec) -> Array:
     is summed over the batch's parts once, and nothing after that: for the gradient of ``b`` the devices hold columns
     of ``a`` as well. JAX's own rule would multiply rows and sum over the devices, with no work left to hide that.
     """
-    return gather_rows(_dot(a, _whole(b, spec), (1, 0), spec), spec)
+    return gather_rows(_dot(a, _cast_whole(b, spec), (1, 0), spec), spec)
 
 
 def _weight_product_fwd(a: Array, b: Array, spec: ModelSpec) -> tuple:
     rows = _placed(a.astype(spec.compute_dtype), ROWS)
-    columns = lax.optimization_barrier(_placed(rows, COLUMNS)) if _split() else rows
+    columns = lax.optimization_barrier(_placed(rows, COLUMNS)) if _weights_are_split() else rows
     return weight_product(rows, b, spec), (columns, b, a)
 
 
 def _weight_product_bwd(spec: ModelSpec, saved: tuple, g: Array) -> tuple[Array, Array]:
     columns, b, a = saved
-    g = _whole(round_to(whole(g), spec.compute_dtype), spec)
-    da = _placed(_dot(_placed(g, ROWS), _whole(b, spec), (1, 1), spec), ROWS)
+    g = _cast_whole(round_to(whole(g), spec.compute_dtype), spec)
+    da = _placed(_dot(_placed(g, ROWS), _cast_whole(b, spec), (1, 1), spec), ROWS)
     db = _placed(_dot(columns, g, (0, 0), spec), ROWS)
     return da.astype(a.dtype), db.astype(b.dtype)
 
@@ -119,7 +119,7 @@ def row_product(row: Array, b: Array, spec: ModelSpec) -> Array:
 
     Too small to be worth splitting, which the compiler would do for the sake of the gradient of ``b``.
     """
-    return whole(_dot(_whole(row, spec)[None], _whole(b, spec), (1, 0), spec))[0]
+    return whole(_dot(_cast_whole(row, spec)[None], _cast_whole(b, spec), (1, 0), spec))[0]
 
 
 def _row_product_fwd(row: Array, b: Array, spec: ModelSpec) -> tuple:
@@ -128,16 +128,17 @@ def _row_product_fwd(row: Array, b: Array, spec: ModelSpec) -> tuple:
 
 def _row_product_bwd(spec: ModelSpec, saved: tuple, g: Array) -> tuple[Array, Array]:
     row, b = saved
-    g = _whole(round_to(whole(g), spec.compute_dtype), spec)[None]
-    drow = whole(_dot(g, _whole(b, spec), (1, 1), spec))[0]
-    db = _placed(_dot(_placed(_whole(row, spec)[None], COLUMNS), g, (0, 0), spec), ROWS)
+    g = _cast_whole(round_to(whole(g), spec.compute_dtype), spec)[None]
+    drow = whole(_dot(g, _cast_whole(b, spec), (1, 1), spec))[0]
+    db = _placed(_dot(_placed(_cast_whole(row, spec)[None], COLUMNS), g, (0, 0), spec), ROWS)
     return drow.astype(row.dtype), db.astype(b.dtype)
 
 
 row_product.defvjp(_row_product_fwd, _row_product_bwd)
 
 
-def _whole(x: Array, spec: ModelSpec) -> Array:
+def _cast_whole(x: Array, spec: ModelSpec) -> Array:
+    """In the compute dtype, and whole on every device."""
     return whole(x.astype(spec.compute_dtype))
 
 

@@ -88,26 +88,27 @@ class Checkpointer:
         self._guard(self._manager.close)
 
     def _guard(self, action: Callable[[], object]) -> None:
+        """Runs the action; a full disk, the one failure that a user mends alone, is said in a sentence."""
         try:
             action()
         except Exception as e:
             if not _disk_full(e):
                 raise
             last = self.latest()
-            advice = "free some space and start again"
+            there = "None is there yet" if last is None else f"The one of step {last} is complete"
             raise CheckpointError(
-                f"{self.folder}: the disk is full; the checkpoint was not written. "
-                + (
-                    f"The one of step {last} is complete: {advice}"
-                    if last is not None
-                    else f"None is there yet: {advice}"
-                )
+                f"{self.folder}: the disk is full; the checkpoint was not written. {there}: free some space and start "
+                "again"
             ) from e
 
 
 def _disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised from, comes of a full disk.
+
+    Orbax writes in threads and by TensorStore, so what arrives may be wrapped, or be nothing but text.
+    """
     seen = 0
-    while error is not None and seen < 10:
+    while error is not None and seen < 10:  # causes may form a circle
         text = str(error).lower()
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True

@@ -26,7 +26,7 @@ from terrafm_jax.training.plan import Plan, describe, make_plan
 from terrafm_jax.training.preemption import Interrupted, StopRequest
 from terrafm_jax.training.sharding import local_rows
 from terrafm_jax.training.state import TrainState, with_weights
-from terrafm_jax.training.step import abstract_state, draw_views, init_state, make_batch
+from terrafm_jax.training.step import abstract_state, init_state, make_batch, views_of_step
 from terrafm_jax.training.tools import Evaluator, Tools, TrainingError, skipped_before
 from terrafm_jax.training.trace import Trace
 
@@ -211,5 +211,5 @@ def _finish(tools: Tools, step: int, saved: int | None, preempted: bool) -> Outc
 
 
 def _draw_first_batch(plan: Plan, batch: Mapping[str, Any]) -> None:
-    views = jax.jit(lambda b: draw_views(plan.spec, b, 0))(jax.tree.map(lambda x: x[:8], dict(batch)))
+    views = jax.jit(lambda b: views_of_step(plan.spec, b, 0))(jax.tree.map(lambda x: x[:8], dict(batch)))
     pictures.save_views(epath.Path(plan.workdir) / "views.png", views, plan.spec.views)

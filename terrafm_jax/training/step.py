@@ -56,12 +56,12 @@ __all__ = [
     "TrainSpec",
     "TrainState",
     "abstract_state",
-    "draw_views",
     "init_state",
     "make_batch",
     "make_step",
     "parameter_table",
     "train_step",
+    "views_of_step",
 ]
 
 Metrics = dict[str, jax.Array]
@@ -302,7 +302,7 @@ def _accumulate(
     return jax.tree.map(lambda x: x / parts, grads), sums, jax.tree.map(lambda x: x / parts, metrics)
 
 
-def draw_views(spec: TrainSpec, batch: Mapping[str, Any], step: int) -> tuple[ViewSet, ViewSet]:
+def views_of_step(spec: TrainSpec, batch: Mapping[str, Any], step: int) -> tuple[ViewSet, ViewSet]:
     """The (global, local) views that step number ``step`` trains on, for looking at (not with microbatches)."""
     view_key, _ = jax.random.split(jax.random.fold_in(_key(spec), step))
     stats = {name: spec.stats.arrays(name) for name in spec.model.sensors}

@@ -29,7 +29,7 @@ from jax.experimental.pallas import tpu as pltpu
 from terrafm_jax.models.fusion import head_columns, masked
 from terrafm_jax.models.layers import precision
 from terrafm_jax.models.spec import ModelSpec
-from terrafm_jax.models.tpu.fusion_rows import Sums, mixture, of, pairs, pull
+from terrafm_jax.models.tpu.fusion_rows import Sums, entry, mixture, pairs, pull
 from terrafm_jax.models.tpu.kernel_calls import over_batch, run, wanted
 
 LANES, ROWS = 128, 16  # of a vector register of bfloat16
@@ -207,7 +207,7 @@ def _backward_kernel(*refs: pl.Ref, spec: ModelSpec, count: int) -> None:
         upcast = [value[:, at].astype(wide) for value in values]
         for m, grad in enumerate(grads):
             found = spread[m] * there + spread[count + m] + asked[m] * pool
-            found += sum(of(gram, m, n) * upcast[n] for n in range(count))
+            found += sum(entry(gram, m, n) * upcast[n] for n in range(count))
             grad[:, at] = found.astype(grad.dtype)
         by_row = sum(x * value for x, value in zip(asked, upcast, strict=True))
         dpool[:, at] += by_row.reshape(-1, dpool.shape[0], by_row.shape[1]).sum(0)

@@ -46,7 +46,7 @@ def pairs(count: int) -> list[tuple[int, int]]:
     return [(m, n) for m in range(count) for n in range(m, count)]
 
 
-def of(gram: Mapping[tuple[int, int], Array], m: int, n: int) -> Array:
+def entry(gram: Mapping[tuple[int, int], Array], m: int, n: int) -> Array:
     """The entry of a pair in either order."""
     return gram[min(m, n), max(m, n)]
 
@@ -65,7 +65,7 @@ def mixture(scores: Sequence[Array], sums: Sums, group: Array, total_pool: Array
     weights = [power * whole for power in powers]
 
     def square(m: int) -> Array:
-        return weights[m] * sum(weights[n] * of(sums.gram, m, n) for n in range(len(weights)))
+        return weights[m] * sum(weights[n] * entry(sums.gram, m, n) for n in range(len(weights)))
 
     mean = _over_heads(sum(w * x for w, x in zip(weights, sums.first, strict=True)), group) / spec.stem_width
     ask = _over_heads(sum(w * x for w, x in zip(weights, sums.asked, strict=True)), group)
@@ -132,7 +132,7 @@ def pull(
     dfirst, dsecond = dmean / width, dvariance / width
     dweights = []
     for m in range(count):
-        square = sum(weights[n] * of(sums.gram, m, n) for n in range(count))
+        square = sum(weights[n] * entry(sums.gram, m, n) for n in range(count))
         dweights.append(part * products[m] + dfirst * sums.first[m] + dask * sums.asked[m] + 2.0 * dsecond * square)
     mean_dweight = sum(w * d for w, d in zip(weights, dweights, strict=True))
     return Pulled(
