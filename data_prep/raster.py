@@ -62,23 +62,23 @@ def normalize_crs(text: str) -> str:
     return f"EPSG:{found.group(1)}" if found else text.strip()
 
 
-def decode(data: bytes | memoryview, what: str, band: int = 1) -> Raster:
-    """Decodes the bytes of a complete GeoTIFF. Raises BadInput (not an image, truncated, no georeference)."""
+def decode(data: bytes | memoryview, what: str) -> Raster:
+    """Decodes the first band of a complete GeoTIFF. Raises BadInput (not an image, truncated, no georeference)."""
     if not data:
         raise BadInput(f"{what}: empty")
     try:
         with MemoryFile(data) as memory, memory.open() as source:
-            return read(source, what, band)
+            return read(source, what)
     except RasterioError as error:
         raise BadInput(f"{what}: cannot be read as an image ({first_line(error)})") from error
 
 
-def open_raster(path: Any, what: str = "") -> rasterio.DatasetReader:
+def open_raster(path: Any) -> rasterio.DatasetReader:
     """``rasterio.open`` that raises BadInput."""
     try:
         return rasterio.open(path)
     except RasterioError as error:
-        raise BadInput(f"{what or path}: cannot be read as an image ({first_line(error)})") from error
+        raise BadInput(f"{path}: cannot be read as an image ({first_line(error)})") from error
 
 
 def read(source: rasterio.DatasetReader, what: str, band: int = 1, window: Any = None) -> Raster:

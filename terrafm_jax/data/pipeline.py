@@ -262,9 +262,6 @@ def iterate_split(
     process_index: int = 0,
     process_count: int = 1,
     records: np.ndarray | None = None,
-    workers: int = 0,
-    threads: int = 1,
-    prefetch: int = 2,
     max_skipped: float = 0.01,
 ) -> Loader:
     """Goes once through a split (or through ``records`` of it); batches carry ``mask`` bool [B].
@@ -286,12 +283,10 @@ def iterate_split(
         for at in range(0, len(members), step):
             mine = members[at : at + step][process_index * batch_size : (process_index + 1) * batch_size]
             plan.append((int(b), mine))
-    reader = Reader(opened, sensors, shapes, threads)
+    reader = Reader(opened, sensors, shapes)
     return Loader(
         SplitBatches(reader, plan, batch_size),
         0,
         len(plan),
-        workers=workers,
-        prefetch=prefetch,
         max_skipped=max_skipped,
     )

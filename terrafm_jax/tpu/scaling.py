@@ -18,7 +18,7 @@ from terrafm_jax.sensors import SENSOR_KEYS
 from terrafm_jax.ssl.views import ViewSpec
 from terrafm_jax.tpu.chips import CHIPS, Chip, Topology
 from terrafm_jax.tpu.network import Network
-from terrafm_jax.training.batches import TILE_METERS, batch_shapes
+from terrafm_jax.training.batches import batch_shapes
 from terrafm_jax.training.flops import image_flops
 from terrafm_jax.training.sharding import SPLIT
 
@@ -139,12 +139,12 @@ class StepTime:
         return self.state_bytes / (self.topology.hosts * host_write)
 
 
-def tile_bytes(meters: int = TILE_METERS, compression: float = 1.0) -> float:
-    """Bytes of one tile of all sensors at native sampling, as shipped to the device (or read, if compressed)."""
+def tile_bytes() -> int:
+    """Bytes of one tile of all sensors at native sampling, as shipped to the device."""
     import jax
 
-    shapes = jax.tree.leaves(batch_shapes(SENSOR_KEYS, 1, meters))
-    return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in shapes) / compression
+    shapes = jax.tree.leaves(batch_shapes(SENSOR_KEYS, 1))
+    return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in shapes)
 
 
 def step_time(

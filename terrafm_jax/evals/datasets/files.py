@@ -28,21 +28,20 @@ def read_json(path: Path, parse: Callable[[Any], Any]) -> Any:
         raise DatasetError(f"{path}: unexpected content ({type(e).__name__}: {e}); get the file again") from e
 
 
-def read_tiff(path: Path | str, channels: Sequence[int] | None = None, at: tuple[int, int] | None = None) -> np.ndarray:
+def read_tiff(path: Path | str, at: tuple[int, int] | None = None) -> np.ndarray:
     """Pixels [H, W, channels] of a raster. ``at`` (byte offset, length) reads a raster inside a larger file."""
     import rasterio
     from rasterio.io import MemoryFile
 
-    indexes = None if channels is None else [c + 1 for c in channels]
     try:
         if at is None:
             with rasterio.open(path) as src:
-                return np.ascontiguousarray(src.read(indexes).transpose(1, 2, 0))
+                return np.ascontiguousarray(src.read().transpose(1, 2, 0))
         with open(path, "rb") as f:
             f.seek(at[0])
             blob = f.read(at[1])
         with MemoryFile(blob) as memory, memory.open() as src:
-            return np.ascontiguousarray(src.read(indexes).transpose(1, 2, 0))
+            return np.ascontiguousarray(src.read().transpose(1, 2, 0))
     except (rasterio.errors.RasterioError, IndexError, OSError) as e:
         raise DatasetError(f"{path}: cannot be read as a raster ({str(e).splitlines()[0]})") from e
 
