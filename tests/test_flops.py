@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 
 from terrafm_jax.models.folding import HEAD_SUMS
+from terrafm_jax.models.layers import with_parameters
 from terrafm_jax.models.patch_embed import PatchEmbed
 from terrafm_jax.models.spec import ModelSpec
 from terrafm_jax.models.terrafm import encode_cls, init_params, project
@@ -51,10 +51,10 @@ def traced(function: Any, *arguments: Any) -> float:
 
 def weight_products(spec: ModelSpec, parameters: Any) -> tuple[float, float]:
     """FLOPs of forming them once, and once with gradients."""
-    graph, _ = nnx.split(nnx.eval_shape(lambda: PatchEmbed(spec, rngs=nnx.Rngs(0))))
 
     def square(parameters: Any) -> jax.Array:
-        return sum(jnp.square(x).sum() for x in jax.tree.leaves(nnx.merge(graph, parameters).fold()))
+        folded = with_parameters(PatchEmbed, spec, parameters).fold()
+        return sum(jnp.square(x).sum() for x in jax.tree.leaves(folded))
 
     return traced(square, parameters), traced(jax.grad(square), parameters)
 

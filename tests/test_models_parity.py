@@ -11,13 +11,13 @@ import pytest
 
 from terrafm_jax import weights
 from terrafm_jax.models import ModelSpec, encode, init_params, patchify, project
+from terrafm_jax.models.layers import with_parameters
+from terrafm_jax.models.patch_embed import PatchEmbed
 from terrafm_jax.models.position import interpolate
-from terrafm_jax.models.terrafm import _graphs
 from terrafm_jax.models.vit import apply_block
 
 torch = pytest.importorskip("torch")
 import torch_reference as reference  # noqa: E402
-from flax import nnx  # noqa: E402
 
 SPEC = ModelSpec(width=64, depth=3, heads=4, prototypes=512, head_hidden=96, head_bottleneck=32)
 PLAIN = dataclasses.replace(SPEC, fusion=False)
@@ -61,7 +61,7 @@ def net(params):
 @pytest.mark.parametrize("sensor", SPEC.sensors)
 def test_stem(params, net, sensor):
     x = images((48, 32))[sensor]
-    embed = nnx.merge(_graphs(SPEC)["patch_embed"], params["backbone"]["patch_embed"])
+    embed = with_parameters(PatchEmbed, SPEC, params["backbone"]["patch_embed"])
     kernel, bias = embed.stem(sensor)
     ours = patchify(jnp.asarray(x), 16) @ kernel + bias[None, None, None]
     assert_close(ours.reshape(2, 6, -1), net.patch_embed.stem(sensor, chw(x)))
@@ -73,7 +73,7 @@ def test_projection_and_fusion(params, net, sensors, folded):
     x = {s: images((48, 32))[s] for s in sensors}
     spec = dataclasses.replace(SPEC, folded=folded)
     mask = np.array([[True] * len(sensors), [True] + [False] * (len(sensors) - 1)])
-    embed = nnx.merge(_graphs(spec)["patch_embed"], params["backbone"]["patch_embed"])
+    embed = with_parameters(PatchEmbed, spec, params["backbone"]["patch_embed"])
     patches = {s: patchify(jnp.asarray(v), 16) for s, v in x.items()}
     if folded:
         from terrafm_jax.models import folding

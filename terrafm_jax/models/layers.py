@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,8 @@ from terrafm_jax.models.spec import ModelSpec
 # Names by which ``jax.checkpoint`` keeps things. Its policies for products do not look into a function with a
 # backward pass of its own, such as ``linear``.
 PRODUCT, MOMENTS = "product", "moments"
+
+Module = TypeVar("Module", bound=nnx.Module)
 
 
 def precision(dtype: jnp.dtype) -> lax.Precision | None:
@@ -147,6 +151,17 @@ def uniform_fan_in(key: Array, shape: tuple[int, ...], fan_in: int) -> Array:
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
+def with_parameters(module: type[Module], spec: ModelSpec, params: Mapping[str, Any], *arguments: Any) -> Module:
+    """``module(spec, *arguments)`` with plain ``params`` in the place of its own."""
+    return nnx.merge(_graph(module, spec, arguments), params)
+
+
+@functools.lru_cache(maxsize=256)
+def _graph(module: type[nnx.Module], spec: ModelSpec, arguments: tuple[Any, ...]) -> Any:
+    """A module without its parameters; made abstractly, as nothing is computed to describe it."""
+    return nnx.split(nnx.eval_shape(lambda: module(spec, *arguments, rngs=nnx.Rngs(0))))[0]
+
+
 class Linear(nnx.Module):
     """``[..., features_in] -> [..., features_out]``; kernel [in, out]."""
 
@@ -164,7 +179,8 @@ class Linear(nnx.Module):
 class LayerNorm(nnx.Module):
     """Normalises the last axis; ``eps`` 1e-6 in the blocks and 1e-5 in the token projection."""
 
-    def __init__(self, spec: ModelSpec, features: int, eps: float = 1e-6):
+    def __init__(self, spec: ModelSpec, features: int, eps: float = 1e-6, *, rngs: nnx.Rngs | None = None):
+        del rngs  # nothing is drawn; all modules are made alike
         self.spec, self.eps = spec, eps
         self.scale = nnx.Param(jnp.ones((features,), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((features,), jnp.float32))

@@ -1,12 +1,11 @@
 """TerraFM (arXiv 2506.06281) as pure functions of plain parameter dicts.
 
-Flax NNX modules describe parameters and computation; they are built abstractly once per spec and merged
-with the caller's dict inside each function. Nothing here keeps state, so every JAX transformation applies.
+Flax NNX modules describe parameters and computation; each function puts the caller's dict into one that was built
+abstractly, once per spec (``layers.with_parameters``). Nothing here keeps state, so every JAX transformation applies.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from jax import Array
 
 from terrafm_jax.models import folding, position, stems
 from terrafm_jax.models.heads import DinoHead
-from terrafm_jax.models.layers import LayerNorm, trunc_normal
+from terrafm_jax.models.layers import LayerNorm, trunc_normal, with_parameters
 from terrafm_jax.models.patch_embed import PatchEmbed
 from terrafm_jax.models.spec import ModelSpec
 from terrafm_jax.models.vit import Block, drop_path_keep, run_blocks, run_blocks_together
@@ -47,18 +46,6 @@ class Backbone(nnx.Module):
         self.pos_embed = nnx.Param(trunc_normal(rngs.params(), (1, 1 + spec.grid**2, spec.width)))
         self.blocks = nnx.List([Block(spec, rngs=rngs) for _ in range(spec.depth)])
         self.norm = LayerNorm(spec, spec.width)
-
-
-@functools.lru_cache(maxsize=64)
-def _graphs(spec: ModelSpec) -> dict[str, Any]:
-    def graph(build: Any) -> Any:
-        return nnx.split(nnx.eval_shape(build))[0]
-
-    return {
-        "patch_embed": graph(lambda: PatchEmbed(spec, rngs=nnx.Rngs(0))),
-        "norm": graph(lambda: LayerNorm(spec, spec.width)),
-        "head": graph(lambda: DinoHead(spec, rngs=nnx.Rngs(0))),
-    }
 
 
 def init_params(spec: ModelSpec, key: Array) -> dict[str, Any]:
@@ -130,7 +117,7 @@ def encode(
     x = _with_positions(spec, backbone, tokens)
     keep = None if drop_key is None or not spec.drop_path else drop_path_keep(spec, x.shape[0], drop_key)
     x, tapped = run_blocks(spec, backbone["blocks"], x, keep, taps)
-    norm = nnx.merge(_graphs(spec)["norm"], backbone["norm"])
+    norm = with_parameters(LayerNorm, spec, backbone["norm"], spec.width)
 
     def split(tokens: Array) -> tuple[Array, Array]:
         tokens = norm(tokens)
@@ -163,7 +150,7 @@ def encode_cls(
     embed = _embedding(spec, backbone, by_columns=by_columns)
     tokens = [_with_positions(spec, backbone, embed(patches, present)) for patches, present in sets]
     last, _ = run_blocks_together(spec, backbone["blocks"], tokens, keep)
-    norm = nnx.merge(_graphs(spec)["norm"], backbone["norm"])
+    norm = with_parameters(LayerNorm, spec, backbone["norm"], spec.width)
     return [norm(x[:, 0]) for x in last]
 
 
@@ -177,7 +164,7 @@ def _embedding(
     Args:
       by_columns: the calls' patches will be in the layout of ``models.stems``.
     """
-    written_out = nnx.merge(_graphs(spec)["patch_embed"], backbone["patch_embed"])
+    written_out = with_parameters(PatchEmbed, spec, backbone["patch_embed"])
     folded = written_out.fold(by_columns=by_columns) if spec.folded else None
 
     def embed(patches: Mapping[str, Array], present: Array | None) -> Array:
@@ -230,4 +217,4 @@ def _check(
 
 def project(spec: ModelSpec, head: Params, cls: Array) -> Array:
     """DINO head: class tokens [B, d] -> logits [B, K] in float32."""
-    return nnx.merge(_graphs(spec)["head"], {**head, "mlp": _numbered(head["mlp"])})(cls)
+    return with_parameters(DinoHead, spec, {**head, "mlp": _numbered(head["mlp"])})(cls)

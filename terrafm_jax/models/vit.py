@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from flax import nnx
 from jax import Array, lax
 
 from terrafm_jax.models.attention import attend, rows
-from terrafm_jax.models.layers import MOMENTS, PRODUCT, LayerNorm, Linear, gelu
+from terrafm_jax.models.layers import MOMENTS, PRODUCT, LayerNorm, Linear, gelu, with_parameters
 from terrafm_jax.models.spec import ModelSpec
 from terrafm_jax.models.tpu import attention_kernels
 
@@ -65,16 +64,11 @@ def _scaled(residual: Array, keep: Array | None, which: int) -> Array:
     return residual if keep is None else residual * keep[which][:, None, None].astype(residual.dtype)
 
 
-@functools.lru_cache(maxsize=64)
-def _block_graph(spec: ModelSpec) -> Any:
-    return nnx.split(nnx.eval_shape(lambda: Block(spec, rngs=nnx.Rngs(0))))[0]
-
-
 def apply_block(
     spec: ModelSpec, params: Params, x: Array, keep: Array | None = None, tokens: int | None = None
 ) -> Array:
     """One block with plain parameters: [B, N, d] -> [B, N, d]; ``tokens`` of the N rows are no padding (None: all)."""
-    return nnx.merge(_block_graph(spec), params)(x, keep, x.shape[1] if tokens is None else tokens)
+    return with_parameters(Block, spec, params)(x, keep, x.shape[1] if tokens is None else tokens)
 
 
 def drop_path_keep(spec: ModelSpec, batch: int, key: Array) -> Array:
