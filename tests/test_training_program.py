@@ -243,13 +243,13 @@ def test_weights_alone_can_start_another_run(prepared: Path, straight: Path, tmp
 def test_statistics_are_the_data_sets_unless_the_published_ones_are_asked_for(prepared: Path, tmp_path: Path) -> None:
     from configs.demo import get_config
     from terrafm_jax.sensors import Statistics
-    from terrafm_jax.training.loop import plan
+    from terrafm_jax.training.plan import make_plan
 
     config = get_config("runlocal")
     config.data.dir = str(prepared)
-    own = plan(config, str(tmp_path)).spec.stats
+    own = make_plan(config, str(tmp_path)).spec.stats
     config.data.statistics = "published"
-    published = plan(config, str(tmp_path)).spec.stats
+    published = make_plan(config, str(tmp_path)).spec.stats
     counted = json.loads((prepared / "statistics.json").read_text())["sensors"]["s2_l2a"]
     np.testing.assert_allclose(own["s2_l2a"][0], counted["mean"], rtol=1e-6)
     np.testing.assert_array_equal(published["s2_l2a"][0], Statistics.published()["s2_l2a"][0])

@@ -245,13 +245,12 @@ def _loss_and_gradients(
     arguments = (sets, targets.probs, _drop_path(spec.model, sets, drop_key))
     loss, grads = value_and_grad(loss_fn, state.params, arguments, batch_axes=(0, 0, 2))
     sums = center_sums(teacher, jnp.asarray(spec.frequent)[batch["landcover"]])
-    monitors = loss_metrics(loss, targets)
-    metrics = {"loss": loss, "feature_std": _feature_std(tokens)}
-    metrics |= _class_sums(monitors.pop("sample_entropy"), batch["landcover"])
+    metrics = {"loss": loss, "feature_std": _feature_std(tokens), **loss_metrics(loss, targets)}
+    metrics |= _class_sums(metrics.pop("sample_entropy"), batch["landcover"])
     for network in ("student", "teacher"):
         drawn = getattr(global_views, network)
         metrics[f"sensors_per_view_{network}"] = jnp.mean(jnp.sum(drawn, axis=-1).astype(jnp.float32))
-    return grads, sums, metrics | monitors
+    return grads, sums, metrics
 
 
 def _gatherer(spec: TrainSpec) -> Callable[[Any], Any]:
