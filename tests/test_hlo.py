@@ -133,9 +133,6 @@ def test_exchange_between_slices():
     assert net("v5e:4x4").exchange_seconds(1e6) == 0.0
 
 
-ADD = "%add (a: f32[], b: f32[]) -> f32[] {\n  %a = f32[] parameter(0)\n}"
-
-
 def test_synchronous_collective_adds_all_of_its_time():
     module = program(
         fusion("f", 1500),

@@ -20,7 +20,6 @@ torch = pytest.importorskip("torch")
 import torch_reference as reference  # noqa: E402
 
 SPEC = ModelSpec(width=64, depth=3, heads=4, prototypes=512, head_hidden=96, head_bottleneck=32)
-PLAIN = dataclasses.replace(SPEC, fusion=False)
 SIZES = [(64, 64), (96, 96), (128, 128), (224, 224), (320, 320), (224, 320)]
 TOLERANCE = 1e-4  # relative to the largest value, float32
 

@@ -80,14 +80,13 @@ def tile_encoder(spec: ModelSpec, stats: Stats, *, size: int) -> Callable[[Any, 
 
     @jax.jit
     def encode(params: Any, batch: Any) -> Array:
-        sensors = spec.sensors
-        patches, present = tile_patches(batch, sensors, stats, size=size, patch=spec.patch)
-        if spec.fusion and len(sensors) > 1:
+        patches, present = tile_patches(batch, spec.sensors, stats, size=size, patch=spec.patch)
+        if spec.fusion and len(spec.sensors) > 1:
             return terrafm.encode(spec, params, patches, present).cls
-        preferred = [k for k in ("s2_l2a", "s2_l1c", "s1") if k in sensors]
+        preferred = [k for k in ("s2_l2a", "s2_l1c", "s1") if k in spec.sensors]
         cls = terrafm.encode(spec, params, {preferred[-1]: patches[preferred[-1]]}).cls
         for key in preferred[-2::-1]:
-            there = present[:, sensors.index(key), None]
+            there = present[:, spec.sensors.index(key), None]
             cls = jnp.where(there, terrafm.encode(spec, params, {key: patches[key]}).cls, cls)
         return cls
 
