@@ -278,19 +278,15 @@ def make_batch(mesh: Mesh, local: Mapping[str, Any], batch_size: int | None = No
     return jax.tree.map(lambda x: place(np.asarray(x)), local)
 
 
-def describe(mesh: Mesh, params: Any, optimizer: Optimizer | None = None) -> str:
-    """Table of the parameters: path, shape, sharding, decay, learning-rate multiplier, and totals.
-
-    ``params`` may be arrays or ShapeDtypeStructs. The rules of ``optimizer`` fill the last columns.
-    """
-    rules = jax.tree.leaves(optimizer.rules) if optimizer else [None] * len(jax.tree.leaves(params))
+def describe_parameters(mesh: Mesh, params: Any, optimizer: Optimizer) -> str:
+    """Table of the parameters (arrays or ShapeDtypeStructs): path, shape, sharding, the optimizer's rule; totals."""
+    rules = jax.tree.leaves(optimizer.rules)
     rows = [("parameter", "shape", "sharding", "decay", "lr", "frozen steps")]
     specs = leaf_specs(params)
     for path, leaf, spec, rule in zip(paths(params), jax.tree.leaves(params), specs, rules, strict=True):
         shape = " x ".join(map(str, leaf.shape))
         sharding = ", ".join(str(s) if s else "-" for s in spec) or "replicated"
-        columns = ("yes" if rule.decay else "no", f"{rule.lr:g}", str(rule.frozen_steps)) if rule else ("", "", "")
-        rows.append((path, shape, sharding, *columns))
+        rows.append((path, shape, sharding, "yes" if rule.decay else "no", f"{rule.lr:g}", str(rule.frozen_steps)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

@@ -42,7 +42,7 @@ from terrafm_jax.training.sharding import (
     PROTOTYPES,
     batch_sharding,
     check_batch,
-    describe,
+    describe_parameters,
     gather_params,
     make_batch,
     state_shardings,
@@ -158,7 +158,7 @@ def init_state(spec: TrainSpec, mesh: Mesh) -> TrainState:
 def parameter_table(spec: TrainSpec, mesh: Mesh) -> str:
     """Text table of every parameter: shape, sharding, decay, learning-rate multiplier, frozen steps."""
     params = abstract_state(spec, mesh).params
-    return describe(mesh, params, make_optimizer(spec.optim, params))
+    return describe_parameters(mesh, params, make_optimizer(spec.optim, params))
 
 
 # --- networks ---------------------------------------------------------------------------------
