@@ -111,10 +111,10 @@ def test_commands_of_preparation_parse():
         texts.append(f"```\n{importlib.import_module(f'data_prep.{name}').__doc__}\n```")
     for name, *words in (command for text in texts for command in commands(text)):
         if name.startswith("data_prep."):
-            module = importlib.import_module(name)
+            module = importlib.import_module("data_prep.synthetic.__main__" if name.endswith("synthetic") else name)
             given = [{"W": "5", "S": "45", "E": "11", "N": "48"}.get(word, word) for word in words if word != "..."]
             given += ["--worldcover", "none", "--out", "OUT"] if "..." in words else []
-            module.parse(given) if name == "data_prep.synthetic" else module.parser().parse_args(given)
+            module.parser().parse_args(given)
             checked.add(name.removeprefix("data_prep."))
     assert checked == {"majortom", "geotiff", "stac", "inspect", "synthetic"}
 

@@ -17,12 +17,12 @@ from rasterio.enums import Resampling
 from rasterio.io import MemoryFile
 from rasterio.vrt import WarpedVRT
 
-from data_prep import synthetic, synthetic_writer
-from data_prep import synthetic_geography as geography
-from data_prep.synthetic_cell import Cell, fractions, render
-from data_prep.synthetic_geography import CellPlan
-from data_prep.synthetic_landscape import CLASSES, class_map
-from data_prep.synthetic_plan import DEFECTS, plan_cells
+from data_prep.synthetic import __main__ as synthetic
+from data_prep.synthetic import geography, writer
+from data_prep.synthetic.cell import Cell, fractions, render
+from data_prep.synthetic.geography import CellPlan
+from data_prep.synthetic.landscape import CLASSES, class_map
+from data_prep.synthetic.plan import DEFECTS, plan_cells
 from terrafm_jax import landcover
 from terrafm_jax.sensors import SENSORS
 
@@ -272,7 +272,7 @@ def test_structure_is_common_to_all_sensors() -> None:
 
 def test_parquet_layout(files: Path) -> None:
     """Every row a row group of GeoTIFF bytes at native sampling, and metadata that points at it."""
-    for key, folder in synthetic_writer.FOLDERS.items():
+    for key, folder in writer.FOLDERS.items():
         parts = sorted((files / folder / "images").glob("part_*.parquet"))
         assert [p.name for p in parts] == [f"part_{i:05d}.parquet" for i in range(len(parts))]
         metadata = pq.read_table(files / folder / "metadata.parquet").to_pylist()
@@ -329,7 +329,7 @@ def test_worldcover_reproduces_the_map(files: Path) -> None:
         found = np.zeros(expected.shape, np.uint8)
         grid = dict(crs=f"EPSG:{row['epsg']}", transform=profile["transform"], width=SIZE, height=SIZE)
         for block in _near(row["lat"], row["lon"]):
-            path = files / "worldcover" / synthetic_writer.worldcover_name(block)
+            path = files / "worldcover" / writer.worldcover_name(block)
             if path.exists():
                 with rasterio.open(path) as source, WarpedVRT(source, resampling=Resampling.nearest, **grid) as view:
                     found = np.maximum(found, view.read(1))
@@ -355,10 +355,10 @@ def test_planted_defects(plans: list[CellPlan], defect: str) -> None:
     """Every kind of planted fault is in the bytes, in the truth, and nowhere else."""
     plan = dataclasses.replace(next(p for p in plans if len(p.acquisitions) == 3), defect=defect)
     cell = render(plan)
-    assert synthetic_writer.truth_row(cell)["defect"] == defect
+    assert writer.truth_row(cell)["defect"] == defect
     key, name = ("s1", "vv") if defect == "nan" else ("s2_l2a", "B03")
-    data = synthetic_writer.image_row(cell, key)[name]
-    clean = synthetic_writer.image_row(render(dataclasses.replace(plan, defect="")), key)[name]
+    data = writer.image_row(cell, key)[name]
+    clean = writer.image_row(render(dataclasses.replace(plan, defect="")), key)[name]
     if defect in ("duplicate", "offset conflict"):
         assert data == clean
     elif defect == "missing band":

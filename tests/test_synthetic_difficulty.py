@@ -13,9 +13,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from texture_features import texture
 
-from data_prep.synthetic_cell import Cell, fractions, render
-from data_prep.synthetic_geography import CellPlan
-from data_prep.synthetic_plan import plan_cells
+from data_prep.synthetic.cell import Cell, fractions, render
+from data_prep.synthetic.geography import CellPlan
+from data_prep.synthetic.plan import plan_cells
 
 CLASSES, CELLS_PER_CLASS, TILE = 12, 13, 60
 

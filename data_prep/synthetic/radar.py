@@ -10,8 +10,8 @@ import math
 
 import numpy as np
 
-from data_prep.synthetic_geography import Acquisition, CellPlan
-from data_prep.synthetic_landscape import Landscape
+from data_prep.synthetic.geography import Acquisition, CellPlan
+from data_prep.synthetic.landscape import Landscape
 from terrafm_jax import landcover
 
 # Mean VV and VH in dB, spread of the mean between cells, spatial standard deviation in dB.

@@ -1,6 +1,6 @@
 """The ground of a synthetic cell: a land-cover map and, per class, the structure that gives it away.
 
-Spectra of a confusable group are drawn from one distribution (``synthetic_reflectance``); what tells
+Spectra of a confusable group are drawn from one distribution (``reflectance``); what tells
 its members apart is here: correlation length, orientation, parcels, streets, creeks, polygons. A
 structure belongs to the ground, so every sensor and date sees the same one. Lengths are pixels of 10 m.
 """

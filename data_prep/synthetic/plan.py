@@ -7,9 +7,9 @@ import math
 
 import numpy as np
 
-from data_prep import synthetic_geography as geography
-from data_prep.synthetic_geography import BLOCK, Acquisition, CellPlan, block_of
-from data_prep.synthetic_landscape import CLASSES
+from data_prep.synthetic import geography
+from data_prep.synthetic.geography import BLOCK, Acquisition, CellPlan, block_of
+from data_prep.synthetic.landscape import CLASSES
 
 # Where a class is at home: (lat, lon) of a few regions; cells lie within three degrees of one.
 HOMES: dict[str, tuple[tuple[float, float], ...]] = {
@@ -36,7 +36,7 @@ SEAMS: tuple[tuple[str, float, float], ...] = (
     ("grass", 48.0, 105.0), ("sea", -9.0, 180.0), ("tree", -3.0, -61.3), ("crop", 42.6, -90.0),
     ("bare", 24.0, 12.0), ("tree", 0.0, 21.0), ("moss", 68.7, 180.0), ("water", -1.2, 33.0),
 )  # fmt: skip
-# Planted faults; what they do to the files is in synthetic_writer. "offset conflict": the identifier
+# Planted faults; what they do to the files is in writer. "offset conflict": the identifier
 # names a baseline with the offset, the pixels are without.
 DEFECTS = (
     "truncated tif", "not a tif", "missing band", "all nodata", "wrong size", "wrong crs", "nan", "duplicate",

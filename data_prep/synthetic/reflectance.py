@@ -14,8 +14,8 @@ import math
 
 import numpy as np
 
-from data_prep import synthetic_landscape as ground
-from data_prep.synthetic_geography import Acquisition, CellPlan, sun_elevation
+from data_prep.synthetic import landscape as ground
+from data_prep.synthetic.geography import Acquisition, CellPlan, sun_elevation
 from terrafm_jax import landcover
 from terrafm_jax.sensors import SENSORS
 

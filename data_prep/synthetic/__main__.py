@@ -27,10 +27,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_prep import synthetic_writer as writer
-from data_prep.synthetic_cell import render
-from data_prep.synthetic_geography import CellPlan
-from data_prep.synthetic_plan import plan_cells
+from data_prep.synthetic import writer
+from data_prep.synthetic.cell import render
+from data_prep.synthetic.geography import CellPlan
+from data_prep.synthetic.plan import plan_cells
 
 
 def encode(plan: CellPlan, cloudy: float, wedges: float) -> dict[str, Any]:
@@ -89,23 +89,28 @@ def generate(
     }
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(prog="python -m data_prep.synthetic", description=__doc__.split("\n")[0])
+    result.add_argument("--out", type=Path, required=True, help="folder to write (must be empty or absent)")
+    result.add_argument("--cells", type=int, required=True, help="training cells")
+    result.add_argument("--seed", type=int, default=0)
+    result.add_argument("--cell-size", type=int, default=1068, help="pixels of 10 m, a multiple of 12")
+    result.add_argument("--classes", choices=("longtail", "balanced"), default="longtail", help="of the training cells")
+    result.add_argument("--heldout", type=int, default=0, help="additional class-balanced cells, split holdout")
+    result.add_argument("--validation", type=int, default=0, help="additional class-balanced cells, split validation")
+    result.add_argument("--cloudy", type=float, default=0.12, help="share of Sentinel-2 overpasses with clouds")
+    result.add_argument("--wedges", type=float, default=0.06, help="share of products with a nodata wedge")
+    result.add_argument("--missing", type=float, default=0.08, help="share of training cells that lack a sensor")
+    result.add_argument("--defects", type=float, default=0.0, help="share of training cells with a planted defect")
+    result.add_argument("--rows-per-part", type=int, default=500)
+    result.add_argument("--workers", type=int, default=1, help="processes")
+    return result
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Command line; ends with an error that names every wrong value."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.synthetic", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder to write (must be empty or absent)")
-    parser.add_argument("--cells", type=int, required=True, help="training cells")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cell-size", type=int, default=1068, help="pixels of 10 m, a multiple of 12")
-    parser.add_argument("--classes", choices=("longtail", "balanced"), default="longtail", help="of the training cells")
-    parser.add_argument("--heldout", type=int, default=0, help="additional class-balanced cells, split holdout")
-    parser.add_argument("--validation", type=int, default=0, help="additional class-balanced cells, split validation")
-    parser.add_argument("--cloudy", type=float, default=0.12, help="share of Sentinel-2 overpasses with clouds")
-    parser.add_argument("--wedges", type=float, default=0.06, help="share of products with a nodata wedge")
-    parser.add_argument("--missing", type=float, default=0.08, help="share of training cells that lack a sensor")
-    parser.add_argument("--defects", type=float, default=0.0, help="share of training cells with a planted defect")
-    parser.add_argument("--rows-per-part", type=int, default=500)
-    parser.add_argument("--workers", type=int, default=1, help="processes")
-    args = parser.parse_args(argv)
+    """What the command line says; ends with an error that names every wrong value."""
+    args = parser().parse_args(argv)
     faults = [f"--{n} {getattr(args, n)}: expected 0..1" for n in ("cloudy", "wedges", "missing", "defects")
               if not 0 <= getattr(args, n) <= 1]  # fmt: skip
     if args.cell_size % 12 or args.cell_size < 24:
@@ -119,7 +124,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         faults.append(f"--out {args.out}: expected an empty or absent folder")
     if faults:
-        parser.error("; ".join(faults))
+        parser().error("; ".join(faults))
     return args
 
 

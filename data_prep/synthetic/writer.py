@@ -21,8 +21,8 @@ from rasterio.io import MemoryFile
 from rasterio.warp import transform as warp_points
 from scipy.ndimage import map_coordinates
 
-from data_prep.synthetic_cell import S1_NODATA, Cell, Product, fractions
-from data_prep.synthetic_geography import CellPlan, block_of
+from data_prep.synthetic.cell import S1_NODATA, Cell, Product, fractions
+from data_prep.synthetic.geography import CellPlan, block_of
 from terrafm_jax import landcover
 from terrafm_jax.sensors import SENSORS
 

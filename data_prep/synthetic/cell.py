@@ -15,10 +15,10 @@ import numpy as np
 from affine import Affine
 from rasterio.warp import Resampling, reproject
 
-from data_prep import synthetic_landscape as ground
-from data_prep import synthetic_radar as radar
-from data_prep import synthetic_reflectance as optical
-from data_prep.synthetic_geography import Acquisition, CellPlan, sun_elevation
+from data_prep.synthetic import landscape as ground
+from data_prep.synthetic import radar as radar
+from data_prep.synthetic import reflectance as optical
+from data_prep.synthetic.geography import Acquisition, CellPlan, sun_elevation
 from terrafm_jax import landcover
 from terrafm_jax.sensors import SENSORS
 
