@@ -111,7 +111,7 @@ def test_commands_of_preparation_parse():
         texts.append(f"```\n{importlib.import_module(f'data_prep.{name}').__doc__}\n```")
     for name, *words in (command for text in texts for command in commands(text)):
         if name.startswith("data_prep."):
-            module = importlib.import_module("data_prep.synthetic.__main__" if name.endswith("synthetic") else name)
+            module = importlib.import_module("data_prep.synthetic.command" if name.endswith("synthetic") else name)
             given = [{"W": "5", "S": "45", "E": "11", "N": "48"}.get(word, word) for word in words if word != "..."]
             given += ["--worldcover", "none", "--out", "OUT"] if "..." in words else []
             module.parser().parse_args(given)

@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 import rasterio
 from affine import Affine
+from conftest import run_module
 from rasterio.enums import Resampling
 from rasterio.io import MemoryFile
 from rasterio.vrt import WarpedVRT
 
-from data_prep.synthetic import __main__ as synthetic
-from data_prep.synthetic import geography, writer
+from data_prep.synthetic import command, geography, writer
 from data_prep.synthetic.cell import Cell, fractions, render
 from data_prep.synthetic.geography import CellPlan
 from data_prep.synthetic.landscape import CLASSES, class_map
@@ -44,7 +44,7 @@ def cells(plans: list[CellPlan]) -> list[Cell]:
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("synthetic") / "out"
     arguments = f"--out {folder} --cells {CELLS} --heldout 12 --seed 4 --cell-size {SIZE} --rows-per-part 10"
-    assert synthetic.main(arguments.split()) == 0
+    assert command.main(arguments.split()) == 0
     return folder
 
 
@@ -124,7 +124,7 @@ def test_majority_share_of_a_tile(name: str) -> None:
 def test_refuses_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x").touch()
     with pytest.raises(SystemExit):
-        synthetic.parse(f"--out {tmp_path} --cells 0 --cell-size 100 --cloudy 2".split())
+        command.parse(f"--out {tmp_path} --cells 0 --cell-size 100 --cloudy 2".split())
     told = capsys.readouterr().err
     assert all(word in told for word in ("--out", "--cells 0", "--cell-size 100", "--cloudy 2.0"))
 
@@ -343,7 +343,8 @@ def _near(lat: float, lon: float) -> set[tuple[int, int]]:
 
 def test_files_do_not_depend_on_workers(files: Path, tmp_path: Path) -> None:
     arguments = f"--out {tmp_path / 'out'} --cells {CELLS} --heldout 12 --seed 4 --cell-size {SIZE} --rows-per-part 10"
-    assert synthetic.main([*arguments.split(), "--workers", "2"]) == 0
+    done = run_module("data_prep.synthetic", *arguments.split(), "--workers", "2")  # workers must find its functions
+    assert done.returncode == 0, done.stderr
     written = {p.relative_to(files): p for p in files.rglob("*") if p.is_file()}
     again = {p.relative_to(tmp_path / "out"): p for p in (tmp_path / "out").rglob("*") if p.is_file()}
     assert set(written) == set(again)
