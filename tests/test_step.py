@@ -60,11 +60,11 @@ def one_device() -> jax.sharding.Mesh:
     return make_mesh(devices=jax.devices()[:1])
 
 
-def assert_states_close(a: TrainState, b: TrainState, rtol: float = 1e-3) -> None:
-    """Equal within fp32 rounding: relative to the largest value of each tensor, ``rtol``."""
+def assert_states_close(a: TrainState, b: TrainState, rtol: float = 1e-3, floor: float = 1e-6) -> None:
+    """Equal within fp32 rounding: relative to the largest value of each tensor (at least ``floor``), ``rtol``."""
     for (path, x), y in zip(jax.tree_util.tree_flatten_with_path(a)[0], jax.tree.leaves(b), strict=True):
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        scale = max(np.abs(x).max(), 1e-6)
+        scale = max(np.abs(x).max(), floor)
         assert np.abs(x - y).max() <= rtol * scale, (jax.tree_util.keystr(path), np.abs(x - y).max(), scale)
 
 
@@ -106,13 +106,33 @@ def test_fsdp_gathers_weights_and_never_activations() -> None:
     assert {shape for shape in gathered if len(shape) > 1 and shape[0] > 1} <= weights
 
 
+def run_fused(mesh: jax.sharding.Mesh, whole: bool = False) -> TrainState:
+    """Three steps from fusion weights thirty times as large: as drawn, attention is so even that their gradients are
+    rounding (seen: 1e-10 for the pool), in which nothing could be compared.
+    """
+    spec = summing(tiny(("s1", "s2_l2a")), whole)
+    state = init_state(spec, mesh)
+    for weights in (state.params, state.teacher):
+        embed = weights["backbone"]["patch_embed"]
+        embed["fusion"] = jax.tree.map(lambda x: jax.device_put(30 * x, x.sharding), embed["fusion"])
+    return jax.device_get(run(spec, mesh, 3, state)[0])
+
+
+@pytest.fixture(scope="module")
+def fused_reference() -> TrainState:
+    return run_fused(one_device())
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("whole", [False, True], ids=["summed in groups", "summed whole"])
-def test_fusion_is_equal_on_a_mixed_mesh(whole: bool) -> None:
-    spec = tiny(("s1", "s2_l2a"))
-    expected, *_ = run(spec, one_device(), 2)
-    state, *_ = run(summing(spec, whole), make_mesh(data=2, fsdp=2, tensor=2), 2)
-    assert_states_close(jax.device_get(state), jax.device_get(expected))
+@pytest.mark.parametrize(
+    ("shape", "whole"), [*((shape, False) for shape in MESHES[:3]), (MESHES[2], True)],
+    ids=lambda value: ("summed whole" if value else "summed in groups") if isinstance(value, bool) else str(value),
+)  # fmt: skip
+def test_three_steps_with_fusion_are_equal_on_every_mesh(fused_reference, shape: dict[str, int], whole: bool) -> None:
+    """Parameters, teacher, moments and centers in fp32, each within 2e-4 of its own largest value (seen: 4e-5)."""
+    for x in jax.tree.leaves(fused_reference.opt_state.mu["backbone"]["patch_embed"]["fusion"]):
+        assert np.abs(x).max() > 1e-6, "nothing of fusion learns"
+    assert_states_close(run_fused(make_mesh(**shape), whole), fused_reference, rtol=2e-4, floor=1e-30)
 
 
 def summing(spec: TrainSpec, whole: bool) -> TrainSpec:
