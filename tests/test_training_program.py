@@ -58,6 +58,45 @@ def test_every_config_runs_as_a_smoke_test_of_itself(config: str, prepared: Path
     assert all(0 <= value <= 1 for value in accuracy.values())
 
 
+# Training that prints how many programs came out of the compile cache, by JAX's own count.
+COUNTED = """
+import atexit, runpy
+import jax
+
+hits = []
+jax.monitoring.register_event_listener(lambda e, **_: hits.append(e) if e == "/jax/compilation_cache/cache_hits" else 0)
+atexit.register(lambda: print(len(hits)))
+runpy.run_module("terrafm_jax.main", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_second_start_takes_its_step_from_the_users_cache(prepared: Path, tmp_path: Path) -> None:
+    """The folder is the user's own, and a start that resumes asks for the same program as the first."""
+    ours = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+    env = {k: v for k, v in child_environment(HOME=str(tmp_path), PYTHONPATH=str(ROOT)).items() if k not in ours}
+    (tmp_path / "counted.py").write_text(COUNTED)
+    cache = tmp_path / ".cache" / "terrafm_jax"
+
+    def start(stop: int) -> tuple[int, set[str]]:
+        """(programs found in the cache, the steps that are there afterwards)"""
+        _, *flags = command(prepared, tmp_path / "run", *FORTY, f"--config.stop_at_step={stop}")
+        done = subprocess.run(
+            [sys.executable, str(tmp_path / "counted.py"), *flags], cwd=ROOT, env=env, capture_output=True, text=True,
+            timeout=600, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout), {p.name for p in cache.glob("jit_step-*-cache")}
+
+    found, steps = start(1)
+    assert (found, len(steps)) == (0, 1)
+    for other in cache.iterdir():
+        if not other.name.startswith("jit_step-"):
+            other.unlink()  # so that what is found next is the step
+    found, again = start(2)
+    assert found > 0
+    assert again == steps
+
+
 @pytest.mark.parametrize("row", ["single", "modality", "fusion"])
 def test_every_row_of_the_ablation_runs(row: str, prepared: Path, tmp_path: Path) -> None:
     done = train(prepared, tmp_path / "run", *TINY, config=f"vits:{row},runlocal")
