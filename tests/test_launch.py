@@ -264,6 +264,42 @@ def test_local_passes_sigterm_on_and_ends_with_the_preemption_code(root, worker)
     assert (worker / "out/saved_1").exists()
 
 
+# One process is killed; the other notices at once and aborts, as JAX does, or hears nothing.
+MOURNER = """
+import fcntl, os, pathlib, signal, sys, time
+here = pathlib.Path(sys.argv[1])
+life = open(here / "life", "w")
+if "--process=1" in sys.argv:
+    fcntl.flock(life, fcntl.LOCK_EX)
+    (here / "up").touch()
+    while not (here / "heard").exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+while not (here / "up").exists():
+    time.sleep(0.01)
+(here / "heard").touch()
+fcntl.flock(life, fcntl.LOCK_EX)
+os.abort() if sys.argv[2] == "abort" else time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("other", ["abort", "hang"])
+def test_local_names_the_process_that_was_lost_in_its_last_line(root, tmp_path, other):
+    """And not the one that noticed, though that one is looked at first and both are gone by then."""
+    (tmp_path / "mourner.py").write_text(MOURNER)
+    found = call(
+        root, "launch/local.sh", "--module", "mourner", "--", tmp_path, other,
+        env={**FAST, "PYTHONPATH": str(tmp_path), "MAX_RESTARTS": "0", "GRACE": "1"},
+    )  # fmt: skip
+    assert found.returncode == 137, found.stderr
+    *before, last, _ = found.stderr.splitlines()
+    assert "the job ended because of process 1 of 2 (SIGKILL, exit code 137)" in last
+    assert "dmesg" in last
+    assert "resumes from the newest checkpoint" in last
+    assert any("process 0 of 2 still waits for it: SIGKILL" in line for line in before) == (other == "hang")
+
+
 def fake_cluster(worker, tasks):
     """srun that starts ``tasks`` processes with Slurm's variables, scontrol that writes down what it was asked."""
     folder = worker / "bin"
