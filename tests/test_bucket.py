@@ -14,6 +14,7 @@ from conftest import child_environment, run_module
 from tiny_training import FORTY, command
 
 from terrafm_jax.data import shards
+from terrafm_jax.training import report
 
 # The run of the fixture ``straight``; only what is written, and how often, differs.
 FLAGS = (
@@ -73,6 +74,7 @@ def test_training_in_a_bucket_equals_training_on_disk(bucket, prepared: Path, st
     assert all(ours[k].tobytes() == theirs[k].tobytes() for k in ours.files)
     steps = [json.loads(line)["step"] for line in (tmp_path / "back/metrics.jsonl").read_text().splitlines()]
     assert {1, *range(4, 41, 4)} <= set(steps)
+    assert report.goodput_line(tmp_path / "back") in done.stderr, "told of fewer rows than there are"
     assert (tmp_path / "back/DONE").exists()
     assert {p.name for p in (tmp_path / "back/checkpoints").iterdir()} >= {"40"}
     assert {"views.png", "report.html", "config_resolved.json", "parameters.txt"} <= {

@@ -296,6 +296,7 @@ class Run:
 
     def _save(self, state: TuneState) -> None:
         meta = {"best": float(self.best[0]), "best_epoch": int(self.best[1])}
+        self.writer.flush()
         self.checkpoints.save(int(state.step), state, meta)
 
     def _keep(self, state: TuneState, epoch: int, score: float) -> None:

@@ -197,6 +197,7 @@ def _evaluate(tools: Tools, evaluators: Sequence[Evaluator], step: int, state: T
 def _finish(tools: Tools, step: int, saved: int | None, preempted: bool) -> Outcome:
     plan = tools.plan
     if plan.writes:
+        tools.writer.flush()
         report.write(plan.workdir)
         tools.progress.line(report.goodput_line(plan.workdir))
     if preempted and not tools.stop.by_person:

@@ -18,9 +18,17 @@ from tqdm import tqdm
 
 log = logging.getLogger(__name__)
 
+# Object stores cannot append: there the whole file is written anew, not more often than every PAUSE seconds and, as it
+# grows, not at more than RATE bytes a second, so that a long run does not pay for its length at every line.
+PAUSE, RATE = 30.0, 200_000
+
 
 class MetricWriter:
     """Writes scalars of the first process; the other processes hold a silent one.
+
+    On a disk every row is there at once. In a bucket rows may wait for a minute or two (``PAUSE``, ``RATE``), or for
+    :meth:`flush`, which the program calls before each checkpoint and before it reads them: a process that is killed
+    loses only rows of steps that the next start does again.
 
     Args:
       workdir: ``metrics.jsonl`` is appended to here, one JSON object a line with ``step`` and ``time``.
@@ -34,6 +42,7 @@ class MetricWriter:
         self._path = epath.Path(workdir) / "metrics.jsonl"
         self._remote = "://" in str(workdir)
         self._lines: list[str] = []
+        self._waiting, self._due = False, 0.0
         self._board: Any = None
         self._wandb: Any = None
         if not enabled:
@@ -56,9 +65,11 @@ class MetricWriter:
             return
         plain = {name: _plain(value) for name, value in values.items()}
         line = json.dumps({"step": step, "time": round(time.time(), 3), **plain})
-        if self._remote:  # object stores cannot append
+        if self._remote:
             self._lines.append(line)
-            self._path.write_text("\n".join(self._lines) + "\n")
+            self._waiting = True
+            if time.monotonic() >= self._due:
+                self.flush()
         else:
             with open(self._path, "a", encoding="utf-8") as f:
                 f.write(line + "\n")
@@ -69,7 +80,16 @@ class MetricWriter:
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
 
+    def flush(self) -> None:
+        """Until every row can be read by others."""
+        if not self._waiting:
+            return
+        text = "\n".join(self._lines) + "\n"
+        self._path.write_text(text)
+        self._waiting, self._due = False, time.monotonic() + max(PAUSE, len(text) / RATE)
+
     def close(self) -> None:
+        self.flush()
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:

@@ -62,6 +62,7 @@ class Tools:
             "config": config_lib.flatten(config),
             "statistics": json.loads(self.plan.spec.stats.to_json()),
         }
+        self.writer.flush()  # later rows come again with their steps, the earlier ones would not
         self.checkpoints.save(step, state, meta)
 
     def _require_finite(self, state: TrainState, step: int) -> None:
