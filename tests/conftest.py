@@ -53,7 +53,7 @@ REFERENCE = {
 # The files that take longest, longest first: the last one to start should be short. The order is all that counts.
 LONGEST = (
     "test_training_program", "test_multiprocess", "test_benchmarks", "test_notebooks", "test_finetune", "test_step",
-    "test_demo", "test_launch", "test_bucket", "test_export", "test_crossvalidate", "test_evals_session",
+    "test_demo", "test_launch_local", "test_bucket", "test_export", "test_crossvalidate", "test_evals_session",
     "test_data_prep_robust", "test_data_prep_geotiff", "test_synthetic_difficulty", "test_synthetic",
     "test_models_parity", "test_models_compute", "test_step_torch", "test_scenes_jobs", "test_scenes_embed",
     "test_data_prep_remote",

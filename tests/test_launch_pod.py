@@ -7,7 +7,7 @@ import subprocess
 import time
 
 import pytest
-from test_launch import FLAGS, POD, call
+from launch_fake import FLAGS, POD, call
 
 # Keeps the pod's state in a file, fails at the next ``outage`` questions, and runs what is meant for the workers here.
 GCLOUD = """#!/usr/bin/env bash

@@ -1,0 +1,53 @@
+"""The JobSet manifest: what it says, and that it fits our excerpt of the schema."""
+
+from __future__ import annotations
+
+import json
+
+import jsonschema
+import pytest
+import yaml
+from launch_fake import FLAGS, GKE, call
+
+
+def rendered(root, **settings):
+    found = call(root, "launch/gke.sh", "render", *FLAGS, env={**GKE, **settings})
+    assert found.returncode == 0, found.stderr
+    assert "@" not in found.stdout.replace("@FIELDS@", "")
+    return yaml.safe_load(found.stdout)
+
+
+@pytest.mark.parametrize(
+    ("settings", "slices", "hosts", "chips"),
+    [
+        ({}, 2, 4, 4),
+        ({"CHIP": "v5p", "TOPOLOGY": "4x4x8", "SLICES": "1"}, 1, 32, 4),
+        ({"CHIP": "v6e", "TOPOLOGY": "1x1", "SLICES": "1"}, 1, 1, 1),
+    ],
+)
+def test_jobset_fits_its_schema(root, settings, slices, hosts, chips):
+    manifest = rendered(root, **settings)
+    schema = json.loads((root / "launch/gke/jobset.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(manifest, schema)
+    (job,) = manifest["spec"]["replicatedJobs"]
+    inner = job["template"]["spec"]
+    container = inner["template"]["spec"]["containers"][0]
+    assert job["replicas"] == slices
+    assert inner["parallelism"] == inner["completions"] == hosts
+    assert container["resources"]["limits"]["google.com/tpu"] == chips
+    assert container["args"] == [*FLAGS, "--distributed"]
+
+
+def test_jobset_restarts_on_the_preemption_exit_code(root):
+    from terrafm_jax.config import base
+
+    spec = rendered(root)["spec"]
+    rules = spec["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
+    assert rules[0]["onExitCodes"]["values"] == [base().exit_code_preempted]
+    assert spec["failurePolicy"]["rules"][0]["action"] == "RestartJobSetAndIgnoreMaxRestarts"
+    schema = json.loads((root / "launch/gke/jobset.schema.json").read_text())
+    wrong = rendered(root)
+    wrong["spec"]["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"][0]["action"] = "Restart"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(wrong, schema)
