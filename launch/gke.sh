@@ -29,6 +29,9 @@ case $CHIP in
   *) die "CHIP=$CHIP: expected v4, v5e, v5p or v6e" ;;
 esac
 [[ $TOPOLOGY =~ ^[0-9]+(x[0-9]+){1,2}$ ]] || die "TOPOLOGY=$TOPOLOGY: expected AxB or AxBxC"
+# Jobs, pods and their host names begin with it: NAME-slice-SLICE-HOST-RANDOM has to fit in 63 characters.
+[[ ${NAME:-} =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
+  die "NAME=$NAME: expected a lower-case letter, then letters, digits and dashes, at most 40 in all"
 chips=$((${TOPOLOGY//x/*}))
 hosts=$(((chips + per_host - 1) / per_host))
 

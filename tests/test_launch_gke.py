@@ -51,3 +51,29 @@ def test_jobset_restarts_on_the_preemption_exit_code(root):
     wrong["spec"]["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"][0]["action"] = "Restart"
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(wrong, schema)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("metadata", "name"), "7b"),  # the names of Jobs and Pods begin with it, and with a letter
+        (("spec", "failurePolicy", "rules", 0, "name"), None),
+        (("spec", "failurePolicy", "rules", 0, "name"), "pre-empted"),
+        (("spec", "failurePolicy", "rules", 0, "onJobFailureReasons"), ["Preempted"]),
+        (("spec", "failurePolicy", "maxRestarts"), "3"),
+    ],
+    ids=str,
+)
+def test_what_the_api_refuses_the_schema_refuses(root, path, value):
+    schema = json.loads((root / "launch/gke/jobset.schema.json").read_text())
+    manifest = rendered(root)
+    *way, last = path
+    inner = manifest
+    for key in way:
+        inner = inner[key]
+    if value is None:
+        del inner[last]
+    else:
+        inner[last] = value
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(manifest, schema)
