@@ -109,6 +109,13 @@ def test_strong_scaling_ends_at_one_image_a_chip():
     assert rows[-1].mfu < 0.8 * rows[0].mfu  # traffic does not shrink with the batch
 
 
+def test_hours_of_a_recipe_are_its_steps_one_after_the_other():
+    row = next(line for line in scaling.hours_table(L).splitlines() if "v5e" in line)
+    step = scaling.step_time(L, scaling.standard_topology("v5e", 256), 8)
+    hours = 200 * 1_530_000 / 2048 * step.total * 256 / 3600
+    assert row == f"| L, v5e:16x16, 8 | 256 | {hours:,.0f} | {hours / 256 / 24:.1f} |"
+
+
 def test_table_has_one_line_a_size():
     rows = scaling.weak_scaling(B, "v6e", 16)
     assert len(scaling.table(rows).splitlines()) == len(rows) + 2

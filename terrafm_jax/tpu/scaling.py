@@ -261,10 +261,24 @@ def table(rows: list[StepTime]) -> str:
     return "\n".join(lines)
 
 
+def hours_table(recipe: Recipe, images: int = 8) -> str:
+    """Markdown: the whole recipe by this model, on the slices of each chip that hold its batch at ``images`` a chip."""
+    lines = ["| step | chips | chip-hours | days |", "| --- | ---: | ---: | ---: |"]
+    for name in CHIPS:
+        row = step_time(recipe, standard_topology(name, recipe.batch // images), images)
+        hours, chips = recipe.images / row.images_per_second / 3600, row.topology.chips
+        lines.append(
+            f"| {recipe.name}, {row.topology.name}, {images} | {chips} | {hours * chips:,.0f} | {hours / 24:.1f} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     argparse.ArgumentParser(prog="python -m terrafm_jax.tpu.scaling", description=__doc__).parse_args()
     print(input_table())
     for recipe in paper_recipes():
+        print(f"\n### {recipe.name}: {recipe.epochs} epochs by this model\n")
+        print(hours_table(recipe))
         for chip in CHIPS:
             print(f"\n### {recipe.name}, {chip}: the paper's batch of {recipe.batch}\n")
             print(table(strong_scaling(recipe, chip)))
