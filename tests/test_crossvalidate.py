@@ -67,7 +67,7 @@ def test_tuning_learns_and_never_sees_the_labels_it_is_tested_on(folder):
     images = collate(dataset.info, samples, ["s2_l2a"])
     encoder = encoders.random_encoder(TINY, 0, 32, Statistics.published())
     train, test = np.arange(len(labels))[::2], np.arange(len(labels))[1::2]
-    recipe = Recipe(rates=(1e-9, 3e-3), epochs=30, batch_size=8)
+    recipe = Recipe(rates=(1e-9, 3e-3), epochs=60, batch_size=8)
     tuner = Tuner(encoder, images, labels, ("s2_l2a",), dataset.info, recipe)
     predicted = tuner.classify(train, test)
     assert (predicted == labels[test]).mean() > 0.9  # only the second rate moves anything: it was chosen
