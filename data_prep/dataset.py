@@ -47,8 +47,8 @@ class DataSet:
     def sampling(self) -> dict[str, Order]:
         """Sampling mode -> the order it makes of the training split, or of the first split there is."""
         split, index = next(iter(self.index.items()))
-        keep = 1.0 if self.summary.get("sea_keep", 1.0) < 1 else SamplingSpec().sea_keep  # never thin twice
-        sea = self.summary.get("left_out", {}).get("open ocean", 0) if split == "train" else 0
+        sea = self.splits[split].sea_left_out()
+        keep = 1.0 if sea else SamplingSpec().sea_keep  # never thin twice, as training does not
         specs = {mode: SamplingSpec(mode=mode, sea_keep=keep) for mode in MODES}
         buckets = np.zeros(256, np.int64)
         return {mode: Order(index, spec, 64, 0, buckets=buckets, sea_left_out=sea) for mode, spec in specs.items()}

@@ -19,12 +19,11 @@ from typing import Any
 import grain
 import numpy as np
 from absl import flags, logging
-from etils import epath
 
 from terrafm_jax.data import canvas as canvas_lib
 from terrafm_jax.data.reader import Reader, SplitBatches, TooManySkipped, TrainBatches
 from terrafm_jax.data.sampling import Order, SamplingSpec
-from terrafm_jax.data.source import DataError, Split, find_root, open_split, read_json
+from terrafm_jax.data.source import DataError, Split, find_root, open_split
 from terrafm_jax.sensors import SENSOR_KEYS, Statistics
 
 _ENDLESS = 1 << 40  # steps
@@ -153,14 +152,6 @@ def load_statistics(data_dir: Any) -> Statistics:
     return Statistics.from_json(path.read_text(), str(path))
 
 
-def _sea_left_out(split: Split) -> int:
-    """Tiles of open sea that preparation has kept out of the training split."""
-    path = epath.Path(split.directory) / "summary.json"
-    if split.name != "train" or not path.exists():
-        return 0
-    return read_json(path, lambda summary: int(summary.get("left_out", {}).get("open ocean", 0)))
-
-
 def make_order(
     data_dir: Any,
     split: str,
@@ -178,7 +169,7 @@ def make_order(
     """
     opened = open_split(data_dir, split)
     index, _, table = _plan(opened, sensors, canvases)
-    left_out = _sea_left_out(opened)
+    left_out = opened.sea_left_out()
     if sampling.mode == "paper" and sampling.sea_keep < 1 and left_out:
         logging.info("%s: open sea was thinned in preparation, sea_keep = 1 here", opened.directory)
         sampling = dataclasses.replace(sampling, sea_keep=1.0)

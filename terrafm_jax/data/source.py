@@ -98,6 +98,13 @@ class Split:
             lambda layouts: [{k: (int(v[0]), int(v[1])) for k, v in layout.items()} for layout in layouts],
         )
 
+    def sea_left_out(self) -> int:
+        """Tiles of open sea that preparation has kept out of the training split; 0 of the others."""
+        path = epath.Path(self.directory) / "summary.json"
+        if self.name != "train" or not path.exists():
+            return 0
+        return read_json(path, lambda summary: int(summary.get("left_out", {}).get("open ocean", 0)))
+
 
 def open_split(data_dir: Any, name: str) -> Split:
     """Reads ``dataset_info.json`` and checks that every shard exists.
