@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from terrafm_jax.models import ModelSpec
 from terrafm_jax.tpu import chips, client, hlo, kernels, network, reckon
 
 # Two bundles around a loop of 3 + inner loop of 2 bundles; the outer runs to 4, the inner to 48 by twos.
@@ -74,7 +75,6 @@ def test_a_kernel_costs_its_bundles_or_its_traffic(cycles, seconds):
 def test_compiled_attention_is_reckoned_from_its_bundles():
     if not client.available():
         pytest.skip("libtpu is not installed")
-    from terrafm_jax.models import ModelSpec
     from terrafm_jax.models.tpu import attention_kernels
 
     device = client.compile_only_devices(chips.Topology.parse("v5e:2x2"))[0]
@@ -97,11 +97,30 @@ def test_fusion_compiles_for_every_size_and_moves_no_values(topology, size):
     """The stems deliver patches with samples last; the kernels take them so."""
     if not client.available():
         pytest.skip("libtpu is not installed")
-    from terrafm_jax.models import ModelSpec
+    spec = ModelSpec.of_size(size, dtype="bfloat16")
+    found = _fusion_cycles(topology, spec)
+    assert set(found) == {"fusion_forward", "fusion_backward"}
+    products = 36 * 32 * spec.stem_width / 1024 * 2  # cycles of one sum over columns in all matrix units of a core
+    cores = 2 if topology[:3] in ("v4:", "v5p") else 1
+    assert found["fusion_forward"] > 6 * products / cores
+    assert found["fusion_backward"] > 12 * products / cores
+
+
+@pytest.mark.slow
+def test_both_cores_of_a_chip_share_the_fusion():
+    if not client.available():
+        pytest.skip("libtpu is not installed")
+    spec = ModelSpec.of_size("s", dtype="bfloat16")
+    one, two = (_fusion_cycles(topology, spec) for topology in ("v5e:2x2", "v5p:2x2x1"))
+    for kernel, cycles in one.items():
+        assert 0.4 * cycles < two[kernel] < 0.6 * cycles
+
+
+def _fusion_cycles(topology: str, spec: ModelSpec) -> dict[str, float]:
+    """Cycles of either direction for 32 local views."""
     from terrafm_jax.models.tpu import fusion_kernels
 
     device = client.compile_only_devices(chips.Topology.parse(topology))[0]
-    spec = ModelSpec.of_size(size, dtype="bfloat16")
 
     def shape(columns: int, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((6, 6, 32, columns), dtype, sharding=jax.sharding.SingleDeviceSharding(device))
@@ -119,8 +138,4 @@ def test_fusion_compiles_for_every_size_and_moves_no_values(topology, size):
     pool = jax.ShapeDtypeStruct((spec.stem_width,), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
     arguments = (values, scores, pool, shape(spec.stem_width, jnp.bfloat16))
     _, module = client.compile_only(jax.jit(both_directions).lower(*arguments))
-    found = {i.name.split(".")[0]: i.cycles for _, i in module.walk() if i.is_kernel}
-    assert set(found) == {"fusion_forward", "fusion_backward"}
-    products = 36 * 32 * spec.stem_width / 1024 * 2  # cycles of one sum over columns in all matrix units
-    assert found["fusion_forward"] > 6 * products
-    assert found["fusion_backward"] > 12 * products
+    return {i.name.split(".")[0]: i.cycles for _, i in module.walk() if i.is_kernel}

@@ -35,6 +35,7 @@ from terrafm_jax.models.tpu.kernel_calls import over_batch, run, wanted
 LANES, ROWS = 128, 16  # of a vector register of bfloat16
 # Most patches of one grid step, and values of a sensor in it: more do not fit into a kernel's 16 MiB on v4 and v5p.
 BLOCK_ROWS, BLOCK_VALUES = 128, 128 * 2304
+CORES = 2  # that share a chip's kernels on v4 and v5p; elsewhere one core does both halves
 CHUNK, UNROLL = 256, 3  # columns worked on at once, and chunks written out one after another (3 divide any stem)
 
 _PLAIN = (((1,), (0,)), ((), ()))
@@ -177,13 +178,13 @@ def _forward_kernel(*refs: pl.Ref, spec: ModelSpec, count: int) -> None:
 
 
 def _backward_kernel(*refs: pl.Ref, spec: ModelSpec, count: int) -> None:
-    """As forward, and the result's gradient -> per sensor [R, D + J] of value and score, and of pool [8, D]."""
+    """As forward, and the result's gradient -> per sensor [R, D + J] of value and score, and of pool [8, D] a core."""
     values, scores, rest = refs[:count], refs[count : 2 * count], refs[2 * count :]
     g, table, rest = rest[0], Tables(*rest[1:6]), rest[6:]
     grads, dpool, scratch = rest[:count], rest[count], Scratch(*rest[count + 1 :])
     wide = spec.stat_dtype
 
-    @pl.when(pl.program_id(0) == 0)
+    @pl.when(pl.program_id(1) == 0)
     def _() -> None:
         dpool[...] = jnp.zeros(dpool.shape, dpool.dtype)
 
@@ -288,25 +289,29 @@ def _call(
 
     Args:
       arrays: [B, h, w, C] each, then the tables.
-      widths: columns of the results; of more than one, the pool's gradient [8, D] follows.
+      widths: columns of the results; of more than one, the pool's gradient [8 * CORES, D] follows.
       products: how many sums over columns the kernel takes beside those of the values.
     """
     ours, every = arrays[: -len(Tables._fields)], arrays[-len(Tables._fields) :]
     flat = [_rows(x) for x in ours]
     count, rows = len(ours) // 2, flat[0].shape[0]
-    padded = -(-rows // ROWS) * ROWS
+    padded = -(-rows // (CORES * ROWS)) * CORES * ROWS
     flat = [jnp.pad(x, ((0, padded - rows), (0, 0))) for x in flat]
     most = min(BLOCK_ROWS, BLOCK_VALUES // spec.stem_width)
-    block = max(i for i in range(ROWS, max(most, ROWS) + 1, ROWS) if padded % i == 0)
+    block = max(i for i in range(ROWS, max(most, ROWS) + 1, ROWS) if padded % (CORES * i) == 0)
+    blocks = padded // (CORES * block)  # of a core
     outs = [jax.ShapeDtypeStruct((padded, width), spec.compute_dtype) for width in widths]
     if products:
-        outs.append(jax.ShapeDtypeStruct((8, spec.stem_width), spec.stat_dtype))
+        outs.append(jax.ShapeDtypeStruct((CORES * 8, spec.stem_width), spec.stat_dtype))
 
     def spread(x: Any) -> pl.BlockSpec:
-        return pl.BlockSpec((block, x.shape[1]), lambda i: (i, 0))
+        return pl.BlockSpec((block, x.shape[1]), lambda core, i: (core * blocks + i, 0))
 
     def whole(x: Any) -> pl.BlockSpec:
-        return pl.BlockSpec(x.shape, lambda i: (0, 0))
+        return pl.BlockSpec(x.shape, lambda core, i: (0, 0))
+
+    def of_core(x: Any) -> pl.BlockSpec:
+        return pl.BlockSpec((x.shape[0] // CORES, x.shape[1]), lambda core, i: (core, 0))
 
     scratch = Scratch(
         both=pltpu.VMEM((count, block, 2 * spec.fusion_heads), spec.stat_dtype),
@@ -315,12 +320,12 @@ def _call(
     build = functools.partial(
         pl.pallas_call,
         functools.partial(kernel, spec=spec, count=count),
-        grid=(padded // block,),
+        grid=(CORES, blocks),
         in_specs=[*map(spread, flat), *map(whole, every)],
-        out_specs=[*map(spread, outs[: len(widths)]), *map(whole, outs[len(widths) :])],
+        out_specs=[*map(spread, outs[: len(widths)]), *map(of_core, outs[len(widths) :])],
         out_shape=outs,
         scratch_shapes=list(scratch),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         name=name,
     )
     found = run(build, *flat, *every)
