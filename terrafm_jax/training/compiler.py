@@ -17,10 +17,15 @@ TPU_OPTIONS = {
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
 }
 # On a v4 a product and a sum at once ask for 12 KiB more than its 16 MiB of on-chip memory: nothing compiles.
-# A v5p's fusions may take half of its 64 MiB, not a quarter: larger blocks. On v5e and v6e that gains nothing.
+# A v5p's fusions may take half of its 64 MiB, not a quarter: larger blocks, and room for gathers of weights beside
+# them. On v5e, which does so by itself, and v6e it gains nothing.
 BY_CHIP = {
     "TPU v4": {"xla_tpu_overlap_compute_collective_tc": "false"},
-    "TPU v5": {"xla_tpu_scoped_vmem_limit_kib": "32768"},  # jax's name of a v5p
+    "TPU v5": {  # JAX's name of a v5p
+        "xla_tpu_scoped_vmem_limit_kib": "32768",
+        "xla_enable_async_all_gather": "true",
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    },
 }
 
 
