@@ -18,7 +18,8 @@ TPU_OPTIONS = {
 }
 # On a v4 a product and a sum at once ask for 12 KiB more than its 16 MiB of on-chip memory: nothing compiles.
 # A v5p's fusions may take half of its 64 MiB, not a quarter: larger blocks, and room for gathers of weights beside
-# them. On v5e, which does so by itself, and v6e it gains nothing.
+# them. On v5e, whose compiler gathers so by itself, and v6e the memory gains nothing (docs/tpu_notes.md has what is
+# left to try there).
 BY_CHIP = {
     "TPU v4": {"xla_tpu_overlap_compute_collective_tc": "false"},
     "TPU v5": {  # JAX's name of a v5p
