@@ -19,10 +19,11 @@ $(VENV)/.installed-$(EXTRAS): setup.py
 	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	touch $@
 
-# Environment, sample tiles, a short pretraining, kNN against random init, export, pictures.
+# Environment, sample tiles, a short pretraining, kNN against random init, export, pictures. The variable asks for huge
+# pages, with which a step on a CPU takes a seventh less (docs/performance.md); elsewhere it means nothing.
 demo:
 	@$(MAKE) --no-print-directory env EXTRAS=demo
-	$(BIN)/python -m terrafm_jax.demo --out $(DEMO)
+	GLIBC_TUNABLES="$${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}" $(BIN)/python -m terrafm_jax.demo --out $(DEMO)
 
 # Compiling is most of it: only what is compared with a reference is compiled as users have it (tests/conftest.py).
 test: env

@@ -98,9 +98,21 @@ def random_views(spec: PeerSpec, batch: int, count: int, size: int, device: torc
     return {s: 0.5 + 0.25 * torch.randn(batch * count, c, size, size, device=device) for s, c in spec.bands}
 
 
+SHARE = 4 / 7  # of the views that see a given one of three sensors
+
+
 def draw(spec: PeerSpec, count: int, device: torch.device) -> Tensor:
-    """Bernoulli(0.5) over the sensors given that one was drawn: bool [count, S]."""
-    codes = torch.randint(1, 2 ** len(spec.bands), (count, 1), device=device)
+    """Bernoulli(0.5) over the sensors given that one was drawn: bool [count, S].
+
+    With ``spec.room`` stratified as ours: evenly spaced points of the subsets in Gray order, dealt in random order.
+    """
+    subsets = 2 ** len(spec.bands) - 1
+    if spec.room < 1:
+        points = (torch.randperm(count, device=device) + torch.rand(1, device=device)) / count
+        chosen = (points * subsets).long().clamp_max(subsets - 1) + 1
+        codes = (chosen ^ (chosen >> 1))[:, None]
+    else:
+        codes = torch.randint(1, subsets + 1, (count, 1), device=device)
     return (codes >> torch.arange(len(spec.bands), device=device)) % 2 == 1
 
 
@@ -139,7 +151,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--local-size", type=int, default=96)
     parser.add_argument("--prototypes", type=int, default=65536)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--folded", action="store_true", help="our weight products for stems, fusion and projection")
+    parser.add_argument(
+        "--folded",
+        action="store_true",
+        help="our weight products for stems, fusion and projection, and stems for the views only that see a sensor",
+    )
     parser.add_argument("--compile", choices=("on", "off"), default="on")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice")
     parser.add_argument("--turns", action="store_true", help="take turns with others (benchmarks.compare)")
@@ -154,7 +170,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(0)
     width, depth, heads = SIZES[args.size]
-    spec = PeerSpec(width=width, depth=depth, heads=heads, prototypes=args.prototypes, folded=args.folded)
+    spec = PeerSpec(
+        width=width,
+        depth=depth,
+        heads=heads,
+        prototypes=args.prototypes,
+        folded=args.folded,
+        room=SHARE if args.folded else 1.0,
+    )
     with timing.failures_said(args.turns):
         bench = Bench(Trainer(spec, device, getattr(torch, args.dtype), args.compile == "on"), args)
         begun = time.perf_counter()

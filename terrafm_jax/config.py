@@ -85,6 +85,7 @@ def base() -> ConfigDict:
     c.views.flips = True  # [ours]; colour jitter, blur and solarisation are left out on purpose [paper]
     c.views.modality_rule = "bernoulli"  # [ours] best reading; "fuse_or_one", "one", "all"
     c.views.modality_threshold = 0.5  # [paper]
+    c.views.modality_group = 8  # [ours] samples whose views are stratified over subsets of sensors; 1: each by itself
     c.views.aspect = (0.75, 4 / 3)  # of a box, width to height [DINO]
     c.views.min_valid = 0.5  # a box with fewer measured pixels is redrawn [ours]
     c.views.box_tries = 4  # boxes drawn for one; where none is valid enough the best is taken [ours]
@@ -117,7 +118,8 @@ def base() -> ConfigDict:
     c.compute.attention = "auto"  # "xla", "head_major", "cudnn" or "pallas"
     c.compute.fusion_kernel = "auto"  # "xla", or "pallas": one pass over the values; "auto" takes it on TPU
     c.compute.reduce_dtype = "float32"  # of sums of gradients over devices; "bfloat16" halves the traffic
-    c.compute.overlap = True  # TPU: sums gradients beside computing, by options that another compiler may not know
+    c.compute.overlap = True  # compiles with the options of training/compiler.py, which another XLA may not know
+    c.compute.stems = "auto"  # "all" views, or those that "drawn" them; "auto" is "drawn" on CPU and GPU
     c.compute.folded = True  # stems and fusion as merged products: same parameters and gradients, fewer FLOPs
 
     c.mesh = ConfigDict()
@@ -304,7 +306,7 @@ def model_spec(config: ConfigDict) -> ModelSpec:
         drop_path=m.drop_path, init_std=m.init_std, prototypes=m.prototypes, head_hidden=m.head_hidden,
         head_bottleneck=m.head_bottleneck,
         dtype=how.dtype, scan=how.scan, remat=how.remat, attention=how.attention, fusion_kernel=how.fusion_kernel,
-        folded=how.folded,
+        stems=how.stems, folded=how.folded,
     )  # fmt: skip
     if m.size:
         return ModelSpec.of_size(m.size, **fields)
@@ -347,6 +349,7 @@ def train_spec(config: ConfigDict, steps: Mapping[str, int], stats: Statistics, 
             sensors=tuple(config.model.sensors), globals=v.globals, locals=v.locals, global_size=v.global_size,
             local_size=v.local_size, global_scale=tuple(v.global_scale), local_scale=tuple(v.local_scale),
             flips=v.flips, modality_rule=v.modality_rule, modality_threshold=v.modality_threshold,
+            modality_group=v.modality_group,
             aspect=tuple(v.aspect), min_valid=v.min_valid, box_tries=v.box_tries, dtype=config.compute.dtype,
         ),
         optim=OptimSpec(

@@ -24,7 +24,7 @@ from terrafm_jax.weights import WeightsError
 CONFIG_FILE, SAFETENSORS_FILE = "config.json", "model.safetensors"  # of a hub folder
 HUB_PREFIX = "hf://"
 # Fields of ModelSpec that say how training computed: not ours to inherit, and the caller's to choose.
-COMPUTE_FIELDS = ("dtype", "scan", "remat", "attention", "fusion_kernel", "folded", "platform", "sum_whole")
+COMPUTE_FIELDS = ("dtype", "scan", "remat", "attention", "fusion_kernel", "stems", "folded", "platform", "sum_whole")
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 _HEAD_SIZE = 64  # of every published size; heads of an unknown width follow from it
 

@@ -12,8 +12,10 @@ import pytest
 from terrafm_jax import weights
 from terrafm_jax.models import ModelSpec, encode, init_params, parameter_count, patchify, project
 from terrafm_jax.models.attention import attend
-from terrafm_jax.models.vit import drop_path_keep
+from terrafm_jax.models.vit import drop_path_keep, run_blocks
 from terrafm_jax.sensors import NORMALIZED_MEAN
+from terrafm_jax.training.compiler import CPU_OPTIONS, compiler_options
+from terrafm_jax.training.sharding import make_mesh
 
 SPEC = ModelSpec(width=32, depth=4, heads=2, patch=4, fusion_heads=8, prototypes=64, head_hidden=48, head_bottleneck=16)
 forward = jax.jit(encode, static_argnums=0, static_argnames="layers")
@@ -267,3 +269,24 @@ def test_sharded_batch_needs_no_collective(params, patches):
         forward(SPEC, params["backbone"], patches).cls,
         atol=2e-5,
     )
+
+
+def most_operands(depth: int, options: dict[str, str] | None) -> int:
+    """Of the fusions in the backward pass of so many blocks, the operands of the one that has most."""
+    spec = ModelSpec(width=32, depth=depth, heads=2, drop_path=0.1, prototypes=8, head_hidden=8, platform="cpu")
+    blocks = init_params(spec, jax.random.key(0))["backbone"]["blocks"]
+    keep = drop_path_keep(spec, 4, jax.random.key(1))
+
+    def loss(blocks: dict, x: jax.Array) -> jax.Array:
+        return jnp.square(run_blocks(spec, blocks, x, keep)[0]).sum()
+
+    lowered = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(blocks, jnp.ones((4, 17, 32)))
+    text = lowered.compile(compiler_options=options).as_text()
+    return max(line.count("param_") for line in text.splitlines() if line.startswith("%fused_computation"))
+
+
+def test_cpu_writes_the_residual_streams_gradient_down() -> None:
+    """With the step's compiler options no fusion reaches further up for twice the depth; without them it does."""
+    assert compiler_options(make_mesh(devices=jax.devices()[:1]), "cpu") == CPU_OPTIONS
+    assert most_operands(8, CPU_OPTIONS) == most_operands(4, CPU_OPTIONS)
+    assert most_operands(8, None) > 1.5 * most_operands(4, None)

@@ -7,6 +7,7 @@ cut by us and handed to both.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 
 import jax
@@ -23,8 +24,8 @@ from terrafm_jax.training.step import TrainSpec, init_state, make_step
 
 torch = pytest.importorskip("torch")
 
-from benchmarks.peer_model import PeerSpec  # noqa: E402
-from benchmarks.peer_torch import Trainer  # noqa: E402
+from benchmarks.peer_model import PatchEmbed, PeerSpec  # noqa: E402
+from benchmarks.peer_torch import SHARE, Trainer, draw, random_views  # noqa: E402
 
 P = 16
 
@@ -42,7 +43,7 @@ def spec_for_torch(alpha: float, **model: object) -> TrainSpec:
 
 def peer_spec(model: ModelSpec, folded: bool) -> PeerSpec:
     shared = {f.name for f in dataclasses.fields(PeerSpec)} & {f.name for f in dataclasses.fields(ModelSpec)}
-    fields = {name: getattr(model, name) for name in shared - {"folded"}}
+    fields = {name: getattr(model, name) for name in shared - {"folded", "room"}}
     return PeerSpec(**fields, bands=tuple((s, len(SENSORS[s].bands)) for s in model.sensors), folded=folded)
 
 
@@ -161,3 +162,23 @@ def test_two_steps_equal_torch(alpha: float, folded: bool) -> None:
             if path.endswith("qkv/bias"):  # a key's bias has no gradient but rounding, which Adam blows up
                 error = np.delete(error.reshape(3, -1), 1, axis=0)
             assert error.max() <= 0.01 * moved + 1e-7, (path, error.max(), moved)
+
+
+@pytest.mark.parametrize("count", [8, 32])
+def test_the_peer_has_room_for_every_view_it_draws(count: int) -> None:
+    """Given our quotas, its embedding is the same as over all views, and so are the gradients."""
+    spec = PeerSpec(width=32, heads=2, patch=4, fusion_heads=8, folded=True, room=SHARE)
+    torch.manual_seed(0)
+    few = PatchEmbed(spec)
+    every = PatchEmbed(dataclasses.replace(spec, room=1.0))
+    every.load_state_dict(few.state_dict())
+    views = random_views(spec, count, 1, 8, torch.device("cpu"))
+    drawn = [draw(spec, count, torch.device("cpu")) for _ in range(200)]
+    assert all(mask.any(1).all() for mask in drawn)
+    assert max(int(mask.sum(0).max()) for mask in drawn) <= math.ceil(SHARE * count) + 1 < count
+    for mask in drawn[:3]:
+        found, expected = few(views, mask), every(views, mask)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        gradients = [torch.autograd.grad(x.sum(), list(n.parameters())) for x, n in ((found, few), (expected, every))]
+        for one, two in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)

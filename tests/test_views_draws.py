@@ -13,7 +13,7 @@ from views_fake import fake_batch, views_of
 
 from terrafm_jax.sensors import SENSOR_KEYS
 from terrafm_jax.ssl.boxes import covered_range, draw_boxes, propose_boxes, valid_share
-from terrafm_jax.ssl.modalities import draw_modalities, subset_probabilities, subsets
+from terrafm_jax.ssl.modalities import RULES, draw_modalities, most_drawn, subset_probabilities, subsets
 from terrafm_jax.ssl.views import ViewSpec, draw_views
 
 DRAWS = 30_000
@@ -52,24 +52,33 @@ def redrawn_bernoulli(threshold: float, available: np.ndarray, rng: np.random.Ge
     return taken
 
 
+def draws(seed: int, rule: str, threshold: float, available: tuple[int, ...], group: int = 1) -> np.ndarray:
+    """DRAWS independent draws [DRAWS, S]: the second view of one sample of each group."""
+    count, views = DRAWS * group, 1 if group == 1 else 2
+    mask = jnp.tile(jnp.asarray(available, bool)[None, None], (count, views, 1))
+    drawn = draw_modalities(jax.random.key(seed), rule, threshold, mask, group)
+    return np.asarray(drawn)[group - 1 :: group, -1]
+
+
 @pytest.mark.parametrize("available", [(1, 1, 1), (1, 0, 1), (0, 1, 1), (0, 0, 1)])
-@pytest.mark.parametrize("threshold", [0.5, 0.3])
-def test_bernoulli_equals_coins_redrawn_when_empty(available: tuple[int, ...], threshold: float) -> None:
+@pytest.mark.parametrize(("threshold", "group"), [(0.5, 1), (0.3, 1), (0.5, 5), (0.3, 8)])
+def test_bernoulli_equals_coins_redrawn_when_empty(available: tuple[int, ...], threshold: float, group: int) -> None:
+    """However many views are stratified together, each follows the rule by itself."""
     mask = np.tile(np.array(available, bool), (DRAWS, 1))
-    drawn = np.asarray(draw_modalities(jax.random.key(1), "bernoulli", threshold, jnp.asarray(mask)))
+    drawn = draws(1, "bernoulli", threshold, available, group)
     coins = redrawn_bernoulli(threshold, mask, np.random.default_rng(2))
     one, two = (np.bincount(codes(x), minlength=8)[1:] for x in (drawn, coins))
     both = (one + two) > 0
     assert np.array_equal(one > 0, two > 0)
     if both.sum() > 1:
         assert scipy_stats.chi2_contingency(np.stack([one, two])[:, both]).pvalue > ALPHA
-        exact = np.asarray(subset_probabilities("bernoulli", threshold, jnp.asarray(mask[:1])))[0]
-        assert chi_square(one, exact * DRAWS) > ALPHA
+        exact = np.zeros(8)
+        exact[codes(subsets(3))] = np.asarray(subset_probabilities("bernoulli", threshold, jnp.asarray(mask[:1])))[0]
+        assert chi_square(one, exact[1:] * DRAWS) > ALPHA
 
 
 def test_bernoulli_half_gives_three_three_one_sevenths() -> None:
-    available = jnp.ones((DRAWS, 3), bool)
-    sizes = np.asarray(draw_modalities(jax.random.key(3), "bernoulli", 0.5, available)).sum(-1)
+    sizes = draws(3, "bernoulli", 0.5, (1, 1, 1)).sum(-1)
     assert chi_square(np.bincount(sizes, minlength=4)[1:], DRAWS * np.array([3, 3, 1]) / 7) > ALPHA
 
 
@@ -85,8 +94,7 @@ def test_bernoulli_half_gives_three_three_one_sevenths() -> None:
     ],
 )
 def test_other_rules(rule: str, available: tuple[int, ...], want: dict[int, float]) -> None:
-    mask = jnp.tile(jnp.asarray(available, bool), (DRAWS, 1))
-    drawn = np.bincount(codes(np.asarray(draw_modalities(jax.random.key(4), rule, 0.6, mask))), minlength=8)
+    drawn = np.bincount(codes(draws(4, rule, 0.6, available)), minlength=8)
     expected = np.array([want.get(c, 0.0) for c in range(8)]) * DRAWS
     if (expected > 0).sum() == 1:
         assert np.array_equal(drawn, expected)
@@ -104,6 +112,30 @@ def test_subsets_are_all_and_distinct() -> None:
     assert table.shape == (7, 3)
     assert table.any(1).all()
     assert len({tuple(r) for r in table}) == 7
+
+
+@pytest.mark.parametrize("views", [1, 2, 8])
+@pytest.mark.parametrize("rule", RULES)
+def test_no_group_draws_a_sensor_more_often_than_foretold(rule: str, views: int) -> None:
+    """And some group as often; every place in a group draws it equally often."""
+    group, groups = 4, 3_000
+    available = jnp.ones((group * groups, views, 3), bool)
+    drawn = np.asarray(draw_modalities(jax.random.key(5), rule, 0.5, available, group))
+    drawn = drawn.reshape(groups, group * views, 3)
+    assert np.array_equal(drawn.sum(1).max(0), most_drawn(rule, 0.5, 3, group * views))
+    for sensor in range(3):
+        places = drawn[..., sensor].sum(0)
+        assert chi_square(places, np.full(group * views, places.mean())) > ALPHA
+
+
+def test_stratified_draws_differ_from_group_to_group_as_chance_has_it() -> None:
+    """Within a group a subset gives way to others; the first views of two groups next to each other do not."""
+    drawn = np.asarray(draw_modalities(jax.random.key(6), "bernoulli", 0.5, jnp.ones((80_000, 1, 3), bool), 8))
+    first, second = codes(drawn[::8, 0]), codes(drawn[1::8, 0])
+    apart = np.histogram2d(first[:-1:2], first[1::2], bins=(7, 7))[0]
+    together = np.histogram2d(first, second, bins=(7, 7))[0]
+    assert scipy_stats.chi2_contingency(apart).pvalue > ALPHA
+    assert np.trace(together) / together.sum() < 0.06  # a seventh by chance
 
 
 def test_marginals_pairs_and_networks_are_independent_in_the_views_made() -> None:
@@ -129,6 +161,8 @@ def test_marginals_pairs_and_networks_are_independent_in_the_views_made() -> Non
     names = list(columns)
     for i, one in enumerate(names):
         for two in names[:i]:
+            if one.split()[0] == two.split()[0]:
+                continue  # views that one network sees are stratified: no term of the loss compares two of them
             table = np.histogram2d(columns[one], columns[two], bins=(8, 8))[0]
             table = table[table.sum(1) > 0][:, table.sum(0) > 0]
             assert scipy_stats.chi2_contingency(table).pvalue > ALPHA, f"{one} depends on {two}"

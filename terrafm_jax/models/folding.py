@@ -24,14 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from terrafm_jax.models import drawn
 from terrafm_jax.models.fusion import NORM_EPS, head_columns, masked
-from terrafm_jax.models.layers import linear, product
+from terrafm_jax.models.layers import SUMS, linear, product
 from terrafm_jax.models.placement import gather_rows, row_product, weight_product, whole
 from terrafm_jax.models.spec import ModelSpec
 from terrafm_jax.models.stems import ordered, stem_product, stem_products
 from terrafm_jax.models.tpu import fusion_kernels
-
-HEAD_SUMS = "head_sums"  # scope of the products that are sums over heads, and no FLOPs of the network
 
 
 class Folded(NamedTuple):
@@ -93,16 +92,27 @@ def _asked(queries: Array, key: Array, spec: ModelSpec) -> Array:
     return (asked * size**-0.5).reshape(spec.stem_width, spec.queries * spec.fusion_heads)
 
 
-def embed(spec: ModelSpec, folded: Folded, patches: Mapping[str, Array], present: Array | None) -> Array:
-    """Patches per sensor (either layout of ``stems``) -> tokens [B, h, w, d]; ``present``: bool [B, M] or None."""
+def embed(
+    spec: ModelSpec,
+    folded: Folded,
+    patches: Mapping[str, Array],
+    present: Array | None,
+    places: Sequence[int] | None = None,
+) -> Array:
+    """Patches per sensor (either layout of ``stems``) -> tokens [B, h, w, d].
+
+    Args:
+      present: bool [B, M] or None.
+      places: M numbers of samples each device has room for in the stems (``models.drawn``); None computes all of them.
+    """
     if len(patches) == 1:
         ((sensor, x),) = patches.items()
         core = _normalize(_value(spec, folded, sensor, x), spec)
     elif not spec.fusion:
-        values = {sensor: _value(spec, folded, sensor, x) for sensor, x in patches.items()}
+        values = [value for (value,) in _products(spec, folded, patches, present, places)]
         core = _normalize(select(values, present), spec)
     else:
-        core = _fuse(spec, folded, patches, present)
+        core = _fuse(spec, folded, patches, present, places)
     return linear(core, *folded.out, spec)
 
 
@@ -111,10 +121,25 @@ def _value(spec: ModelSpec, folded: Folded, sensor: str, x: Array) -> Array:
     return stem_product(x, kernel[..., : spec.stem_width], bias[: spec.stem_width], spec)
 
 
-def select(values: Mapping[str, Array], present: Array) -> Array:
+def _products(
+    spec: ModelSpec, folded: Folded, patches: Mapping[str, Array], present: Array | None, places: Sequence[int] | None
+) -> list[list[Array]]:
+    """Of every sensor the value [B, h, w, D] and, with fusion, scores [B, h, w, Q * H]."""
+    parts = [(spec.stem_width, spec.compute_dtype), (spec.queries * spec.fusion_heads, spec.stat_dtype)]
+    widths, dtypes = zip(*parts[: 1 + spec.fusion], strict=True)
+    if places is None or present is None:
+        return [stem_products(x, *folded.stems[sensor], widths, dtypes, spec) for sensor, x in patches.items()]
+    views = drawn.rows(present, places)
+    return [
+        drawn.products(x, *folded.stems[sensor], which, widths, dtypes, spec)
+        for (sensor, x), which in zip(patches.items(), views, strict=True)
+    ]
+
+
+def select(values: Sequence[Array], present: Array) -> Array:
     """Of several sensors [B, h, w, D] the one that each sample sees; ``present`` bool [B, M] has one True a row."""
     chosen = (present[:, i, None, None, None] for i in range(len(values)))
-    return sum(jnp.where(c, x, jnp.zeros((), x.dtype)) for c, x in zip(chosen, values.values(), strict=True))
+    return sum(jnp.where(c, x, jnp.zeros((), x.dtype)) for c, x in zip(chosen, values, strict=True))
 
 
 def _normalize(x: Array, spec: ModelSpec) -> Array:
@@ -125,14 +150,11 @@ def _normalize(x: Array, spec: ModelSpec) -> Array:
     return (centered * lax.rsqrt(variance + NORM_EPS)).astype(spec.compute_dtype)
 
 
-def _fuse(spec: ModelSpec, folded: Folded, patches: Mapping[str, Array], present: Array | None) -> Array:
+def _fuse(
+    spec: ModelSpec, folded: Folded, patches: Mapping[str, Array], present: Array | None, places: Sequence[int] | None
+) -> Array:
     """Weighted mean over queries of their normalised vectors, [B, h, w, D], none of which is formed."""
-    joint = (spec.stem_width, spec.queries * spec.fusion_heads)
-    values, scores = [], []
-    for sensor, x in patches.items():
-        value, score = stem_products(x, *folded.stems[sensor], joint, (spec.compute_dtype, spec.stat_dtype), spec)
-        values.append(value)
-        scores.append(score)
+    values, scores = map(list, zip(*_products(spec, folded, patches, present, places), strict=True))
     if fusion_kernels.resolve(spec):  # the same on TPU, in one pass over the values
         return fusion_kernels.mix(values, scores, present, folded.pool, spec)
     scores = [score.reshape(*score.shape[:-1], spec.queries, spec.fusion_heads) for score in scores]
@@ -146,7 +168,7 @@ def _fuse(spec: ModelSpec, folded: Folded, patches: Mapping[str, Array], present
 
 def _per_head(x: Array, columns: Array | np.ndarray, spec: ModelSpec) -> Array:
     """[..., D] times [D, N] -> [..., N], summed in the type of norms, as are gradients of ``columns``."""
-    with jax.named_scope(HEAD_SUMS):
+    with jax.named_scope(SUMS):
         return product(x.astype(spec.compute_dtype), jnp.asarray(columns, spec.stat_dtype), None, spec, spec.stat_dtype)
 
 

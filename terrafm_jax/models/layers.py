@@ -21,6 +21,7 @@ from terrafm_jax.models.spec import ModelSpec
 # Names by which ``jax.checkpoint`` keeps things. Its policies for products do not look into a function with a
 # backward pass of its own, such as ``linear``.
 PRODUCT, MOMENTS = "product", "moments"
+SUMS = "sums"  # scope of the products that add up, and are no FLOPs of the network
 
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -81,14 +82,17 @@ def sum_rows(x: Array, dtype: jnp.dtype, spec: ModelSpec) -> Array:
 
     A TPU adds rows up in its matrix unit, as a product with ones, in a tenth of the time its vector unit takes.
     The product is as exact: bfloat16 times one is itself. Eight rows of ones, because the compiler would turn a
-    single one back into a sum.
+    single one back into a sum. XLA:CPU sums over two axes as slowly, and multiplies as fast.
     """
     rows = tuple(range(x.ndim - 1))
-    if spec.backend != "tpu" or x.dtype != spec.compute_dtype:
+    if spec.backend == "gpu" or x.dtype != spec.compute_dtype:
         return x.sum(rows, dtype=dtype)
-    ones = jnp.ones((8, *x.shape[:-1]), x.dtype)
-    dims = ((tuple(i + 1 for i in rows), rows), ((), ()))
-    return lax.dot_general(ones, x, dims, precision=precision(x.dtype), preferred_element_type=dtype)[0]
+    one_row = spec.backend == "cpu"
+    ones = jnp.ones(x.shape[:-1] if one_row else (8, *x.shape[:-1]), x.dtype)
+    dims = ((rows if one_row else tuple(i + 1 for i in rows), rows), ((), ()))
+    with jax.named_scope(SUMS):
+        total = lax.dot_general(ones, x, dims, precision=precision(x.dtype), preferred_element_type=dtype)
+    return total if one_row else total[0]
 
 
 def linear(x: Array, kernel: Array, bias: Array | None, spec: ModelSpec, out_dtype: jnp.dtype | None = None) -> Array:
@@ -114,6 +118,24 @@ def expand(x: Array, ndim: int) -> Array:
 def gelu(x: Array) -> Array:
     """Exact (erf) GELU, as the released weights expect; approximations shift features by 1e-3."""
     return (0.5 * x * (1.0 + lax.erf(x * math.sqrt(0.5)))).astype(x.dtype)
+
+
+def written_down(x: Array, spec: ModelSpec) -> Array:
+    """``x``, whose gradient is written to memory once before anything uses it.
+
+    Along the residual stream every gradient is the last one and a little more. XLA:CPU, left alone, fuses that sum into
+    each of its uses, and so computes it from the top again: work that grows with the square of the depth. It keeps to
+    the barrier where ``training.compiler`` gives it its options.
+    """
+    return _written_down(x) if spec.backend == "cpu" else x
+
+
+@jax.custom_vjp
+def _written_down(x: Array) -> Array:
+    return x
+
+
+_written_down.defvjp(lambda x: (x, None), lambda _, g: (lax.optimization_barrier(g),))
 
 
 def layer_norm(x: Array, scale: Array, bias: Array, eps: float, spec: ModelSpec) -> Array:

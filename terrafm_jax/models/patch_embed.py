@@ -81,7 +81,7 @@ class PatchEmbed(nnx.Module):
         if len(tokens) == 1:
             fused = projection.norm_input(projection.proj1(tokens[0]))
         elif not self.spec.fusion:
-            chosen = folding.select(dict(zip(patches, tokens, strict=True)), present)
+            chosen = folding.select(tokens, present)
             fused = projection.norm_input(projection.proj1(chosen))
         else:
             stacked = jnp.stack(tokens, axis=-2)

@@ -17,6 +17,7 @@ DTYPES = ("float32", "bfloat16", "float64")  # float64 serves the parity tests
 REMATS = ("none", "dots", "block")
 BATCH_AXES = ("slice", "data", "fsdp")  # of a mesh: those that split the batch, where it has them
 FUSION_KERNELS = ("auto", "xla", "pallas")
+STEMS = ("auto", "all", "drawn")
 ATTENTIONS = ("auto", "xla", "cudnn", "head_major", "pallas")
 
 
@@ -41,6 +42,8 @@ class ModelSpec:
       attention: "xla", "cudnn" (bfloat16 on NVIDIA), "head_major" (fastest on CPU), "pallas" (TPU kernels) or
         "auto".
       fusion_kernel: "xla", "pallas" (TPU kernels, for the folded embedding) or "auto".
+      stems: in training "drawn" computes a sensor's stem for the views that see it (``models.drawn``, needs folded),
+        "all" for every view; "auto" is "drawn" on CPU and GPU. Same function.
       folded: multiplies stems into projection and fusion weights first: same function, fewer FLOPs.
       platform: "cpu", "gpu" or "tpu" the code is compiled for; "" takes the default backend. Set it when
         compiling ahead of time for another machine.
@@ -68,6 +71,7 @@ class ModelSpec:
     remat: str = "none"
     attention: str = "auto"
     fusion_kernel: str = "auto"
+    stems: str = "auto"
     folded: bool = True
     platform: str = ""
     sum_whole: bool = False
@@ -123,7 +127,10 @@ class ModelSpec:
         if not 0.0 <= self.drop_path < 1.0:
             faults.append(f"drop_path is {self.drop_path}; expected 0 <= drop_path < 1")
         choices = {"dtype": DTYPES, "remat": REMATS, "attention": ATTENTIONS, "fusion_kernel": FUSION_KERNELS}
+        choices["stems"] = STEMS
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 faults.append(f"{name} is {getattr(self, name)!r}; expected one of {allowed}")
+        if self.stems == "drawn" and not self.folded:
+            faults.append("stems 'drawn' needs folded; without it use stems='all'")
         return faults

@@ -132,6 +132,7 @@ def encode_cls(
     sets: Sequence[tuple[Mapping[str, Array], Array | None]],
     *,
     keep: Sequence[Array | None],
+    places: Sequence[Sequence[int] | None] | None = None,
 ) -> list[Array]:
     """Class tokens [B_i, d] of several sets of views, whose sizes may differ, with one pass over the layers.
 
@@ -140,6 +141,7 @@ def encode_cls(
     Args:
       sets: (patches, present) as for :func:`encode`.
       keep: for each set what ``vit.drop_path_keep`` drew, [depth, 2, B_i], or None.
+      places: for each set how many views a device has room for in the stem of each sensor (``models.drawn``), or None.
 
     Raises:
       ValueError: as :func:`encode`.
@@ -148,16 +150,16 @@ def encode_cls(
         _check(spec, backbone["patch_embed"], patches, present, ())
     by_columns = all(x.ndim == 5 for patches, _ in sets for x in patches.values())
     embed = _embedding(spec, backbone, by_columns=by_columns)
-    tokens = [_with_positions(spec, backbone, embed(patches, present)) for patches, present in sets]
+    places = [None] * len(sets) if places is None else places
+    embedded = (embed(*each, room) for each, room in zip(sets, places, strict=True))
+    tokens = [_with_positions(spec, backbone, x) for x in embedded]
     last, _ = run_blocks_together(spec, backbone["blocks"], tokens, keep)
     norm = with_parameters(LayerNorm, spec, backbone["norm"], spec.width)
     return [norm(x[:, 0]) for x in last]
 
 
-def _embedding(
-    spec: ModelSpec, backbone: Params, *, by_columns: bool = False
-) -> Callable[[Mapping[str, Array], Array | None], Array]:
-    """The function from patches per sensor and ``present`` [B, S] to tokens [B, h, w, d].
+def _embedding(spec: ModelSpec, backbone: Params, *, by_columns: bool = False) -> Callable[..., Array]:
+    """The function from patches per sensor, ``present`` [B, S] and ``places`` (``folding``) to tokens [B, h, w, d].
 
     The weight products of the folded form are made here, so that several calls, and their backward passes, share them.
 
@@ -167,11 +169,13 @@ def _embedding(
     written_out = with_parameters(PatchEmbed, spec, backbone["patch_embed"])
     folded = written_out.fold(by_columns=by_columns) if spec.folded else None
 
-    def embed(patches: Mapping[str, Array], present: Array | None) -> Array:
+    def embed(patches: Mapping[str, Array], present: Array | None, places: Sequence[int] | None = None) -> Array:
         patches = {sensor: patches[sensor] for sensor in spec.sensors if sensor in patches}
         if present is not None:
             present = jnp.stack([present[:, spec.sensors.index(sensor)] for sensor in patches], axis=1)
-        return written_out(patches, present) if folded is None else folding.embed(spec, folded, patches, present)
+        if folded is None:
+            return written_out(patches, present)
+        return folding.embed(spec, folded, patches, present, places)
 
     return embed
 

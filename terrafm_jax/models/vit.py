@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array, lax
 
 from terrafm_jax.models.attention import attend, rows
-from terrafm_jax.models.layers import MOMENTS, PRODUCT, LayerNorm, Linear, gelu, with_parameters
+from terrafm_jax.models.layers import MOMENTS, PRODUCT, LayerNorm, Linear, gelu, with_parameters, written_down
 from terrafm_jax.models.spec import ModelSpec
 from terrafm_jax.models.tpu import attention_kernels
 
@@ -46,6 +46,7 @@ class Block(nnx.Module):
     """``x + keep * attn(norm1(x))``, then the same with the MLP."""
 
     def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs):
+        self.spec = spec
         self.norm1 = LayerNorm(spec, spec.width)
         self.attn = Attention(spec, rngs=rngs)
         self.norm2 = LayerNorm(spec, spec.width)
@@ -56,7 +57,8 @@ class Block(nnx.Module):
 
         The first ``tokens`` of the N rows are tokens, the others padding.
         """
-        x = x + _scaled(self.attn(self.norm1(x), tokens), keep, 0)
+        x = written_down(x, self.spec)
+        x = written_down(x + _scaled(self.attn(self.norm1(x), tokens), keep, 0), self.spec)
         return x + _scaled(self.mlp(self.norm2(x)), keep, 1)
 
 

@@ -2,9 +2,15 @@
 
 A draw is one categorical sample over the non-empty subsets of the sensors, with exactly the
 probabilities of the rule given the sensors present; nothing is redrawn in a loop.
+
+Draws are stratified: the views of a few samples take evenly spaced points of the distribution in random order. Each
+still follows the rule, and how many of them see a sensor is known in advance but for one or so (``models.drawn`` lives
+on that). What student and teacher see is independent.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +21,17 @@ RULES = ("bernoulli", "fuse_or_one", "one", "all")
 
 
 def subsets(count: int) -> np.ndarray:
-    """All non-empty subsets of ``count`` sensors, bool [2**count - 1, count]."""
-    codes = np.arange(1, 2**count)
+    """All non-empty subsets of ``count`` sensors, bool [2**count - 1, count], in the order of the Gray code.
+
+    So those that hold a given one of three sensors lie together (of the first sensor in two places), and the fewer
+    places, the better evenly spaced points are divided.
+    """
+    codes = _gray(np.arange(1, 2**count))
     return (codes[:, None] >> np.arange(count)[None, :]) % 2 == 1
+
+
+def _gray(index: Any) -> Any:
+    return index ^ (index >> 1)
 
 
 def subset_probabilities(rule: str, threshold: float, available: Array) -> Array:
@@ -57,17 +71,49 @@ def subset_probabilities(rule: str, threshold: float, available: Array) -> Array
     return weights / jnp.sum(weights, axis=-1, keepdims=True)
 
 
-def draw_modalities(key: Array, rule: str, threshold: float, available: Array) -> Array:
-    """Draws a non-empty subset of the available sensors, independently over the leading axes.
+def draw_modalities(key: Array, rule: str, threshold: float, available: Array, group: int = 1) -> Array:
+    """Draws a non-empty subset of the available sensors for every view.
 
     Args:
-      available: bool [..., S].
+      available: bool [B, V, S].
+      group: samples, dividing B, whose V * group views are stratified together; others are independent of them.
 
     Returns:
-      bool [..., S].
+      bool [B, V, S].
     """
-    table = subsets(available.shape[-1])
-    chosen = jax.random.categorical(key, jnp.log(subset_probabilities(rule, threshold, available)), axis=-1)
-    codes = chosen + 1  # subsets() counts in binary, so the index spells the members
-    shifts = jnp.arange(table.shape[-1], dtype=codes.dtype).reshape((1,) * codes.ndim + (-1,))
+    points = _evenly_spaced(key, *available.shape[:2], group)
+    shares = jnp.cumsum(subset_probabilities(rule, threshold, available), axis=-1)
+    chosen = jnp.sum(shares[..., :-1] <= points[..., None], axis=-1)
+    codes = _gray(chosen + 1)  # its binary digits are the members
+    shifts = jnp.arange(available.shape[-1], dtype=codes.dtype).reshape(1, 1, -1)
     return (codes[..., None] >> shifts) % 2 == 1
+
+
+def _evenly_spaced(key: Array, batch: int, views: int, group: int) -> Array:
+    """float32 [B, V]: the V * group points of a group are evenly spaced in [0, 1) from a random start, in random order.
+
+    Every sample draws for its whole group and takes what is its own, so that none needs to hear from another device.
+    """
+    count = views * group
+    samples = jnp.arange(batch)
+    keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(samples // group)
+    lots = jax.vmap(lambda k: jax.random.bits(k, (count,)))(keys[:, 0])[:, None]
+    mine = (samples % group * views)[:, None] + jnp.arange(views)[None]
+    own, lot = mine[..., None], jnp.take_along_axis(lots[:, 0], mine, axis=1)[..., None]
+    others = jnp.arange(count)[None, None]
+    place = jnp.sum((lots < lot) | ((lots == lot) & (others < own)), axis=-1)
+    start = jax.vmap(lambda k: jax.random.uniform(k, (1,), jnp.float32))(keys[:, 1])
+    # Never 1, nor so near it that rounded sums of probabilities end before.
+    return jnp.minimum((place.astype(jnp.float32) + start) / count, 1.0 - 1e-6)
+
+
+def most_drawn(rule: str, threshold: float, sensors: int, views: int) -> np.ndarray:
+    """How many of ``views`` stratified views draw each sensor at most, int [S], if their records have all of them."""
+    with jax.ensure_compile_time_eval():
+        odds = np.asarray(subset_probabilities(rule, threshold, jnp.ones(sensors, bool)), np.float64)
+    shares = np.cumsum(odds)
+    # Counts change only where a point passes a border between subsets: one start on either side of each.
+    edges = np.concatenate([shares * views % 1.0 + side for side in (-1e-5, 1e-5)]) % 1.0
+    points = (np.arange(views) + edges[:, None]) / views
+    chosen = (shares[:-1] <= points[..., None]).sum(-1)
+    return subsets(sensors)[chosen].sum(1).max(0)

@@ -19,7 +19,7 @@ from jax import Array
 
 from terrafm_jax.sensors import SENSOR_KEYS
 from terrafm_jax.ssl.boxes import draw_boxes
-from terrafm_jax.ssl.modalities import RULES, draw_modalities
+from terrafm_jax.ssl.modalities import RULES, draw_modalities, most_drawn
 from terrafm_jax.ssl.resample import resample_sensor
 
 
@@ -35,6 +35,7 @@ class ViewSpec:
       aspect: width / height on the ground, log-uniform between the two.
       flips: flip up-down and left-right, each with probability one half.
       modality_rule, modality_threshold: see ``modalities.subset_probabilities``.
+      modality_group: samples whose views are stratified together: the largest divisor of the batch up to this.
       box_tries: candidates per box; the first with at least ``min_valid`` valid pixels is taken.
       dtype: of the matrix products and of the patches, ``float32`` or ``bfloat16``.
     """
@@ -51,6 +52,7 @@ class ViewSpec:
     patch: int = 16
     modality_rule: str = "bernoulli"
     modality_threshold: float = 0.5
+    modality_group: int = 8
     box_tries: int = 4
     min_valid: float = 0.5
     dtype: str = "float32"
@@ -72,6 +74,7 @@ def _checks(spec: ViewSpec) -> list[tuple[bool, str]]:
         (rule not in RULES, f"modality_rule {rule!r}, expected one of {list(RULES)}"),
         (not 0 <= threshold <= 1, f"modality_threshold {threshold}, expected 0..1"),
         (rule == "bernoulli" and threshold == 0, "modality_threshold 0 with rule bernoulli never draws a sensor"),
+        (spec.modality_group < 1, f"modality_group {spec.modality_group}, expected >= 1"),
         (spec.box_tries < 1, f"box_tries {spec.box_tries}, expected >= 1"),
         (not 0 <= spec.min_valid <= 1, f"min_valid {spec.min_valid}, expected 0..1"),
         (spec.dtype not in ("float32", "bfloat16"), f"dtype {spec.dtype!r}, expected float32 or bfloat16"),
@@ -142,11 +145,30 @@ def draw_views(
     # A sensor that is nodata in this box counts as absent from it, unless all of them are.
     seen = present[:, None, :] & (shares >= spec.min_valid)
     seen = jnp.where(jnp.any(seen, axis=-1, keepdims=True), seen, present[:, None, :])
-    student, teacher = (
-        draw_modalities(k, spec.modality_rule, spec.modality_threshold, seen) for k in (for_student, for_teacher)
-    )
+    rule = (spec.modality_rule, spec.modality_threshold)
+    group = modality_group(spec, seen.shape[0])
+    student, teacher = (draw_modalities(k, *rule, seen, group) for k in (for_student, for_teacher))
     flips = jax.random.bernoulli(for_flips, 0.5 if spec.flips else 0.0, (*boxes.shape[:2], 2))
     return boxes, flips, student, teacher
+
+
+def modality_group(spec: ViewSpec, batch: int) -> int:
+    """Samples of a batch, of all devices, whose views are stratified together."""
+    return max(size for size in range(1, spec.modality_group + 1) if batch % size == 0)
+
+
+def views_seen_at_most(spec: ViewSpec, batch: int, views: int, devices: int) -> tuple[int, ...] | None:
+    """How many of its views each of ``devices`` devices sees every sensor in at most; None where groups are torn apart.
+
+    Args:
+      batch, views: of all devices; views of each sample. Records are taken to have all sensors. None, too, where every
+        view may see some sensor.
+    """
+    group, each = modality_group(spec, batch), batch // devices
+    if each % group:
+        return None
+    most = most_drawn(spec.modality_rule, spec.modality_threshold, len(spec.sensors), group * views)
+    return None if max(most) == group * views else tuple(int(count) * (each // group) for count in most)
 
 
 def make_views(

@@ -1,4 +1,4 @@
-"""Options of XLA that the train step is compiled with on TPU (docs/scaling.md has what they change)."""
+"""Options of XLA that the train step is compiled with (docs/scaling.md has what TPU's change)."""
 
 from __future__ import annotations
 
@@ -16,20 +16,27 @@ TPU_OPTIONS = {
     "xla_tpu_overlap_compute_collective_tc": "true",
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
 }
+# Gathers weights beside what is computed before they are needed, too. For v5e the compiler does so by itself.
+_GATHERS = {
+    "xla_enable_async_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+}
 # On a v4 a product and a sum at once ask for 12 KiB more than its 16 MiB of on-chip memory: nothing compiles.
 # A v5p's fusions may take half of its 64 MiB, not a quarter: larger blocks, and room for gathers of weights beside
-# them. On v5e, whose compiler gathers so by itself, and v6e the memory gains nothing (docs/tpu_notes.md has what is
-# left to try there).
+# them. On v5e and v6e the memory gains nothing.
 BY_CHIP = {
-    "TPU v4": {"xla_tpu_overlap_compute_collective_tc": "false"},
-    "TPU v5": {  # JAX's name of a v5p
-        "xla_tpu_scoped_vmem_limit_kib": "32768",
-        "xla_enable_async_all_gather": "true",
-        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
-    },
+    "TPU v4": {"xla_tpu_overlap_compute_collective_tc": "false", **_GATHERS},
+    "TPU v5": {"xla_tpu_scoped_vmem_limit_kib": "32768", **_GATHERS},  # JAX's name of a v5p
+    "TPU v6 lite": _GATHERS,
 }
 
 
-def compiler_options(mesh: Mesh) -> dict[str, str]:
-    """TPU_OPTIONS as the devices of ``mesh`` can take them."""
-    return TPU_OPTIONS | BY_CHIP.get(mesh.devices.flat[0].device_kind, {})
+# XLA:CPU takes barriers away before it fuses. Kept, they stop it from computing things again (layers.written_down).
+CPU_OPTIONS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+
+
+def compiler_options(mesh: Mesh, backend: str) -> dict[str, str] | None:
+    """Those for the devices of ``mesh``; ``backend``: "cpu", "gpu" or "tpu", what the step is traced for."""
+    if backend == "tpu":
+        return TPU_OPTIONS | BY_CHIP.get(mesh.devices.flat[0].device_kind, {})
+    return CPU_OPTIONS if backend == "cpu" else None

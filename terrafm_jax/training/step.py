@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from terrafm_jax import landcover
+from terrafm_jax.models import drawn
 from terrafm_jax.models.spec import ModelSpec
 from terrafm_jax.models.terrafm import encode_cls, init_params, project
 from terrafm_jax.models.vit import drop_path_keep
@@ -33,7 +34,7 @@ from terrafm_jax.ssl.objective import (
     pair_cross_entropy,
     teacher_targets,
 )
-from terrafm_jax.ssl.views import ViewSet, ViewSpec, make_views
+from terrafm_jax.ssl.views import ViewSet, ViewSpec, make_views, views_seen_at_most
 from terrafm_jax.training.compiler import compiler_options
 from terrafm_jax.training.gradients import value_and_grad
 from terrafm_jax.training.optim import OptimSpec, ema, make_optimizer
@@ -80,7 +81,7 @@ class TrainSpec:
         rounding and other random draws, less memory.
       reduce_dtype: "float32" or "bfloat16": in which the gradients of kernels are summed over devices, and in
         which kernels are gathered over the fsdp axis. bfloat16 halves the traffic and rounds the sums.
-      overlap: compiles for TPU with ``compiler.TPU_OPTIONS``.
+      overlap: compiles with the options of ``compiler``.
     """
 
     model: ModelSpec
@@ -169,8 +170,24 @@ def _merge(x: jax.Array) -> jax.Array:
     return x.reshape(-1, *x.shape[2:])
 
 
+def _places(spec: TrainSpec, views: ViewSet) -> tuple[int, ...] | None:
+    """For each sensor how many of the views a device should have room for in its stem; None computes all of them."""
+    samples, each, _ = views.student.shape
+    return views_seen_at_most(spec.views, samples, each, drawn.parts()) if drawn.wanted(spec.model) else None
+
+
+def _stems_over(spec: TrainSpec, *sets: tuple[ViewSet, jax.Array]) -> Metrics:
+    """The share of stems that had more views to see them than room; nothing where all views have room."""
+    over = [
+        ~drawn.fits(_merge(present), places)
+        for views, present in sets
+        if (places := _places(spec, views)) is not None
+    ]  # fmt: skip
+    return {"stems_over": jnp.mean(jnp.stack(over).astype(jnp.float32))} if over else {}
+
+
 def _class_tokens(
-    spec: ModelSpec,
+    spec: TrainSpec,
     backbone: Any,
     sets: Sequence[tuple[ViewSet, jax.Array]],
     keep: Sequence[jax.Array | None] | None = None,
@@ -183,10 +200,11 @@ def _class_tokens(
     """
     arguments = []
     for views, present in sets:
-        mask = _merge(present) if len(spec.sensors) > 1 else None
+        mask = _merge(present) if len(spec.model.sensors) > 1 else None
         arguments.append(({name: _merge(x) for name, x in views.patches.items()}, mask))
     keep = [None] * len(sets) if keep is None else [x if x is None else x.reshape(*x.shape[:2], -1) for x in keep]
-    tokens = encode_cls(spec, backbone, arguments, keep=keep)
+    places = [_places(spec, views) for views, _ in sets]
+    tokens = encode_cls(spec.model, backbone, arguments, keep=keep, places=places)
     return [x.reshape(*present.shape[:2], -1) for x, (_, present) in zip(tokens, sets, strict=True)]
 
 
@@ -199,10 +217,10 @@ def _drop_path(spec: ModelSpec, sets: Sequence[ViewSet], key: jax.Array) -> list
     return [drop_path_keep(spec, b * v, k).reshape(spec.depth, 2, b, v) for (b, v), k in zip(shapes, keys, strict=True)]
 
 
-def _student(spec: ModelSpec, params: Any, sets: Sequence[ViewSet], keep: Sequence[jax.Array | None]) -> jax.Array:
+def _student(spec: TrainSpec, params: Any, sets: Sequence[ViewSet], keep: Sequence[jax.Array | None]) -> jax.Array:
     """Logits [B, V, K] of all views in the order of ``sets``; the head runs once."""
     tokens = _class_tokens(spec, params["backbone"], [(views, views.student) for views in sets], keep)
-    return _project(spec, params["head"], jnp.concatenate(tokens, axis=1))
+    return _project(spec.model, params["head"], jnp.concatenate(tokens, axis=1))
 
 
 def _project(spec: ModelSpec, head: Any, tokens: jax.Array) -> jax.Array:
@@ -229,7 +247,7 @@ def _loss_and_gradients(
         global_views, local_views = make_views(spec.views, stats, batch, view_key, layout=layout)
     with jax.named_scope("teacher"):
         weights = gather(state.teacher)
-        (tokens,) = _class_tokens(spec.model, weights["backbone"], [(global_views, global_views.teacher)])
+        (tokens,) = _class_tokens(spec, weights["backbone"], [(global_views, global_views.teacher)])
         teacher = jax.lax.stop_gradient(_project(spec.model, weights["head"], tokens))
     with jax.named_scope("loss"):
         targets = teacher_targets(teacher, state.centers, teacher_temp=teacher_temp, alpha=spec.objective.alpha)
@@ -237,7 +255,7 @@ def _loss_and_gradients(
     # What belongs to samples comes as an argument: on several slices each of them computes this of its own samples.
     def loss_fn(params: Any, sets: Sequence[ViewSet], probs: jax.Array, keep: Sequence[jax.Array | None]) -> jax.Array:
         with jax.named_scope("student"):
-            student = _student(spec.model, gather(params), sets, keep)
+            student = _student(spec, gather(params), sets, keep)
         with jax.named_scope("loss"):
             return pair_cross_entropy(student, probs, spec.objective.student_temp)
 
@@ -246,6 +264,7 @@ def _loss_and_gradients(
     loss, grads = value_and_grad(loss_fn, state.params, arguments, batch_axes=(0, 0, 2))
     sums = center_sums(teacher, jnp.asarray(spec.frequent)[batch["landcover"]])
     metrics = {"loss": loss, "feature_std": _feature_std(tokens), **loss_metrics(loss, targets)}
+    metrics |= _stems_over(spec, (global_views, global_views.teacher), *((views, views.student) for views in sets))
     metrics |= _class_sums(metrics.pop("sample_entropy"), batch["landcover"])
     for network in ("student", "teacher"):
         drawn = getattr(global_views, network)
@@ -318,7 +337,8 @@ def train_step(spec: TrainSpec, state: TrainState, batch: Mapping[str, Any]) -> 
       The new state and fp32 scalars, means over the global batch: loss, kl, teacher_entropy,
       marginal_entropy, feature_std, center_norm, center_frequent_norm, center_distance, grad_norm (unclipped),
       grad_norm_{backbone,head,max}, grad_clipped, update_skipped, lr, weight_decay, momentum, teacher_temp,
-      sensors_per_view_{student,teacher}, class_share/NAME and class_entropy/NAME (nan where absent).
+      sensors_per_view_{student,teacher}, class_share/NAME and class_entropy/NAME (nan where absent), and, where
+      ``models.drawn`` is at work, stems_over.
     """
     step, goal = state.step, spec.objective
     teacher_temp = schedules.teacher_temperature(
@@ -375,5 +395,5 @@ def make_step(spec: TrainSpec, mesh: Mesh) -> Callable[[TrainState, Mapping[str,
         in_shardings=(state, batch_sharding(mesh)),
         out_shardings=(state, NamedSharding(mesh, P())),
         donate_argnums=0,
-        compiler_options=compiler_options(mesh) if spec.overlap and spec.model.backend == "tpu" else None,
+        compiler_options=compiler_options(mesh, spec.model.backend) if spec.overlap else None,
     )
