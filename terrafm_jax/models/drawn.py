@@ -4,8 +4,8 @@ Masked, the stem of a sensor is computed for every view, and fusion gives what a
 the paper's draw three sevenths of that work is for nothing. Shapes are fixed before draws are known, so each sensor has
 room for a fixed number of views on each device, those that drew it come first, and the results are put back in place.
 Draws are stratified (``ssl.modalities``), so that little room is enough. Where records lack sensors, more views may see
-one of the others than there is room for: then, on any device, its stem runs over all views as if masked. The result is
-the same, but for rounding.
+one of the others than there is room for: if so on any device, its stem runs over the remaining views as well. The
+result is that of the masked form, but for rounding.
 """
 
 from __future__ import annotations
@@ -86,7 +86,6 @@ def products(
     The caller gives those the weight zero, so that no gradient comes from them. The patches get none at all: nothing
     that is learned lies before them.
     """
-
     room = views.first.shape[1]
     found = [
         _take(y, jnp.minimum(views.place, room - 1))

@@ -97,11 +97,11 @@ def _evenly_spaced(key: Array, batch: int, views: int, group: int) -> Array:
     count = views * group
     samples = jnp.arange(batch)
     keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(samples // group)
-    lots = jax.vmap(lambda k: jax.random.bits(k, (count,)))(keys[:, 0])[:, None]
+    lots = jax.vmap(lambda k: jax.random.bits(k, (count,)))(keys[:, 0])
     mine = (samples % group * views)[:, None] + jnp.arange(views)[None]
-    own, lot = mine[..., None], jnp.take_along_axis(lots[:, 0], mine, axis=1)[..., None]
-    others = jnp.arange(count)[None, None]
-    place = jnp.sum((lots < lot) | ((lots == lot) & (others < own)), axis=-1)
+    lot, lots = jnp.take_along_axis(lots, mine, axis=1)[..., None], lots[:, None]
+    earlier = jnp.arange(count)[None, None] < mine[..., None]
+    place = jnp.sum((lots < lot) | ((lots == lot) & earlier), axis=-1)
     start = jax.vmap(lambda k: jax.random.uniform(k, (1,), jnp.float32))(keys[:, 1])
     # Never 1, nor so near it that rounded sums of probabilities end before.
     return jnp.minimum((place.astype(jnp.float32) + start) / count, 1.0 - 1e-6)

@@ -26,8 +26,8 @@ TILES = 1_530_000  # multimodal samples of the paper's data set
 STATE_COPIES = 4  # fp32 parameters, teacher and two moments
 UPDATE_PASSES = 9  # fp32 arrays the update reads (gradient and the four copies) and writes (the four)
 
-# What the compiler makes of B on v4:4x4x4, v5e:4x4, v5p:2x2x2 and v6e:8x8 (benchmarks/results/tpu_matrix.json): the share
-# of the peak reached outside the update and shown collectives, and the share of the collectives that compute hides.
+# What the compiler makes of B on v4:4x4x4, v5e:4x4, v5p:2x2x2 and v6e:8x8 (benchmarks/results/tpu_matrix.json): the
+# share of the peak reached outside the update and shown collectives, and that of the collectives that compute hides.
 EFFICIENCY = {"v4": 0.38, "v5e": 0.49, "v5p": 0.47, "v6e": 0.21}
 HIDDEN = {"v4": 0.39, "v5e": 0.83, "v5p": 0.75, "v6e": 0.64}
 
