@@ -196,8 +196,10 @@ def test_a_signal_saves_and_a_death_ends_the_job_and_both_are_resumed(
     starts = [row["step"] for row in rows(workdir) if row.get("event") == "start"]
     assert starts == [0, step, step], log_of(workdir).read_text()
     log = log_of(workdir).read_text()
-    for line in ("preempted with a checkpoint: starting again", "stopping the others", "restart 1 of 3"):
+    for line in ("preempted with a checkpoint: starting again", "restart 1 of 3"):
         assert line in log, log
+    # The other one notices by itself, too, and may have ended before the launcher looks again.
+    assert "stopping the others" in log or "the step broke off" in log, log
     assert_same_training(workdir, reference)
 
 
