@@ -119,7 +119,7 @@ def base() -> ConfigDict:
     c.compute.fusion_kernel = "auto"  # "xla", or "pallas": one pass over the values; "auto" takes it on TPU
     c.compute.reduce_dtype = "float32"  # of sums of gradients over devices; "bfloat16" halves the traffic
     c.compute.overlap = True  # compiles with the options of training/compiler.py, which another XLA may not know
-    c.compute.stems = "auto"  # "all" views, or those that "drawn" them; "auto" is "drawn" on CPU and GPU
+    c.compute.stems = "auto"  # "all" views, or for those alone that drew the sensor ("drawn"); "auto": on CPU
     c.compute.folded = True  # stems and fusion as merged products: same parameters and gradients, fewer FLOPs
 
     c.mesh = ConfigDict()

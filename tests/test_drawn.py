@@ -120,9 +120,9 @@ def test_room_is_counted_on_whole_groups_only():
 def test_where_it_is_wanted():
     spec = dataclasses.replace(SPEC, platform="cpu")
     assert drawn.wanted(spec)
-    assert drawn.wanted(dataclasses.replace(spec, platform="gpu"))
-    assert drawn.wanted(dataclasses.replace(spec, platform="tpu", stems="drawn"))
-    assert not drawn.wanted(dataclasses.replace(spec, platform="tpu"))
+    for platform in ("gpu", "tpu"):
+        assert drawn.wanted(dataclasses.replace(spec, platform=platform, stems="drawn"))
+        assert not drawn.wanted(dataclasses.replace(spec, platform=platform))
     assert not drawn.wanted(dataclasses.replace(spec, stems="all"))
     assert not drawn.wanted(dataclasses.replace(spec, folded=False))
     assert not drawn.wanted(dataclasses.replace(spec, sensors=("s1",)))

@@ -43,7 +43,7 @@ class ModelSpec:
         "auto".
       fusion_kernel: "xla", "pallas" (TPU kernels, for the folded embedding) or "auto".
       stems: in training "drawn" computes a sensor's stem for the views that see it (``models.drawn``, needs folded),
-        "all" for every view; "auto" is "drawn" on CPU and GPU. Same function.
+        "all" for every view; "auto" is "drawn" on CPU. Same function.
       folded: multiplies stems into projection and fusion weights first: same function, fewer FLOPs.
       platform: "cpu", "gpu" or "tpu" the code is compiled for; "" takes the default backend. Set it when
         compiling ahead of time for another machine.
