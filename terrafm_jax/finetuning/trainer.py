@@ -26,6 +26,7 @@ from terrafm_jax.finetuning.data import Source, steps_per_epoch
 from terrafm_jax.finetuning.network import Adam, Batch, Flat, TuneSpec
 from terrafm_jax.sensors import SENSORS, Statistics
 from terrafm_jax.training.checkpoint import Checkpointer, to_host
+from terrafm_jax.training.compiler import CPU_OPTIONS
 from terrafm_jax.training.metrics import MetricWriter
 from terrafm_jax.training.preemption import StopRequest
 from terrafm_jax.training.sharding import RULES, make_batch, param_shardings
@@ -144,7 +145,8 @@ def make_step(plan: Plan) -> Callable[[TuneState, Any], tuple[TuneState, dict[st
         new = TuneState(state.step + 1, trainable, state.frozen, mu, nu, head)
         return new, {"loss": value / count, "grad_norm": norm, "lr": plan.adam.learning_rate(state.step, rate)}
 
-    compiled = jax.jit(step, donate_argnums=0)
+    on_cpu = jax.default_backend() == "cpu"
+    compiled = jax.jit(step, donate_argnums=0, compiler_options=CPU_OPTIONS if on_cpu else None)
     return lambda state, batch: compiled(state, batch, jnp.float32(plan.rate))
 
 
