@@ -126,13 +126,14 @@ def test_devices_work_on_their_own_part_of_the_batch(shape):
 
 def test_gradients_of_several_parts_are_one_product():
     (x,) = columns(("s1",), 3, (2, 2)).values()
+    spec = dataclasses.replace(SPEC, platform="gpu")  # elsewhere the bias' gradient is a product, too
     layer = (jax.random.normal(jax.random.key(0), (32, 9)), jax.random.normal(jax.random.key(1), (9,)))
 
     def separate(kernel: jax.Array, bias: jax.Array) -> list[jax.Array]:
-        return [stem_product(x, kernel[:, part], bias[part], SPEC) for part in (slice(0, 6), slice(6, 9))]
+        return [stem_product(x, kernel[:, part], bias[part], spec) for part in (slice(0, 6), slice(6, 9))]
 
     def together(kernel: jax.Array, bias: jax.Array) -> list[jax.Array]:
-        return stem_products(x, kernel, bias, (6, 3), (jnp.float32, jnp.float32), SPEC)
+        return stem_products(x, kernel, bias, (6, 3), (jnp.float32, jnp.float32), spec)
 
     found, expected = (jax.vjp(f, *layer) for f in (together, separate))
     assert_close(found[0], expected[0], 1e-6)
