@@ -85,7 +85,7 @@ def plan(batch: int, scratch: Path, compare_batch: int | None = None) -> list[En
         ours("b_twice_the_batch", "b", each=2 * batch),
         ours("b_scan", "b", "--set", "scan=true"),
         ours("b_as_written", "b", "--set", "folded=false"),
-        ours("b_drawn_stems", "b", "--set", "stems=drawn"),
+        ours("b_drawn_stems", "b", "--set", "stems=drawn", "modality_group=8"),
         against("compare_l", "l", max(1, shared // 2)),
         ours("b_float32", "b", "--dtype", "float32", each=half),
         ours("s", "s"),

@@ -85,7 +85,7 @@ def base() -> ConfigDict:
     c.views.flips = True  # [ours]; colour jitter, blur and solarisation are left out on purpose [paper]
     c.views.modality_rule = "bernoulli"  # [ours] best reading; "fuse_or_one", "one", "all"
     c.views.modality_threshold = 0.5  # [paper]
-    c.views.modality_group = 8  # [ours] samples whose views are stratified over subsets of sensors; 1: each by itself
+    c.views.modality_group = 0  # [ours] samples whose views share out the subsets evenly; 0: each draws by itself
     c.views.aspect = (0.75, 4 / 3)  # of a box, width to height [DINO]
     c.views.min_valid = 0.5  # a box with fewer measured pixels is redrawn [ours]
     c.views.box_tries = 4  # boxes drawn for one; where none is valid enough the best is taken [ours]
@@ -119,7 +119,7 @@ def base() -> ConfigDict:
     c.compute.fusion_kernel = "auto"  # "xla", or "pallas": one pass over the values; "auto" takes it on TPU
     c.compute.reduce_dtype = "float32"  # of sums of gradients over devices; "bfloat16" halves the traffic
     c.compute.overlap = True  # compiles with the options of training/compiler.py, which another XLA may not know
-    c.compute.stems = "auto"  # "all" views, or for those alone that drew the sensor ("drawn"); "auto": on CPU
+    c.compute.stems = "all"  # of all views, or of those that "drawn" the sensor; that needs views.modality_group
     c.compute.folded = True  # stems and fusion as merged products: same parameters and gradients, fewer FLOPs
 
     c.mesh = ConfigDict()

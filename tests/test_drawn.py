@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from test_step import assert_states_close, one_device, run, tiny
 
 from terrafm_jax.models import ModelSpec, drawn, init_params
 from terrafm_jax.models.terrafm import encode_cls
@@ -108,7 +110,8 @@ def test_fits_asks_every_device():
 
 
 def test_room_is_counted_on_whole_groups_only():
-    spec = ViewSpec()
+    spec = ViewSpec(modality_group=8)
+    assert views_seen_at_most(ViewSpec(), 4, 8, 1) is None
     assert [modality_group(spec, batch) for batch in (1, 4, 6, 12, 20, 1024, 1031)] == [1, 4, 6, 6, 5, 8, 1]
     assert views_seen_at_most(spec, 4, 8, 1) == (19, 19, 19)  # 32 views, of which 18.3 see a sensor on average
     assert views_seen_at_most(spec, 64, 8, 8) == (37, 37, 37)
@@ -117,14 +120,23 @@ def test_room_is_counted_on_whole_groups_only():
     assert views_seen_at_most(dataclasses.replace(spec, modality_rule="all"), 8, 3, 1) is None
 
 
-def test_where_it_is_wanted():
-    spec = dataclasses.replace(SPEC, platform="cpu")
-    assert drawn.wanted(spec)
-    for platform in ("gpu", "tpu"):
-        assert drawn.wanted(dataclasses.replace(spec, platform=platform, stems="drawn"))
-        assert not drawn.wanted(dataclasses.replace(spec, platform=platform))
-    assert not drawn.wanted(dataclasses.replace(spec, stems="all"))
-    assert not drawn.wanted(dataclasses.replace(spec, folded=False))
-    assert not drawn.wanted(dataclasses.replace(spec, sensors=("s1",)))
+def test_what_it_needs_is_named():
     with pytest.raises(ValueError, match="stems 'drawn' needs folded"):
-        dataclasses.replace(spec, stems="drawn", folded=False)
+        dataclasses.replace(SPEC, stems="drawn", folded=False)
+    with pytest.raises(ValueError, match=r"model.stems 'drawn' needs views.modality_group .* found 0"):
+        dataclasses.replace(tiny(), model=dataclasses.replace(tiny().model, stems="drawn"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [{"data": 1}, {"data": 4}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_two_steps_equal_those_with_all_stems(shape):
+    """The draws do not depend on it. Records that lack sensors are in the batches: some stems have too little room."""
+    spec = tiny(("s1", "s2_l2a"))
+    spec = dataclasses.replace(spec, views=dataclasses.replace(spec.views, modality_group=2))
+    expected, metrics, _ = run(spec, one_device(), 2)
+    assert "stems_over" not in metrics
+    mesh = make_mesh(**shape, devices=jax.devices()[: math.prod(shape.values())])
+    spec = dataclasses.replace(spec, model=dataclasses.replace(spec.model, stems="drawn"))
+    state, metrics, _ = run(spec, mesh, 2)
+    assert_states_close(jax.device_get(state), jax.device_get(expected))
+    assert 0 < float(metrics["stems_over"]) < 1

@@ -74,7 +74,7 @@ def test_model_agrees_with_the_compiler(chip, chips, images, close):
     found = scaling.step_time(B, topology, images)
     traffic = sum(c["hidden_seconds"] + c["exposed_seconds"] for c in compiled["collectives"])
     assert found.ici == pytest.approx(traffic, rel=close)  # some 180 collectives, each with its latency
-    assert found.total == pytest.approx(compiled["step_seconds"], rel=0.03)
+    assert found.total == pytest.approx(compiled["step_seconds"], rel=0.02 if images == 32 or chip == "v5e" else 0.03)
 
 
 def test_several_slices_pay_the_data_center_network():

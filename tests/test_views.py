@@ -75,9 +75,13 @@ def test_a_key_gives_the_same_views_and_another_key_others() -> None:
     assert np.unique(every, axis=0).shape[0] == 10  # every sample and view has its own
 
 
-@pytest.mark.parametrize("axes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["data8", "mesh222"])
-def test_sharded_over_eight_devices_without_communication(axes: dict[str, int]) -> None:
-    spec = ViewSpec(**{**SPEC.__dict__, "sensors": ("s1", "s2_l2a")})
+@pytest.mark.parametrize(
+    ("axes", "group"),
+    [({"data": 8}, 0), ({"data": 2, "fsdp": 2, "tensor": 2}, 0), ({"data": 8}, 8)],
+    ids=["data8", "mesh222", "data8, groups across devices"],
+)
+def test_sharded_over_eight_devices_without_communication(axes: dict[str, int], group: int) -> None:
+    spec = ViewSpec(**{**SPEC.__dict__, "sensors": ("s1", "s2_l2a"), "modality_group": group})
     batch = fake_batch(16, 60, sensors=spec.sensors, shift=0.5, hole=0.2)
     sharding = over(axes)
     if "tensor" in axes:

@@ -52,16 +52,16 @@ def redrawn_bernoulli(threshold: float, available: np.ndarray, rng: np.random.Ge
     return taken
 
 
-def draws(seed: int, rule: str, threshold: float, available: tuple[int, ...], group: int = 1) -> np.ndarray:
-    """DRAWS independent draws [DRAWS, S]: the second view of one sample of each group."""
-    count, views = DRAWS * group, 1 if group == 1 else 2
+def draws(seed: int, rule: str, threshold: float, available: tuple[int, ...], group: int = 0) -> np.ndarray:
+    """DRAWS independent draws [DRAWS, S]: single views, or the second view of one sample of each group."""
+    count, views = DRAWS * max(group, 1), 2 if group else 1
     mask = jnp.tile(jnp.asarray(available, bool)[None, None], (count, views, 1))
     drawn = draw_modalities(jax.random.key(seed), rule, threshold, mask, group)
-    return np.asarray(drawn)[group - 1 :: group, -1]
+    return np.asarray(drawn)[:: max(group, 1), -1]
 
 
 @pytest.mark.parametrize("available", [(1, 1, 1), (1, 0, 1), (0, 1, 1), (0, 0, 1)])
-@pytest.mark.parametrize(("threshold", "group"), [(0.5, 1), (0.3, 1), (0.5, 5), (0.3, 8)])
+@pytest.mark.parametrize(("threshold", "group"), [(0.5, 0), (0.3, 0), (0.3, 1), (0.5, 5), (0.3, 8)])
 def test_bernoulli_equals_coins_redrawn_when_empty(available: tuple[int, ...], threshold: float, group: int) -> None:
     """However many views are stratified together, each follows the rule by itself."""
     mask = np.tile(np.array(available, bool), (DRAWS, 1))
@@ -72,9 +72,8 @@ def test_bernoulli_equals_coins_redrawn_when_empty(available: tuple[int, ...], t
     assert np.array_equal(one > 0, two > 0)
     if both.sum() > 1:
         assert scipy_stats.chi2_contingency(np.stack([one, two])[:, both]).pvalue > ALPHA
-        exact = np.zeros(8)
-        exact[codes(subsets(3))] = np.asarray(subset_probabilities("bernoulli", threshold, jnp.asarray(mask[:1])))[0]
-        assert chi_square(one, exact[1:] * DRAWS) > ALPHA
+        exact = np.asarray(subset_probabilities("bernoulli", threshold, jnp.asarray(mask[:1])))[0]
+        assert chi_square(one, exact * DRAWS) > ALPHA
 
 
 def test_bernoulli_half_gives_three_three_one_sevenths() -> None:
@@ -138,8 +137,9 @@ def test_stratified_draws_differ_from_group_to_group_as_chance_has_it() -> None:
     assert np.trace(together) / together.sum() < 0.06  # a seventh by chance
 
 
-def test_marginals_pairs_and_networks_are_independent_in_the_views_made() -> None:
-    spec = ViewSpec(globals=2, locals=1, global_size=8, local_size=8, patch=8)
+@pytest.mark.parametrize("group", [0, 8])
+def test_marginals_pairs_and_networks_are_independent_in_the_views_made(group: int) -> None:
+    spec = ViewSpec(globals=2, locals=1, global_size=8, local_size=8, patch=8, modality_group=group)
     batch = jax.tree.map(jnp.asarray, fake_batch(2_000, 12))
     draw = jax.jit(lambda k: draw_views(spec, batch, k, 2, (0.25, 1.0)))
     rounds = [jax.device_get(draw(jax.random.key(s))) for s in range(5)]
@@ -161,8 +161,8 @@ def test_marginals_pairs_and_networks_are_independent_in_the_views_made() -> Non
     names = list(columns)
     for i, one in enumerate(names):
         for two in names[:i]:
-            if one.split()[0] == two.split()[0]:
-                continue  # views that one network sees are stratified: no term of the loss compares two of them
+            if group and one.split()[0] == two.split()[0]:
+                continue  # stratified together, and no term of the loss compares two views of one network
             table = np.histogram2d(columns[one], columns[two], bins=(8, 8))[0]
             table = table[table.sum(1) > 0][:, table.sum(0) > 0]
             assert scipy_stats.chi2_contingency(table).pvalue > ALPHA, f"{one} depends on {two}"

@@ -3,8 +3,8 @@
 Masked, the stem of a sensor is computed for every view, and fusion gives what a view did not draw the weight zero: with
 the paper's draw three sevenths of that work is for nothing. Shapes are fixed before draws are known, so each sensor has
 room for a fixed number of views on each device, those that drew it come first, and the results are put back in place.
-Draws are stratified (``ssl.modalities``), so that little room is enough. Where records lack sensors, more views may see
-one of the others than there is room for: if so on any device, its stem runs over the remaining views as well. The
+Draws must be stratified (``ssl.modalities``), so that little room is enough. Where records lack sensors, more views may
+see one of the others than there is room for: if so on any device, its stem runs over the remaining views as well. The
 result is that of the masked form, but for rounding.
 """
 
@@ -36,12 +36,6 @@ class Rows(NamedTuple):
     rest: Array
     place: Array
     fits: Array
-
-
-def wanted(spec: ModelSpec) -> bool:
-    """Whether training computes stems for those views only; "auto" does where it gains (docs/performance.md, 22)."""
-    several = spec.folded and len(spec.sensors) > 1
-    return several and (spec.stems == "drawn" or (spec.stems == "auto" and spec.backend == "cpu"))
 
 
 def parts() -> int:

@@ -17,7 +17,7 @@ DTYPES = ("float32", "bfloat16", "float64")  # float64 serves the parity tests
 REMATS = ("none", "dots", "block")
 BATCH_AXES = ("slice", "data", "fsdp")  # of a mesh: those that split the batch, where it has them
 FUSION_KERNELS = ("auto", "xla", "pallas")
-STEMS = ("auto", "all", "drawn")
+STEMS = ("all", "drawn")
 ATTENTIONS = ("auto", "xla", "cudnn", "head_major", "pallas")
 
 
@@ -42,8 +42,8 @@ class ModelSpec:
       attention: "xla", "cudnn" (bfloat16 on NVIDIA), "head_major" (fastest on CPU), "pallas" (TPU kernels) or
         "auto".
       fusion_kernel: "xla", "pallas" (TPU kernels, for the folded embedding) or "auto".
-      stems: in training "drawn" computes a sensor's stem for the views that see it (``models.drawn``, needs folded),
-        "all" for every view; "auto" is "drawn" on CPU. Same function.
+      stems: in training "all" computes every sensor's stem for all views, "drawn" for the views that see it
+        (``models.drawn``, needs folded). Same function.
       folded: multiplies stems into projection and fusion weights first: same function, fewer FLOPs.
       platform: "cpu", "gpu" or "tpu" the code is compiled for; "" takes the default backend. Set it when
         compiling ahead of time for another machine.
@@ -71,7 +71,7 @@ class ModelSpec:
     remat: str = "none"
     attention: str = "auto"
     fusion_kernel: str = "auto"
-    stems: str = "auto"
+    stems: str = "all"
     folded: bool = True
     platform: str = ""
     sum_whole: bool = False

@@ -3,14 +3,12 @@
 A draw is one categorical sample over the non-empty subsets of the sensors, with exactly the
 probabilities of the rule given the sensors present; nothing is redrawn in a loop.
 
-Draws are stratified: the views of a few samples take evenly spaced points of the distribution in random order. Each
+Draws may be stratified: the views of a few samples take evenly spaced points of the distribution in random order. Each
 still follows the rule, and how many of them see a sensor is known in advance but for one or so (``models.drawn`` lives
-on that). What student and teacher see is independent.
+on that); but what one of them sees depends on the others. What student and teacher see is independent.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,17 +19,19 @@ RULES = ("bernoulli", "fuse_or_one", "one", "all")
 
 
 def subsets(count: int) -> np.ndarray:
-    """All non-empty subsets of ``count`` sensors, bool [2**count - 1, count], in the order of the Gray code.
-
-    So those that hold a given one of three sensors lie together (of the first sensor in two places), and the fewer
-    places, the better evenly spaced points are divided.
-    """
-    codes = _gray(np.arange(1, 2**count))
+    """All non-empty subsets of ``count`` sensors, bool [2**count - 1, count]."""
+    codes = np.arange(1, 2**count)
     return (codes[:, None] >> np.arange(count)[None, :]) % 2 == 1
 
 
-def _gray(index: Any) -> Any:
-    return index ^ (index >> 1)
+def _line(count: int) -> np.ndarray:
+    """Numbers of the subsets in the order of the Gray code.
+
+    Those that hold a given one of three sensors lie together (of the first sensor in two places), and the fewer
+    places, the more evenly evenly spaced points are shared out.
+    """
+    index = np.arange(1, 2**count)
+    return (index ^ (index >> 1)) - 1
 
 
 def subset_probabilities(rule: str, threshold: float, available: Array) -> Array:
@@ -71,20 +71,26 @@ def subset_probabilities(rule: str, threshold: float, available: Array) -> Array
     return weights / jnp.sum(weights, axis=-1, keepdims=True)
 
 
-def draw_modalities(key: Array, rule: str, threshold: float, available: Array, group: int = 1) -> Array:
+def draw_modalities(key: Array, rule: str, threshold: float, available: Array, group: int = 0) -> Array:
     """Draws a non-empty subset of the available sensors for every view.
 
     Args:
       available: bool [B, V, S].
-      group: samples, dividing B, whose V * group views are stratified together; others are independent of them.
+      group: samples, dividing B, whose V * group views are stratified together; 0 draws every view by itself.
 
     Returns:
       bool [B, V, S].
     """
-    points = _evenly_spaced(key, *available.shape[:2], group)
-    shares = jnp.cumsum(subset_probabilities(rule, threshold, available), axis=-1)
-    chosen = jnp.sum(shares[..., :-1] <= points[..., None], axis=-1)
-    codes = _gray(chosen + 1)  # its binary digits are the members
+    odds = subset_probabilities(rule, threshold, available)
+    if group:
+        line = _line(available.shape[-1])
+        points = _evenly_spaced(key, *available.shape[:2], group)
+        chosen = jnp.asarray(line)[
+            jnp.sum(jnp.cumsum(odds[..., line], axis=-1)[..., :-1] <= points[..., None], axis=-1)
+        ]
+    else:
+        chosen = jax.random.categorical(key, jnp.log(odds), axis=-1)
+    codes = chosen + 1  # subsets() counts in binary, so the index spells the members
     shifts = jnp.arange(available.shape[-1], dtype=codes.dtype).reshape(1, 1, -1)
     return (codes[..., None] >> shifts) % 2 == 1
 
@@ -111,9 +117,10 @@ def most_drawn(rule: str, threshold: float, sensors: int, views: int) -> np.ndar
     """How many of ``views`` stratified views draw each sensor at most, int [S], if their records have all of them."""
     with jax.ensure_compile_time_eval():
         odds = np.asarray(subset_probabilities(rule, threshold, jnp.ones(sensors, bool)), np.float64)
-    shares = np.cumsum(odds)
+    line = _line(sensors)
+    shares = np.cumsum(odds[line])
     # Counts change only where a point passes a border between subsets: one start on either side of each.
     edges = np.concatenate([shares * views % 1.0 + side for side in (-1e-5, 1e-5)]) % 1.0
     points = (np.arange(views) + edges[:, None]) / views
     chosen = (shares[:-1] <= points[..., None]).sum(-1)
-    return subsets(sensors)[chosen].sum(1).max(0)
+    return subsets(sensors)[line[chosen]].sum(1).max(0)

@@ -35,7 +35,8 @@ class ViewSpec:
       aspect: width / height on the ground, log-uniform between the two.
       flips: flip up-down and left-right, each with probability one half.
       modality_rule, modality_threshold: see ``modalities.subset_probabilities``.
-      modality_group: samples whose views are stratified together: the largest divisor of the batch up to this.
+      modality_group: samples whose views are stratified together: the largest divisor of the batch up to this. 0: each
+        view is drawn by itself.
       box_tries: candidates per box; the first with at least ``min_valid`` valid pixels is taken.
       dtype: of the matrix products and of the patches, ``float32`` or ``bfloat16``.
     """
@@ -52,7 +53,7 @@ class ViewSpec:
     patch: int = 16
     modality_rule: str = "bernoulli"
     modality_threshold: float = 0.5
-    modality_group: int = 8
+    modality_group: int = 0
     box_tries: int = 4
     min_valid: float = 0.5
     dtype: str = "float32"
@@ -74,7 +75,7 @@ def _checks(spec: ViewSpec) -> list[tuple[bool, str]]:
         (rule not in RULES, f"modality_rule {rule!r}, expected one of {list(RULES)}"),
         (not 0 <= threshold <= 1, f"modality_threshold {threshold}, expected 0..1"),
         (rule == "bernoulli" and threshold == 0, "modality_threshold 0 with rule bernoulli never draws a sensor"),
-        (spec.modality_group < 1, f"modality_group {spec.modality_group}, expected >= 1"),
+        (spec.modality_group < 0, f"modality_group {spec.modality_group}, expected >= 0"),
         (spec.box_tries < 1, f"box_tries {spec.box_tries}, expected >= 1"),
         (not 0 <= spec.min_valid <= 1, f"min_valid {spec.min_valid}, expected 0..1"),
         (spec.dtype not in ("float32", "bfloat16"), f"dtype {spec.dtype!r}, expected float32 or bfloat16"),
@@ -153,19 +154,18 @@ def draw_views(
 
 
 def modality_group(spec: ViewSpec, batch: int) -> int:
-    """Samples of a batch, of all devices, whose views are stratified together."""
-    return max(size for size in range(1, spec.modality_group + 1) if batch % size == 0)
+    """Samples of a batch, of all devices, whose views are stratified together; 0 where each view is drawn by itself."""
+    return max((size for size in range(1, spec.modality_group + 1) if batch % size == 0), default=0)
 
 
 def views_seen_at_most(spec: ViewSpec, batch: int, views: int, devices: int) -> tuple[int, ...] | None:
-    """How many of its views each of ``devices`` devices sees every sensor in at most; None where groups are torn apart.
+    """How many of its views each of ``devices`` devices sees every sensor in at most; None where it may be all of them.
 
     Args:
-      batch, views: of all devices; views of each sample. Records are taken to have all sensors. None, too, where every
-        view may see some sensor.
+      batch, views: of all devices; views of each sample. Records are taken to have all sensors.
     """
     group, each = modality_group(spec, batch), batch // devices
-    if each % group:
+    if not group or each % group:
         return None
     most = most_drawn(spec.modality_rule, spec.modality_threshold, len(spec.sensors), group * views)
     return None if max(most) == group * views else tuple(int(count) * (each // group) for count in most)

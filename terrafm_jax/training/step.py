@@ -107,6 +107,8 @@ class TrainSpec:
             faults.append(f"views.patch {self.views.patch} differs from model.patch {self.model.patch}")
         if len(self.frequent) != landcover.NUM_CATEGORIES:
             faults.append(f"frequent has {len(self.frequent)} entries, expected {landcover.NUM_CATEGORIES}")
+        if self.model.stems == "drawn" and not self.views.modality_group:
+            faults.append("model.stems 'drawn' needs views.modality_group of 1 or more (8 is usual), found 0")
         if self.views.globals + self.views.locals < 2:
             faults.append("views.globals + views.locals must be at least 2: the loss compares views with each other")
         if self.microbatches < 1:
@@ -173,7 +175,7 @@ def _merge(x: jax.Array) -> jax.Array:
 def _places(spec: TrainSpec, views: ViewSet) -> tuple[int, ...] | None:
     """For each sensor how many of the views a device should have room for in its stem; None computes all of them."""
     samples, each, _ = views.student.shape
-    return views_seen_at_most(spec.views, samples, each, drawn.parts()) if drawn.wanted(spec.model) else None
+    return views_seen_at_most(spec.views, samples, each, drawn.parts()) if spec.model.stems == "drawn" else None
 
 
 def _stems_over(spec: TrainSpec, *sets: tuple[ViewSet, jax.Array]) -> Metrics:
