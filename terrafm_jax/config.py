@@ -118,7 +118,7 @@ def base() -> ConfigDict:
     c.compute.attention = "auto"  # "xla", "head_major", "cudnn" or "pallas"
     c.compute.fusion_kernel = "auto"  # "xla", or "pallas": one pass over the values; "auto" takes it on TPU
     c.compute.reduce_dtype = "float32"  # of sums of gradients over devices; "bfloat16" halves the traffic
-    c.compute.overlap = True  # compiles with the options of training/compiler.py, which another XLA may not know
+    c.compute.overlap = True  # TPU: sums gradients beside computing, by options that another compiler may not know
     c.compute.stems = "all"  # of all views, or of those that "drawn" the sensor; that needs views.modality_group
     c.compute.folded = True  # stems and fusion as merged products: same parameters and gradients, fewer FLOPs
 

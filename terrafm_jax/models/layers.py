@@ -81,18 +81,18 @@ def sum_rows(x: Array, dtype: jnp.dtype, spec: ModelSpec) -> Array:
     """[..., N] -> [N], summed in ``dtype``.
 
     A TPU adds rows up in its matrix unit, as a product with ones, in a tenth of the time its vector unit takes.
-    The product is as exact: bfloat16 times one is itself. Eight rows of ones, because the compiler would turn a
+    The product is as exact: bfloat16 times one is itself. There eight rows of ones, because its compiler would turn a
     single one back into a sum. XLA:CPU sums over two axes as slowly, and multiplies as fast.
     """
     rows = tuple(range(x.ndim - 1))
     if spec.backend == "gpu" or x.dtype != spec.compute_dtype:
         return x.sum(rows, dtype=dtype)
-    one_row = spec.backend == "cpu"
-    ones = jnp.ones(x.shape[:-1] if one_row else (8, *x.shape[:-1]), x.dtype)
-    dims = ((rows if one_row else tuple(i + 1 for i in rows), rows), ((), ()))
+    many = (8,) if spec.backend == "tpu" else ()
+    ones = jnp.ones((*many, *x.shape[:-1]), x.dtype)
+    dims = ((tuple(i + len(many) for i in rows), rows), ((), ()))
     with jax.named_scope(SUMS):
         total = lax.dot_general(ones, x, dims, precision=precision(x.dtype), preferred_element_type=dtype)
-    return total if one_row else total[0]
+    return total[0] if many else total
 
 
 def linear(x: Array, kernel: Array, bias: Array | None, spec: ModelSpec, out_dtype: jnp.dtype | None = None) -> Array:

@@ -126,8 +126,13 @@ class ModelSpec:
             faults.append(f"stem width {self.stem_width} is not divisible by fusion_heads {self.fusion_heads}")
         if not 0.0 <= self.drop_path < 1.0:
             faults.append(f"drop_path is {self.drop_path}; expected 0 <= drop_path < 1")
-        choices = {"dtype": DTYPES, "remat": REMATS, "attention": ATTENTIONS, "fusion_kernel": FUSION_KERNELS}
-        choices["stems"] = STEMS
+        choices = {
+            "dtype": DTYPES,
+            "remat": REMATS,
+            "attention": ATTENTIONS,
+            "fusion_kernel": FUSION_KERNELS,
+            "stems": STEMS,
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 faults.append(f"{name} is {getattr(self, name)!r}; expected one of {allowed}")

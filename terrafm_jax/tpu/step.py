@@ -101,7 +101,7 @@ def _header(spec: TrainSpec, mesh: Mesh, topology: Topology, options: Mapping) -
         "model": {"width": spec.model.width, "depth": spec.model.depth, "scan": spec.model.scan},
         "remat": spec.model.remat,
         "dtype": spec.model.dtype,
-        "compiler_options": {**(compiler_options(mesh, "tpu") if spec.overlap else {}), **options},
+        "compiler_options": {**(compiler_options(mesh, "tpu", spec.overlap) or {}), **options},
         "versions": {name: _version(name) for name in ("jax", "libtpu")},
     }
 

@@ -35,8 +35,13 @@ BY_CHIP = {
 CPU_OPTIONS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
-def compiler_options(mesh: Mesh, backend: str) -> dict[str, str] | None:
-    """Those for the devices of ``mesh``; ``backend``: "cpu", "gpu" or "tpu", what the step is traced for."""
-    if backend == "tpu":
+def compiler_options(mesh: Mesh, backend: str, overlap: bool = True) -> dict[str, str] | None:
+    """Those for the devices of ``mesh``.
+
+    Args:
+      backend: "cpu", "gpu" or "tpu", what the step is traced for.
+      overlap: on TPU; False leaves its options out.
+    """
+    if backend == "tpu" and overlap:
         return TPU_OPTIONS | BY_CHIP.get(mesh.devices.flat[0].device_kind, {})
     return CPU_OPTIONS if backend == "cpu" else None

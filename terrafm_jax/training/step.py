@@ -81,7 +81,7 @@ class TrainSpec:
         rounding and other random draws, less memory.
       reduce_dtype: "float32" or "bfloat16": in which the gradients of kernels are summed over devices, and in
         which kernels are gathered over the fsdp axis. bfloat16 halves the traffic and rounds the sums.
-      overlap: compiles with the options of ``compiler``.
+      overlap: compiles for TPU with ``compiler.TPU_OPTIONS``.
     """
 
     model: ModelSpec
@@ -397,5 +397,5 @@ def make_step(spec: TrainSpec, mesh: Mesh) -> Callable[[TrainState, Mapping[str,
         in_shardings=(state, batch_sharding(mesh)),
         out_shardings=(state, NamedSharding(mesh, P())),
         donate_argnums=0,
-        compiler_options=compiler_options(mesh, spec.model.backend) if spec.overlap else None,
+        compiler_options=compiler_options(mesh, spec.model.backend, spec.overlap),
     )
