@@ -93,8 +93,8 @@ def test_compiled_attention_is_reckoned_from_its_bundles():
 @pytest.mark.parametrize(
     ("topology", "size"), [("v5e:2x2", "s"), ("v5e:2x2", "l"), ("v6e:2x2", "b"), ("v5p:2x2x1", "l"), ("v4:2x2x1", "l")]
 )
-def test_fusion_compiles_for_every_size_and_moves_no_values(topology, size):
-    """The stems deliver patches with samples last; the kernels take them so."""
+def test_fusion_compiles_for_every_size_and_is_reckoned_in_full(topology, size):
+    """No kernel is said to take fewer cycles than its sums over heads alone need."""
     if not client.available():
         pytest.skip("libtpu is not installed")
     spec = ModelSpec.of_size(size, dtype="bfloat16")
