@@ -27,7 +27,6 @@ from terrafm_jax.training.trace import Trace
 # often on every process, and must not catch the Interrupted that poll() raises when the job is told to stop.
 Evaluator = Callable[[int, TrainState, Callable[[], None]], Iterator[tuple[str, float]]]
 
-
 REMEDY = "try a lower config.optim.base_lr, and check the statistics of the data"  # for losses that are not finite
 
 
