@@ -1,4 +1,4 @@
-"""The four rows of the published ablation with a small model: trains, scores, draws; continues where it stopped.
+"""The four rows of the published ablation with a small model: trains, scores, plots; resumes where it stopped.
 
     python -m benchmarks.ablation --data TILES --out DIR [--seeds 0 1 2] [--rows single modality fusion full]
         [--config configs/demo.py] [--set config.total_steps=900 ...]
@@ -71,7 +71,7 @@ def train(args: argparse.Namespace, row: str, seed: int) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """One column of the comparison: weights, and the sensor they are given ("" = all)."""
+    """A network and the input it is scored with: a row of the table."""
 
     row: str
     given: str
@@ -91,7 +91,7 @@ def _cls(spec: ModelSpec, backbone: Any, patches: Mapping[str, Any], present: An
 
 
 class Bench:
-    """Gallery and queries, and what encoders score on them."""
+    """Gallery and queries, and the scores of encoders on them."""
 
     def __init__(self, data: Path, queries: int, size: int):
         self.sets = landcover_knn.TileSets(str(data), ("validation", 0), ("holdout", queries), SENSOR_KEYS, 64, 1)
@@ -111,7 +111,7 @@ class Bench:
         return self._right(*dataclasses.replace(self.sets, sensors=sensors).band_statistics())
 
     def encoders(self, encoders: Sequence[Encoder]) -> list[np.ndarray]:
-        """The same for encoders; tiles are read and cut once for all of them."""
+        """The same per encoder; tiles are read and resampled once for all of them."""
 
         def together(batch: Mapping[str, Any]) -> np.ndarray:
             patches, present = self._cut({k: v for k, v in batch.items() if k != "mask"})
@@ -134,7 +134,7 @@ class Bench:
 
 
 def trained(workdir: Path, row: str) -> list[Encoder]:
-    """A run's teacher, with every input it can take."""
+    """A run's teacher, once per input that it can take."""
     arrays, meta = weights.load_npz(weights.newest_teacher(workdir))
     spec = ModelSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["model"].items()})
     fuses = spec.fusion and len(spec.sensors) > 1

@@ -4,11 +4,11 @@
 
 Contenders: ``ours``; ``peer`` implements the recipe as published; ``peer_folded`` is the same peer given
 our weight products. Each peer runs compiled and eager and the faster one counts, so that the comparison
-does not hang on torch.compile. The last line is JSON: images per second of all, and our ratio to each
+does not depend on torch.compile. The last line is JSON: images per second of all, and our ratio to each
 from the medians of the turns. One process after the other takes a turn of a few steps, so that whatever
-else loads the machine slows all of them alike. A contender that ends, for want of memory say, is left out and
-the JSON says why. With ``--out`` what is known stands there after every round, so that a time limit costs no more
-than the rounds it cuts off.
+else loads the machine slows all of them alike. A contender that fails, for example for lack of memory, is left
+out and the JSON says why. With ``--out`` the JSON is also written after every round, so that a time limit costs
+only the rounds that it cuts off.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 from benchmarks import timing
 from benchmarks.timing import Contender, ContenderFailed, Turn
 
-# Cores that compiling takes at its side. Fewer each, and contenders are started one after the other.
+# Cores per contender for compiling all of them at once; with fewer they are started one after the other.
 CORES_EACH = 4
 
 
@@ -47,7 +47,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def starters(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Callable[[], Contender]]:
-    """What starts the process of each contender, by name."""
+    """Per name a function that starts the process of this contender."""
     shared = ["--size", args.size, "--batch", str(args.batch), "--dtype", args.dtype]
     fields = [f"locals={args.locals}", f"prototypes={args.prototypes}", *args.set]
     # Several processes share one GPU: none of them may reserve most of its memory.
@@ -66,14 +66,14 @@ def starters(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Callab
 
 
 class Field:
-    """The contenders that are still in, and why others are not."""
+    """The contenders that are still running, and why others were left out."""
 
     def __init__(self) -> None:
         self.left_out: dict[str, str] = {}
         self.running: dict[str, Contender] = {}
 
     def start(self, starters: dict[str, Callable[[], Contender]]) -> None:
-        """Side by side where there are cores for it, so that compiling takes as long as the slowest."""
+        """Starts contenders, all at once if there are enough cores, so that compiling takes as long as the slowest."""
         together = (os.cpu_count() or 1) >= CORES_EACH * len(starters)
         for name, start in starters.items():
             self.running[name] = start()
@@ -89,7 +89,7 @@ class Field:
         print(f"{contender.name}: ready, waited {time.monotonic() - begun:.0f} s for it", flush=True)
 
     def _each(self, act: Callable[[Contender], Any], names: Sequence[str]) -> dict[str, Any]:
-        """What ``act`` returns by name; who fails is out."""
+        """The results of ``act`` by name; a contender that fails is left out from then on."""
         found = {}
         for name in names:
             try:
@@ -115,9 +115,9 @@ class Field:
 
 
 def ratios(turns: dict[str, list[Turn]]) -> dict[str, float]:
-    """How many times as many images per second we make as each kind of peer in its faster form, of those that ran.
+    """Our images per second over those of each kind of peer, of whose forms that ran the faster one counts.
 
-    From the median and the best turn; and from processor time, which counts where others use the CPU too.
+    From the median turn, the best turn, and from processor time, which is steadier where others use the CPU, too.
     """
     found = {}
     for kind in ("peer", "peer_folded") if "ours" in turns else ():
@@ -134,7 +134,7 @@ def ratios(turns: dict[str, list[Turn]]) -> dict[str, float]:
 
 
 def summary(args: argparse.Namespace, field: Field, rounds: int, results: dict[str, Any]) -> dict[str, Any]:
-    """What is known after so many rounds; ``results``: what contenders say of themselves at the end."""
+    """The JSON after ``rounds`` rounds; ``results``: the contenders' own results, known only at the end."""
     turns = field.turns()
     return {
         "benchmark": "compare",
@@ -150,7 +150,7 @@ def summary(args: argparse.Namespace, field: Field, rounds: int, results: dict[s
 
 
 def write(path: str, found: dict[str, Any]) -> None:
-    """Whole or not at all: whoever ends this process gets what the last round said."""
+    """Writes atomically: whoever ends this process finds the JSON of the last complete round."""
     if path:
         half = Path(f"{path}.half")
         half.write_text(json.dumps(found, indent=1), encoding="utf-8")
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     field = Field()
     try:
         field.start(starters(args, ["ours", *args.peers]))
-        # A peer that torch.compile could not do here counts as it is.
+        # Where torch.compile fails for a peer, its eager form takes part instead.
         eager = [f"{name}_eager" for name in field.left_out if name in ("peer", "peer_folded")]
         field.start(starters(args, [name for name in eager if name not in args.peers]))
         for number in range(args.rounds):

@@ -79,13 +79,13 @@ def timed(work: Callable[[], Any]) -> tuple[float, float]:
 
 
 def speed(job: Job, units: Sequence[Unit], repeat: int) -> dict[str, float]:
-    """Decoding and preparation in turns; medians per cell."""
+    """Times decoding and preparation in turns; returns medians per cell."""
     source = job.source
     times: dict[str, list[tuple[float, float]]] = {"decode": [], "prepare": []}
     size = decode_all(source, units)  # warms caches and imports
     write_chunk(job, 0, units, (), lambda key: None)
     for turn in range(1, repeat + 1):
-        for path in job.work.iterdir():  # or the page cache grows with every turn, which long jobs do not see
+        for path in job.work.iterdir():  # else the page cache grows with every turn, unlike in a long job
             path.unlink()
         times["decode"].append(timed(lambda: decode_all(source, units)))
         times["prepare"].append(timed(lambda turn=turn: write_chunk(job, turn, units, (), lambda key: None)))

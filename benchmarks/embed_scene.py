@@ -75,7 +75,7 @@ def open_weights(args: argparse.Namespace) -> Any:
 
 
 class Contenders:
-    """The three contenders as functions that run once over the scene."""
+    """The three contenders, each a method that processes the scene once."""
 
     def __init__(self, args: argparse.Namespace, folder: Path, loaded: Any):
         self.sensors, self.loaded, self.threads = args.sensors.split(","), loaded, args.threads

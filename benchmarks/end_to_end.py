@@ -1,11 +1,11 @@
-"""The train step fed from records on disk, against the same step on a batch that already lies on the device.
+"""The train step fed from records on disk, against the same step on a batch that is already on the device.
 
     python -m benchmarks.end_to_end --size b --batch 64 [--data DIR | --tiles 512] [--echo 4] [--workers 8]
 
-Both take turns of a few steps in one process. ``from_disk`` reads, checks, decodes, batches, ships and steps as
-``main`` does, the metrics of one step being read while the next one runs; ``resident`` repeats its last batch. The
-last line is JSON: images per second of both, their ratio (goal: 0.97), the share of the time spent on waiting for
-tiles and shipping them (goal: under 0.02), and the bytes read from disk and shipped to the device per image. Needs
+Both take turns of a few steps in one process. ``from_disk`` reads, checks, decodes, batches, transfers and steps as
+``main`` does, reading the metrics of one step while the next one runs; ``resident`` repeats the last batch. The last
+line is JSON: images per second of both, their ratio (goal: 0.97), the share of the time spent on waiting for tiles
+and transferring them (goal: under 0.02), and the bytes read from disk and sent to the device per image. Needs
 the project's data dependencies, like training. One process; tiles that fit into memory come from the page cache.
 """
 
@@ -58,13 +58,13 @@ class Fed:
                            sensors=spec.model.sensors, canvases=1)  # fmt: skip
         self.loader = make_loader(data, "train", order, sensors=spec.model.sensors, canvases=1, workers=args.workers,
                                   echo=args.echo)  # fmt: skip
-        self.feeding = 0.0  # seconds spent on waiting for tiles and shipping them
+        self.feeding = 0.0  # seconds spent on waiting for tiles and transferring them
         self._tiles = self._arrays = None
         self._feed()
         self.shipped = sum(x.nbytes for x in jax.tree.leaves(self._tiles)) / args.batch / args.echo
         self.state = init_state(spec, self.mesh)
         self.step = make_step(spec, self.mesh).lower(self.state, self._arrays).compile()
-        self.from_disk(2 * args.echo - 1)  # starts the prefetching and leaves the loader before a fresh batch
+        self.from_disk(2 * args.echo - 1)  # starts prefetching, and stops just before a fresh batch
         self.feeding = 0.0
 
     def _feed(self) -> Any:
@@ -85,7 +85,7 @@ class Fed:
         jax.block_until_ready((self.state, metrics))
 
     def resident(self, steps: int) -> None:
-        """The same steps on the batch that lies on the device."""
+        """The same steps on the batch that is on the device."""
         metrics = None
         for _ in range(steps):
             last = metrics

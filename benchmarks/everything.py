@@ -2,14 +2,14 @@
 
     python -m benchmarks.everything --out RESULTS [--minutes 8.5] [--batch 64] [--only NAME ...] [--rehearse]
 
-Runs the entries of :func:`plan` in order of their worth until the time is used up; what was left out is
-listed. Every entry is a process of its own with a time limit, so that one failure costs only itself; one that runs
-out of memory is run again with half the batch. Needs jax, flax, optax and, for the peers, torch; ``b_end_to_end``
-also what training reads its data with. ``--rehearse`` runs every entry in small, to see that the call works.
+Runs the entries of :func:`plan`, the most important first, until the time is used up, and lists those left out.
+Every entry is a process of its own with a time limit, so that a failure costs no other entry; one that runs out of
+memory is run again with half the batch. Needs jax, flax, optax and, for the peers, torch; ``b_end_to_end`` also needs
+the data dependencies of training. ``--rehearse`` runs every entry at a tiny size, to see that the call works.
 
-Leaves in RESULTS, renewed after every entry: ``everything.json``, ``logs.tar.gz``, and of the profile
-``kernels.md`` (the costliest kernels) and ``trace.tar.gz``. Compiled programs are kept for the next entry and the next
-call in JAX_COMPILATION_CACHE_DIR, by default a folder in the system's temporary one.
+Writes to RESULTS, anew after every entry: ``everything.json``, ``logs.tar.gz``, and from the profile ``kernels.md``
+(the costliest kernels) and ``trace.tar.gz``. Compiled programs are kept for the next entry and the next call in
+JAX_COMPILATION_CACHE_DIR, by default a folder in the system's temporary one.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from typing import Any
 
 from benchmarks import kernels, timing
 
-LARGEST = 15 * 2**20  # bytes of an archive, as results may be carried home in small files only
-SHORTEST = 45  # seconds: with less left an entry is not begun
+LARGEST = 15 * 2**20  # bytes of an archive, since some machines return small files only
+SHORTEST = 45  # seconds that must be left for another entry to start
 NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|OutOfMemory", re.IGNORECASE)
 TINY = ("width=48", "depth=1", "heads=3", "fusion_heads=4", "prototypes=64", "locals=1", "global_size=32",
         "local_size=16")  # fmt: skip
@@ -55,11 +55,11 @@ class Entry:
 
 
 def plan(batch: int, scratch: Path, compare_batch: int | None = None) -> list[Entry]:
-    """What to run, most telling first.
+    """What to run, the most important first.
 
     Args:
       batch: of B; L takes half of it.
-      scratch: where entries write what the results are made of.
+      scratch: folder for the files that entries write.
       compare_batch: of the comparisons, in which three contenders share the device's memory; default half of ``batch``.
     """
     half = max(1, batch // 2)
@@ -69,7 +69,7 @@ def plan(batch: int, scratch: Path, compare_batch: int | None = None) -> list[En
         return Entry(name, "benchmarks.train_step", each, ("--size", size, *words), limit)
 
     def against(name: str, size: str, each: int) -> Entry:
-        # Compiled peers alone: eager ones would share the memory for nothing.
+        # Compiled peers only: eager ones are slower and would take memory from the others.
         words = ("--size", size, "--out", str(scratch / f"{name}.json"), "--peers", "peer", "peer_folded")
         return Entry(name, "benchmarks.compare", each, words, 300)
 
@@ -93,13 +93,13 @@ def plan(batch: int, scratch: Path, compare_batch: int | None = None) -> list[En
 
 
 def rehearsed(entry: Entry) -> Entry:
-    """The same entry in small, for any device: one layer, a batch of 2, eager peers."""
+    """The same entry at a tiny size, for any device: one layer, a batch of 2, eager peers."""
     words = list(entry.arguments)
     fields = []
-    if "--set" in words:  # it is the last option
+    if "--set" in words:  # always the last option
         fields = words[words.index("--set") + 1 :]
         del words[words.index("--set") :]
-    if entry.module == "benchmarks.compare":  # peers come in three sizes only
+    if entry.module == "benchmarks.compare":  # peers exist in three sizes only
         words = [{"peer": "peer_eager", "peer_folded": "peer_folded_eager"}.get(w, w) for w in words]
         words[words.index("--size") + 1] = "s"
         words += ["--dtype", "float32", "--locals", "1", "--prototypes", "64", "--meters", "960"]
@@ -112,10 +112,10 @@ def rehearsed(entry: Entry) -> Entry:
 
 
 def run(entry: Entry, scratch: Path, limit: float, env: dict[str, str]) -> dict[str, Any]:
-    """The JSON of an entry's last line, or of what it had written so far, or what went wrong.
+    """Runs an entry. Returns the JSON of its last line; if it fails, the error and the JSON that it had written so far.
 
-    The whole output goes to ``logs/NAME.log``. Everything the entry started is ended with it: an orphan would hold the
-    device's memory.
+    The whole output goes to ``logs/NAME.log``. All processes that the entry started are ended with it: an orphan would
+    keep the device's memory.
     """
     begun = time.monotonic()
     log = scratch / "logs" / f"{entry.name}.log"
@@ -166,7 +166,7 @@ def headline(name: str, result: dict[str, Any]) -> str:
 
 
 class Results:
-    """The folder of results, whole after every entry."""
+    """The folder of results, complete after every entry."""
 
     def __init__(self, out: Path, scratch: Path):
         self.out, self.scratch = out, scratch
@@ -176,7 +176,7 @@ class Results:
         self._about = {"benchmark": "everything", **timing.circumstances("benchmarks.everything", "jax", "torch")}
 
     def add(self, name: str, result: dict[str, Any]) -> None:
-        """Takes in the result of an entry, an older one of that name aside."""
+        """Adds the result of an entry; an older one of that name is kept under another name."""
         if name in self.entries:
             self.entries[f"{name}_before"] = self.entries.pop(name)
         self.entries[name] = result
@@ -191,7 +191,7 @@ class Results:
             self._kernels(result)
 
     def _pack(self, folder: str) -> None:
-        """The largest files are left out of what would be too large to carry, and the archive's name says so."""
+        """Archives a folder; if too large, without its largest file and under another name."""
         files = sorted((p for p in (self.scratch / folder).rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
         for name in (f"{folder}.tar.gz", f"{folder}_in_part.tar.gz"):
             half = self.out / f".{name}"
@@ -207,22 +207,22 @@ class Results:
     def _kernels(self, result: dict[str, Any]) -> None:
         try:
             text = kernels.table(kernels.read(self.scratch / "trace"), timing.TRACED)
-        except (OSError, ValueError, KeyError) as error:  # a trace that ended half-way must not end the rest
+        except (OSError, ValueError, KeyError) as error:  # a truncated trace must not end the other entries
             text = f"No table: {error}\n"
         head = f"`{result['command']}`, {result.get('hardware', 'unknown device')}, {self._about['date']}\n\n"
         (self.out / "kernels.md").write_text(head + text, encoding="utf-8")
 
 
 def environment() -> dict[str, str]:
-    """Of the entries: they share compiled programs, and one alone may have nearly all of the device's memory."""
+    """Environment of the entries: they share compiled programs, and each may take nearly all of the device's memory."""
     found = {"JAX_COMPILATION_CACHE_DIR": str(Path(tempfile.gettempdir()) / "terrafm_jax_bench_cache"), **os.environ}
-    if not any(name.endswith("CLIENT_MEM_FRACTION") for name in found):  # jaxlib refuses to be told by two names
+    if not any(name.endswith("CLIENT_MEM_FRACTION") for name in found):  # jaxlib refuses both of its two spellings
         found["XLA_CLIENT_MEM_FRACTION"] = "0.9"
     return found
 
 
 def measure(entries: Sequence[Entry], results: Results, end: float) -> None:
-    """Runs the entries until ``end`` (of the monotonic clock); writes what each one found before it tells."""
+    """Runs the entries until ``end`` (of the monotonic clock); writes each result before it prints it."""
     waiting = list(entries)
     while waiting:
         entry = waiting.pop(0)
@@ -238,13 +238,13 @@ def measure(entries: Sequence[Entry], results: Results, end: float) -> None:
 
 
 def roomy(about: dict[str, Any] | None) -> bool:
-    """Whether three contenders fit the first GPU at the batch that one of them takes alone (an H200, not an H100)."""
+    """Whether the first GPU has memory for three contenders at the batch of a single one (an H200, not an H100)."""
     found = re.match(r"(\d+) MiB", about["devices"][0].get("memory.total", "")) if about and about["devices"] else None
     return bool(found) and int(found.group(1)) > 100 * 1024
 
 
 def _terminated(_number: int, _frame: FrameType | None) -> None:
-    raise SystemExit(143)  # on the way out the running entry is ended, too
+    raise SystemExit(143)  # unwinds through run(), which ends the running entry
 
 
 def main(argv: Sequence[str] | None = None) -> None:

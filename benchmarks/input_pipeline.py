@@ -4,17 +4,17 @@
 
 Everything is measured on one core in one run, on files that are in the page cache; the last line is JSON.
 
-* ``plain``: the shards read record by record into one small buffer (it never leaves the cache: an upper
-  bound that no reader which keeps its data can reach), ``plain_fresh``: into new memory a batch at a time,
+* ``plain``: the shards read record by record into one small buffer (which stays in the CPU cache: an upper
+  bound that no reader that keeps its data can reach), ``plain_fresh``: into new memory for every batch,
   ``plain_files``: whole shards by ``read_bytes``. None of them checks or decodes anything.
 * ``loader``: our pipeline without workers and without prefetch: read, check, decode, lay out a batch.
 * ``tfds_grain``: the same records through plain TFDS and Grain (no code of ours, no padding, no canvas).
 * ``torch_rasterio``: a PyTorch DataLoader (``num_workers=0``) whose data set opens one GeoTIFF per sensor
   and resolution group with rasterio (deflate, as such collections come) and stacks arrays to tensors.
-The peers come first, with the allocator as they find it; our loader tells it to keep freed memory.
-
 * ``threads`` and ``workers``: our pipeline with reading threads in one process, with worker processes;
-  these use all cores and feed a device.
+  these use all cores, as they do when they feed a device.
+
+The peers run before our loader, which changes the allocator of the process (``data.memory``).
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def plain(data: Path, batch: int, fresh: bool) -> Callable[[], tuple[int, int]]:
 
 
 def plain_files(data: Path) -> Callable[[], tuple[int, int]]:
-    """Reads one whole shard after the other."""
+    """Reads whole shards, one after the other."""
     split = open_split(data, "train")
     shards = _cycle(len(split.files))
 
@@ -287,8 +287,8 @@ def main() -> None:
         "stored_bytes_per_record": tile,
         "compression": args.compression if not args.data else "as prepared",
     }
-    # Tiles compare like with like: both sides handle the same stored bytes. Per second of this core's time,
-    # so that neighbors on the machine do not enter; `_wall` also holds what the core waited for (page faults).
+    # Shares are of tiles, not bytes: then both sides handle the same stored bytes. They are per second of this core's
+    # processor time, so that other load on the machine does not count; `_wall` includes waiting.
     for unit, ending in (("tiles_per_core_second", ""), ("tiles_per_second", "_wall")):
         for other in ("plain", "plain_fresh", "plain_files"):
             result[f"share_of_{other}{ending}"] = ours_[unit] / result[other][unit]

@@ -45,7 +45,7 @@ def read(folder: Path) -> list[Kernel]:
 
 
 def _streams(events: Sequence[dict[str, Any]]) -> set[tuple[int, int]]:
-    """(process, thread) of the devices' streams. Their other lines (modules, operations) hold the same time again."""
+    """(process, thread) of the devices' streams. Their other lines (modules, operations) repeat the same time."""
     names = {(e["pid"], e.get("tid"), e["name"]): e["args"].get("name", "") for e in events if e.get("ph") == "M"}
     devices = {pid for (pid, _, kind), name in names.items() if kind == "process_name" and "/device:" in name}
     return {
@@ -56,7 +56,7 @@ def _streams(events: Sequence[dict[str, Any]]) -> set[tuple[int, int]]:
 
 
 def _operation(args: dict[str, Any]) -> str:
-    """Both the operation of the compiled program and the line of ours, where they are told."""
+    """The operation of the compiled program and the line of our code that it comes from, as far as known."""
     return " ".join(str(args[key]) for key in ("hlo_op", "tf_op", "name") if args.get(key))
 
 

@@ -1,8 +1,8 @@
-"""A train step as one writes it in an afternoon: what the real one is compared with on TPU.
+"""A train step as one writes it in an afternoon: the baseline for the real one on TPU.
 
 Plain DINO with a ViT on finished 12-band patches: bf16 products, unrolled blocks, data parallel, JAX's
-own derivatives and layouts, optax; no views, no fusion, one center. The numerator of its MFU is its own
-matmul FLOPs, so the comparison is about how well the compiler uses the chip, not about the amount of work.
+own derivatives and layouts, optax; no views, no fusion, one center. Its MFU counts its own matmul FLOPs, so
+the comparison is about how well the compiler uses the chip, not about the amount of work.
 """
 
 from __future__ import annotations

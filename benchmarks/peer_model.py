@@ -20,8 +20,8 @@ from torch import Tensor, nn
 class PeerSpec:
     """Shape of the networks; ``bands`` per sensor, in the order of the masks.
 
-    ``folded`` and ``room`` are our savings: with ``room`` a folded stem runs over so large a share of the views and one
-    more, those that see its sensor first.
+    ``folded`` and ``room`` are our optimizations: a folded stem runs over the share ``room`` of the views plus one,
+    those that see its sensor first.
     """
 
     width: int = 768
@@ -57,9 +57,9 @@ class PatchEmbed(nn.Module):
         self.proj2, self.proj3 = nn.Linear(wide, wide), nn.Linear(wide, spec.width)
 
     def forward(self, images: Mapping[str, Tensor], present: Tensor) -> Tensor:
-        return self._folded(images, present) if self.spec.folded else self._written_out(images, present)
+        return self._folded(images, present) if self.spec.folded else self._unfolded(images, present)
 
-    def _written_out(self, images: Mapping[str, Tensor], present: Tensor) -> Tensor:
+    def _unfolded(self, images: Mapping[str, Tensor], present: Tensor) -> Tensor:
         heads, size = self.spec.fusion_heads, 3 * self.spec.width // self.spec.fusion_heads
         tokens = [stem(images[s]).flatten(2).transpose(1, 2) + self.embeds[s] for s, stem in self.stems.items()]
         x = torch.stack(tokens, 2)  # [N, T, M, D]
@@ -98,6 +98,7 @@ class PatchEmbed(nn.Module):
         return F.linear(core.to(values[0].dtype), kernel, bias)
 
     def _product(self, patches: Tensor, kernel: Tensor, bias: Tensor, seen: Tensor) -> Tensor:
+        """A folded stem over as many views as ``room`` allows, those that see the sensor first; zeros for the rest."""
         count = len(patches)
         places = min(count, math.ceil(count * self.spec.room) + 1)
         if places == count:
@@ -218,7 +219,7 @@ class Network(nn.Module):
 
 
 def dino_loss(student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float) -> Tensor:
-    """Mean cross-entropy over (teacher view i, student view j != i), as few passes over [B, V, K] as it takes."""
+    """Mean cross-entropy over (teacher view i, student view j != i), with as few passes over [B, V, K] as possible."""
     g, v = teacher.shape[1], student.shape[1]
     probs = ((teacher.float() - center) / teacher_temp).softmax(-1)
     scaled = student.float() / student_temp

@@ -98,13 +98,14 @@ def random_views(spec: PeerSpec, batch: int, count: int, size: int, device: torc
     return {s: 0.5 + 0.25 * torch.randn(batch * count, c, size, size, device=device) for s, c in spec.bands}
 
 
-SHARE = 4 / 7  # of the views that see a given one of three sensors
+SHARE = 4 / 7  # expected share of the views that see a given one of three sensors
 
 
 def draw(spec: PeerSpec, count: int, device: torch.device) -> Tensor:
     """Bernoulli(0.5) over the sensors given that one was drawn: bool [count, S].
 
-    With ``spec.room`` stratified as ours: evenly spaced points of the subsets in Gray order, dealt in random order.
+    With ``spec.room`` below 1 the draws are stratified like ours (``ssl.modalities``): evenly spaced points of the
+    subsets in Gray order, dealt in random order.
     """
     subsets = 2 ** len(spec.bands) - 1
     if spec.room < 1:
@@ -117,7 +118,7 @@ def draw(spec: PeerSpec, count: int, device: torch.device) -> Tensor:
 
 
 class Bench:
-    """A trainer and views that already lie on the device; modalities are drawn anew every step."""
+    """A trainer and views that are already on the device; modalities are drawn anew every step."""
 
     def __init__(self, trainer: Trainer, args: argparse.Namespace):
         spec, self.device = trainer.spec, trainer.device
@@ -129,7 +130,7 @@ class Bench:
         self.loss: Any = None
 
     def run(self, steps: int) -> None:
-        """Steps in a row without waiting in between; waits for the last."""
+        """Dispatches the steps without waiting in between, then waits for the last."""
         for _ in range(steps):
             masks = [draw(self.trainer.spec, self.batch * count, self.device) for count in self.counts]
             teacher = [(self.images[0], draw(self.trainer.spec, self.batch * self.counts[0], self.device))]
@@ -178,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         folded=args.folded,
         room=SHARE if args.folded else 1.0,
     )
-    with timing.failures_said(args.turns):
+    with timing.failure_reported(args.turns):
         bench = Bench(Trainer(spec, device, getattr(torch, args.dtype), args.compile == "on"), args)
         begun = time.perf_counter()
         bench.run(1)

@@ -1,7 +1,7 @@
-"""Shared by the benchmarks: repeats in one process, turns between processes, and what results are read with.
+"""Shared by the benchmarks: timed repeats, contenders that take turns, and the circumstances of a result.
 
 In a comparison every contender is a process of its own that stays warm and runs a few steps when asked,
-in turns with the others. Whatever else slows the machine down then slows all of them alike.
+in turns with the others, so that whatever else loads the machine slows all of them alike.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TRACED = 3  # steps in a profiler trace of the train step
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of Python and of those packages that are installed."""
+    """Versions of Python and of those packages that are installed."""
     found = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -34,14 +34,14 @@ def versions(*packages: str) -> dict[str, str]:
     return found
 
 
-# Packages that bring the CUDA libraries a GPU's figures depend on.
+# Packages with the CUDA libraries on which a GPU's figures depend.
 _CUDA = re.compile(r"jax-cuda\d+|nvidia-(cudnn|cublas|cuda-runtime|nccl)|(pytorch-)?triton", re.IGNORECASE)
 _SMI = ("name", "driver_version", "memory.total", "memory.used", "clocks.sm", "clocks.max.sm", "power.limit",
         "temperature.gpu", "utilization.gpu", "mig.mode.current")  # fmt: skip
 
 
 def circumstances(module: str, *packages: str) -> dict[str, Any]:
-    """What a result is read with: command, date, machine, versions; of a GPU also driver, clocks and CUDA libraries."""
+    """The circumstances of a result: command, date, machine, versions; of a GPU also driver, clocks, CUDA libraries."""
     return {
         "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
@@ -56,7 +56,7 @@ def gpu() -> dict[str, Any] | None:
     try:
         ask = ["nvidia-smi", f"--query-gpu={','.join(_SMI)}", "--format=csv,noheader"]
         rows = subprocess.run(ask, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
-        # Its table says which CUDA the driver is for.
+        # Only its table tells the CUDA version of the driver.
         table = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
@@ -71,9 +71,9 @@ def gpu() -> dict[str, Any] | None:
 
 
 class Turn(NamedTuple):
-    """Seconds per step on the clock, and of processor time of all threads of this process.
+    """Seconds per step: wall-clock time, and processor time summed over the threads of this process.
 
-    On a CPU that others use as well the second is the steadier one.
+    On a CPU that others use, too, processor time varies less.
     """
 
     wall: float
@@ -91,7 +91,7 @@ def repeat(run: Callable[[int], None], steps: int, repeats: int) -> list[Turn]:
 
 
 def take_turns(run: Callable[[int], None]) -> list[Turn]:
-    """Serves a comparison: announces itself, then runs as many steps as each line of stdin says, until it ends."""
+    """The contender's side of a comparison: prints READY, then runs as many steps as each line of stdin says."""
     turns: list[Turn] = []
     print(json.dumps({READY: True}), flush=True)
     for line in sys.stdin:
@@ -101,19 +101,19 @@ def take_turns(run: Callable[[int], None]) -> list[Turn]:
 
 
 @contextlib.contextmanager
-def failures_said(wanted: bool) -> Iterator[None]:
-    """Tells a comparison why this contender ends, in one line, before it does."""
+def failure_reported(enabled: bool) -> Iterator[None]:
+    """Tells a comparison in one line why this contender fails, before it does."""
     try:
         yield
     except Exception as error:
-        if wanted:
+        if enabled:
             first = (str(error).strip().splitlines() or [""])[0][:300]
             print(json.dumps({FAILED: f"{type(error).__name__}: {first}"}), flush=True)
         raise
 
 
 def summary(turns: Sequence[Turn], batch: int) -> dict[str, Any]:
-    """Images per second at the median and at the best turn, and the seconds themselves."""
+    """Images per second of the median and of the best turn, and the seconds of all turns."""
     return {
         "images_per_second": batch / statistics.median(t.wall for t in turns),
         "images_per_second_best": batch / min(t.wall for t in turns),
@@ -123,11 +123,11 @@ def summary(turns: Sequence[Turn], batch: int) -> dict[str, Any]:
 
 
 class ContenderFailed(RuntimeError):
-    """Says who ended and why."""
+    """A contender ended early; the message says which and why."""
 
 
 class Contender:
-    """A benchmark running in a process of its own, which takes turns; :meth:`ready` comes before the first one."""
+    """A benchmark in a process of its own that takes turns; call :meth:`ready` before the first turn."""
 
     def __init__(self, name: str, module: str, arguments: Sequence[str], env: dict[str, str] | None = None):
         self.name = name
@@ -140,11 +140,11 @@ class Contender:
         self._read(READY)
 
     def _read(self, key: str) -> Any:
-        """The value of ``key`` in the next JSON line that has it; other output is passed over."""
+        """The value of ``key`` in the next JSON line that has it; skips other output."""
         for line in self._process.stdout:
             found = json.loads(line) if line.startswith("{") else {}
             if FAILED in found:
-                self._process.wait()  # its memory is free for the others then
+                self._process.wait()  # so that its memory is free for the others
                 raise ContenderFailed(f"{self.name}: {found[FAILED]}")
             if key in found:
                 return found[key]
@@ -152,14 +152,14 @@ class Contender:
 
     def turn(self, steps: int) -> Turn:
         """Has the process run ``steps`` steps."""
-        with contextlib.suppress(BrokenPipeError):  # it has ended since; what it said is still to be read
+        with contextlib.suppress(BrokenPipeError):  # it has ended; _read raises with what it said last
             self._process.stdin.write(f"{steps}\n")
             self._process.stdin.flush()
         self.turns.append(Turn(*self._read(TURN)))
         return self.turns[-1]
 
     def finish(self) -> dict[str, Any]:
-        """Ends the process; its last line is the result."""
+        """Ends the process and returns its result, the JSON of its last line."""
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         lines = [line for line in self._process.stdout if line.startswith("{")]

@@ -38,10 +38,10 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    """The comparison with the naive step first, then the paper's batches (1024 for B, 2048 for L), most telling first.
+    """The comparison with the naive step first, then the paper's batches (1024 for B, 2048 for L), by importance.
 
-    "B" and "L" are what the configs say: unrolled layers, nothing recomputed. Scanned ones compile several times
-    faster, and slower steps come of it.
+    "B" and "L" are as configured: unrolled layers, nothing recomputed. With scanned layers, the step compiles several
+    times faster but runs slower.
     """
     found = []
     for topology, images in (("v5e:4x4", 16), ("v5p:2x2x2", 32)):
@@ -109,7 +109,7 @@ def compile_naive(topology_text: str, images: int) -> dict[str, Any]:
 
 
 def _plain_seconds(module: Any, clock: float) -> float:
-    """Estimated cycles of ENTRY added up, without communication: the figure that flatters."""
+    """The sum of ENTRY's estimated cycles, without communication: an optimistic figure."""
     return sum(i.cycles or 0.0 for i in module.entry.instructions) / clock
 
 
@@ -118,12 +118,12 @@ def load() -> dict[str, Any]:
 
 
 def earlier(name: str) -> bool:
-    """Whether an entry is of a step as it once was; the key says in brackets which."""
+    """Whether an entry is of an earlier state of the step, which its key names in brackets."""
     return "(" in name.split(" | ")[0]
 
 
 def speedup(results: dict[str, Any], name: str) -> float | None:
-    """MFU over that of the naive step on the same topology with as many images; None where it was not compiled."""
+    """MFU over that of the naive step on the same topology with as many images; None if that was not compiled."""
     _, topology, images = name.split(" | ")
     naive = results.get(f"naive | {topology} | {images}", {})
     return results[name]["mfu"] / naive["mfu"] if "mfu" in naive else None

@@ -1,4 +1,4 @@
-"""Speed of the train step that ``main`` runs, on any device, with tiles of noise that already lie there.
+"""Speed of the train step that ``main`` runs, on any device, with tiles of noise that are already on it.
 
     python -m benchmarks.train_step --size b --batch 64 --steps 20
     python -m benchmarks.train_step --config configs/vitb.py[:argument] --batch 64
@@ -32,10 +32,9 @@ from terrafm_jax.training.batches import TILE_METERS, random_batch
 from terrafm_jax.training.sharding import make_batch, make_mesh
 from terrafm_jax.training.step import ObjectiveSpec, OptimSpec, TrainSpec, init_state, make_step
 
-# What JAX reports where it finds a program in JAX_COMPILATION_CACHE_DIR: such seconds are not those of compiling.
+# JAX's event for a program found in JAX_COMPILATION_CACHE_DIR: then ``compile_seconds`` are not those of compiling.
 _CACHE_HIT = "/jax/compilation_cache/cache_hits"
-# Steps of a schedule that the benchmark never reaches the end of.
-TOTAL = 100_000
+TOTAL = 100_000  # steps of the schedules, more than any benchmark runs
 
 
 def step_parser(description: str) -> argparse.ArgumentParser:
@@ -64,7 +63,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def overrides(words: Sequence[str]) -> dict[str, Any]:
-    """``["scan=true", "locals=4"]`` -> {"scan": True, "locals": 4}; what is no JSON is a string."""
+    """``["scan=true", "locals=4"]`` -> {"scan": True, "locals": 4}; values that are not JSON are strings."""
     found = {}
     for word in words:
         name, _, text = word.partition("=")
@@ -83,7 +82,7 @@ def with_fields(spec: Any, fields: dict[str, Any]) -> Any:
 
 
 def make_spec(args: argparse.Namespace) -> TrainSpec:
-    """The spec of a size, or of a config file; ``--set`` comes last. Raises ValueError on an unknown field."""
+    """The spec of a size or of a config file, with the fields of ``--set``. Raises ValueError on an unknown field."""
     if args.config:
         spec = _from_config(args.config, args.batch)
     else:
@@ -131,19 +130,19 @@ class Bench:
         begun = time.perf_counter()
         lowered = make_step(spec, self.mesh).lower(self.state, self.batches[0])
         self.lower_seconds = time.perf_counter() - begun
-        hits.clear()  # those of small programs
+        hits.clear()  # hits so far are those of small programs
         self.step = lowered.compile()
         self.compile_seconds, self.compile_cached = time.perf_counter() - begun, bool(hits)
         self.metrics: Any = None
 
     def run(self, steps: int) -> None:
-        """Steps in a row without waiting in between; waits for the last."""
+        """Dispatches the steps without waiting in between, then waits for the last."""
         for i in range(steps):
             self.state, self.metrics = self.step(self.state, self.batches[i % 2])
         jax.block_until_ready((self.state, self.metrics))
 
     def memory(self) -> dict[str, Any]:
-        """Peak bytes of a device as its allocator saw them, and what the compiler says the step needs."""
+        """Peak bytes by the device's allocator, and the bytes that the step needs by the compiler."""
         analysis = self.step.memory_analysis()
         planned = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes if analysis else None
         stats = jax.devices()[0].memory_stats() or {}
@@ -174,7 +173,7 @@ def describe(spec: TrainSpec, args: argparse.Namespace, bench: Bench) -> dict[st
         "gflops_per_image": parts.total / 1e9,
         "gflops_by_part": {k: v / 1e9 for k, v in dataclasses.asdict(parts).items()},
         "compile_seconds": bench.compile_seconds,
-        "lower_seconds": bench.lower_seconds,  # of these: tracing, which no cache spares
+        "lower_seconds": bench.lower_seconds,  # part of compile_seconds: tracing, which no cache saves
         "compile_cached": bench.compile_cached,
         **bench.memory(),
         "loss": float(bench.metrics["loss"]),
@@ -191,7 +190,7 @@ def speed(spec: TrainSpec, args: argparse.Namespace, turns: Sequence[timing.Turn
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
-    with timing.failures_said(args.turns):
+    with timing.failure_reported(args.turns):
         spec = make_spec(args)
         bench = Bench(spec, args)
         bench.run(args.warmup)

@@ -94,8 +94,8 @@ def test_gathered_activations_are_foreign():
 
     weights = [gather(width * spec.hidden), gather(512 * (spec.stem_width + heads), "f32"), gather(width * width // 4)]
     tokens = [gather(16 * 17 * width), gather(16 * 4 * 5 * width + width)]
-    assert step.foreign_gathers(weights, params, spec, 4) == []
-    assert len(step.foreign_gathers([*weights, *tokens], params, spec, 4)) == 2
+    assert step.gathers_of_activations(weights, params, spec, 4) == []
+    assert len(step.gathers_of_activations([*weights, *tokens], params, spec, 4)) == 2
 
 
 def test_options_are_parsed_and_faults_named():

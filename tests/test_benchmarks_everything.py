@@ -244,7 +244,7 @@ def run(steps):
     if name == "peer" and turns == 2:
         raise MemoryError("RESOURCE_EXHAUSTED: out of memory\\nmore")
     time.sleep(0.01 * steps)
-with timing.failures_said(True):
+with timing.failure_reported(True):
     if name == "peer_folded":
         raise RuntimeError("no compiler here")
     timing.take_turns(run)

@@ -1,7 +1,7 @@
-"""Canvases: the few array shapes that tiles of different sizes share, and the batches drawn on them.
+"""Canvases: the few array shapes that tiles of different sizes are padded to, and the batches on them.
 
-Every canvas is compiled once. Layouts (the shapes of one record's arrays) are merged into buckets,
-cheapest first, counting the bytes that padding would ship.
+The train step is compiled once per canvas. Layouts (the shapes of one record's arrays) are merged into
+buckets with one canvas each, first those whose merging adds the fewest bytes of padding.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def plan_canvases(
       layouts: rows and columns per ``sensor/group`` that a layout holds (``layouts.json``).
       counts: records of each layout.
       sensors: configured sensors.
-      limit: most canvases (each is one compilation); at least 1.
-      waste: merges go on below ``limit`` while they pad by no more than this share of all bytes.
+      limit: largest number of canvases (each is one compilation); at least 1.
+      waste: merging continues below ``limit`` as long as padding stays within this share of all bytes.
 
     Returns:
       The canvases and the canvas of every layout, int64 ``[number of layouts]``.
@@ -126,10 +126,10 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Slabs:
-    """Memory of batches, used again once nobody holds any array of a batch.
+    """Memory of batches, reused as soon as no array of a batch is referenced any more.
 
     Fresh pages cost more than the copy into them (measured: three to ten times). An array handed out
-    keeps its slab alive, so an accelerator runtime that aliases host memory stays safe.
+    keeps its slab from being reused, so an accelerator runtime that aliases host memory stays safe.
     """
 
     def __init__(self, keep: int = 4):
@@ -138,7 +138,7 @@ class Slabs:
 
     def _reset(self) -> None:
         self._free: list[np.ndarray] = []
-        # A collection of garbage within take() may end a lease, which gives its slab back in the same thread.
+        # Reentrant: garbage collection within take() may finalize a lease, which returns its slab in the same thread.
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -166,7 +166,7 @@ class Slabs:
 
 
 class _Lease:
-    """Owner of a slab for as long as an array made of it lives."""
+    """The base object of arrays on a slab: it lives as long as any of them."""
 
     def __init__(self, slab: np.ndarray, start: int, nbytes: int):
         self.__array_interface__ = {
@@ -205,7 +205,7 @@ def place(batch: dict[str, Any], row: int, number: int, record: dict[str, Any], 
 
 
 def clear(batch: dict[str, Any], row: int, sensors: Sequence[str]) -> None:
-    """Makes a row that shows nothing: no sensor present, index -1, land cover unknown."""
+    """Makes an empty row: no sensor present, index -1, land cover unknown."""
     batch["index"][row], batch["landcover"][row] = -1, landcover.UNKNOWN
     batch["present"][row], batch["offset"][row] = False, 0.0
     for key in sensors:
@@ -214,7 +214,7 @@ def clear(batch: dict[str, Any], row: int, sensors: Sequence[str]) -> None:
 
 
 def _clear_group(target: dict[str, Any], row: int) -> None:
-    """An extent of one pixel and not none, so that nothing downstream divides by zero."""
+    """Clears a row of one group. The extent is one pixel, not zero, so that nothing downstream divides by zero."""
     target["dn"][row], target["valid"][row] = 0, 0
     target["geometry"][row], target["extent"][row] = (0, 1, 0, 1), 1
 

@@ -2,7 +2,7 @@
 
 A record is a ``tf.train.Example`` as ``tiles.features()`` writes it. TFDS decodes it too; this reader
 walks the protocol-buffer wire format (https://protobuf.dev/programming-guides/encoding) itself, so that
-a worker imports nothing but NumPy and the pixels stay where they are: every array is a view of the bytes.
+a worker imports nothing but NumPy and pixels are not copied: every array is a view of the bytes.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int
 
 
 def _value(data: bytes, at: int, end: int) -> Any:
-    """A ``Feature``: (start, stop) of its bytes, or a list of its numbers."""
+    """The value of a ``Feature``: (start, stop) of its first bytes value, or the list of its numbers."""
     for kind, _, start, stop in _fields(data, at, end):
         if kind == 1:  # bytes_list
             return next(((a, b) for number, _, a, b in _fields(data, start, stop) if number == 1), (start, start))
@@ -153,7 +153,7 @@ def _span(found: dict[str, Any], name: str) -> tuple[int, int]:
 def _numbers(found: dict[str, Any], name: str, kind: type) -> list[Any]:
     values = found[name]
     if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
-        raise DecodeError(f"{name} is no list of {kind.__name__}")
+        raise DecodeError(f"{name} is not a list of {kind.__name__}")
     return values
 
 

@@ -1,4 +1,4 @@
-"""Memory that large arrays leave behind is used again instead of going back to the system."""
+"""Keeps the memory of freed arrays in the process for reuse, instead of returning it to the system."""
 
 from __future__ import annotations
 

@@ -31,14 +31,14 @@ _MIN_ATTEMPTS = 10_000  # or one epoch: one bad record among the first few must 
 
 
 class Loader:
-    """Iterator over batches, with an account of what was skipped and waited for.
+    """Iterator over batches that keeps count of damaged records and of the time spent waiting.
 
     Attributes:
-      order: the order of records (None for a walk through a split).
+      order: the order of records (None when iterating once over a split).
       canvases: one per bucket.
       step: number of the batch that ``next`` returns.
-      attempted: records asked for so far by this process, damaged ones included.
-      skipped: damaged records among them by file (met by this process; the run's are the sum over all).
+      attempted: records that this process has tried to read, damaged ones included.
+      skipped: damaged records among them, by file; those of the run are the sum over its processes.
       wait_seconds: time spent inside ``next``.
     """
 
@@ -78,7 +78,7 @@ class Loader:
         if self.step >= self._stop:
             raise StopIteration
         if self._held is None or self.step % self._echo == 0:
-            self._held = None  # its memory is free for the next one
+            self._held = None  # frees its memory for the next one
             self._held = self._fetch()
         batch = self._held
         self.step += 1
@@ -108,9 +108,9 @@ class Loader:
             )
 
     def coming(self, steps: int) -> list[dict[str, Any]]:
-        """For compiling: a global batch of each canvas of the next steps, in the order in which they come.
+        """A global batch per canvas of the next ``steps`` steps, in order of first use, to compile the step for.
 
-        The arrays have shape and dtype and hold no memory.
+        The arrays have the right shapes and dtypes but take no memory.
         """
         end = min(self.step + steps, self._stop)
         buckets = dict.fromkeys(self.order.bucket(step // self._echo) for step in range(self.step, end))
@@ -164,8 +164,8 @@ def make_order(
 ) -> Order:
     """The order of a split; ``batch_size`` is the global one. Raises DataError, SamplingError.
 
-    Where preparation has dropped open sea already (``summary.json`` says so), paper-like sampling keeps all
-    that is left instead of thinning it twice.
+    Where preparation has already dropped open sea (according to ``summary.json``), paper-like sampling keeps
+    all that is left instead of thinning it a second time.
     """
     opened = open_split(data_dir, split)
     index, _, table = _plan(opened, sensors, canvases)
@@ -255,7 +255,7 @@ def iterate_split(
     records: np.ndarray | None = None,
     max_skipped: float = 0.01,
 ) -> Loader:
-    """Goes once through a split (or through ``records`` of it); batches carry ``mask`` bool [B].
+    """Iterates once over a split (or over ``records`` of it); batches carry ``mask`` bool [B].
 
     Rows with mask False are padding (the last batch of a bucket) or damaged records: ``index`` is -1
     there. ``batch_size`` counts the records of one process; every process yields the same number of

@@ -1,4 +1,4 @@
-"""Step -> batch: reads, decodes and lays out records; damaged ones are reported and replaced or masked."""
+"""Step -> batch: reads and decodes records into batches; damaged ones are reported and replaced or masked."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class TooManySkipped(RuntimeError):
 
 
 class Reader:
-    """Reads, decodes and lays out records; every damaged one is reported and replaced or masked.
+    """Reads and decodes records and places them into batches. Reports damaged ones instead of raising.
 
-    Picklable; threads, open files and memory stay behind.
+    Picklable; threads, open files and cached memory do not travel.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Reader:
 
     def fetch(self, number: int) -> dict[str, Any] | RecordError:
         """One decoded record, or what is wrong with it."""
-        keep_memory()  # here and not at creation, for the worker processes' sake
+        keep_memory()  # here rather than at creation, so that it also happens in worker processes
         number = int(number)
         if self._cache is not None and number in self._cache:
             return self._cache[number]
@@ -74,7 +74,8 @@ class Reader:
         failed: dict[int, RecordError] = {}
         records = self.fetch_many(numbers)
         for row, number in zip(rows, numbers, strict=True):
-            # Not of the zip, which holds a record until it has the next: freed memory is still in the cache.
+            # Not part of the zip, which would hold a record until the next one is read. Freed before that, its memory
+            # is reused while it is still in the CPU cache.
             record = next(records)
             if not isinstance(record, RecordError):
                 try:
@@ -87,12 +88,12 @@ class Reader:
         return failed
 
     def empty(self, bucket: int, size: int) -> dict[str, Any]:
-        """Undefined batch of one canvas bucket."""
+        """A batch on the canvas of a bucket, its content undefined."""
         return canvas_lib.empty_batch(self.canvases[bucket], self.sensors, size, self._slabs)
 
 
 class TrainBatches:
-    """Step -> those rows of the global batch that one process reads. Damaged records give way to others of them."""
+    """Step -> the rows of the global batch that one process reads. Damaged records are replaced by others of these."""
 
     def __init__(self, reader: Reader, order: Order, rows: np.ndarray):
         self.reader, self.order = reader, order
@@ -109,7 +110,7 @@ class TrainBatches:
         return batch
 
     def _replace(self, batch: dict[str, Any], failed: dict[int, RecordError], step: int) -> None:
-        """A failed row takes the next good one of this process, else its next good record of later batches."""
+        """A failed row copies the next good row of this process; without one, it takes a record of a later batch."""
         good = [row for row in range(self.size) if row not in failed]
         for row in failed:
             if good:
@@ -130,7 +131,7 @@ class TrainBatches:
 
 
 class SplitBatches:
-    """Number -> a batch of a walk through a split, bucket by bucket, each in the order of the records."""
+    """Number -> batch, for one pass over a split: bucket by bucket, each in the order of the records."""
 
     def __init__(self, reader: Reader, plan: list[tuple[int, np.ndarray]], size: int):
         self.reader, self.plan, self.size = reader, plan, size
@@ -146,16 +147,16 @@ class SplitBatches:
         return {**batch, "mask": mask, "report": _report(failed.values())}
 
 
-def _rows(batch: Mapping[str, Any]) -> Iterator[np.ndarray]:
+def _arrays(batch: Mapping[str, Any]) -> Iterator[np.ndarray]:
     for value in batch.values():
         if isinstance(value, Mapping):
-            yield from _rows(value)
+            yield from _arrays(value)
         elif isinstance(value, np.ndarray):
             yield value
 
 
 def _copy_row(batch: dict[str, Any], source: int, target: int) -> None:
-    for array in _rows(batch):
+    for array in _arrays(batch):
         array[target] = array[source]
 
 

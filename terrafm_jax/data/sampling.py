@@ -1,10 +1,10 @@
 """Which records a step trains on: a pure function of (index, settings, seed, step), without any state.
 
 An order is an endless stream of record numbers per canvas bucket. Records are grouped into strata
-(land cover, latitude band, ... as far as the mode needs them), every stratum is walked through in a
-keyed pseudo-random permutation that is computed, not stored, and the strata are mixed at fixed rates.
-So step n costs the same at n = 0 and n = 10 million, resuming is starting at n, and the number of
-processes does not enter: each takes those rows of the global batch that its devices hold.
+(by land cover, latitude band, ... as far as the mode needs them). Every stratum is traversed in a keyed
+pseudo-random permutation that is computed, not stored, and the strata are mixed at fixed rates. So step
+n costs the same at n = 0 and n = 10 million, resuming is starting at n, and the order does not depend on
+the number of processes: each takes the rows of the global batch that its devices hold.
 
 Permutation: Black and Rogaway, "Ciphers with Arbitrary Finite Domains" (CT-RSA 2002): a small Feistel
 network on the next power of four, walked until it lands inside the domain.
@@ -22,7 +22,7 @@ from terrafm_jax.sensors import SENSOR_KEYS
 
 MODES = ("uniform", "paper", "balanced")
 _ROUNDS = 6
-_SHIFT = 20  # rates are fixed-point integers with 20 binary digits, so that no step ever rounds differently
+_SHIFT = 20  # fractional bits of rates, which are fixed-point integers so that rounding never depends on the step
 
 
 class SamplingError(ValueError):
@@ -34,16 +34,16 @@ class SamplingSpec:
     """How often each record is drawn.
 
     Attributes:
-      mode: ``uniform``: every record once an epoch. ``paper``: the same, but of the records that are
-        open sea only the share ``sea_keep`` an epoch, another part of them every epoch. ``balanced``:
-        classes are drawn in proportion to (their records) ** (1 - power).
+      mode: ``uniform``: every record once an epoch. ``paper``: the same, but of the records of open sea
+        only the share ``sea_keep``, different ones in every epoch. ``balanced``: classes are drawn in
+        proportion to (their records) ** (1 - power).
       power: 0 = uniform over records, 1 = uniform over classes (and over zones where those are balanced).
       sea_keep: TerraFM keeps 2 % of the ocean tiles. Set 1 if preparation has dropped them already.
       balance_latitude: balance latitude bands (inside each class, when classes are balanced) by ``power``.
       latitude_band: height of a band in degrees.
       balance_climate: the same for climate zones; needs a column ``climate`` in the index.
       max_repeats: no record is drawn more often than this an epoch, on average; 0 = no limit. Keeps a
-        class of few records from being learned by heart.
+        class of few records from being memorized.
       max_nodata: records whose worst sensor lacks more than this share are left out.
       complete: leave out records that lack any of the configured sensors (the paper keeps cells with all).
     """
@@ -97,7 +97,7 @@ def derive_key(*parts: int | np.ndarray) -> np.ndarray:
 
 
 def permute(position: np.ndarray, size: np.ndarray | int, key: np.ndarray | int) -> np.ndarray:
-    """Image of ``position`` under the permutation of range(``size``) that ``key`` names; int64 [n].
+    """Image of ``position`` under the permutation of range(``size``) that ``key`` selects; int64 [n].
 
     All arguments broadcast: every element may have its own domain and key. Nothing is stored.
     """
@@ -131,8 +131,8 @@ def _feistel(x: np.ndarray, half: np.ndarray, key: np.ndarray) -> np.ndarray:
 class Mixture:
     """An endless stream of components at given rates.
 
-    The stream is cut into rounds. Round e holds component g floor((e + 1) r_g) - floor(e r_g) times, in
-    a keyed random order: rates are met exactly in the long run and to one draw within any round.
+    The stream is divided into rounds. Round e draws component g floor((e + 1) r_g) - floor(e r_g) times,
+    in a keyed random order: rates are exact in the long run and within one draw in any round.
 
     Attributes:
       rates: float64 [G], draws per round.
@@ -193,7 +193,7 @@ class Order:
       seed: names the permutations.
       sensors: configured sensors; records that hold none of them are left out.
       buckets: canvas bucket of every layout, ``[number of layouts]``; None makes every layout its own.
-      sea_left_out: tiles of open sea that preparation has dropped: there before sampling, never drawn.
+      sea_left_out: number of tiles of open sea that preparation dropped: counted in the natural histogram only.
 
     Raises:
       SamplingError: settings out of range, or no record is left.
@@ -225,10 +225,10 @@ class Order:
         self.sensors = tuple(sensors)
         self.table = np.arange(256) if buckets is None else np.asarray(buckets, np.int64)
         strata = _strata(index, spec, self.table)
-        self._group(strata, keep, index)
+        self._group(strata, keep)
         self._mix(index)
 
-    def _group(self, strata: np.ndarray, keep: np.ndarray, index: np.ndarray) -> None:
+    def _group(self, strata: np.ndarray, keep: np.ndarray) -> None:
         """Sorts the records by stratum: ``_members[_offset[g] : _offset[g] + _size[g]]`` are those of g."""
         used, inverse = np.unique(strata[keep], return_inverse=True)
         numbers = np.flatnonzero(keep).astype(np.uint32 if len(keep) < 2**32 else np.int64)
@@ -240,7 +240,7 @@ class Order:
         self._strata = used
 
     def _mix(self, index: np.ndarray) -> None:
-        """Rates of strata and buckets, and the streams made of them."""
+        """Rates of strata and buckets, and the streams that mix them."""
         bucket = (self._strata >> np.int64(40)).astype(np.int64)
         rates = _rates(self.spec, self._size, self._strata)
         self.rates = rates
@@ -258,7 +258,7 @@ class Order:
         self._histograms(index)
 
     def _histograms(self, index: np.ndarray) -> None:
-        """Class histograms before and after sampling: strata may hold several classes."""
+        """Class histograms before and after sampling, record by record, as a stratum may hold several classes."""
         k = landcover.NUM_CATEGORIES
         self._natural = np.bincount(index["landcover"], minlength=k)[:k].astype(np.float64)
         self._natural[landcover.SEA] += self._sea_left_out
@@ -293,7 +293,7 @@ class Order:
         return self._draw(int(component[0]), int(ordinal[0]))
 
     def spares(self, step: int, limit: int = 64) -> list[np.ndarray]:
-        """The ``limit`` batches that follow ``step`` in its bucket: where replacements come from at last."""
+        """The ``limit`` batches that follow ``step`` in its bucket: the last resort for replacements."""
         component, ordinal = self._schedule.locate(int(step), 1)
         return [self._draw(int(component[0]), int(ordinal[0]) + i) for i in range(1, limit + 1)]
 
@@ -365,7 +365,7 @@ def _rates(spec: SamplingSpec, size: np.ndarray, strata: np.ndarray) -> np.ndarr
     sea, category, zone = (strata >> 32) & 1, (strata >> 24) & 0xFF, strata & 0xFFFFFF
     rates = size * np.where(sea == 1, spec.sea_keep, 1.0)
     if spec.mode == "balanced":
-        # "Unknown" is no class: it keeps its natural share instead of being drawn up like a rare one.
+        # "Unknown" is not a class: it keeps its natural share instead of being upsampled like a rare class.
         known = category != landcover.UNKNOWN
         rates[known] = _rebalance(rates[known], np.zeros(known.sum()), category[known], spec.power)
     if spec.balance_latitude or spec.balance_climate:
@@ -376,7 +376,7 @@ def _rates(spec: SamplingSpec, size: np.ndarray, strata: np.ndarray) -> np.ndarr
 
 
 def _rebalance(mass: np.ndarray, parent: np.ndarray, child: np.ndarray, power: float) -> np.ndarray:
-    """Moves mass between the children of each parent to shares in proportion to mass ** (1 - power)."""
+    """Redistributes the mass of each parent over its children in proportion to their mass ** (1 - power)."""
     out = mass.astype(np.float64).copy()
     for p in np.unique(parent):
         here = parent == p

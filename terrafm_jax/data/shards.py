@@ -1,6 +1,6 @@
-"""Shards of a data set in a bucket: copied once per host into a local folder, then read like any other.
+"""Shards of a data set in a bucket: copied once per host to a local folder, then read like local ones.
 
-array_record's wheels open local files only. A copy per host suits data sets that fit the host's disk; for
+The array_record wheels can only open local files. Copies suit data sets that fit on every host's disk; for
 larger ones mount the bucket (docs/input.md).
 """
 
@@ -22,12 +22,12 @@ from etils import epath
 
 log = logging.getLogger(__name__)
 FOLDER_VARIABLE = "TERRAFM_SHARD_CACHE"
-TRIES, FIRST_WAIT = 6, 0.5  # seconds; doubled after every failure: gives up after about half a minute
+TRIES, FIRST_WAIT = 6, 0.5  # the wait, in seconds, doubles after every failure: gives up after about half a minute
 _CHUNK = 16 << 20
 
 
 class FetchError(RuntimeError):
-    """A shard cannot be had: the store does not answer, or the local folder is full. Never a damaged record."""
+    """A shard is unavailable: the store does not answer, or the local folder is full. Never means a damaged record."""
 
 
 def is_remote(path: Any) -> bool:
@@ -35,14 +35,14 @@ def is_remote(path: Any) -> bool:
 
 
 def cache_folder() -> Path:
-    """Where copies lie: ``$TERRAFM_SHARD_CACHE``, else a folder in the system's temporary one."""
+    """The folder of the copies: ``$TERRAFM_SHARD_CACHE``, else one in the system's temporary folder."""
     return Path(os.environ.get(FOLDER_VARIABLE) or Path(tempfile.gettempdir()) / "terrafm_jax_shards")
 
 
 def local_copy(url: str, *, tries: int = TRIES, first_wait: float = FIRST_WAIT) -> Path:
-    """The local copy of a remote file, made now if there is none of the same length.
+    """The local copy of a remote file, made now unless there is one of the same length.
 
-    Processes of one host wait for each other, and a copy appears whole or not at all.
+    Only one process of a host copies while the others wait; a copy appears atomically.
 
     Raises:
       FetchError: no answer after ``tries``, no such file, or no space.
@@ -51,7 +51,7 @@ def local_copy(url: str, *, tries: int = TRIES, first_wait: float = FIRST_WAIT) 
     parent, name = str(source.parent), source.name
     digest = hashlib.sha256(parent.encode()).hexdigest()[:12]
     target = cache_folder() / f"{Path(parent).name}-{digest}" / name
-    length = _patiently(lambda: source.stat().length, url, tries, first_wait)
+    length = _with_retries(lambda: source.stat().length, url, tries, first_wait)
     if _complete(target, length):
         return target
     try:
@@ -59,7 +59,7 @@ def local_copy(url: str, *, tries: int = TRIES, first_wait: float = FIRST_WAIT) 
         with (target.parent / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not _complete(target, length):
-                _patiently(lambda: _copy(source, target, length), url, tries, first_wait)
+                _with_retries(lambda: _copy(source, target, length), url, tries, first_wait)
     except OSError as error:
         raise FetchError(
             f"{url}: cannot be copied to {target.parent}: {error}. Free some space, or set {FOLDER_VARIABLE} to a "
@@ -79,7 +79,7 @@ def _copy(source: Any, target: Path, length: int) -> None:
             with partial.open("wb") as local:
                 shutil.copyfileobj(remote, local, _CHUNK)
         except OSError as error:
-            if error.errno is None:  # the store's, worth another try
+            if error.errno is None:  # from the store, so worth a retry
                 raise ConnectionError(str(error)) from error
             partial.unlink(missing_ok=True)
             raise
@@ -88,8 +88,8 @@ def _copy(source: Any, target: Path, length: int) -> None:
     os.replace(partial, target)
 
 
-def _patiently(action: Callable[[], Any], url: str, tries: int, wait: float) -> Any:
-    """Repeats an action of the store with growing, jittered pauses; errors of the local disk pass at once."""
+def _with_retries(action: Callable[[], Any], url: str, tries: int, wait: float) -> Any:
+    """Retries an access to the store with exponential, jittered backoff; errors of the local disk pass at once."""
     for attempt in range(1, tries + 1):
         try:
             return action()

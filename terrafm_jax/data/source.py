@@ -25,7 +25,7 @@ Parsed = TypeVar("Parsed")
 
 
 def read_json(path: Any, parse: Callable[[Any], Parsed]) -> Parsed:
-    """What ``parse`` makes of a JSON file. Raises DataError, which names the file, if it is missing or damaged."""
+    """``parse`` applied to a JSON file. Raises DataError, which names the file, if it is missing or damaged."""
     path = epath.Path(path)
     if not path.exists():
         raise DataError(f"{path} is missing; prepare the data set again")
@@ -99,7 +99,7 @@ class Split:
         )
 
     def sea_left_out(self) -> int:
-        """Tiles of open sea that preparation has kept out of the training split; 0 of the others."""
+        """Number of tiles of open sea that preparation left out of the training split; 0 for other splits."""
         path = epath.Path(self.directory) / "summary.json"
         if self.name != "train" or not path.exists():
             return 0
@@ -141,7 +141,7 @@ def _splits(info: dict[str, Any]) -> tuple[str, dict[str, tuple[tuple[str, ...],
 
 
 def find_root(data_dir: Any) -> epath.Path:
-    """The folder that holds ``dataset_info.json``: ``data_dir`` or the only such one up to two below it."""
+    """The folder that holds ``dataset_info.json``: ``data_dir``, or the only one up to two levels below it."""
     path = epath.Path(data_dir)
     for depth in ("", "*", "*/*"):
         found = [path] if not depth else [p.parent for p in path.glob(f"{depth}/dataset_info.json")]
@@ -168,9 +168,9 @@ def _shard_name(template: str, dataset: str, split: str, shard: int, count: int)
 
 
 class Records:
-    """Reads records by number. Opens shards when they are needed and keeps the last ``keep_open``.
+    """Reads records by number. Opens shards on demand and keeps the last ``keep_open`` of them open.
 
-    Safe to share between threads and to send to another process (readers stay behind).
+    Safe to share between threads and to pickle (open readers do not travel).
     """
 
     def __init__(self, split: Split, keep_open: int = 64):
@@ -198,7 +198,7 @@ class Records:
         return shard, int(number) - (int(self._ends[shard - 1]) if shard else 0)
 
     def error(self, number: int, reason: str) -> RecordError:
-        """A RecordError that says where record ``number`` lies."""
+        """A RecordError that says where record ``number`` is stored."""
         shard, position = self.place(number)
         return RecordError(int(number), self.split.files[shard], position, reason)
 
@@ -242,7 +242,7 @@ class Records:
                 return RuntimeError(f"shard holds {found} records, dataset_info.json promises {expected}")
             return reader
         except Exception as error:
-            return error  # remembered, so that a dead shard is not opened again for each of its records
+            return error  # kept in place of the reader, so that a broken shard is not opened again for every record
 
 
 def _one_line(error: Exception) -> str:

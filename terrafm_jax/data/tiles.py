@@ -38,7 +38,7 @@ INDEX_DTYPE = np.dtype(
 
 
 def features() -> Any:
-    """The tfds FeaturesDict of a record (imports tensorflow-datasets, not TensorFlow).
+    """The TFDS FeaturesDict of a record (imports tensorflow-datasets, not TensorFlow).
 
     Tensors are ``encoding="bytes"``. A sensor that is absent holds 2x2 zero placeholders and
     ``present`` = False, because TFDS has no optional features (2x2, since tfds 4.9.10 cannot decode
@@ -108,7 +108,7 @@ def unpack_valid(packed: np.ndarray, width: int) -> np.ndarray:
     return np.unpackbits(packed, axis=1, count=width).astype(bool)
 
 
-# --- what the device gets ---------------------------------------------------------------------
+# --- the batch --------------------------------------------------------------------------------
 #
 # A batch is a plain dict of arrays with a leading batch axis B (the same shapes in every process):
 #
@@ -125,7 +125,7 @@ def unpack_valid(packed: np.ndarray, width: int) -> np.ndarray:
 #                                center of row i is at i + 0.5)
 #     extent    int32   [B, 2]   rows and columns of the canvas that hold the record
 #
-# written batch["s2_l2a"]["20m"]["dn"]. The ground extent of a tile is that of its finest group in
+# For example batch["s2_l2a"]["20m"]["dn"]. The ground extent of a tile is that of the finest group of
 # the first present sensor among s2_l2a, s2_l1c, s1.
 
 EXTENT_ORDER = ("s2_l2a", "s2_l1c", "s1")

@@ -1,4 +1,4 @@
-"""Self-attention over one view's tokens, in four implementations of one function; TPU's is ``attention_kernels``."""
+"""Self-attention within a view: four implementations of one function, TPU's in ``tpu.attention_kernels``."""
 
 from __future__ import annotations
 
@@ -12,29 +12,34 @@ from terrafm_jax.models.tpu import attention_kernels, kernel_calls
 
 
 def resolve(spec: ModelSpec, tokens: int) -> str:
-    """The implementation "auto" stands for: on TPU kernels, else head-major, which CPU takes, too; XLA on GPU.
+    """The implementation to use. "auto" is XLA on GPU, head-major on CPU, and on TPU the Pallas kernels.
 
-    Kernels must fit, and need the mesh in context. cuDNN must be asked for.
+    On TPU, head-major stands in where the kernels do not support the shapes or no mesh is in context. cuDNN is used
+    only if asked for.
     """
     if spec.attention != "auto":
         return spec.attention
     if spec.backend == "gpu":
         return "xla"
-    whole = attention_kernels.fits(spec, tokens) and attention_kernels.cut(spec) == attention_kernels.LANES
-    return "pallas" if whole and kernel_calls.wanted(spec) else "head_major"
+    supported = attention_kernels.fits(spec, tokens) and attention_kernels.cut(spec) == attention_kernels.LANES
+    return "pallas" if supported and kernel_calls.wanted(spec) else "head_major"
 
 
 def rows(spec: ModelSpec, tokens: int) -> int:
-    """Rows that ``tokens`` of one view are to be padded to before the blocks."""
+    """Number of rows to pad the ``tokens`` of a view to before the blocks; only the kernels need padding."""
     return attention_kernels.padded(tokens) if resolve(spec, tokens) == "pallas" else tokens
 
 
 def attend(qkv: Array, spec: ModelSpec, tokens: int | None = None) -> Array:
     """Softmax attention of packed ``[B, N, 3 * d]`` (3, heads, head_dim) -> ``[B, N, d]``.
 
-    Softmax is computed in float32. ``tokens``: how many of the N rows are keys; the others are padding, which only
-    "pallas" knows (see :func:`rows`). Raises ValueError where "cudnn" meets a type it does not support, or "pallas"
-    heads or a number of tokens that it does not.
+    Softmax is computed in float32.
+
+    Args:
+      tokens: rows from here on are padding, which only "pallas" supports (see :func:`rows`); None: no row is.
+
+    Raises:
+      ValueError: "cudnn" does not support the dtype or head size, "pallas" not the head size or number of tokens.
     """
     batch, length, packed = qkv.shape
     head_dim = packed // (3 * spec.heads)

@@ -1,11 +1,13 @@
-"""Stems for the views that see a sensor, and for no others.
+"""Stems computed only for the views that see a sensor.
 
-Masked, the stem of a sensor is computed for every view, and fusion gives what a view did not draw the weight zero: with
-the paper's draw three sevenths of that work is for nothing. Shapes are fixed before draws are known, so each sensor has
-room for a fixed number of views on each device, those that drew it come first, and the results are put back in place.
-Draws must be stratified (``ssl.modalities``), so that little room is enough. Where records lack sensors, more views may
-see one of the others than there is room for: if so on any device, its stem runs over the remaining views as well. The
-result is that of the masked form, but for rounding.
+The masked form computes a sensor's stem for every view, and fusion gives zero weight to sensors that a view did not
+draw: with the paper's draw, three sevenths of that work is wasted. Shapes must be static although draws are random, so
+each device reserves a fixed number of places per sensor: the views that drew the sensor are gathered to the front, the
+stem runs over as many views as there are places, and its results are gathered back into the order of the views.
+
+Draws must be stratified (``ssl.modalities``), so that few places suffice. Where records lack sensors, more views may
+see one of the others than it has places: if that happens on any device, its stem runs over the remaining views as well.
+The result equals that of the masked form up to rounding.
 """
 
 from __future__ import annotations
@@ -25,11 +27,11 @@ from terrafm_jax.models.stems import stem_products
 
 
 class Rows(NamedTuple):
-    """Of one sensor, the order in which the N views of each of P devices are computed: first those that see it.
+    """How each of P devices orders its N views for the stem of one sensor: those that see the sensor first.
 
-    first: int32 [P, room], the views there is room for. rest: int32 [P, N - room], the others.
-    place: int32 [P, N], where in that order a view is that sees the sensor; of the others any number.
-    fits: bool [], whether on every device all that see it are among the first.
+    first: int32 [P, places], the views that get a place. rest: int32 [P, N - places], the others.
+    place: int32 [P, N], where in that order each view that sees the sensor is; arbitrary for the others.
+    fits: bool [], whether on every device all views that see the sensor are among the first.
     """
 
     first: Array
@@ -39,24 +41,24 @@ class Rows(NamedTuple):
 
 
 def parts() -> int:
-    """Over how many devices the mesh in context, if any, splits a batch."""
+    """Number of devices over which the mesh in context shards a batch; 1 without a mesh."""
     mesh = get_abstract_mesh()
     sizes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
     return math.prod(size for name, size, kind in sizes if name in BATCH_AXES and kind == AxisType.Auto)
 
 
 def fits(present: Array, places: Sequence[int]) -> Array:
-    """bool [M]: which sensors no device sees in more views than there are ``places`` for; ``present``: bool [B, M]."""
+    """bool [M]: whether on every device the views that see a sensor fit its ``places``; ``present``: bool [B, M]."""
     seen = present.reshape(parts(), -1, present.shape[-1]).sum(1)
     return jnp.all(seen <= jnp.asarray([places]), axis=0)
 
 
 def rows(present: Array, places: Sequence[int]) -> list[Rows]:
-    """For each of M sensors the views that are to be computed.
+    """The order of the views for each of M sensors.
 
     Args:
-      present: bool [B, M], B split over the devices.
-      places: M numbers of views that each device has room for.
+      present: bool [B, M], B sharded over the devices.
+      places: per sensor, the number of places on each device.
     """
     split = present.reshape(parts(), -1, present.shape[-1])
     order = jnp.argsort(~split, axis=1, stable=True).astype(jnp.int32)
@@ -75,21 +77,21 @@ def products(
     out_dtypes: tuple[jnp.dtype, ...],
     spec: ModelSpec,
 ) -> list[Array]:
-    """``stems.stem_products`` for the views that see the sensor; for the others finite values that mean nothing.
+    """``stems.stem_products`` for the views that see the sensor; arbitrary finite values for the others.
 
-    The caller gives those the weight zero, so that no gradient comes from them. The patches get none at all: nothing
-    that is learned lies before them.
+    The caller must give those zero weight, so that they contribute no gradient. The patches get no gradient at all:
+    nothing learned precedes them.
     """
-    room = views.first.shape[1]
+    places = views.first.shape[1]
     found = [
-        _take(y, jnp.minimum(views.place, room - 1))
-        for y in _of(views.first, x, kernel, bias, widths, out_dtypes, spec)
+        _take(y, jnp.minimum(views.place, places - 1))
+        for y in _stems_of(views.first, x, kernel, bias, widths, out_dtypes, spec)
     ]
 
     def with_rest(found: list[Array]) -> list[Array]:
-        more = _of(views.rest, x, kernel, bias, widths, out_dtypes, spec)
-        place = jnp.clip(views.place - room, 0, views.rest.shape[1] - 1)
-        late = (views.place >= room).reshape(-1)
+        more = _stems_of(views.rest, x, kernel, bias, widths, out_dtypes, spec)
+        place = jnp.clip(views.place - places, 0, views.rest.shape[1] - 1)
+        late = (views.place >= places).reshape(-1)
         return [
             jnp.where(lax.expand_dims(late, range(1, y.ndim)), _take(m, place), y)
             for m, y in zip(more, found, strict=True)
@@ -98,7 +100,7 @@ def products(
     return lax.cond(views.fits, lambda found: found, with_rest, found)
 
 
-def _of(rows: Array, x: Array, *arguments: Any) -> list[Array]:
+def _stems_of(rows: Array, x: Array, *arguments: Any) -> list[Array]:
     return stem_products(_take(x, rows), *arguments)
 
 
@@ -110,7 +112,7 @@ def _products_bwd(widths: tuple, out_dtypes: tuple, spec: ModelSpec, saved: tupl
     x, kernel, bias, views = saved
 
     def gradient(rows: Array) -> tuple[Array, Array]:
-        pull = jax.vjp(lambda k, b: _of(rows, x, k, b, widths, out_dtypes, spec), kernel, bias)[1]
+        pull = jax.vjp(lambda k, b: _stems_of(rows, x, k, b, widths, out_dtypes, spec), kernel, bias)[1]
         return pull([_take(g, rows) for g in gs])
 
     def with_rest(found: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -124,7 +126,7 @@ products.defvjp(_products_fwd, _products_bwd)
 
 
 def _take(x: Array, index: Array) -> Array:
-    """Rows of [P * N, ...] by ``index`` [P, K] into each of the P parts -> [P * K, ...]; no row leaves its device."""
+    """Gathers rows of [P * N, ...] by ``index`` [P, K] within each of P devices' parts -> [P * K, ...]."""
     count = index.shape[0]
     if count == 1:
         return x.at[index[0]].get(mode="promise_in_bounds")

@@ -1,16 +1,16 @@
-"""The same embedding and fusion with fewer operations.
+"""Embedding and fusion (``patch_embed``, ``fusion``) with fewer operations: same function, weights multiplied first.
 
-Between stem and ``proj1`` and between ``proj2`` and ``proj3`` there is no non-linearity, and the queries
-are constants of the network. So the weights are multiplied first, once a step: scores come from
+There is no non-linearity between a stem and ``proj1``, nor between ``proj2`` and ``proj3``, and the
+queries are parameters. So once per step the weights are multiplied with each other: scores come from
 ``W_stem W_k^T q`` (queries x heads columns), values from ``W_stem W_proj1``, and ``proj3 . proj2`` with
 the affine part of the LayerNorm before it is one matrix.
 
-Nor do the queries' vectors z_q = concat_h sum_m a[q, h, m] v[m, h] need to exist. LayerNorm asks for
-their mean (per-head sums of the values), their square (per-head M x M Gram matrix of the values) and
-the pooling for their product with one vector (a per-head product of the values); after that, the
-weighted mean over queries is one weighted sum of the values per head.
+Nor need the queries' vectors z_q = concat_h sum_m a[q, h, m] v[m, h] be materialized. LayerNorm takes
+their mean (per-head sums of the values) and mean square (per-head M x M Gram matrix of the values), the
+pooling takes their product with one vector (a per-head product of the values). After that, the weighted
+mean over queries is one weighted sum of the values per head.
 
-A derivation of ours; values and gradients equal the written-out form by test, 2e-15 in float64.
+The derivation is ours; values and gradients equal the unfolded form by test, to 2e-15 in float64.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jax import Array, lax
 from terrafm_jax.models import drawn
 from terrafm_jax.models.fusion import NORM_EPS, head_columns, masked
 from terrafm_jax.models.layers import SUMS, linear, product
-from terrafm_jax.models.placement import gather_rows, row_product, weight_product, whole
+from terrafm_jax.models.placement import gather_rows, replicated, row_product, weight_product
 from terrafm_jax.models.spec import ModelSpec
 from terrafm_jax.models.stems import ordered, stem_product, stem_products
 from terrafm_jax.models.tpu import fusion_kernels
@@ -38,7 +38,7 @@ class Folded(NamedTuple):
 
     stems: sensor -> kernel [p*p*C, D + Q*H] (or as ``stems.ordered`` left it) and bias [D + Q*H]. The first D
       columns give a sensor's value (stem, modality embedding, proj1), the others its scores (stem, keys, queries,
-      scale); without fusion there are only the first. They lie in one array since devices sum their gradients as one.
+      scale); without fusion there are only the first. One array, so that its gradient is one all-reduce.
     pool: [D], the pooling vector times the LayerNorm's scale. (Its bias adds the same to every query's logit.) None
       without fusion.
     out: kernel [D, d] and bias [d] (LayerNorm's affine part, proj2, proj3).
@@ -60,19 +60,19 @@ def fold(
     fusion: tuple[Array, Array, Array] | None,
     by_columns: bool = False,
 ) -> Folded:
-    """Forms the products. Sums are kept in float32 and rounded once, to the compute dtype, at use.
+    """Multiplies the weights. The products stay in float32 and are rounded once, to the compute dtype, at use.
 
-    The kernels may lie split over the fsdp axis. Each device multiplies its rows of the stems, and the products, which
-    have no more values, are gathered; of the others the kernels are (``placement``).
+    Kernels may be sharded over fsdp. Of the stems, each device multiplies its rows and the products are gathered, as
+    they are hardly larger than the kernels; the other kernels are gathered before they are multiplied (``placement``).
     """
     scale, shift = norm
     second, last = gather_rows(proj2[0], spec), gather_rows(proj3[0], spec)
-    out_kernel = whole(linear(scale[:, None] * second, last, None, spec, out_dtype=spec.stat_dtype))
+    out_kernel = replicated(linear(scale[:, None] * second, last, None, spec, out_dtype=spec.stat_dtype))
     out_bias = row_product(row_product(shift, second, spec) + proj2[1], last, spec) + proj3[1]
     kernel, pool = proj1, None
     if fusion is not None:
         queries, key, pool = fusion
-        kernel, pool = jnp.concatenate([proj1, _asked(queries, key, spec)], axis=1), pool * scale
+        kernel, pool = jnp.concatenate([proj1, _score_kernel(queries, key, spec)], axis=1), pool * scale
     kernel = gather_rows(kernel, spec)
 
     def joint(stem: Array, bias: Array) -> tuple[Array, Array]:
@@ -82,14 +82,14 @@ def fold(
     return Folded({sensor: joint(*stem) for sensor, stem in stems.items()}, pool, (out_kernel, out_bias))
 
 
-def _asked(queries: Array, key: Array, spec: ModelSpec) -> Array:
-    """What the queries ask of a token: [D, Q*H], scaled by head_size ** -0.5."""
+def _score_kernel(queries: Array, key: Array, spec: ModelSpec) -> Array:
+    """[D, Q*H]: from a token to its attention scores; the key projection times the queries, times head_size ** -0.5."""
     size = spec.stem_width // spec.fusion_heads
     heads = key.reshape(spec.stem_width, spec.fusion_heads, size)
-    asked = jnp.einsum(
+    kernel = jnp.einsum(
         "dhc,qhc->dqh", heads, queries.reshape(spec.queries, spec.fusion_heads, size), precision=lax.Precision.HIGHEST
     )
-    return (asked * size**-0.5).reshape(spec.stem_width, spec.queries * spec.fusion_heads)
+    return (kernel * size**-0.5).reshape(spec.stem_width, spec.queries * spec.fusion_heads)
 
 
 def embed(
@@ -102,8 +102,8 @@ def embed(
     """Patches per sensor (either layout of ``stems``) -> tokens [B, h, w, d].
 
     Args:
-      present: bool [B, M] or None.
-      places: M numbers of samples each device has room for in the stems (``models.drawn``); None computes all of them.
+      present: bool [B, M], or None where every sample has all of ``patches``.
+      places: per sensor, the number of samples that its stem computes on a device (``models.drawn``); None: all.
     """
     if len(patches) == 1:
         ((sensor, x),) = patches.items()
@@ -117,6 +117,7 @@ def embed(
 
 
 def _value(spec: ModelSpec, folded: Folded, sensor: str, x: Array) -> Array:
+    """A sensor's value [B, h, w, D] without its scores, which a single sensor does not need."""
     kernel, bias = folded.stems[sensor]
     return stem_product(x, kernel[..., : spec.stem_width], bias[: spec.stem_width], spec)
 
@@ -124,7 +125,7 @@ def _value(spec: ModelSpec, folded: Folded, sensor: str, x: Array) -> Array:
 def _products(
     spec: ModelSpec, folded: Folded, patches: Mapping[str, Array], present: Array | None, places: Sequence[int] | None
 ) -> list[list[Array]]:
-    """Of every sensor the value [B, h, w, D] and, with fusion, scores [B, h, w, Q * H]."""
+    """Per sensor its value [B, h, w, D] and, with fusion, its scores [B, h, w, Q * H]."""
     parts = [(spec.stem_width, spec.compute_dtype), (spec.queries * spec.fusion_heads, spec.stat_dtype)]
     widths, dtypes = zip(*parts[: 1 + spec.fusion], strict=True)
     if places is None or present is None:
@@ -137,13 +138,13 @@ def _products(
 
 
 def select(values: Sequence[Array], present: Array) -> Array:
-    """Of several sensors [B, h, w, D] the one that each sample sees; ``present`` bool [B, M] has one True a row."""
+    """Per sample the values of the one sensor it sees: M arrays and ``present`` bool [B, M], one True a row."""
     chosen = (present[:, i, None, None, None] for i in range(len(values)))
     return sum(jnp.where(c, x, jnp.zeros((), x.dtype)) for c, x in zip(chosen, values, strict=True))
 
 
 def _normalize(x: Array, spec: ModelSpec) -> Array:
-    """LayerNorm without its affine part, which ``Folded.out`` holds."""
+    """LayerNorm without its affine part, which is folded into ``Folded.out``."""
     x = x.astype(spec.stat_dtype)
     centered = x - x.mean(-1, keepdims=True)
     variance = jnp.square(centered).mean(-1, keepdims=True)
@@ -153,7 +154,7 @@ def _normalize(x: Array, spec: ModelSpec) -> Array:
 def _fuse(
     spec: ModelSpec, folded: Folded, patches: Mapping[str, Array], present: Array | None, places: Sequence[int] | None
 ) -> Array:
-    """Weighted mean over queries of their normalised vectors, [B, h, w, D], none of which is formed."""
+    """Weighted mean over queries of their normalised vectors, [B, h, w, D]; the vectors are never materialized."""
     values, scores = map(list, zip(*_products(spec, folded, patches, present, places), strict=True))
     if fusion_kernels.resolve(spec):  # the same on TPU, in one pass over the values
         return fusion_kernels.mix(values, scores, present, folded.pool, spec)
@@ -167,13 +168,13 @@ def _fuse(
 
 
 def _per_head(x: Array, columns: Array | np.ndarray, spec: ModelSpec) -> Array:
-    """[..., D] times [D, N] -> [..., N], summed in the type of norms, as are gradients of ``columns``."""
+    """[..., D] times ``columns`` [D, N] -> [..., N]; the sums and the gradient of ``columns`` are in ``stat_dtype``."""
     with jax.named_scope(SUMS):
         return product(x.astype(spec.compute_dtype), jnp.asarray(columns, spec.stat_dtype), None, spec, spec.stat_dtype)
 
 
 def _over_columns(x: Array, spec: ModelSpec) -> Array:
-    """[..., H] -> [..., D]: every head's number in each of its columns."""
+    """[..., H] -> [..., D]: repeats every head's number over its columns."""
     return _per_head(x, head_columns(spec).T, spec)
 
 

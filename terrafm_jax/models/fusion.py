@@ -1,8 +1,8 @@
-"""Cross-attention over the sensors of a view as the paper writes it, and what every form of it shares.
+"""Cross-attention over the sensors of a view as the paper describes it, and what all its implementations share.
 
-A reconstruction: the paper gives 5 learned queries per position and a learned pooling; Panopticon, its ancestor, the
-rest. With a single sensor present it changes nothing, whatever the queries, keys and pooling vector are. The forms
-with fewer operations are ``folding`` and, on TPU, ``tpu.fusion_kernels``.
+A reconstruction: the paper gives 5 learned queries per position and a learned pooling; the rest follows Panopticon, on
+which it builds. With a single sensor present the result does not depend on queries, keys and pooling vector: it is that
+of the released network. ``folding`` and, on TPU, ``tpu.fusion_kernels`` compute the same with fewer operations.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jax import Array, lax
 from terrafm_jax.models.layers import Linear, expand, precision, trunc_normal
 from terrafm_jax.models.spec import ModelSpec
 
-NORM_EPS = 1e-5  # of the LayerNorm over a query's vector: PyTorch's default, which upstream left for this norm only
+NORM_EPS = 1e-5  # of the LayerNorm over a query's vector: PyTorch's default, which upstream keeps for this norm alone
 ABSENT = -1e30  # score of an absent sensor: finite, so that a view without any sensor stays finite
 
 
@@ -33,8 +33,8 @@ def masked(scores: Sequence[Array], present: Array | None) -> list[Array]:
 def head_columns(spec: ModelSpec) -> np.ndarray:
     """[D, H]: 1 where a column of D belongs to the head.
 
-    Sums and spreads over heads are products with it: a head's 144 or so columns fill no whole vector registers, and an
-    axis of heads would be padded to nearly twice its size.
+    A product with it sums over each head's columns; one with its transpose repeats numbers over them. An explicit axis
+    of heads would be padded to nearly twice its size, as a head's 144 or so columns do not fill whole vector registers.
     """
     return np.repeat(np.eye(spec.fusion_heads), spec.stem_width // spec.fusion_heads, axis=0)
 

@@ -12,7 +12,7 @@ from terrafm_jax.models.layers import Linear, gelu, linear, uniform_fan_in
 from terrafm_jax.models.placement import gather_columns
 from terrafm_jax.models.spec import ModelSpec
 
-_TINY = 1e-12  # torch.nn.functional.normalize
+_TINY = 1e-12  # eps of torch.nn.functional.normalize
 
 
 def unit(x: Array, axis: int, dtype: jnp.dtype) -> Array:
@@ -23,7 +23,7 @@ def unit(x: Array, axis: int, dtype: jnp.dtype) -> Array:
 
 
 class Prototypes(nnx.Module):
-    """Weight-normed layer without bias and with its gain fixed at 1: kernel [bottleneck, K]."""
+    """Weight-normed linear layer without bias, its gain fixed at 1: kernel [bottleneck, K]."""
 
     def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs):
         shape = (spec.head_bottleneck, spec.prototypes)
@@ -45,10 +45,10 @@ class DinoHead(nnx.Module):
         return unit(third(gelu(second(gelu(first(cls))))), -1, self.spec.stat_dtype)
 
     def prototypes(self) -> Array:
-        """Unit columns [bottleneck, K] in ``stat_dtype``. Devices that share the kernel norm their columns each."""
+        """Unit columns [bottleneck, K] in ``stat_dtype``; each device normalises its own before they are gathered."""
         columns = unit(self.last_layer.kernel[...], 0, self.spec.stat_dtype)
         return gather_columns(columns, self.spec)
 
     def __call__(self, cls: Array) -> Array:
-        """Logits [B, K] in ``stat_dtype``: sums in float32 of products in the compute dtype."""
+        """Logits [B, K] in ``stat_dtype``: products in the compute dtype with float32 sums."""
         return linear(self.bottleneck(cls), self.prototypes(), None, self.spec, out_dtype=self.spec.stat_dtype)

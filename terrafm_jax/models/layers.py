@@ -18,10 +18,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from terrafm_jax.models.spec import ModelSpec
 
-# Names by which ``jax.checkpoint`` keeps things. Its policies for products do not look into a function with a
-# backward pass of its own, such as ``linear``.
+# Names by which ``jax.checkpoint`` saves values. Its own policies for dot products do not see those inside a
+# ``custom_vjp`` function such as ``product``.
 PRODUCT, MOMENTS = "product", "moments"
-SUMS = "sums"  # scope of the products that add up, and are no FLOPs of the network
+SUMS = "sums"  # named scope of products that only sum up, which the network's FLOPs do not count
 
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -33,7 +33,7 @@ def precision(dtype: jnp.dtype) -> lax.Precision | None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def product(x: Array, kernel: Array, bias: Array | None, spec: ModelSpec, out_dtype: jnp.dtype) -> Array:
-    """:func:`linear` of ``x`` in the compute dtype, as it is: neither flattened nor kept by name."""
+    """The bare product of :func:`linear`, for ``x`` in the compute dtype: not flattened, not saved by name."""
     dims, dtype = (((x.ndim - 1,), (0,)), ((), ())), spec.compute_dtype
     kernel = kernel.astype(dtype)
     y = lax.dot_general(x, kernel, dims, precision=precision(dtype), preferred_element_type=out_dtype)
@@ -47,10 +47,10 @@ def _product_fwd(x: Array, kernel: Array, bias: Array | None, spec: ModelSpec, o
 def _product_bwd(spec: ModelSpec, out_dtype: jnp.dtype, saved: tuple, g: Array) -> tuple[Array, Array, Array | None]:
     """Gradients as products in the compute dtype.
 
-    Those of weights and biases are summed, over rows and then over devices, in the type the parameters came in:
-    float32 parameters get float32 sums. JAX's own rule would round to bfloat16 before devices are summed. It
-    would also make [out, in] and transpose it, for which XLA:CPU copies the cotangent into another layout, once
-    a layer; contracting the rows of both gives [in, out] at once.
+    Gradients of weights and biases are summed, over rows and then over devices, in the parameters' own dtype: float32
+    parameters get float32 sums. JAX's own rule would round to bfloat16 before the all-reduce over devices. It would
+    also compute the kernel's gradient as [out, in] and transpose it, for which XLA:CPU copies the cotangent into
+    another layout in every layer; contracting the rows of both operands gives [in, out] directly.
     """
     x, kernel, bias = saved
     dtype = spec.compute_dtype
@@ -66,10 +66,10 @@ product.defvjp(_product_fwd, _product_bwd)
 
 
 def round_to(x: Array, dtype: jnp.dtype) -> Array:
-    """``x.astype(dtype)``, and where devices sum ``x`` only after that.
+    """``x.astype(dtype)`` that stays behind an all-reduce of ``x`` over devices.
 
-    TPU's compiler would move a conversion before the sum. A rounding it leaves where it is (an optimization barrier
-    does not help).
+    The TPU compiler moves a plain conversion before the all-reduce, which then sums in the lower precision. It does
+    not move ``reduce_precision`` (an optimization barrier does not stop it).
     """
     if x.dtype == dtype:
         return x
@@ -80,9 +80,9 @@ def round_to(x: Array, dtype: jnp.dtype) -> Array:
 def sum_rows(x: Array, dtype: jnp.dtype, spec: ModelSpec) -> Array:
     """[..., N] -> [N], summed in ``dtype``.
 
-    A TPU adds rows up in its matrix unit, as a product with ones, in a tenth of the time its vector unit takes.
-    The product is as exact: bfloat16 times one is itself. There eight rows of ones, because its compiler would turn a
-    single one back into a sum. XLA:CPU sums over two axes as slowly, and multiplies as fast.
+    Computed as a product with ones: on TPU the matrix unit takes a tenth of the time that the vector unit takes to add
+    rows, and XLA:CPU, too, multiplies faster than it sums over two axes. The product is as exact, as bfloat16 times
+    one is itself. On TPU it takes eight rows of ones, because the compiler would turn a single row back into a sum.
     """
     rows = tuple(range(x.ndim - 1))
     if spec.backend == "gpu" or x.dtype != spec.compute_dtype:
@@ -98,8 +98,8 @@ def sum_rows(x: Array, dtype: jnp.dtype, spec: ModelSpec) -> Array:
 def linear(x: Array, kernel: Array, bias: Array | None, spec: ModelSpec, out_dtype: jnp.dtype | None = None) -> Array:
     """``x [..., in] @ kernel [in, out] + bias [out]`` in the compute dtype of ``spec``.
 
-    ``out_dtype`` (default: the compute dtype) asks for wider sums to be kept. The backward pass is ours; it
-    equals JAX's by test.
+    ``out_dtype`` is the dtype of the result (default: the compute dtype); a wider one keeps the precision of the sums.
+    The backward pass is ours (:func:`_product_bwd`); it equals JAX's by test.
     """
     dtype = spec.compute_dtype
     out_dtype = dtype if out_dtype is None else jnp.dtype(out_dtype)
@@ -111,7 +111,7 @@ def linear(x: Array, kernel: Array, bias: Array | None, spec: ModelSpec, out_dty
 
 
 def expand(x: Array, ndim: int) -> Array:
-    """Prepends axes of length one up to ``ndim`` (the tests forbid silent rank promotion)."""
+    """Prepends axes of length one up to ``ndim`` (the tests forbid implicit rank promotion)."""
     return lax.expand_dims(x, range(ndim - x.ndim))
 
 
@@ -120,22 +120,22 @@ def gelu(x: Array) -> Array:
     return (0.5 * x * (1.0 + lax.erf(x * math.sqrt(0.5)))).astype(x.dtype)
 
 
-def written_down(x: Array, spec: ModelSpec) -> Array:
-    """``x``, whose gradient is written to memory once before anything uses it.
+def materialize_gradient(x: Array, spec: ModelSpec) -> Array:
+    """``x``; on CPU, its gradient is materialized once before anything uses it.
 
-    Along the residual stream every gradient is the last one and a little more. XLA:CPU, left alone, fuses that sum into
-    each of its uses, and so computes it from the top again: work that grows with the square of the depth. It keeps to
-    the barrier where ``training.compiler`` gives it its options.
+    Along the residual stream, each gradient is the previous one plus one term. Left alone, XLA:CPU fuses that sum into
+    each of its uses and so recomputes it from the last layer on: work that grows with the square of the depth. The
+    barrier prevents this only under the options of ``training.compiler``, which let it survive until fusion.
     """
-    return _written_down(x) if spec.backend == "cpu" else x
+    return _with_gradient_barrier(x) if spec.backend == "cpu" else x
 
 
 @jax.custom_vjp
-def _written_down(x: Array) -> Array:
+def _with_gradient_barrier(x: Array) -> Array:
     return x
 
 
-_written_down.defvjp(lambda x: (x, None), lambda _, g: (lax.optimization_barrier(g),))
+_with_gradient_barrier.defvjp(lambda x: (x, None), lambda _, g: (lax.optimization_barrier(g),))
 
 
 def layer_norm(x: Array, scale: Array, bias: Array, eps: float, spec: ModelSpec) -> Array:
@@ -147,11 +147,11 @@ def layer_norm(x: Array, scale: Array, bias: Array, eps: float, spec: ModelSpec)
 
 
 def _moments(x: Array, eps: float, spec: ModelSpec) -> tuple[Array, Array]:
-    """Mean and inverse deviation over the last axis, kept for the backward pass of a rematerialized block.
+    """Mean and inverse standard deviation over the last axis, named so that a rematerialized block can save them.
 
-    From a TPU's compiler every pass over the activations costs as much as the next, whatever it computes: there,
-    both sums are taken in one. The residual stream's mean is small beside its deviation, so the difference of
-    squares loses no digits that bfloat16 activations have.
+    On TPU a pass over the activations costs the same whatever it computes, so both sums are taken in one pass. The
+    mean of the residual stream is small beside its deviation, so E[x^2] - E[x]^2 loses no digits that bfloat16
+    activations have.
     """
     mean = x.mean(-1)
     if spec.backend == "tpu" and spec.dtype == "bfloat16":
@@ -174,13 +174,13 @@ def uniform_fan_in(key: Array, shape: tuple[int, ...], fan_in: int) -> Array:
 
 
 def with_parameters(module: type[Module], spec: ModelSpec, params: Mapping[str, Any], *arguments: Any) -> Module:
-    """``module(spec, *arguments)`` with plain ``params`` in the place of its own."""
+    """``module(spec, *arguments)`` with the nested dict ``params`` as its parameters."""
     return nnx.merge(_graph(module, spec, arguments), params)
 
 
 @functools.lru_cache(maxsize=256)
 def _graph(module: type[nnx.Module], spec: ModelSpec, arguments: tuple[Any, ...]) -> Any:
-    """A module without its parameters; made abstractly, as nothing is computed to describe it."""
+    """The graph definition of a module, without its parameters; built abstractly, so nothing is computed."""
     return nnx.split(nnx.eval_shape(lambda: module(spec, *arguments, rngs=nnx.Rngs(0))))[0]
 
 
@@ -202,7 +202,7 @@ class LayerNorm(nnx.Module):
     """Normalises the last axis; ``eps`` 1e-6 in the blocks and 1e-5 in the token projection."""
 
     def __init__(self, spec: ModelSpec, features: int, eps: float = 1e-6, *, rngs: nnx.Rngs | None = None):
-        del rngs  # nothing is drawn; all modules are made alike
+        del rngs  # unused, but ``_graph`` passes it to every module
         self.spec, self.eps = spec, eps
         self.scale = nnx.Param(jnp.ones((features,), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((features,), jnp.float32))

@@ -49,7 +49,7 @@ class PatchEmbed(nnx.Module):
     def fold(self, *, by_columns: bool = False) -> folding.Folded:
         """Multiplies the weights that meet without a non-linearity in between; gradients flow through.
 
-        Kernels for patches are brought into the order of ``models.stems`` if ``by_columns``.
+        ``by_columns`` permutes the stem kernels for the column layout of ``models.stems``.
         """
         projection = self.projection
         return folding.fold(
@@ -66,12 +66,12 @@ class PatchEmbed(nnx.Module):
         )
 
     def __call__(self, patches: Mapping[str, Array], present: Array | None) -> Array:
-        """Follows the published order of operations, one product after another.
+        """The unfolded form, in the published order of operations.
 
         Args:
           patches: per sensor [B, h, w, p*p*C], or the other layout of ``models.stems``.
           present: bool [B, M] over the keys of ``patches``, or None when all are there. Without fusion
-            weights it names one sensor a sample.
+            weights it has exactly one True per sample.
         """
         tokens = []
         for sensor, x in patches.items():

@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array, lax
 
 _A = -0.75
-_NUDGE = 0.1  # upstream adds it to the grid size before it forms the scale factor
+_NUDGE = 0.1  # upstream adds it to the grid size before it computes the scale factor
 
 
 def _cubic(distance: np.ndarray) -> np.ndarray:

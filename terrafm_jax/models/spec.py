@@ -1,4 +1,4 @@
-"""What the network is and how it computes, as one frozen, hashable value (static under ``jax.jit``)."""
+"""Architecture and execution options of the network, as one frozen, hashable value (static under ``jax.jit``)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import jax.numpy as jnp
 
 from terrafm_jax.sensors import SENSOR_KEYS, SENSORS
 
-# (width, depth, heads). B and L are published (arXiv 2506.06281); S is the usual ViT-S, an inference of ours.
+# (width, depth, heads). B and L are published (arXiv 2506.06281); S is not, we take the usual ViT-S.
 SIZES: dict[str, tuple[int, int, int]] = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16)}
 STEM_FACTOR = 3  # stems are three times as wide as the backbone
-DTYPES = ("float32", "bfloat16", "float64")  # float64 serves the parity tests
+DTYPES = ("float32", "bfloat16", "float64")  # float64 for the parity tests
 REMATS = ("none", "dots", "block")
-BATCH_AXES = ("slice", "data", "fsdp")  # of a mesh: those that split the batch, where it has them
+BATCH_AXES = ("slice", "data", "fsdp")  # mesh axes that shard the batch; a mesh need not have all of them
 FUSION_KERNELS = ("auto", "xla", "pallas")
 STEMS = ("all", "drawn")
 ATTENTIONS = ("auto", "xla", "cudnn", "head_major", "pallas")
@@ -23,32 +23,35 @@ ATTENTIONS = ("auto", "xla", "cudnn", "head_major", "pallas")
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """Shape of the network and the way it is computed.
+    """Architecture of the network, and how to compute it.
 
     Attributes:
       width, depth, heads, mlp_ratio: the ViT backbone; stems have width ``3 * width``.
       patch: side of a patch in pixels.
       grid: side of the grid that ``pos_embed`` was learned on (14: 224 px).
       sensors: configured sensors, a subset of SENSOR_KEYS in that order.
-      fusion: has the cross-attention over sensors; False is the released network (one sensor a view).
-      queries, fusion_heads: learned queries and heads of the fusion. 5 is published; heads are inferred.
+      fusion: has the cross-attention over sensors; False is the released network (one sensor per view).
+      queries, fusion_heads: learned queries and heads of the fusion. 5 queries are published; heads are inferred.
       drop_path: stochastic depth of the last block, rising linearly from 0 (DINO).
       prototypes, head_hidden, head_bottleneck: the DINO head.
-      init_std: deviation of linear layers at init. 0.02 suits widths of 384 and more; a signal that shrinks
-        from layer to layer makes narrow models collapse, so they want about 0.7 / sqrt(width).
+      init_std: standard deviation of linear kernels at init. 0.02 suits widths of 384 and more; narrower models
+        need about 0.7 / sqrt(width), else the signal shrinks from layer to layer and they collapse.
       dtype: of matrix products and activations. Parameters, softmax and norms stay in float32.
-      scan: runs the blocks as one ``lax.scan`` (compiles faster, takes more temporaries).
-      remat: "none", "dots" (keeps matrix products) or "block" (keeps block inputs only).
+      scan: runs the blocks as one ``lax.scan`` (compiles faster, needs more temporary memory).
+      remat: what the forward pass saves, the rest being recomputed: "none" (saves everything), "dots" (saves
+        matrix products) or "block" (saves block inputs only).
       attention: "xla", "cudnn" (bfloat16 on NVIDIA), "head_major" (fastest on CPU), "pallas" (TPU kernels) or
         "auto".
       fusion_kernel: "xla", "pallas" (TPU kernels, for the folded embedding) or "auto".
-      stems: in training "all" computes every sensor's stem for all views, "drawn" for the views that see it
-        (``models.drawn``, needs folded). Same function.
-      folded: multiplies stems into projection and fusion weights first: same function, fewer FLOPs.
+      stems: in training, "all" applies every sensor's stem to all views, "drawn" only to the views that see the
+        sensor (``models.drawn``, needs folded). Same function.
+      folded: multiplies stem, projection and fusion weights with each other before they meet activations: same
+        function, fewer FLOPs (``models.folding``).
       platform: "cpu", "gpu" or "tpu" the code is compiled for; "" takes the default backend. Set it when
         compiling ahead of time for another machine.
-      sum_whole: gradients of weights that lie split are summed over all devices and then split; otherwise first
-        within the devices that share a state, then part by part (``training.sharding.sums_whole`` says when).
+      sum_whole: how gradients of fsdp-sharded weights are reduced. True: all-reduce over all devices, then keep a
+        shard. False: reduce-scatter among the devices that share a state, then reduce the shards between these
+        groups (``training.sharding.sums_whole`` chooses).
     """
 
     width: int = 768

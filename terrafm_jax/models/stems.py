@@ -1,9 +1,9 @@
 """Stems: a sensor's patches times its kernel, with the patches in either of two layouts.
 
-The plain one is [B, h, w, p * p * C]. For TPU ``ssl.views`` delivers views by columns, [B, h, p, w, C * p]: the column
-inside the patch before the patch, the last axis ordered (band, row in the patch), which a TPU makes at a fraction of
-the cost. The values are the same; instead of the activations it is the kernel, a thousand times smaller, that is
-brought into order.
+The plain layout is [B, h, w, p * p * C]. On TPU, ``ssl.views`` delivers the column layout [B, h, p, w, C * p]: the
+column inside the patch comes before the patch, and the last axis is ordered (band, row in the patch). A TPU produces it
+at a fraction of the cost. The values are the same; instead of the activations we permute the kernel, which is a
+thousand times smaller.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from terrafm_jax.sensors import NORMALIZED_MEAN
 class Stem(nnx.Module):
     """A convolution with kernel = stride = patch, as a matrix product: kernel [p*p*C, 3d].
 
-    The bias starts at minus the kernel's response to the mean image. Normalised values lie around 0.5, not 0; with a
-    random bias that constant outweighs what differs between patches, tokens start out nearly alike, and small models
-    spend hundreds of steps near collapse (docs/experiments.md).
+    The bias starts at minus the kernel's response to the mean image. Normalised values are centered on 0.5, not 0; with
+    a random bias this constant would outweigh the differences between patches, all tokens would start out nearly alike,
+    and small models would spend hundreds of steps near collapse (docs/experiments.md).
     """
 
     def __init__(self, spec: ModelSpec, sensor: str, *, rngs: nnx.Rngs):
@@ -42,7 +42,7 @@ def grid(x: Array) -> tuple[int, int, int]:
 
 
 def values(x: Array) -> int:
-    """Values of one patch in either layout."""
+    """Number of values in one patch, in either layout."""
     return x.shape[-1] if x.ndim == 4 else x.shape[2] * x.shape[4]
 
 
@@ -69,12 +69,12 @@ def stem_product(
 def stem_products(
     x: Array, kernel: Array, bias: Array, widths: Sequence[int], out_dtypes: Sequence[jnp.dtype], spec: ModelSpec
 ) -> list[Array]:
-    """:func:`stem_product` cut along its columns, each part in a type of its own; the gradients are one product.
+    """:func:`stem_product` split along its N columns, each part in a dtype of its own; one product for all gradients.
 
-    A gradient brings the patches into another order, which costs as much as a narrow kernel's product itself.
+    A kernel's gradient first transposes the patches, which costs as much as the product of a narrow kernel.
 
     Args:
-      kernel, bias: as there; widths: of the parts, N together.
+      kernel, bias: as for :func:`stem_product`; widths: columns of each part, N in sum.
     """
     out_dtypes = tuple(map(jnp.dtype, out_dtypes))
     if x.ndim == 4:
@@ -85,14 +85,15 @@ def stem_products(
 
 
 def _cut(x: Array, widths: Sequence[int]) -> list[Array]:
-    """The parts of the last axis."""
+    """Splits the last axis into parts of these widths."""
     return jnp.split(x, np.cumsum(widths)[:-1], axis=-1)
 
 
 def ordered(kernel: Array, spec: ModelSpec) -> Array:
-    """[p * p * C, N] -> [p, C * p, N], the order of patches [B, h, p, w, C * p].
+    """[p * p * C, N] -> [p, C * p, N]: permutes a kernel for patches in the column layout.
 
-    Done before the kernel meets several sizes of views, it lets their gradients be added before devices are summed.
+    Permute it once, before it is used for several sizes of views, so that their gradients are added locally before the
+    all-reduce over devices.
     """
     p, (values, features) = spec.patch, kernel.shape
     return kernel.reshape(p, p, -1, features).transpose(1, 2, 0, 3).reshape(p, values // p, features)
@@ -110,7 +111,7 @@ def _product_fwd(x: Array, kernel: Array, dtype: jnp.dtype, out_dtype: jnp.dtype
 
 
 def _product_bwd(dtype: jnp.dtype, out_dtype: jnp.dtype, saved: tuple, g: Array) -> tuple[Array, Array]:
-    """As ``layers.linear``: the kernel's gradient is summed over devices in the kernel's type, not in ``dtype``."""
+    """As ``layers.linear``: the kernel's gradient is summed over devices in the kernel's dtype, not in ``dtype``."""
     x, kernel = saved
     exact, g = precision(dtype), g.astype(dtype)
     dx = jnp.einsum("bhwn,jkn->bhjwk", g, kernel.astype(dtype), precision=exact)

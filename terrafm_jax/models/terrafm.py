@@ -1,6 +1,6 @@
 """TerraFM (arXiv 2506.06281) as pure functions of plain parameter dicts.
 
-Flax NNX modules describe parameters and computation; each function puts the caller's dict into one that was built
+Flax NNX modules define parameters and computation; each function merges the caller's dict into a module that was built
 abstractly, once per spec (``layers.with_parameters``). Nothing here keeps state, so every JAX transformation applies.
 """
 
@@ -51,8 +51,9 @@ class Backbone(nnx.Module):
 def init_params(spec: ModelSpec, key: Array) -> dict[str, Any]:
     """Fresh float32 parameters ``{"backbone": {...}, "head": {...}}`` as plain nested dicts.
 
-    Weights are normal with deviation 0.02, stems and prototypes uniform as PyTorch leaves them, biases and
-    modality embeddings zero. Traceable: ``jax.eval_shape`` and ``jax.jit`` with output shardings work.
+    Linear kernels are normal with ``spec.init_std``; class token, positions, queries and pooling vector normal with
+    0.02; stems and prototypes uniform (PyTorch's default), and a stem's bias follows from its kernel; modality
+    embeddings and all other biases zero. Traceable: ``jax.eval_shape`` and ``jax.jit`` with output shardings work.
     """
     backbone_key, head_key = jax.random.split(key)
     modules = {
@@ -99,12 +100,12 @@ def encode(
     """Encodes views.
 
     Args:
-      spec: the network; fields that say how to compute may differ from those used at init.
+      spec: the network; execution options (dtype, attention, ...) may differ from those used at init.
       backbone: ``params["backbone"]``.
       patches: sensor -> normalised patches [B, h, w, p*p*C] (see :func:`patchify`), or the other layout of
         ``models.stems``. With one sensor this is the released path; with several they are fused.
-      present: bool [B, S] over ``spec.sensors``: sensors each sample has. None: those in ``patches``. Weights
-        without fusion take several sensors only with one of them present in each sample.
+      present: bool [B, S] over ``spec.sensors``: sensors each sample has. None: those in ``patches``. Without
+        fusion weights, several sensors may be given only if exactly one of them is present in each sample.
       drop_key: PRNG key of the drop path; None turns it off (teacher, inference).
       layers: blocks (0-based, negative from the end) whose features are returned too.
 
@@ -134,14 +135,16 @@ def encode_cls(
     keep: Sequence[Array | None],
     places: Sequence[Sequence[int] | None] | None = None,
 ) -> list[Array]:
-    """Class tokens [B_i, d] of several sets of views, whose sizes may differ, with one pass over the layers.
+    """Class tokens [B_i, d] of several sets of views, whose sizes may differ, in one pass over the layers.
 
-    Equals :func:`encode` of each set, with weight products formed once; see ``vit.run_blocks_together``.
+    Equals :func:`encode` of each set, but folds weights only once and reads each layer's weights once
+    (``vit.run_blocks_together``).
 
     Args:
       sets: (patches, present) as for :func:`encode`.
-      keep: for each set what ``vit.drop_path_keep`` drew, [depth, 2, B_i], or None.
-      places: for each set how many views a device has room for in the stem of each sensor (``models.drawn``), or None.
+      keep: per set the result of ``vit.drop_path_keep``, [depth, 2, B_i], or None.
+      places: per set, for each sensor, the number of views that its stem computes on a device (``models.drawn``);
+        None: all.
 
     Raises:
       ValueError: as :func:`encode`.
@@ -159,22 +162,22 @@ def encode_cls(
 
 
 def _embedding(spec: ModelSpec, backbone: Params, *, by_columns: bool = False) -> Callable[..., Array]:
-    """The function from patches per sensor, ``present`` [B, S] and ``places`` (``folding``) to tokens [B, h, w, d].
+    """Returns ``embed(patches, present, places)`` -> tokens [B, h, w, d]; arguments as for :func:`encode_cls`.
 
-    The weight products of the folded form are made here, so that several calls, and their backward passes, share them.
+    Weights are folded here, not in ``embed``, so that several calls and their backward passes share the products.
 
     Args:
-      by_columns: the calls' patches will be in the layout of ``models.stems``.
+      by_columns: whether all patches will come in the column layout of ``models.stems``.
     """
-    written_out = with_parameters(PatchEmbed, spec, backbone["patch_embed"])
-    folded = written_out.fold(by_columns=by_columns) if spec.folded else None
+    unfolded = with_parameters(PatchEmbed, spec, backbone["patch_embed"])
+    folded = unfolded.fold(by_columns=by_columns) if spec.folded else None
 
     def embed(patches: Mapping[str, Array], present: Array | None, places: Sequence[int] | None = None) -> Array:
         patches = {sensor: patches[sensor] for sensor in spec.sensors if sensor in patches}
         if present is not None:
             present = jnp.stack([present[:, spec.sensors.index(sensor)] for sensor in patches], axis=1)
         if folded is None:
-            return written_out(patches, present)
+            return unfolded(patches, present)
         return folding.embed(spec, folded, patches, present, places)
 
     return embed
@@ -186,7 +189,7 @@ def _with_positions(spec: ModelSpec, backbone: Params, tokens: Array) -> Array:
     dtype = spec.compute_dtype
     pos = backbone["pos_embed"]
     grid = position.interpolate(pos[0, 1:], rows, columns, spec.grid)
-    # Added in the parameters' float32, so that their gradients are summed over samples and devices in it.
+    # Added in float32, so that the embeddings' gradients are summed over samples and devices in float32, too.
     tokens = (tokens + grid[None]).astype(dtype)
     first = jnp.broadcast_to(backbone["cls_token"] + pos[:, :1], (batch, 1, width)).astype(dtype)
     return jnp.concatenate([first, tokens.reshape(batch, rows * columns, width)], axis=1)
@@ -205,7 +208,7 @@ def _check(
     if any(x.ndim not in (4, 5) for x in patches.values()) or len({stems.grid(x) for x in patches.values()}) > 1:
         faults.append(f"patches must be [B, h, w, p*p*C] (or [B, h, p, w, C*p]) with equal B, h, w; found {shapes}")
     for s, x in patches.items():
-        # Not the sensor table: a caller may have cut the stem to fewer bands.
+        # Expected by the weights, not by the sensor table: a caller may have sliced the stem to fewer bands.
         if s in spec.sensors and stems.values(x) != (expected := embed[f"conv2d_{s}"]["kernel"].shape[0]):
             faults.append(f"{s}: patches have {stems.values(x)} values; expected {expected}")
     batch = next(iter(shapes.values()), (0,))[0]

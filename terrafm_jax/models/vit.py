@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array, lax
 
 from terrafm_jax.models.attention import attend, rows
-from terrafm_jax.models.layers import MOMENTS, PRODUCT, LayerNorm, Linear, gelu, with_parameters, written_down
+from terrafm_jax.models.layers import MOMENTS, PRODUCT, LayerNorm, Linear, gelu, materialize_gradient, with_parameters
 from terrafm_jax.models.spec import ModelSpec
 from terrafm_jax.models.tpu import attention_kernels
 
@@ -57,8 +57,8 @@ class Block(nnx.Module):
 
         The first ``tokens`` of the N rows are tokens, the others padding.
         """
-        x = written_down(x, self.spec)
-        x = written_down(x + _scaled(self.attn(self.norm1(x), tokens), keep, 0), self.spec)
+        x = materialize_gradient(x, self.spec)
+        x = materialize_gradient(x + _scaled(self.attn(self.norm1(x), tokens), keep, 0), self.spec)
         return x + _scaled(self.mlp(self.norm2(x)), keep, 1)
 
 
@@ -69,7 +69,7 @@ def _scaled(residual: Array, keep: Array | None, which: int) -> Array:
 def apply_block(
     spec: ModelSpec, params: Params, x: Array, keep: Array | None = None, tokens: int | None = None
 ) -> Array:
-    """One block with plain parameters: [B, N, d] -> [B, N, d]; ``tokens`` of the N rows are no padding (None: all)."""
+    """One block with plain parameters: [B, N, d] -> [B, N, d]. Rows from ``tokens`` on are padding; None: no row is."""
     return with_parameters(Block, spec, params)(x, keep, x.shape[1] if tokens is None else tokens)
 
 
@@ -83,7 +83,9 @@ def drop_path_keep(spec: ModelSpec, batch: int, key: Array) -> Array:
     return jnp.where(draws < kept, 1.0 / kept, 0.0)
 
 
-def _rematerialized(spec: ModelSpec, tokens: Sequence[int]) -> Any:
+def _layer_step(spec: ModelSpec, tokens: Sequence[int]) -> Any:
+    """One layer over several token arrays, ``step(params, x, keep)``, recomputed in the backward pass by ``remat``."""
+
     def step(params: Params, x: tuple[Array, ...], keep: tuple[Array | None, ...]) -> tuple[Array, ...]:
         return tuple(apply_block(spec, params, *each) for each in zip(x, keep, tokens, strict=True))
 
@@ -94,7 +96,7 @@ def _rematerialized(spec: ModelSpec, tokens: Sequence[int]) -> Any:
 
 
 def stack_blocks(blocks: Params, depth: int) -> Params:
-    """Per-layer dicts "0", "1", ... -> one dict with a leading layer axis (gradients unstack themselves)."""
+    """Per-layer dicts "0", "1", ... -> one dict with a leading layer axis; differentiable."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(blocks[str(i)] for i in range(depth)))
 
 
@@ -111,14 +113,14 @@ def run_blocks_together(
 ) -> tuple[tuple[Array, ...], dict[int, tuple[Array, ...]]]:
     """All blocks over several token arrays [B_i, N_i, d], layer by layer.
 
-    Each layer's weights are read and cast once for all of them, and in the backward pass of a scan its gradients
-    are added up before devices are summed: one collective a layer instead of one per array.
+    Each layer's weights are read and cast once for all arrays. In the backward pass of a scan, their gradients are
+    added locally before the all-reduce over devices: one collective per layer instead of one per array.
 
     Args:
-      keep: for every array what :func:`drop_path_keep` drew, or None.
+      keep: per array the result of :func:`drop_path_keep`, or None.
     """
     tokens = [a.shape[1] for a in x]
-    step = _rematerialized(spec, tokens)
+    step = _layer_step(spec, tokens)
     x, keep, tapped = tuple(_pad(a, rows(spec, n)) for a, n in zip(x, tokens, strict=True)), tuple(keep), {}
     if not spec.scan:
         for i in range(spec.depth):
@@ -128,7 +130,7 @@ def run_blocks_together(
         return _cut(x, tokens), {i: _cut(a, tokens) for i, a in tapped.items()}
     stacked = stack_blocks(blocks, spec.depth)
     start = 0
-    for stop in sorted({*(i + 1 for i in taps), spec.depth}):  # one scan between two taps
+    for stop in sorted({*(i + 1 for i in taps), spec.depth}):  # one scan up to each tap
         part = jax.tree.map(lambda leaf, a=start, b=stop: leaf[a:b], (stacked, keep))
         x, _ = lax.scan(lambda carry, layer: (step(layer[0], carry, layer[1]), None), x, part)
         start = stop
@@ -138,7 +140,7 @@ def run_blocks_together(
 
 
 def _pad(x: Array, length: int) -> Array:
-    """[B, N, d] -> [B, length, d], zeros behind. No token sees them, and so no gradient comes from them."""
+    """[B, N, d] -> [B, length, d], zero-padded. No token attends to the padding, so it gives no gradient."""
     return x if x.shape[1] == length else jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0)))
 
 

@@ -35,10 +35,10 @@ def to_pixels(geometry: Array, boxes: Array) -> tuple[Array, Array, Array, Array
 
 
 def covered_range(batch: dict[str, Any], sensors: tuple[str, ...], present: Array) -> tuple[Array, Array]:
-    """What of the ground extent the stored arrays hold, and its shape on the ground.
+    """The part of the ground extent that the stored arrays cover, and the extent's aspect on the ground.
 
-    The sensor that defines the ground extent decides: the first present one of ``EXTENT_ORDER``. For
-    a whole tile the range is (0, 0, 1, 1); for a window of a tile that keeps the tile's geometry it
+    Both come from the sensor that defines the ground extent: the first present one of ``EXTENT_ORDER``.
+    For a whole tile the range is (0, 0, 1, 1); for a window of a tile that keeps the tile's geometry it
     is the window.
 
     Returns:
@@ -47,7 +47,7 @@ def covered_range(batch: dict[str, Any], sensors: tuple[str, ...], present: Arra
     size = present.shape[0]
     covered = jnp.tile(jnp.asarray([[0.0, 0.0, 1.0, 1.0]], jnp.float32), (size, 1))
     ratio = jnp.ones((size,), jnp.float32)
-    for key in [k for k in reversed(EXTENT_ORDER) if k in sensors]:  # the last one written wins
+    for key in [k for k in reversed(EXTENT_ORDER) if k in sensors]:  # later sensors override earlier ones
         entry = batch[key][finest_group(key)]
         y0, sy, x0, sx = (entry["geometry"][:, i] for i in range(4))
         usable = present[:, sensors.index(key)] & (sy > 0) & (sx > 0)
@@ -82,7 +82,7 @@ def propose_boxes(
     low, high = covered[:, None, :2], covered[:, None, 2:]
     height, width = (high - low)[..., 0], (high - low)[..., 1]
     area = jnp.minimum(scale[0] + (scale[1] - scale[0]) * draws[..., 0], height * width)
-    # Of width / height in fractions of the extent only this range fits: h = sqrt(area / a), w = sqrt(area a).
+    # Aspects a = width / height, in fractions of the extent, that fit: height = sqrt(area / a), width = sqrt(area a).
     fits_low, fits_high = jnp.log(area / height**2), jnp.log(width**2 / area)
     wanted = jnp.log(jnp.asarray(aspect, jnp.float32))[None, :] - jnp.log(ratio)[:, None]
     bottom = jnp.clip(wanted[:, :1], fits_low, fits_high)
@@ -104,8 +104,8 @@ def _overlap(start: Array, stop: Array, cells: int, extent: Array) -> Array:
 def valid_share(batch: dict[str, Any], sensors: tuple[str, ...], boxes: Array) -> Array:
     """Share of the area of each box that holds valid pixels, per sensor; outside the array is invalid.
 
-    Counts set bits per 8x8 cell of the packed validity of each sensor's finest group and takes valid
-    pixels as spread evenly inside a cell, which costs two small products instead of a resampling.
+    Counts the valid bits per 8x8 cell of each sensor's finest group and assumes that valid pixels are
+    spread evenly inside a cell, which costs two small products instead of a resampling.
 
     Args:
       boxes: float32 [B, N, 4].
@@ -141,13 +141,13 @@ def draw_boxes(
     aspect: tuple[float, float],
     min_valid: float,
 ) -> tuple[Array, Array]:
-    """Draws one box per sample and view: the first of ``tries`` that is valid enough, else the best one.
+    """Draws one box per sample and view: the first of ``tries`` candidates that is valid enough, else the best one.
 
-    A candidate counts by the least valid of the sensors present, because the view may show any of them.
+    A candidate is judged by the least valid of the sensors present, because the view may show any of them.
 
     Args:
       present: bool [B, S].
-      min_valid: smallest valid share, 0..1, of a box that is taken without looking further.
+      min_valid: valid share, 0..1, at which a candidate is valid enough.
 
     Returns:
       boxes float32 [B, V, 4], and per sensor the valid share inside them, float32 [B, V, S].

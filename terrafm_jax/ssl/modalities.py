@@ -3,9 +3,9 @@
 A draw is one categorical sample over the non-empty subsets of the sensors, with exactly the
 probabilities of the rule given the sensors present; nothing is redrawn in a loop.
 
-Draws may be stratified: the views of a few samples take evenly spaced points of the distribution in random order. Each
-still follows the rule, and how many of them see a sensor is known in advance but for one or so (``models.drawn`` lives
-on that); but what one of them sees depends on the others. What student and teacher see is independent.
+Draws may be stratified: the views of a few samples take evenly spaced quantiles of the distribution, in random order.
+Each view by itself still follows the rule, and how many of them see a sensor varies by about one (``models.drawn``
+relies on it), but the views are no longer independent of each other. Student and teacher draw independently.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ def subsets(count: int) -> np.ndarray:
     return (codes[:, None] >> np.arange(count)[None, :]) % 2 == 1
 
 
-def _line(count: int) -> np.ndarray:
-    """Numbers of the subsets in the order of the Gray code.
+def _gray_order(count: int) -> np.ndarray:
+    """Indices of the subsets in the order of the Gray code.
 
-    Those that hold a given one of three sensors lie together (of the first sensor in two places), and the fewer
-    places, the more evenly evenly spaced points are shared out.
+    In this order the subsets with a given sensor are adjacent (for the first of three sensors, in two runs). The fewer
+    runs, the less the number of evenly spaced points that fall into them varies.
     """
     index = np.arange(1, 2**count)
     return (index ^ (index >> 1)) - 1
@@ -76,29 +76,29 @@ def draw_modalities(key: Array, rule: str, threshold: float, available: Array, g
 
     Args:
       available: bool [B, V, S].
-      group: samples, dividing B, whose V * group views are stratified together; 0 draws every view by itself.
+      group: number of samples whose V * group views are stratified together, a divisor of B; 0 draws every view
+        independently.
 
     Returns:
       bool [B, V, S].
     """
     odds = subset_probabilities(rule, threshold, available)
     if group:
-        line = _line(available.shape[-1])
+        order = _gray_order(available.shape[-1])
         points = _evenly_spaced(key, *available.shape[:2], group)
-        chosen = jnp.asarray(line)[
-            jnp.sum(jnp.cumsum(odds[..., line], axis=-1)[..., :-1] <= points[..., None], axis=-1)
-        ]
+        cumulative = jnp.cumsum(odds[..., order], axis=-1)
+        chosen = jnp.asarray(order)[jnp.sum(cumulative[..., :-1] <= points[..., None], axis=-1)]
     else:
         chosen = jax.random.categorical(key, jnp.log(odds), axis=-1)
-    codes = chosen + 1  # subsets() counts in binary, so the index spells the members
+    codes = chosen + 1  # bit i: the subset holds sensor i, see subsets()
     shifts = jnp.arange(available.shape[-1], dtype=codes.dtype).reshape(1, 1, -1)
     return (codes[..., None] >> shifts) % 2 == 1
 
 
 def _evenly_spaced(key: Array, batch: int, views: int, group: int) -> Array:
-    """float32 [B, V]: the V * group points of a group are evenly spaced in [0, 1) from a random start, in random order.
+    """float32 [B, V]: per group of samples, V * group points evenly spaced in [0, 1), with random offset and order.
 
-    Every sample draws for its whole group and takes what is its own, so that none needs to hear from another device.
+    Every sample repeats the draws of its whole group and keeps its own, so that devices need not communicate.
     """
     count = views * group
     samples = jnp.arange(batch)
@@ -109,18 +109,18 @@ def _evenly_spaced(key: Array, batch: int, views: int, group: int) -> Array:
     earlier = jnp.arange(count)[None, None] < mine[..., None]
     place = jnp.sum((lots < lot) | ((lots == lot) & earlier), axis=-1)
     start = jax.vmap(lambda k: jax.random.uniform(k, (1,), jnp.float32))(keys[:, 1])
-    # Never 1, nor so near it that rounded sums of probabilities end before.
+    # Below 1 by more than the rounding errors of the cumulative probabilities that the points are compared with.
     return jnp.minimum((place.astype(jnp.float32) + start) / count, 1.0 - 1e-6)
 
 
 def most_drawn(rule: str, threshold: float, sensors: int, views: int) -> np.ndarray:
-    """How many of ``views`` stratified views draw each sensor at most, int [S], if their records have all of them."""
+    """int [S]: the most of ``views`` stratified views that may see each sensor, if their records have all sensors."""
     with jax.ensure_compile_time_eval():
         odds = np.asarray(subset_probabilities(rule, threshold, jnp.ones(sensors, bool)), np.float64)
-    line = _line(sensors)
-    shares = np.cumsum(odds[line])
-    # Counts change only where a point passes a border between subsets: one start on either side of each.
-    edges = np.concatenate([shares * views % 1.0 + side for side in (-1e-5, 1e-5)]) % 1.0
-    points = (np.arange(views) + edges[:, None]) / views
+    order = _gray_order(sensors)
+    shares = np.cumsum(odds[order])
+    # Counts change only at offsets for which a point crosses a border between subsets: try one on either side of each.
+    offsets = np.concatenate([shares * views % 1.0 + side for side in (-1e-5, 1e-5)]) % 1.0
+    points = (np.arange(views) + offsets[:, None]) / views
     chosen = (shares[:-1] <= points[..., None]).sum(-1)
-    return subsets(sensors)[line[chosen]].sum(1).max(0)
+    return subsets(sensors)[order[chosen]].sum(1).max(0)

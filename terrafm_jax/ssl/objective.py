@@ -35,19 +35,13 @@ class ObjectiveSpec:
     center_momentum: float = 0.9
 
     def __post_init__(self) -> None:
-        faults = [
-            f"{name} = {getattr(self, name)}, expected {low} {'<' if open_low else '<='} value <= {high}"
-            for name, low, high, open_low in (
-                ("student_temp", 0, 10, True),
-                ("teacher_temp_start", 0, 10, True),
-                ("teacher_temp", 0, 10, True),
-                ("ema_start", 0, 1, False),
-                ("ema_end", 0, 1, False),
-                ("alpha", 0, 1, False),
-                ("center_momentum", 0, 1, False),
-            )
-            if not (low < getattr(self, name) if open_low else low <= getattr(self, name)) or getattr(self, name) > high
-        ]
+        faults = []
+        for name in ("student_temp", "teacher_temp_start", "teacher_temp"):
+            if not 0 < getattr(self, name) <= 10:
+                faults.append(f"{name} = {getattr(self, name)}, expected 0 < value <= 10")
+        for name in ("ema_start", "ema_end", "alpha", "center_momentum"):
+            if not 0 <= getattr(self, name) <= 1:
+                faults.append(f"{name} = {getattr(self, name)}, expected 0 <= value <= 1")
         if self.teacher_temp_warmup_steps < 0:
             faults.append(f"teacher_temp_warmup_steps = {self.teacher_temp_warmup_steps}, expected >= 0")
         if faults:
@@ -89,7 +83,7 @@ def center_sums(teacher: jax.Array, is_frequent: jax.Array) -> CenterSums:
 
 
 def move_centers(centers: Centers, sums: CenterSums, *, momentum: float) -> Centers:
-    """EMA of both centers by the means that ``sums`` hold; an empty sum leaves its center as it was."""
+    """EMA update of both centers with the means of ``sums``; an empty sum leaves its center as it was."""
 
     def move(center: jax.Array, total: jax.Array, count: jax.Array) -> jax.Array:
         moved = momentum * center + (1.0 - momentum) * (total / jnp.maximum(count, 1.0))
@@ -101,7 +95,7 @@ def move_centers(centers: Centers, sums: CenterSums, *, momentum: float) -> Cent
 
 
 class Targets(NamedTuple):
-    """What the teacher says of each view it saw, centered and sharpened; [B, G, K] each, fp32, without gradient."""
+    """The teacher's distribution for each of its G views, centered and sharpened; [B, G, K] each, fp32, no gradient."""
 
     log_probs: jax.Array
     probs: jax.Array
@@ -116,7 +110,7 @@ def teacher_targets(teacher: jax.Array, centers: Centers, *, teacher_temp: jax.A
 
 
 def _pairs(views: int, targets: int) -> jax.Array:
-    """Number of targets each of the student's views is compared with: all but its own."""
+    """float32 [V]: number of targets that each of the student's views is compared with: all but its own."""
     return jnp.where(jnp.arange(views) < targets, targets - 1.0, float(targets))
 
 
@@ -124,7 +118,7 @@ def _cross_entropy_terms(scaled: jax.Array, probs: jax.Array) -> tuple[jax.Array
     """Per-view sums over the targets i != j of the cross-entropy [B, V], and log-partition [B, V].
 
     ``-sum_i <P_i, log p_j>`` = ``n_j lse_j - <Q - P_j, s_j>`` with Q the sum of all targets: no [B, G, V, K]
-    array exists, and K is only read, not written.
+    array is materialized, and arrays over V and K are only read, not written.
     """
     views, targets = scaled.shape[1], probs.shape[1]
     lse = jax.nn.logsumexp(scaled, axis=-1)
@@ -145,7 +139,7 @@ def pair_cross_entropy(student: jax.Array, probs: jax.Array, student_temp: float
       student_temp: softmax temperature.
 
     The hand-written gradient ``(n_j softmax(s_j) - sum_{i != j} P_i) / (pairs B temperature)`` recomputes the
-    student's probabilities from the logits: nothing of size B V K is kept but the logits themselves.
+    student's probabilities from the logits: of size B V K, only the logits are saved for the backward pass.
     """
     return _pair_forward(student, probs, student_temp)[0]
 
@@ -172,7 +166,7 @@ pair_cross_entropy.defvjp(_pair_forward, _pair_backward)
 
 
 def loss_metrics(loss: jax.Array, targets: Targets) -> dict[str, jax.Array]:
-    """Monitors of a batch whose teacher gave ``targets`` and whose :func:`pair_cross_entropy` is ``loss``.
+    """Monitors of a batch, from its ``loss`` (:func:`pair_cross_entropy`) and the teacher's ``targets``.
 
     Returns:
       ``teacher_entropy`` (mean over samples and views, nats), ``kl`` (mean over pairs of KL(teacher || student) =
@@ -191,7 +185,7 @@ def loss_metrics(loss: jax.Array, targets: Targets) -> dict[str, jax.Array]:
 
 
 def center_metrics(centers: Centers) -> dict[str, jax.Array]:
-    """Norms of the two centers and of their difference, divided by sqrt(K) (root mean square per prototype)."""
+    """Root mean squares over the prototypes (norm / sqrt(K)) of the two centers and of their difference."""
 
     def rms(x: jax.Array) -> jax.Array:
         return jnp.sqrt(jnp.mean(jnp.square(x)))

@@ -3,8 +3,8 @@
 The filter is the antialiased triangle of PIL and ``torch.nn.functional.interpolate(antialias=True)``:
 half-pixel centers, support one source pixel when enlarging and the shrink factor when shrinking.
 Unlike theirs it reads beyond the box, as far as the stored array is valid. Nodata is left out by
-masked renormalisation: numerator ``Wy (m x) Wx'`` over denominator ``Wy m Wx'``. Flips are folded
-into the weights. Weights and mask being the same in both, their scale and rounding cancel.
+masked renormalisation: numerator ``Wy (m x) Wx'`` over denominator ``Wy m Wx'``. Both share weights
+and mask, so scale and rounding of these cancel. Flips are folded into the weights.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from jax import Array
 from terrafm_jax import sensors
 from terrafm_jax.ssl.boxes import to_pixels
 
-FILL = sensors.NORMALIZED_MEAN  # what a pixel without any measurement gets
-MIN_WEIGHT = 1e-3  # smallest share of the filter's weight on valid pixels that yields a value
-REACH = 1.0  # stored pixels beyond the array's edge up to which the edge value is continued (shifted grids)
+FILL = sensors.NORMALIZED_MEAN  # value of output pixels without any measurement
+MIN_WEIGHT = 1e-3  # share of the filter's weight that must fall on valid pixels, else the output pixel is FILL
+REACH = 1.0  # how far beyond the array, in stored pixels, its edge value is extended (grids may be shifted)
 
 
 def triangle_weights(start: Array, stop: Array, flip: Array, order: np.ndarray, size: int, extent: Array) -> Array:
-    """Weights of the triangle filter along one axis; every row sums to about 1, less where cut off.
+    """Weights of the triangle filter along one axis; every row sums to about 1, less at the array's edge.
 
     Args:
       start, stop: float32 [B, V], edges of the box in pixel-edge coordinates of the stored array.
       flip: bool [B, V], reverse the output.
-      order: int [out], which output pixel every row of the weights is for: a permutation of 0 .. out - 1.
+      order: int [out], the output pixel that each row of the weights computes: a permutation of 0 .. out - 1.
       size: length of the stored axis.
       extent: int32 [B], stored pixels that exist; what lies beyond gets no weight.
 
@@ -60,11 +60,11 @@ def unpack_bits(packed: Array, width: int) -> Array:
 def masked_planes(
     entry: dict[str, Array], scale: float, mean: np.ndarray, std: np.ndarray, offset: Array, dtype: Any
 ) -> tuple[list[Array], Array]:
-    """Normalised values around their mean, zero where nodata, and the mask.
+    """Normalised values minus FILL, zero where nodata, and the mask.
 
     Everything up to the cast happens in float32: DN minus offset needs more digits than bfloat16 has.
-    Bands are separate planes from here on: as an axis of their own they land in the registers of a TPU
-    where two to six of eight rows stay empty, and normalising costs as much as resampling.
+    From here on bands are separate planes: as an array axis, they would map to the eight rows of a TPU's
+    vector register and leave two to six of them empty, and normalising would cost as much as resampling.
 
     Args:
       entry: ``dn``, ``valid`` of one resolution group.
@@ -89,8 +89,7 @@ def resample_group(
 ) -> list[Array]:
     """Resamples one resolution group of a batch to every view's grid.
 
-    Columns come out as (column in patch, patch): so the patch becomes a row of its own by a move of whole
-    vectors when the planes turn into patches.
+    Output columns are ordered (column in patch, patch), so that :func:`to_patches` moves whole vectors.
 
     Args:
       planes, mask: from :func:`masked_planes`; their dtype is that of the products.
@@ -162,7 +161,7 @@ def to_patches(planes: list[Array], patch: int, layout: str = "patches") -> Arra
     Returns:
       ``patches``: [B, V, h, w, patch * patch * C], last axis (row, column, band).
       ``columns``: [B, V, h, patch, w, C * patch], the fourth axis the column inside the patch, the last one
-      (band, row). A TPU gets there by one transposition of matrices that fill its vector lanes; moving
+      (band, row). On TPU this takes one transposition of matrices that fill the vector lanes, whereas moving
       16-wide rows and 12 bands into place for ``patches`` takes longer than all of the resampling.
     """
     merged = jnp.stack(planes, axis=2)
@@ -172,7 +171,7 @@ def to_patches(planes: list[Array], patch: int, layout: str = "patches") -> Arra
         merged = merged.reshape(size * views, bands, side, patch, patch, side).transpose(0, 2, 5, 3, 4, 1)
         return merged.reshape(size, views, side, side, patch * patch * bands)
     merged = merged.reshape(size * views, bands, side, patch, out).transpose(0, 2, 4, 1, 3)
-    # Without the barrier the compiler merges this with the transpositions of the reader and picks a layout
-    # with the batch in the vector lanes.
+    # Without the barrier, the TPU compiler merges this with the transpositions of whatever reads the patches, and
+    # chooses a layout with the batch in the vector lanes.
     merged = jax.lax.optimization_barrier(merged.reshape(size * views, side, out, bands * patch))
     return merged.reshape(size, views, side, patch, side, bands * patch)

@@ -1,7 +1,6 @@
-"""Schedules of pretraining as pure functions of the step.
+"""Schedules of pretraining as pure functions of the step, so that resuming needs no state but the step.
 
-Nothing here keeps a state: a resumed run is at the right place because the step is. All of them take
-an int32 step (traced or not), count from 0 and return fp32.
+All of them take an int32 step (traced or not), count from 0 and return fp32.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ def linear(step: jax.Array | int, begin: float, end: float, steps: int) -> jax.A
 def cosine(step: jax.Array | int, begin: float, end: float, total: int, start: int = 0) -> jax.Array:
     """Half a cosine from ``begin`` at step ``start`` to ``end`` at step ``total`` and beyond (DINO)."""
     left = 1.0 - _fraction(step, start, total)
-    # sin^2 is (1 + cos) / 2 without the cancellation that leaves few digits of the last values.
+    # sin^2 instead of (1 + cos) / 2, which loses the last values' digits to cancellation.
     return end + (begin - end) * jnp.square(jnp.sin(0.5 * jnp.pi * left))
 
 
 def warmup_cosine(step: jax.Array | int, peak: float, end: float, warmup: int, total: int) -> jax.Array:
     """Linear warm-up that reaches ``peak`` in the last warm-up step, then half a cosine to ``end``.
 
-    The first step already moves (``peak / warmup``); DINO's own list begins with a step of zero.
+    The first step's rate is ``peak / warmup``, not zero as in DINO's own code.
     """
     ramp = peak * (jnp.asarray(step, jnp.float32) + 1.0) / max(warmup, 1)
     return jnp.where(step < warmup, ramp, cosine(step, peak, end, total, start=warmup))

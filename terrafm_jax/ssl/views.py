@@ -1,9 +1,8 @@
 """Multi-crop views, made on the device inside the jitted step from raw tiles at native resolution.
 
-Per sample and view one box, one flip and, per network, one subset of the sensors are drawn; every
-resolution group is then resampled straight to the view's grid and lands in patch layout. Everything
-is a function of (batch, key), has the batch as leading axis and needs no communication when the batch
-is sharded.
+Each view of a sample draws one box, one flip and, for either network, one subset of the sensors; every
+resolution group is then resampled straight to the view's grid, in patch layout. Everything is a function
+of (batch, key), has the batch as leading axis and needs no communication when the batch is sharded.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from terrafm_jax.ssl.resample import resample_sensor
 
 @dataclasses.dataclass(frozen=True)
 class ViewSpec:
-    """What views are made of a tile. Raises ValueError naming every field that is out of range.
+    """Which views are made of a tile. Raises ValueError naming every field that is out of range.
 
     Attributes:
       sensors: configured sensors, in the order of ``SENSOR_KEYS``.
@@ -35,8 +34,8 @@ class ViewSpec:
       aspect: width / height on the ground, log-uniform between the two.
       flips: flip up-down and left-right, each with probability one half.
       modality_rule, modality_threshold: see ``modalities.subset_probabilities``.
-      modality_group: samples whose views are stratified together: the largest divisor of the batch up to this. 0: each
-        view is drawn by itself.
+      modality_group: number of samples whose views are stratified together, rounded down to a divisor of the batch; 0
+        draws every view independently.
       box_tries: candidates per box; the first with at least ``min_valid`` valid pixels is taken.
       dtype: of the matrix products and of the patches, ``float32`` or ``bfloat16``.
     """
@@ -112,6 +111,7 @@ def present_sensors(spec: ViewSpec, batch: Mapping[str, Any]) -> Array:
 
 
 def _columns(spec: ViewSpec, table: Array, name: str) -> Array:
+    """Columns of the configured sensors, from [B, S] or from [B, all of SENSOR_KEYS]. Raises ValueError."""
     if table.shape[1] == len(spec.sensors):
         return table
     if table.shape[1] == len(SENSOR_KEYS):
@@ -122,7 +122,7 @@ def _columns(spec: ViewSpec, table: Array, name: str) -> Array:
 def draw_views(
     spec: ViewSpec, batch: Mapping[str, Any], key: Array, views: int, scale: tuple[float, float]
 ) -> tuple[Array, Array, Array, Array]:
-    """Draws what is random in ``views`` views of one kind.
+    """Makes the random draws of ``views`` views of one kind.
 
     Args:
       scale: smallest and largest share of the tile's area.
@@ -154,15 +154,17 @@ def draw_views(
 
 
 def modality_group(spec: ViewSpec, batch: int) -> int:
-    """Samples of a batch, of all devices, whose views are stratified together; 0 where each view is drawn by itself."""
+    """``spec.modality_group`` rounded down to a divisor of the global batch; 0 where views are drawn independently."""
     return max((size for size in range(1, spec.modality_group + 1) if batch % size == 0), default=0)
 
 
 def views_seen_at_most(spec: ViewSpec, batch: int, views: int, devices: int) -> tuple[int, ...] | None:
-    """How many of its views each of ``devices`` devices sees every sensor in at most; None where it may be all of them.
+    """Per sensor, the most views of a device that may see it; None where all may. Assumes records with all sensors.
 
     Args:
-      batch, views: of all devices; views of each sample. Records are taken to have all sensors.
+      batch: samples in the global batch.
+      views: views of each sample.
+      devices: devices that share the batch.
     """
     group, each = modality_group(spec, batch), batch // devices
     if not group or each % group:
@@ -188,8 +190,8 @@ def make_views(
       batch: as described in ``data/tiles.py``; tiles may be windows, with shifted geometry.
       key: threefry key, e.g. ``fold_in(seed, step)``.
       layout: ``patches``, or ``columns`` [B, V, h, patch, w, C * patch] (column in the patch before the patch,
-        last axis (band, row in the patch)), the same values in an order that is cheaper to make on TPU.
-        ``encode`` takes both.
+        last axis (band, row in the patch)): the same values in an order that is cheaper to produce on TPU.
+        ``models.encode`` takes both.
 
     Returns:
       (global, local) view sets; with ``locals = 0`` the local one has V = 0.
@@ -213,7 +215,7 @@ def make_views(
 
 
 def _empty(spec: ViewSpec, like: ViewSet) -> ViewSet:
-    """A view set of no local views, so that callers need no special case."""
+    """A set of zero local views, so that callers need no special case."""
     side = spec.local_size // spec.patch
     none = jax.tree.map(lambda x: x[:, :0], like)
 

@@ -1,1 +1,1 @@
-"""What a TPU compiler says about a program: optimized HLO, the cost of its schedule, and scaling on paper."""
+"""What the TPU compiler says about a program without a TPU: optimized HLO, the time of its schedule, scaling."""

@@ -24,11 +24,11 @@ class Chip:
       hbm: bytes of memory; ``bandwidth`` its bytes/s.
       ici: bytes/s of one link in one direction; a chip has two links per torus axis.
       axes: torus axes of the interconnect (2 or 3).
-      wrap: smallest size of an axis at which it closes to a ring (a multiple of it, too).
-      dcn: bytes/s a chip's share of the data center network carries in one direction.
+      wrap: an axis closes to a ring if its size is a multiple of this.
+      dcn: bytes/s in one direction of a chip's share of the data center network.
       clock: Hz of ``estimated_cycles``.
       host_chips: chips of the largest slice that is one host (VM).
-      config: name of the chip configuration that makes one device of a whole chip.
+      config: libtpu's name of the chip configuration in which one device is a whole chip.
     """
 
     name: str
@@ -99,8 +99,6 @@ class Topology:
 
     def wraps(self, axis: int) -> bool:
         """Whether the chips along ``axis`` form a ring rather than a line."""
-        size = self.shape[axis]
-        closed = size >= self.chip.wrap and size % self.chip.wrap == 0
-        # A 3-D torus is wired from whole 4x4x4 cubes; smaller slices keep open ends on every axis.
-        whole = self.chip.axes == 2 or all(n % self.chip.wrap == 0 for n in self.shape)
-        return closed and whole
+        if self.chip.axes == 3:  # wired from whole 4x4x4 cubes; smaller slices keep open ends on every axis
+            return all(n % self.chip.wrap == 0 for n in self.shape)
+        return self.shape[axis] % self.chip.wrap == 0

@@ -1,4 +1,4 @@
-"""Devices of a TPU that is not there: libtpu compiles for them, nothing can run on them."""
+"""Devices of an absent TPU: libtpu can compile for them, but nothing can run on them."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def available() -> bool:
 def prepare_environment() -> None:
     """Lets libtpu start on a machine without a TPU; call before the first compile-only client.
 
-    It otherwise asks a metadata server that is not there, and takes a lock that keeps a second
-    process from compiling at the same time.
+    By default libtpu queries a metadata server that does not exist here, and takes a lock that keeps
+    a second process from compiling at the same time.
     """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -37,9 +37,9 @@ def prepare_environment() -> None:
 
 @functools.lru_cache(maxsize=1)
 def _bundles() -> Path:
-    """Folder in which libtpu leaves the bundles of what it compiles, gone when the process ends.
+    """Folder to which libtpu dumps the bundles of all it compiles, deleted when the process ends.
 
-    The flags are read once, when libtpu is loaded, and know no filter by kernel: a step of 12 layers takes 0.6 GB.
+    Its flags are read once, when libtpu is loaded, and cannot select kernels: a step of 12 layers takes 0.6 GB.
     """
     folder = Path(tempfile.mkdtemp(prefix="terrafm_bundles_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -70,9 +70,9 @@ def compile_only_devices(topology: Topology) -> list:
 def compile_only(
     lowered: Lowered, options: Mapping[str, str | bool | int] | None = None
 ) -> tuple[Compiled, hlo.Module]:
-    """Compiles for absent devices, with XLA ``options`` by name, past the persistent cache.
+    """Compiles for absent devices, with XLA ``options`` by name, without the persistent cache.
 
-    An executable of a compile-only client can be written to the cache but not read back.
+    That cache accepts the executable of a compile-only client but cannot read it back.
 
     Returns:
       The executable, and its program with the cycles of Pallas kernels filled in.

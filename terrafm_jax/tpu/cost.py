@@ -1,4 +1,4 @@
-"""FLOPs and HBM bytes of single HLO instructions, where XLA's own totals count a scanned body once."""
+"""FLOPs and HBM bytes of single HLO instructions; XLA's own totals are no use, as they count a loop's body once."""
 
 from __future__ import annotations
 
@@ -39,16 +39,15 @@ def _dot_flops(computation: Computation, instruction: Instruction) -> float:
 
 
 def _convolution_flops(computation: Computation, instruction: Instruction) -> float:
-    """Batched products come as convolutions over padded, dilated windows, so only taps inside the input count."""
+    """The compiler writes batched products as convolutions over padded, dilated windows: only taps inside count."""
     left, right = (_operand_shape(computation, instruction, i) for i in (0, 1))
     labels = re.match(r"(\w+)_(\w+)->(\w+)", instruction.attribute("dim_labels") or "bf_io->bf")
     left_at, right_at, out_at = (_positions(labels.group(i)) for i in (1, 2, 3))
     out = instruction.shapes[0]
     window = _window(instruction.attribute("window") or "", sum(k.isdigit() for k in left_at))
     pairs = 1.0
-    for axis, (size, stride, low, left_dilation, right_dilation) in enumerate(window):
+    for axis, (stride, low, left_dilation, right_dilation) in enumerate(window):
         name = str(axis)
-        del size
         pairs *= _valid_taps(
             out.dims[out_at[name]], right.dims[right_at[name]], left.dims[left_at[name]],
             stride, low, left_dilation, right_dilation,
@@ -62,8 +61,8 @@ def _positions(labels: str) -> dict[str, int]:
     return {label: at for at, label in enumerate(labels)}
 
 
-def _window(text: str, axes: int) -> list[tuple[int, int, int, int, int]]:
-    """(size, stride, low padding, left dilation, right dilation) per spatial axis of ``{size=3x3 pad=1_1x0_0}``."""
+def _window(text: str, axes: int) -> list[tuple[int, int, int, int]]:
+    """(stride, low padding, left dilation, right dilation) per spatial axis of ``{size=3x3 pad=1_1x0_0}``."""
     fields = dict(re.findall(r"(\w+)=([\w\-x]+)", text))
 
     def numbers(key: str, default: int) -> list[int]:
@@ -71,7 +70,7 @@ def _window(text: str, axes: int) -> list[tuple[int, int, int, int, int]]:
             return [default] * axes
         return [int(part.split("_")[0]) for part in fields[key].split("x")]
 
-    keys = (("size", 1), ("stride", 1), ("pad", 0), ("lhs_dilate", 1), ("rhs_dilate", 1))
+    keys = (("stride", 1), ("pad", 0), ("lhs_dilate", 1), ("rhs_dilate", 1))
     return list(zip(*(numbers(key, default) for key, default in keys), strict=True))
 
 
@@ -84,8 +83,8 @@ def _valid_taps(out: int, kernel: int, size: int, stride: int, low: int, left: i
 def hbm_bytes(module: Module, computation: Computation, instruction: Instruction) -> float:
     """Bytes an instruction reads from and writes to HBM.
 
-    An operand of which only slices are read counts with the slices, an output that is updated in place
-    with the update: otherwise a loop over stacked layers would read the whole stack in every iteration.
+    Of an operand that is only sliced, the slices count; of an output that is updated in place, the update.
+    Otherwise a loop over stacked layers would be charged with the whole stack in every iteration.
     """
     called = module.computations.get(instruction.called("calls") or "") if instruction.opcode == "fusion" else None
     if called is None:
@@ -138,7 +137,7 @@ def _read(module: Module, computation: Computation, source: Instruction) -> floa
 
 
 def _written(called: Computation, shape: Shape, index: int) -> float:
-    """Bytes written to output ``index``: of a dynamic-update-slice only the update."""
+    """Bytes written to output ``index``; of a dynamic-update-slice only the update counts."""
     root = called.root
     if root.opcode == "tuple" and index < len(root.operands):
         root = called.by_name.get(root.operands[index], root)

@@ -1,7 +1,7 @@
 """Reading the optimized, scheduled HLO text of a compiled program.
 
-Only what a cost reckoning needs: computations, instructions in schedule order, shapes with their
-memory space, called computations, trip counts and the compiler's own estimate of cycles.
+Only what an estimate of the cost needs: computations, instructions in schedule order, shapes with
+their memory space, called computations, trip counts and the compiler's own estimate of cycles.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Instruction:
 
     @property
     def is_kernel(self) -> bool:
-        """Whether this calls a Pallas kernel; ``cycles`` is None then, until someone finds it (``kernels``)."""
+        """Whether this calls a Pallas kernel; if so, ``cycles`` is None until ``kernels.fill`` sets it."""
         return self.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in self.attributes
 
     @functools.cached_property
@@ -78,7 +78,7 @@ class Instruction:
     def attribute(self, key: str) -> str | None:
         """Value of ``key=...`` up to the next comma outside braces; None if absent.
 
-        A mesh of replica groups has a comma before its ``device_ids``, which belong to it.
+        The comma before the ``device_ids`` of replica groups given as a mesh does not end the value.
         """
         found = re.search(rf"(?:^|[ ,]){re.escape(key)}=", self.attributes)
         if not found:
@@ -86,7 +86,7 @@ class Instruction:
         depth, start = 0, found.end()
         for at in range(start, len(self.attributes)):
             c = self.attributes[at]
-            depth += (c in "{[(" and 1) or (c in "}])" and -1)
+            depth += (c in "{[(") - (c in "}])")
             if c == "," and depth == 0 and not self.attributes.startswith(", device_ids=", at):
                 return self.attributes[start:at]
         return self.attributes[start:]

@@ -1,9 +1,9 @@
 """Cycles of Pallas kernels, from the instruction bundles that the TPU compiler scheduled for them.
 
-The optimized program tells nothing about what a kernel costs. libtpu can write down each kernel's final
-bundles, the very long instruction words that a core issues one a cycle, with the loops around them and the
-bounds they run to. Their sum is the kernel's time as long as its transfers hide behind it; stalls at run
-time are not in it. None of this is a measurement.
+The optimized HLO says nothing about the cost of a kernel. But libtpu can dump each kernel's final bundles
+(the very long instruction words of which a core issues one per cycle), with the loops around them and their
+bounds. Bundles times trip counts are the kernel's cycles, provided that its transfers are hidden; stalls at
+run time are not counted. None of this is a measurement.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class _Loop:
 
 
 def cycles(text: str) -> float:
-    """Bundles of one final_bundles file, loops multiplied.
+    """Bundles of one final_bundles file, those in loops times their trip counts.
 
-    Both branches of a condition count. Raises ValueError on text without bundles, or a loop whose bound it lacks.
+    Both branches of a condition count. Raises ValueError on text without bundles, or with a loop of unknown bound.
     """
     steps = {name: int(by) for name, by in _STEP.findall(text)}
     bundles = [(found.group(1), line) for line in text.splitlines() if (found := _BUNDLE.match(line))]
@@ -59,10 +59,10 @@ def cycles(text: str) -> float:
 
 
 def fill(module: Module, folder: Path) -> None:
-    """Sets ``cycles`` of every kernel in ``module`` from the files that libtpu wrote with FLAGS.
+    """Sets ``cycles`` of every kernel in ``module`` from the files that libtpu dumped with FLAGS.
 
-    Kernels that are alike are compiled once and written down once: of those with the same name, but for its
-    number, and the same shapes, one file speaks for all. The last compilation's files count.
+    libtpu compiles and dumps identical kernels once: one file serves all kernels that have the same shapes and,
+    up to its number, the same name. Of several compilations, the last one's files count.
     """
     files = {
         found.group(1): path for path in sorted(folder.glob("*-final_bundles.txt")) if (found := _FILE.match(path.name))

@@ -1,7 +1,7 @@
 """Time of a collective on the links of a slice or on the network between slices.
 
-A bandwidth model: bytes over the links a chip may use, plus a latency per hop. It is deliberately
-simple and stated, because the compiler gives no estimate for communication at all.
+A bandwidth model: bytes over the links a chip can use, plus a latency per hop. It is deliberately
+simple and spelled out, because the compiler gives no estimate for communication at all.
 
 * One chip sends on every used torus axis: on both links where the axis closes to a ring, on one
   where it is a line (the chip at the end of a line has only one).
@@ -77,10 +77,8 @@ def _mesh_group(found: re.Match) -> tuple[int, ...]:
     if group is None:
         raise ValueError(f"replica_groups={found.group(0)[:200]}: no axes")
     taken = [n.strip() for n in group.group(1).split(",")]
-    index = []
-    for name, size in sizes.items():
-        index.append(_axis_part(name, size, taken))
-    return tuple(int(i) for i in ids[tuple(index)].reshape(-1))
+    index = tuple(_axis_part(name, size, taken) for name, size in sizes.items())
+    return tuple(int(i) for i in ids[index].reshape(-1))
 
 
 def _axis_part(name: str, size: int, taken: Sequence[str]) -> slice:
@@ -116,13 +114,13 @@ class Network:
             if len(used) < 2:
                 continue
             full = len(used) == size and self.topology.wraps(axis)
-            # Members that are not neighbors pass through others, which send over the same links.
+            # Between members that are not neighbors lie chips of other groups, which send over the same links.
             stride = min(b - a for a, b in itertools.pairwise(used))
             total += (2 if full else 1) * chip.ici / stride
         return total
 
     def hops(self, members: Sequence[int]) -> int:
-        """Longest way between two members, in links."""
+        """Longest path between two members, in links."""
         total = 0
         for axis, size in enumerate(self.topology.shape):
             used = {self.coordinates[m][axis + 1] for m in members}

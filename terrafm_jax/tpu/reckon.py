@@ -1,10 +1,10 @@
-"""Step time from a compiled program: the schedule played through, loops multiplied, communication added.
+"""Step time of a compiled program, by simulating its schedule: compute, loops, communication.
 
-Compute comes from the compiler's ``estimated_cycles``. A scanned body is printed once, so loops are
-multiplied by their trip counts. Collectives and copies carry no estimate: a synchronous one costs its
-bytes over the stated bandwidth, an asynchronous one only what its ``start ... done`` span does not
-cover. Pallas kernels cost their bundles (``kernels``), or their HBM traffic where that is more. Instructions
-without any of these cost their HBM traffic. None of this is a measurement.
+Compute comes from the compiler's ``estimated_cycles``. HLO text holds a loop's body once, so its time is
+multiplied by the trip count. Collectives and copies carry no estimate: a synchronous one costs its bytes
+over the bandwidth (``network``), an asynchronous one only the part that the work between its ``start`` and
+``done`` does not hide. Pallas kernels cost their bundles (``kernels``), or their HBM traffic where that is
+more. Instructions without any of these cost their HBM traffic. None of this is a measurement.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from terrafm_jax.tpu import cost
 from terrafm_jax.tpu.hlo import Computation, Instruction, Module, trip_count
 from terrafm_jax.tpu.network import Network, first_group
 
-MFU_LIMIT = 0.85  # single products are estimated at up to 95 % of peak, a whole step with norms and softmax cannot be
+MFU_LIMIT = 0.85  # single products are estimated at up to 95 % of peak; a whole step with norms and softmax is below
 
 COLLECTIVES = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all",
@@ -33,7 +33,7 @@ _FREE = frozenset(
 
 
 class ReckoningError(ValueError):
-    """An estimate that cannot be true."""
+    """An estimate that cannot be right."""
 
 
 @dataclasses.dataclass
@@ -42,7 +42,7 @@ class Item:
 
     Attributes:
       kind: ``compute``, ``kernel`` (Pallas), ``collective``, ``dcn``, ``copy`` or ``other`` (costed by its HBM bytes).
-      seconds: time it adds to the step; ``hidden`` the part of its duration that other work covers.
+      seconds: time it adds to the step; ``hidden`` the part of its duration that overlaps with other work.
       flops: of its matrix products; ``hbm`` bytes it moves to and from HBM.
       wire: bytes of a collective's whole array, ``dtype`` its element type, ``group`` its chips.
     """
@@ -90,14 +90,14 @@ class Reckoning:
 
     @property
     def floor_seconds(self) -> float:
-        """The second figure: max(FLOPs / peak, HBM bytes / bandwidth), below which no schedule can get."""
+        """The roofline: max(FLOPs / peak, HBM bytes / bandwidth), a lower bound for any schedule."""
         chip = self.network.topology.chip
         return max(self.flops / chip.flops, self.hbm / chip.bandwidth)
 
     def mfu(self, useful_flops: float) -> float:
-        """Share of peak that ``useful_flops`` (per chip and step) make of the estimated time.
+        """Model FLOPs utilization: ``useful_flops`` (per chip and step) over the estimated time, as a share of peak.
 
-        Raises ReckoningError above MFU_LIMIT: then something was not counted.
+        Raises ReckoningError above MFU_LIMIT: then some work was not counted.
         """
         share = useful_flops / (self.seconds * self.network.topology.chip.flops)
         if share > MFU_LIMIT:
@@ -123,7 +123,7 @@ class Reckoning:
         return found
 
     def costliest(self, n: int = 10) -> list[Item]:
-        """The items that take most time."""
+        """The ``n`` items that add most time to the step."""
         return sorted(self.items, key=lambda i: -i.seconds)[:n]
 
     def collectives(self) -> list[Item]:
@@ -133,7 +133,7 @@ class Reckoning:
 
 
 def reckon(module: Module, network: Network, default_trips: int | None = None) -> Reckoning:
-    """Plays the schedule of ``module`` from ENTRY.
+    """Simulates the schedule of ``module``, from its ENTRY computation.
 
     Args:
       default_trips: iterations of loops whose trip count the program does not tell (the layer count).
@@ -141,32 +141,35 @@ def reckon(module: Module, network: Network, default_trips: int | None = None) -
     Raises:
       ValueError: a loop without a trip count, an unknown spelling of replica groups.
     """
-    player = _Player(module, network, default_trips)
-    return Reckoning(player.play(module.entry), network)
+    simulator = _Simulator(module, network, default_trips)
+    return Reckoning(simulator.run(module.entry), network)
 
 
 @dataclasses.dataclass
 class _Pending:
+    """An asynchronous transfer that has been started, and the time at which it will be through."""
+
     item: Item
     end: float
 
 
-class _Player:
-    """Clock and resources of one pass through a computation; nested computations get their own."""
+class _Simulator:
+    """Executes computations in schedule order: one stream of compute, and one queue per kind of transfer."""
 
     def __init__(self, module: Module, network: Network, default_trips: int | None):
         self.module, self.network, self.default_trips = module, network, default_trips
         self.clock = network.topology.chip.clock
 
-    def play(self, computation: Computation) -> list[Item]:
+    def run(self, computation: Computation) -> list[Item]:
+        """The items of a computation, whose clock starts at zero and whose transfers all end within it."""
         items: list[Item] = []
         pending: dict[str, _Pending] = {}
         free = {"collective": 0.0, "dcn": 0.0, "copy": 0.0}
         now = 0.0
         for instruction in computation.instructions:
-            opener = self._opener(computation, instruction, pending)
-            if opener is not None:
-                now = self._finish(pending.pop(opener), now)
+            start = self._start_of(computation, instruction, pending)
+            if start is not None:
+                now = self._finish(pending.pop(start), now)
             if self._is_start(instruction):
                 item = self._transfer(instruction)
                 begin = max(now, free[item.kind])
@@ -174,7 +177,7 @@ class _Player:
                 pending[instruction.name] = _Pending(item, end)
                 items.append(item)
                 continue
-            if opener is not None and instruction.opcode != "fusion":
+            if start is not None and instruction.opcode != "fusion":
                 continue
             for item in self._synchronous(computation, instruction):
                 if item.kind in free:
@@ -187,6 +190,7 @@ class _Player:
 
     @staticmethod
     def _finish(pending: _Pending, now: float) -> float:
+        """Waits for a transfer: what is left of it counts as exposed. Returns the time at which it is through."""
         exposed = max(0.0, pending.end - now)
         exposed = min(exposed, pending.item.hidden)
         pending.item.seconds += exposed
@@ -201,8 +205,8 @@ class _Player:
             return instruction.name.startswith("async-collective-start")
         return instruction.opcode.endswith("-start") or instruction.opcode == "send"
 
-    def _opener(self, computation: Computation, done: Instruction, pending: dict[str, _Pending]) -> str | None:
-        """Name of the pending transfer that ``done`` ends."""
+    def _start_of(self, computation: Computation, done: Instruction, pending: dict[str, _Pending]) -> str | None:
+        """Name of the pending transfer that ``done`` waits for; None if it waits for none."""
         if done.opcode.endswith("-done") or done.opcode == "async-update":
             return self._trace(computation, done, pending)
         if done.opcode == "fusion" and done.name.startswith("async-collective-done"):
@@ -210,7 +214,8 @@ class _Player:
         return None
 
     def _trace(self, computation: Computation, done: Instruction, pending: dict[str, _Pending]) -> str | None:
-        if done.opcode == "recv-done":  # data arrive when the send of the same exchange is through
+        """Follows the operands of ``done`` back to a pending start."""
+        if done.opcode == "recv-done":  # a receive ends with the send of the same exchange, which carries the time
             return self._matching_send(computation, done, pending)
         seen, queue = set(), list(done.operands)
         while queue:
@@ -235,7 +240,7 @@ class _Player:
         return None
 
     def _transfer(self, instruction: Instruction) -> Item:
-        """An item whose whole duration is, until its done, hidden."""
+        """The item of a start; all of its duration counts as hidden until :meth:`_finish` says otherwise."""
         if instruction.opcode == "send":
             size = instruction.shapes[0].bytes
             item = self._item(instruction, "dcn", wire=size, dtype=instruction.shapes[0].dtype)
@@ -253,18 +258,19 @@ class _Player:
     # --- everything else ----------------------------------------------------------------------
 
     def _synchronous(self, computation: Computation, instruction: Instruction) -> list[Item]:
+        """The items of an instruction that blocks until it is done; several for control flow, none if it is free."""
         op = instruction.opcode
         if op in _FREE or op.endswith("-done") or op in ("recv", "async-update"):
             return []
         if op == "while":
             trips = trip_count(self.module, computation, instruction, self.default_trips)
             body = self.module.computations[instruction.called("body")]
-            return [i.times(trips) for i in self.play(body)]
+            return [i.times(trips) for i in self.run(body)]
         if op == "conditional":
-            branches = [self.play(self.module.computations[b]) for b in instruction.branches]
+            branches = [self.run(self.module.computations[b]) for b in instruction.branches]
             return max(branches, key=lambda items: sum(i.seconds for i in items), default=[])
         if op == "call":
-            return self.play(self.module.computations[instruction.called("to_apply")])
+            return self.run(self.module.computations[instruction.called("to_apply")])
         if instruction.name.startswith("async-collective-done"):
             return []
         if op != "fusion" and op in COLLECTIVES:
@@ -279,7 +285,7 @@ class _Player:
         flops = cost.matrix_flops(self.module, computation, instruction)
         chip = self.network.topology.chip
         if instruction.is_kernel and instruction.cycles is None:
-            raise ReckoningError(f"{instruction.name}: a kernel whose bundles the compiler did not write down")
+            raise ReckoningError(f"{instruction.name}: a kernel whose bundles the compiler did not dump")
         if instruction.is_kernel:
             seconds = max(instruction.cycles / self.clock, hbm / chip.bandwidth)
             return self._item(instruction, "kernel", seconds, flops=flops, hbm=hbm)
@@ -328,7 +334,7 @@ def _rendezvous(instruction: Instruction | None) -> str | None:
 
 
 def _result_of_start(instruction: Instruction) -> tuple:
-    """Arrays that the matching done returns: the result tuple of a start is (operands, results, context)."""
+    """Arrays that the matching done returns, from the tuple (operands, results, context) of a start."""
     arrays = [s for s in instruction.shapes if s.elements > 1 or s.dtype not in ("u32", "s32")]
     half = len(arrays) // 2
     return tuple(arrays[half:]) if half and len(arrays) % 2 == 0 else tuple(arrays)

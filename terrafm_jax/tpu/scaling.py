@@ -26,8 +26,8 @@ TILES = 1_530_000  # multimodal samples of the paper's data set
 STATE_COPIES = 4  # fp32 parameters, teacher and two moments
 UPDATE_PASSES = 9  # fp32 arrays the update reads (gradient and the four copies) and writes (the four)
 
-# What the compiler makes of B on v4:4x4x4, v5e:4x4, v5p:2x2x2 and v6e:8x8 (benchmarks/results/tpu_matrix.json): the
-# share of the peak reached outside the update and shown collectives, and that of the collectives that compute hides.
+# From compiling B for v4:4x4x4, v5e:4x4, v5p:2x2x2 and v6e:8x8 (benchmarks/results/tpu_matrix.json): the share of peak
+# reached outside the update and exposed collectives, and the share of the collectives' time that compute hides.
 EFFICIENCY = {"v4": 0.38, "v5e": 0.49, "v5p": 0.47, "v6e": 0.21}
 HIDDEN = {"v4": 0.39, "v5e": 0.83, "v5p": 0.75, "v6e": 0.64}
 
@@ -78,9 +78,9 @@ def paper_recipes() -> tuple[Recipe, Recipe]:
 
 
 def standard_topology(chip: str, chips: int) -> Topology:
-    """The usual slices for so many chips; v5e and v6e take several slices beyond 256.
+    """The usual topology of a number of chips: one slice, or several of the largest size.
 
-    Raises ValueError where no such slice is sold.
+    Raises ValueError where there is no such slice.
     """
     table = _SLICES_2D if CHIPS[chip].axes == 2 else _SLICES_3D
     if chips in table:
@@ -96,10 +96,10 @@ class StepTime:
     """Seconds of one step by term.
 
     Attributes:
-      compute: everything the cores do but the update, at the stated efficiency.
+      compute: everything that the cores do except the update, at the given efficiency.
       update: optimizer, EMA and casts, bound by HBM.
-      ici, dcn: traffic within and between slices, as if nothing hid it.
-      shown: what compute does not hide of both.
+      ici, dcn: traffic within and between slices, as if nothing overlapped with it.
+      shown: the part of both that compute does not hide.
       images: per chip and step.
       bytes_in: input bytes per image.
     """
@@ -157,14 +157,14 @@ def step_time(
     reduce_bytes: int = 4,
     view_sets: int = 1,
 ) -> StepTime:
-    """The model.
+    """The time of one step.
 
     Args:
       images: per chip and step.
       efficiency: share of the peak that the cores reach outside the update (None: EFFICIENCY of the chip).
-      hidden: share of the traffic that compute hides, as far as it is long enough (None: HIDDEN of the chip).
-      split: chips of a slice that share one state (``mesh.fsdp``): each updates its part, and both networks are
-        gathered over them in bfloat16. 1 is a whole state on every chip.
+      hidden: share of the traffic that compute hides, if it takes that long (None: HIDDEN of the chip).
+      split: chips of a slice that share one state (``mesh.fsdp``): each updates its shard, and both networks are
+        gathered over them in bfloat16. 1 replicates the state.
       reduce_bytes: bytes per gradient element on the wire, 4 or 2.
       view_sets: samples made of each tile that is read.
     """
@@ -229,7 +229,7 @@ def echo_needed(recipe: Recipe, chip: Chip, mfu: float = 0.55) -> tuple[float, f
 
 
 def input_table() -> str:
-    """Markdown."""
+    """Markdown: what one host has to read for its chips, and the echo that limits it to HOST_BYTES."""
     lines = [
         "| model | chip | images/s a host | GB/s of whole tiles | `data.echo` | GB/s a host |",
         "|" + " ---: |" * 6,
@@ -243,7 +243,7 @@ def input_table() -> str:
 
 
 def table(rows: list[StepTime]) -> str:
-    """Markdown."""
+    """Markdown: one line per :class:`StepTime`."""
     lines = [
         "| chips | topology | images a chip | global batch | compute ms | update ms | ICI ms | DCN ms | shown ms |"
         " step ms | MFU | images/s | GB/s a host | checkpoint s |",
@@ -261,7 +261,7 @@ def table(rows: list[StepTime]) -> str:
 
 
 def hours_table(recipe: Recipe, images: int = 8) -> str:
-    """Markdown: the whole recipe by this model, on the slices of each chip that hold its batch at ``images`` a chip."""
+    """Markdown: chip-hours and days of the whole recipe, on each type of chip, with ``images`` a chip."""
     lines = ["| step | chips | chip-hours | days |", "| --- | ---: | ---: | ---: |"]
     for name in CHIPS:
         row = step_time(recipe, standard_topology(name, recipe.batch // images), images)

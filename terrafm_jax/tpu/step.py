@@ -1,4 +1,4 @@
-"""The real train step compiled for a TPU that is not there, and a report of what the compiler made of it."""
+"""The real train step compiled for an absent TPU, and a report of what the compiler made of it."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def _time(spec: TrainSpec, mesh: Mesh, found: Reckoning) -> dict[str, Any]:
 
 
 def _communication(spec: TrainSpec, state: Any, mesh: Mesh, found: Reckoning) -> dict[str, Any]:
-    """Collectives by type against the least that data parallelism needs: one fp32 sum of all gradients."""
+    """Collectives by type, beside the least that data parallelism needs: one fp32 all-reduce of all gradients."""
     groups: dict[tuple, dict[str, Any]] = {}
     for item in found.collectives():
         key = (item.opcode, item.dtype, item.group, item.asynchronous)
@@ -170,16 +170,16 @@ def _communication(spec: TrainSpec, state: Any, mesh: Mesh, found: Reckoning) ->
         "collectives": rows,
         "gradient_bytes": 4 * parameters * (shards > 1),
         "reduced_bytes": sum(r["bytes"] for r in rows if r["opcode"] in ("all-reduce", "reduce-scatter")),
-        "foreign_all_gathers": foreign_gathers(found.items, state.params, spec.model, mesh.shape["fsdp"]),
+        "foreign_all_gathers": gathers_of_activations(found.items, state.params, spec.model, mesh.shape["fsdp"]),
     }
 
 
-def foreign_gathers(items: Iterable[Item], params: Any, spec: ModelSpec, fsdp: int) -> list[str]:
-    """All-gathers of what is no weight: activations would be among them.
+def gathers_of_activations(items: Iterable[Item], params: Any, spec: ModelSpec, fsdp: int) -> list[str]:
+    """All-gathers whose size is no weight's: they move activations, which the sharding should prevent.
 
-    A gathered weight has as many numbers as the product of two sizes that occur in the parameters or in products of
-    them, or as the part of it that one of ``fsdp`` chips holds (summed between slices). Tokens do not: their rows,
-    images x tokens, are no size of a weight.
+    The number of elements of a gathered weight is the product of two sizes that occur in the parameters or in products
+    of them; between slices, what is gathered may be the shard that one of ``fsdp`` chips holds. That of tokens is not:
+    their rows, images x tokens, are no size of a weight.
     """
     sizes = {1, *(n for x in jax.tree.leaves(params) for n in x.shape)}
     joint = spec.queries * spec.fusion_heads
@@ -187,11 +187,11 @@ def foreign_gathers(items: Iterable[Item], params: Any, spec: ModelSpec, fsdp: i
     weights = {a * b for a in sizes for b in sizes}
     weights |= {n * spec.depth for n in weights} if spec.scan else set()
 
-    def foreign(item: Item) -> bool:
-        numbers = item.wire / max(1, item.count) / Shape(item.dtype, (1,)).bytes
-        return item.opcode == "all-gather" and not {numbers, numbers * fsdp} & weights
+    def moves_activations(item: Item) -> bool:
+        elements = item.wire / max(1, item.count) / Shape(item.dtype, (1,)).bytes
+        return item.opcode == "all-gather" and not {elements, elements * fsdp} & weights
 
-    return [f"{i.name} {i.op_name}" for i in items if foreign(i)]
+    return [f"{i.name} {i.op_name}" for i in items if moves_activations(i)]
 
 
 def _item(item: Item) -> dict[str, Any]:
@@ -237,7 +237,7 @@ def render(report: Mapping[str, Any]) -> str:
             f"hidden {row['hidden_seconds'] * 1e3:>7.3f} ms"
         )
     if report["foreign_all_gathers"]:
-        lines.append(f"  ALL-GATHERS OF WHAT IS NO WEIGHT: {report['foreign_all_gathers']}")
+        lines.append(f"  ALL-GATHERS OF ACTIVATIONS: {report['foreign_all_gathers']}")
     lines += ["", "costliest:"]
     for item in report["costliest"]:
         lines.append(

@@ -17,7 +17,7 @@ from etils import epath
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read; the message says which and what still is usable."""
+    """A checkpoint could not be written or read; the message says which, and which one is still usable."""
 
 
 class Checkpointer:
@@ -88,14 +88,14 @@ class Checkpointer:
         self._guard(self._manager.close)
 
     def _guard(self, action: Callable[[], object]) -> None:
-        """Runs the action; a full disk, the one failure that a user mends alone, is said in a sentence."""
+        """Runs the action. Explains a full disk, the one failure that users can fix themselves; other errors pass."""
         try:
             action()
         except Exception as e:
             if not _disk_full(e):
                 raise
             last = self.latest()
-            there = "None is there yet" if last is None else f"The one of step {last} is complete"
+            there = "There is no earlier one" if last is None else f"The checkpoint of step {last} is complete"
             raise CheckpointError(
                 f"{self.folder}: the disk is full; the checkpoint was not written. {there}: free some space and start "
                 "again"
@@ -103,12 +103,12 @@ class Checkpointer:
 
 
 def _disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that it was raised from, comes of a full disk.
+    """Whether an error, or one that it was raised from, comes from a full disk.
 
-    Orbax writes in threads and by TensorStore, so what arrives may be wrapped, or be nothing but text.
+    Orbax writes in threads and through TensorStore, so the error may be wrapped, or keep only its text.
     """
     seen = 0
-    while error is not None and seen < 10:  # causes may form a circle
+    while error is not None and seen < 10:  # causes may form a cycle
         text = str(error).lower()
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True

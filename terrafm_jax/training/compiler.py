@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from jax.sharding import Mesh
 
-# TPU's compiler, left alone, sums all gradients at once after the backward pass, and computes nothing meanwhile.
-# These let it sum each one as soon as it is there, beside what is computed next. The last keeps it from cutting
-# products with gathered weights into one part per device, which takes longer than gathering.
+# By default the TPU compiler all-reduces all gradients at once after the backward pass, and computes nothing meanwhile.
+# These options let it all-reduce each gradient as soon as it is ready, overlapped with what is computed next. The last
+# one keeps it from splitting products with gathered weights into one part per device (windowed einsum), which takes
+# longer than gathering.
 TPU_OPTIONS = {
     "xla_jf_crs_combiner_threshold_in_bytes": "1000000",
     "xla_enable_async_all_reduce": "true",
@@ -16,31 +17,30 @@ TPU_OPTIONS = {
     "xla_tpu_overlap_compute_collective_tc": "true",
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
 }
-# Gathers weights beside what is computed before they are needed, too. For v5e the compiler does so by itself.
+# Overlap all-gathers of weights with compute, too. For v5e the compiler does so by itself.
 _GATHERS = {
     "xla_enable_async_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
 }
-# On a v4 a product and a sum at once ask for 12 KiB more than its 16 MiB of on-chip memory: nothing compiles.
-# A v5p's fusions may take half of its 64 MiB, not a quarter: larger blocks, and room for gathers of weights beside
-# them. On v5e and v6e the memory gains nothing.
+# v4: a product overlapped with an all-reduce needs 12 KiB more than the 16 MiB of on-chip memory, and fails to compile.
+# v5p: fusions may use half of its 64 MiB of on-chip memory instead of a quarter, for larger blocks and for overlapped
+# all-gathers. On v5e and v6e a larger share gains nothing.
 BY_CHIP = {
     "TPU v4": {"xla_tpu_overlap_compute_collective_tc": "false", **_GATHERS},
     "TPU v5": {"xla_tpu_scoped_vmem_limit_kib": "32768", **_GATHERS},  # JAX's name of a v5p
     "TPU v6 lite": _GATHERS,
 }
 
-
-# XLA:CPU takes barriers away before it fuses. Kept, they stop it from computing things again (layers.written_down).
+# By default XLA:CPU removes optimization barriers before it fuses; ``layers.materialize_gradient`` needs them kept.
 CPU_OPTIONS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
 def compiler_options(mesh: Mesh, backend: str, overlap: bool = True) -> dict[str, str] | None:
-    """Those for the devices of ``mesh``.
+    """The options for the devices of ``mesh``; None for XLA's defaults.
 
     Args:
       backend: "cpu", "gpu" or "tpu", what the step is traced for.
-      overlap: on TPU; False leaves its options out.
+      overlap: whether to use the options for TPU; without effect elsewhere.
     """
     if backend == "tpu" and overlap:
         return TPU_OPTIONS | BY_CHIP.get(mesh.devices.flat[0].device_kind, {})

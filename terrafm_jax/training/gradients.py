@@ -1,8 +1,8 @@
 """The gradient of a mean over the batch, on one TPU slice or several.
 
-The compiler sums gradients over the devices that share a batch, in an order of its own. Between slices it does so group
-by group, which shows (docs/scaling.md). Here each slice sums its own first, all its chips at once, and only then do
-parts of the sums cross the slow network between them.
+The compiler all-reduces gradients over the devices that share a batch, in an order of its own. On several slices it
+reduces group by group, which is slow (docs/scaling.md). Here each slice first reduces its own gradients over all its
+chips at once, and only then shards of the sums cross the slow network between slices.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from terrafm_jax.training.sharding import axes_of, leaf_specs
 def value_and_grad(
     loss: Callable[..., jax.Array], params: Any, arguments: Sequence[Any], batch_axes: Sequence[int]
 ) -> tuple[jax.Array, Any]:
-    """``loss(params, *arguments)``, a mean over the batch, and its gradient by ``params``.
+    """``loss(params, *arguments)``, a mean over the batch, and its gradient with respect to ``params``.
 
     Args:
       arguments: trees of arrays; axis ``batch_axes[i]`` of each leaf of ``arguments[i]`` is the batch.
@@ -44,7 +44,7 @@ def value_and_grad(
 
 
 def _mean_over_slices(grad: jax.Array, spec: P) -> jax.Array:
-    """The mean of a gradient over the slices. What is split within a slice is split over all its chips meanwhile."""
+    """The mean of a gradient over the slices; a sharded one is spread over all chips of a slice for the exchange."""
     finest = _spread(grad.shape, spec)
     if finest is None:
         return jax.lax.pmean(grad, "slice")
@@ -53,7 +53,7 @@ def _mean_over_slices(grad: jax.Array, spec: P) -> jax.Array:
 
 
 def _spread(shape: Sequence[int], spec: P) -> P | None:
-    """``spec`` with the axis ``data`` at the first dimension it divides, if any; None where nothing is split."""
+    """``spec`` with the axis ``data`` added to the first dimension it divides, if any; None for what is replicated."""
     sizes = get_abstract_mesh().shape
     names = [axes_of(spec[i]) if i < len(spec) else () for i in range(len(shape))]
     if not any(names):

@@ -33,7 +33,7 @@ from terrafm_jax.training.trace import Trace
 log = logging.getLogger(__name__)
 
 
-_SOON = 1000  # steps; the step is compiled beforehand for canvases that come within so many, for others when they do
+_SOON = 1000  # canvases that occur within this many steps are compiled ahead, others when they first occur
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ def train(
       CheckpointError: a checkpoint cannot be written or read.
     """
     config_lib.check(config)
-    stop = StopRequest()  # a signal that comes while starting up is heard, too: the run ends at its first step
+    stop = StopRequest()  # before start-up, so that a signal during it is honored, too: at the first step
     try:
         return _train(config, workdir, evaluators, read_weights, stop)
     except TrainingError:
@@ -93,7 +93,7 @@ def _train(
     # --- state: (1) the newest checkpoint of the workdir, (2) weights of init_from, (3) random ---
     checkpoints = Checkpointer(workdir, config.checkpoint.keep_last, plan.steps["checkpoint.keep_every"])
     skipped: dict[str, int] = {}
-    evaluated = None  # the step whose evaluation an earlier start has done
+    evaluated = None  # the step that was evaluated before the checkpoint was written
     if checkpoints.latest() is not None:
         state, meta = checkpoints.restore(abstract_state(plan.spec, plan.mesh))
         plan.check_data(meta)
@@ -117,8 +117,8 @@ def _train(
         # No mesh is set around the loop: the step's shardings name theirs, and evaluators work on one device.
         return _loop(tools, state, start, evaluators(plan) if evaluators else (), evaluated)
     except BaseException as error:
-        # A TrainingError comes in all processes at the same step. Of anything else the others know nothing: they are
-        # in a step or gone, so closing must not wait for them.
+        # All processes raise a TrainingError at the same step. Any other error happens to one process while the others
+        # are in a step or gone, so closing must not wait for them.
         together = isinstance(error, TrainingError) or jax.process_count() == 1
         raise
     finally:
@@ -147,7 +147,7 @@ def _loop(
     for step in range(start, max(start, plan.stop) + 1):
         # --- the state before step `step`: evaluate, save, stop ---
         last = step >= plan.stop  # a checkpoint may be past it, where config.stop_at_step has been lowered
-        finished = True  # what is evaluated before this step, if anything
+        finished = True  # whether the evaluation before this step, if there is one, ran to its end
         if evaluators and due(step, steps["knn.every"], last and step == plan.total) and step != evaluated:
             meter.flush()
             with timed(meter.seconds, "evaluation"):
@@ -161,8 +161,8 @@ def _loop(
                 saved = step
             elif last:
                 raise TrainingError(f"step {step}: loss or gradient not finite at the end. {tools.last_good()}")
-            else:  # a state of which such losses come must not take the place of a good one
-                tools.progress.line(f"step {step}: not saved, as loss or gradient are not finite")
+            else:  # a state that yields such losses must not replace a good checkpoint
+                tools.progress.line(f"step {step}: not saved, as the loss or the gradient is not finite")
         if step > 0 and due(step, steps["checkpoint.teacher_every"], last) and not meter.nonfinite:
             tools.export_teacher(state, step)
         if last or preempted:
@@ -184,7 +184,7 @@ def _loop(
 
 
 def _evaluate(tools: Tools, evaluators: Sequence[Evaluator], step: int, state: TrainState) -> bool:
-    """Writes what the evaluators find. False: told to stop in the middle; nothing of the interrupted one is written."""
+    """Runs the evaluators and writes their results. False: told to stop midway; the interrupted one writes nothing."""
     try:
         for evaluate in evaluators:
             tools.writer.write(step, dict(evaluate(step, state, tools.stop.poll)))

@@ -17,7 +17,7 @@ from terrafm_jax.training.plan import Plan
 from terrafm_jax.training.sharding import batch_sharding
 from terrafm_jax.training.state import TrainState
 from terrafm_jax.training.step import abstract_state, make_step
-from terrafm_jax.training.tools import Tools, TrainingError
+from terrafm_jax.training.tools import REMEDY, Tools, TrainingError
 from terrafm_jax.training.watch import Watch
 
 
@@ -26,13 +26,15 @@ def due(step: int, every: int, always: bool = False) -> bool:
     return always or (every > 0 and step % every == 0)
 
 
-# Milliseconds that a process may need longer than another one to compile a step.
+# Milliseconds that one process may take longer than another to compile a step.
 _COMPILE_PATIENCE = 3_600_000
 
 
 def _wait_for_the_others(what: str) -> None:
-    """Until every process is here. One that is already in the step would give up on a collective whose partners still
-    compile: after 30 s with gloo, which on a crowded machine is soon over.
+    """A barrier over all processes.
+
+    A process that starts the step while others still compile gives up on its first collective, with gloo after 30 s,
+    which compiling on a busy machine easily exceeds.
     """
     if jax.process_count() > 1:
         from orbax.checkpoint import multihost
@@ -43,8 +45,8 @@ def _wait_for_the_others(what: str) -> None:
 class Compiled:
     """The train step, compiled once for each canvas; prints the memory it will need before it runs.
 
-    The canvases that :meth:`ahead` hears of are compiled beside each other, and beside what the program does until it
-    needs them (evaluating the untrained model, reading the first batches).
+    Canvases given to :meth:`ahead` are compiled in threads, in parallel with each other and with what the program does
+    until it needs them (evaluating the untrained model, reading the first batches).
     """
 
     def __init__(self, plan: Plan, progress: Progress):
@@ -55,14 +57,14 @@ class Compiled:
         self._by_shape: dict[tuple, Any] = {}
 
     def ahead(self, batches: Iterable[Mapping[str, Any]]) -> None:
-        """Begins to compile for batches of these shapes (arrays of which only shape and dtype count)."""
+        """Starts to compile for batches like these (only shapes and dtypes of the arrays count)."""
         for batch in batches:
             if (shape := _shape(batch)) not in self._begun:
                 self._progress.line(f"compiling the step for canvas {len(self._begun) + 1} (about a minute)")
                 self._begun[shape] = self._threads.submit(self._compile, batch)
 
     def wait(self) -> None:
-        """Until the first program of :meth:`ahead` is there, so that its memory is told before any batch comes."""
+        """Waits for the first program of :meth:`ahead`, so that its memory is logged before a batch is read."""
         if not self._by_shape and self._begun:
             self._take(next(iter(self._begun)))
 
@@ -79,6 +81,7 @@ class Compiled:
         return self._by_shape[shape](state, batch)
 
     def _take(self, shape: tuple) -> None:
+        """Waits until every process has the program for this shape; logs its compile time and memory."""
         compiled, seconds = self._begun[shape].result()
         self._by_shape[shape] = compiled
         memory = compiled.memory_analysis()
@@ -134,8 +137,7 @@ class Meter:
         if self.nonfinite >= self._plan.config.max_nonfinite:
             raise TrainingError(
                 f"step {step}: loss {float(values['loss'])}, gradient norm {float(values['grad_norm'])}: not finite "
-                f"for {self.nonfinite} steps in a row (config.max_nonfinite). {self._tools.last_good()}; a lower "
-                "config.optim.base_lr, or a look at the data's statistics, is where to start"
+                f"for {self.nonfinite} steps in a row (config.max_nonfinite). {self._tools.last_good()}; {REMEDY}"
             )
 
     def _log(self, step: int, values: Mapping[str, Any]) -> None:
@@ -166,7 +168,7 @@ class Meter:
 
 
 def _pace(row: Mapping[str, Any]) -> str:
-    """ " 70.8 img/s, 1.24 TFLOP/s, MFU 41%, data 2%", as far as it is known."""
+    """ " 70.8 img/s, 1.24 TFLOP/s, MFU 41%, data 2%", as far as known."""
     if "images_per_second" not in row:
         return ""
     mfu = f", MFU {row['mfu']:.0%}" if "mfu" in row else ""

@@ -18,23 +18,23 @@ from tqdm import tqdm
 
 log = logging.getLogger(__name__)
 
-# Object stores cannot append: there the whole file is written anew, not more often than every PAUSE seconds and, as it
-# grows, not at more than RATE bytes a second, so that a long run does not pay for its length at every line.
+# Object stores cannot append, so there the whole file is written anew: at most every PAUSE seconds and, as it grows, at
+# no more than RATE bytes a second on average, so that a long run does not pay for its length at every line.
 PAUSE, RATE = 30.0, 200_000
 
 
 class MetricWriter:
-    """Writes scalars of the first process; the other processes hold a silent one.
+    """Writes the first process's scalars; on the other processes it does nothing.
 
-    On a disk every row is there at once. In a bucket rows may wait for a minute or two (``PAUSE``, ``RATE``), or for
+    On a disk every row is written at once. In a bucket rows may wait a minute or two (``PAUSE``, ``RATE``), or until
     :meth:`flush`, which the program calls before each checkpoint and before it reads them: a process that is killed
-    loses only rows of steps that the next start does again.
+    loses only rows of steps that the next start repeats.
 
     Args:
       workdir: ``metrics.jsonl`` is appended to here, one JSON object a line with ``step`` and ``time``.
       enabled: False on every process but the first.
       tensorboard: event files under ``WORKDIR/tensorboard``.
-      wandb_project: empty for none; a warning where wandb is not installed.
+      wandb_project: W&B project, empty for none; warns where wandb is not installed.
     """
 
     def __init__(self, workdir: str, enabled: bool, tensorboard: bool = True, wandb_project: str = ""):
@@ -81,7 +81,7 @@ class MetricWriter:
             self._wandb.log(numbers, step=step)
 
     def flush(self) -> None:
-        """Until every row can be read by others."""
+        """Makes every row readable by others."""
         if not self._waiting:
             return
         text = "\n".join(self._lines) + "\n"
@@ -97,7 +97,7 @@ class MetricWriter:
 
 
 def _run_id(workdir: str) -> str:
-    """The name under which all starts of a workdir are one run elsewhere; kept in ``WORKDIR/wandb_id``."""
+    """The W&B id that makes all starts of a workdir one run there; kept in ``WORKDIR/wandb_id``."""
     path = epath.Path(workdir) / "wandb_id"
     if not path.exists():
         path.write_text(uuid.uuid4().hex[:12])
@@ -117,6 +117,7 @@ def _board(folder: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
+    """``value`` as JSON can hold it: arrays as lists, NaN and infinities as strings."""
     if isinstance(value, str | bool | dict) or value is None:
         return value
     array = np.asarray(value)
@@ -141,7 +142,7 @@ class Progress:
         self._bar: tqdm | None = None
 
     def resume(self, start: int) -> None:
-        """Says where the work goes on, before the first update."""
+        """Sets the step from which work continues; call it before the first update."""
         self.start = self._from = self._done = start
 
     def update(self, done: int, note: str = "") -> None:

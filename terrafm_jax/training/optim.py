@@ -23,7 +23,7 @@ Params = Any  # nested dicts of arrays
 
 
 class RuleError(ValueError):
-    """A parameter is covered by no rule."""
+    """No rule covers a parameter."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class OptimSpec:
 
     Attributes:
       batch_size: of the global batch; ``base_lr`` is per 256 samples.
-      total_steps: length of the run, where its schedules end: rate, decay and the teacher's momentum.
+      total_steps: length of the run, where the schedules end (learning rate, decay, the teacher's momentum).
     """
 
     batch_size: int
@@ -209,7 +209,7 @@ def make_optimizer(spec: OptimSpec, params: Params, rules: Rules | None = None) 
 
 
 def norm_metrics(names: Sequence[str], norms: Sequence[jax.Array], clip: float) -> dict[str, jax.Array]:
-    """Norms of the unclipped gradients: of everything, of each top-level part, the largest tensor's, share clipped."""
+    """Norms of the unclipped gradients (all, each top-level part, largest tensor) and the share of tensors clipped."""
     stacked = jnp.stack(norms)
     squares = jnp.square(stacked)
     metrics = {"grad_norm": jnp.sqrt(jnp.sum(squares)), "grad_norm_max": jnp.max(stacked)}

@@ -1,4 +1,4 @@
-"""The plan of a run: what its config comes to with this data set on these devices, before anything is trained."""
+"""The plan of a run: its config resolved for this data set and these devices, before training starts."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from terrafm_jax.training.step import TrainSpec, parameter_table
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What all parts of the program read and none changes.
+    """What all parts of the program share and none changes.
 
     Attributes:
-      config: the checked config, for what concerns the host alone (paths, intervals, workers).
+      config: the checked config, read for what concerns only the host (paths, intervals, workers).
       workdir: the run's folder, local or gs://.
       spec: what the compiled step depends on.
       steps: every duration of the config in steps, by its dotted name ("checkpoint.every").
       order: which records each step trains on.
       mesh: the devices.
-      writes: whether this process writes the run's files; of several, the first does.
+      writes: whether this process writes the run's files; only the first of several does.
     """
 
     config: ConfigDict
@@ -47,7 +47,7 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Steps of the whole run, at which the schedules aim."""
+        """Steps of the whole run, where the schedules end."""
         return self.steps["total_steps"]
 
     @property
@@ -56,9 +56,9 @@ class Plan:
         return min(self.total, self.config.stop_at_step or self.total)
 
     def check_data(self, meta: Mapping[str, Any]) -> None:
-        """Raises ConfigError where a checkpoint comes of other records or statistics: resuming would not be exact.
+        """Raises ConfigError where a checkpoint comes from other records or statistics: resuming would not be exact.
 
-        ``meta`` is what the checkpoint says of itself (``Tools.save``).
+        ``meta`` is the checkpoint's metadata (``Tools.save``).
         """
         mine = {"records": self.order.num_records, "statistics": json.loads(self.spec.stats.to_json())}
         different = [key for key, value in mine.items() if meta.get(key, value) != value]
@@ -66,7 +66,7 @@ class Plan:
             raise config_lib.ConfigError(
                 f"config.data.dir: {self.config.data.dir} has other {' and other '.join(different)} than the data set "
                 f"that {self.workdir} was trained on; give that one (it may have moved), another --workdir, or "
-                "--config.allow_config_change=True to go on with this one"
+                "--config.allow_config_change=True to continue with this one"
             )
 
 

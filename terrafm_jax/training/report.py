@@ -45,9 +45,12 @@ class Goodput:
     """Where the wall time of a run went, over all its starts, in seconds.
 
     Attributes:
-      steps: in steps that count. Everything else is loss:
-      repeated: in steps done again after a restart; data, checkpoint, evaluation: waiting inside the loop;
-      startup: from a start to its first logged step, compiling included; between: no process was running.
+      steps: useful, in steps that no later start repeated. Everything else is lost:
+      repeated: in steps that a restart did again.
+      data, checkpoint, evaluation: waiting for them inside the loop.
+      startup: from a start to its first logged step, compiling included.
+      between: while no process was running.
+      starts: number of starts, not seconds.
     """
 
     steps: float = 0.0
@@ -71,7 +74,7 @@ class Goodput:
 
 
 def read_rows(workdir: Any) -> list[dict[str, Any]]:
-    """Rows of ``metrics.jsonl`` in order; a line cut short by a crash is left out, a missing file gives none."""
+    """Rows of ``metrics.jsonl`` in order, without lines cut short by a crash; empty if the file is missing."""
     path = epath.Path(workdir) / "metrics.jsonl"
     if not path.exists():
         return []
@@ -99,8 +102,8 @@ def runs(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
 def goodput(rows: Sequence[Mapping[str, Any]]) -> Goodput:
     """Adds up where the time went; see :class:`Goodput`.
 
-    A step counts for the last start that did it: when a start resumes at step s, what earlier starts
-    did beyond s was in vain.
+    A step is credited to the last start that did it: when a start resumes at step s, the steps of earlier
+    starts beyond s count as repeated.
     """
     parts = runs(rows)
     total = dict.fromkeys(("steps", "repeated", "data", "checkpoint", "evaluation", "startup", "between"), 0.0)

@@ -1,11 +1,11 @@
-"""Device mesh and sharding: which part of every array lives where.
+"""Device mesh, and how every array is sharded over it.
 
-The mesh has three axes. ``data`` and ``fsdp`` split the batch; ``fsdp`` also splits parameters, teacher
-and optimizer state; ``tensor`` splits the MLPs and the prototypes. On several TPU slices there is a fourth
+The mesh has three axes. ``data`` and ``fsdp`` shard the batch; ``fsdp`` also shards parameters, teacher
+and optimizer state; ``tensor`` shards the MLPs and the prototypes. On several TPU slices there is a fourth
 before them, ``slice``, the outer part of ``data``. Axes are Auto: the program is written for global arrays and
 the compiler inserts the communication, so the same code runs on any mesh.
 
-Rules are ordered (regular expression, PartitionSpec); the first full match of a parameter's path decides,
+Rules are ordered (regular expression, PartitionSpec) pairs; the first full match of a parameter's path decides,
 and a parameter without a rule is an error.
 """
 
@@ -21,15 +21,15 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, get_abstract_mesh
 from jax.sharding import PartitionSpec as P
 
-from terrafm_jax.models.placement import moved
+from terrafm_jax.models.placement import resharded
 from terrafm_jax.models.spec import BATCH_AXES
 from terrafm_jax.training.optim import Optimizer, match, paths
 
 AXES = ("data", "fsdp", "tensor")
-SPLIT = 16  # chips that share one state by default: an update over 16 of them is a hundredth of a step
+SPLIT = 16  # most chips that share one state by default: over 16 of them, the update takes a hundredth of a step
 
-# Kernels are [in, out] and gathered over fsdp by rows, as gathered columns would have to be put in order. Vectors and
-# small embeddings are replicated: splitting costs a collective each and saves less than a thousandth of the memory.
+# Kernels are [in, out] and sharded over fsdp by rows, as gathered columns would have to be reordered. Vectors and small
+# embeddings are replicated: sharding costs a collective for each and saves less than a thousandth of the memory.
 RULES: tuple[tuple[str, P], ...] = (
     (r".*/mlp/fc1/kernel", P("fsdp", "tensor")),
     (r".*/mlp/fc2/kernel", P(("tensor", "fsdp"))),
@@ -55,12 +55,12 @@ def make_mesh(
 ) -> Mesh:
     """Mesh ("data", "fsdp", "tensor") over all devices; one size may be -1 and takes what is left.
 
-    ``fsdp = 0`` leaves it to us: on TPU up to SPLIT chips of a slice share the state, so that each updates its part;
-    elsewhere it is whole on every device.
+    ``fsdp = 0`` is a default: on TPU up to SPLIT chips of a slice share the state, so that each updates its shard;
+    elsewhere the state is replicated.
 
     On several TPU slices the data axis is hybrid: its outer part, an axis of its own named "slice", runs over the
-    slices (slow network), its inner part and the other axes stay within one. ``slices`` treats devices that know
-    nothing of slices as so many of them, in the order given; by default they say themselves.
+    slices (slow network), its inner part and the other axes stay within one. ``slices`` divides devices without a
+    ``slice_index`` into this many slices, in the order given; by default the devices' own index counts.
 
     Raises:
       ShardingError: the sizes do not multiply to the number of devices, or the slices do not divide ``data``.
@@ -78,7 +78,7 @@ def make_mesh(
         )
     from jax.experimental import mesh_utils
 
-    # Many slices (v6e:8x8, v5p:8x8x8) have no axes of 16 chips together: two of ours share one of theirs there.
+    # In many slices (v6e:8x8, v5p:8x8x8) no physical axes have 16 chips together, so two mesh axes share one of them.
     inside, split = (shape[0] // slices, *shape[1:]), {"allow_split_physical_axes": True}
     if slices == 1:
         grid, names = mesh_utils.create_device_mesh(inside, devices, **split), AXES
@@ -90,7 +90,7 @@ def make_mesh(
 
 
 def _fill(sizes: list[int], devices: int) -> tuple[int, int, int]:
-    """Replaces one -1 by what is left of ``devices`` and checks the product."""
+    """Replaces a -1 by the size that makes the product the number of devices. Raises ShardingError."""
     named = dict(zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
         raise ShardingError(f"mesh: found {named}, expected sizes >= 1 and at most one -1")
@@ -108,7 +108,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts the batch is split."""
+    """Number of shards of the batch."""
     return math.prod(mesh.shape.get(name, 1) for name in BATCH_AXES)
 
 
@@ -188,8 +188,8 @@ def _indivisible(mesh: Mesh, path: str, shape: tuple[int, ...], spec: P) -> list
     return faults
 
 
-def whole_over_fsdp(spec: P) -> P:
-    """The spec with the fsdp axis taken out: how a parameter lies while the networks use it."""
+def replicated_over_fsdp(spec: P) -> P:
+    """The spec without the fsdp axis: how a parameter is sharded while the networks use it."""
 
     def strip(names: Any) -> Any:
         kept = tuple(n for n in axes_of(names) if n != "fsdp")
@@ -198,28 +198,30 @@ def whole_over_fsdp(spec: P) -> P:
     return P(*(strip(names) for names in spec))
 
 
-# Worked on where they lie by the networks, which gather the results (``models.placement``). The second if folded.
+# Not gathered before use: the networks compute on shards of these and gather the results (``models.placement``).
+# EMBEDDING only if folded.
 PROTOTYPES = r"head/last_layer/kernel"
 EMBEDDING = r"backbone/patch_embed/(conv2d_.*|fusion/key|projection/.*)/kernel"
 
 
 def sums_whole(mesh: Mesh) -> bool:
-    """Whether gradients are summed over all devices and then split (``ModelSpec.sum_whole``), where both are possible.
+    """Whether gradients of fsdp-sharded weights are all-reduced over all devices first (``ModelSpec.sum_whole``).
 
-    On a TPU slice the sum runs over both axes of the torus at once, beside computing; the compiler makes a sum
-    within a group of chips a synchronous one. Between hosts with GPUs the network is slow, and only parts of a gradient
-    should cross it; between slices ``gradients.value_and_grad`` sees to that.
+    The alternative is to reduce-scatter within each fsdp group. On a TPU slice the all-reduce uses both axes of the
+    torus at once and overlaps with compute, while the compiler makes reductions within a group synchronous. Between
+    hosts with GPUs the network is slow, and only shards of a gradient should cross it; between slices
+    ``gradients.value_and_grad`` takes care of that.
     """
     return mesh.shape["data"] > 1 and mesh.devices.flat[0].platform == "tpu"
 
 
 def gather_params(params: Any, kernel_dtype: Any = None, *, in_place: str = PROTOTYPES, sum_whole: bool = False) -> Any:
-    """Parameters as the networks use them on the mesh in context: whole over the fsdp axis, still split over tensor.
+    """Parameters as the networks use them on the mesh in context: gathered over fsdp, still sharded over tensor.
 
-    The gradients go the other way: summed over the batch's shards and left where the parameter lives. Without
-    this the compiler is free to move activations instead of weights, and does. Kernels travel in ``kernel_dtype``
-    if it is given, and so do their gradients; by default in their own, float32. Parameters whose path matches the
-    regular expression ``in_place`` stay where they are. ``sum_whole``: see :func:`sums_whole`.
+    Their gradients are summed over the batch shards and left sharded as the parameters are. Without this the
+    compiler is free to move activations instead of weights, and does. Kernels and their gradients travel in
+    ``kernel_dtype``, by default in their own dtype, float32. Parameters whose path matches the regular expression
+    ``in_place`` stay sharded. ``sum_whole``: see :func:`sums_whole`.
     """
     if kernel_dtype is not None:
         params = jax.tree_util.tree_map_with_path(
@@ -231,17 +233,17 @@ def gather_params(params: Any, kernel_dtype: Any = None, *, in_place: str = PROT
     def gather(path: str, x: jax.Array, spec: P) -> jax.Array:
         if re.fullmatch(in_place, path):
             return x
-        used = whole_over_fsdp(spec)
-        # The embedding multiplies its kernels with other weights: gradients come summed and split, or are small.
+        used = replicated_over_fsdp(spec)
+        # Kernels of the embedding enter products of weights: their gradients arrive summed and sharded, or are small.
         whole = sum_whole and not path.startswith("backbone/patch_embed/")
-        return x if spec == used else moved(x, spec, used, used if whole else spec, None)
+        return x if spec == used else resharded(x, spec, used, used if whole else spec, None)
 
     leaves, tree = jax.tree.flatten(params)
     return tree.unflatten(map(gather, paths(params), leaves, leaf_specs(params)))
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:
-    """Shardings for a TrainState (arrays or ShapeDtypeStructs): teacher and moments lie like the parameters."""
+    """Shardings for a TrainState (arrays or ShapeDtypeStructs): teacher and moments are sharded as the parameters."""
     params = param_shardings(mesh, state.params)
     everywhere = NamedSharding(mesh, P())
     prototypes = NamedSharding(mesh, P("tensor"))
@@ -262,7 +264,7 @@ def bytes_per_device(tree: Any) -> int:
 def make_batch(mesh: Mesh, local: Mapping[str, Any], batch_size: int | None = None) -> Any:
     """Global, sharded arrays from this process's rows of a batch (:func:`local_rows`; NumPy leaves, rows first).
 
-    ``batch_size`` is that of the global batch; None where this process holds all of it.
+    ``batch_size`` is the global one; None where this process holds the whole batch.
     """
     batch_size = batch_size or len(jax.tree.leaves(local)[0])
     sharding, rows = batch_sharding(mesh), local_rows(mesh, batch_size, jax.process_index())

@@ -1,4 +1,4 @@
-"""What a training run is at one step. Everything else (schedules, random numbers) follows from ``step``."""
+"""The state of a training run. Everything else (schedules, random numbers) is a function of ``step``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class TrainState:
 
 
 def with_weights(state: TrainState, params: Mapping[str, Any]) -> tuple[TrainState, str]:
-    """Student and teacher take ``params`` wherever path and shape agree; the rest keeps its random values.
+    """Sets student and teacher to ``params`` wherever path and shape agree; the rest keeps its random values.
 
     Returns:
       The new state, in the shardings of the old, and a sentence on what was taken and what was not.

@@ -1,6 +1,6 @@
 """One training step as one pure function: views -> student and teacher -> loss -> update -> EMA and centers.
 
-``train_step`` depends on nothing but (spec, state, batch): all random numbers come from one key, folded
+``train_step`` depends only on (spec, state, batch): all random numbers come from one key, folded
 with the step, and every schedule is a function of the step. ``make_step`` compiles it for a mesh.
 """
 
@@ -77,11 +77,11 @@ class TrainSpec:
       stats: normalisation statistics of the sensors.
       frequent: per land-cover category, whether it feeds the second center.
       seed: of initialisation and of everything drawn while training.
-      microbatches: the batch is worked off in so many parts whose gradients are averaged. Same result up to
-        rounding and other random draws, less memory.
-      reduce_dtype: "float32" or "bfloat16": in which the gradients of kernels are summed over devices, and in
-        which kernels are gathered over the fsdp axis. bfloat16 halves the traffic and rounds the sums.
-      overlap: compiles for TPU with ``compiler.TPU_OPTIONS``.
+      microbatches: gradient accumulation over this many parts of the batch. Less memory; the same result up to
+        rounding and different random draws.
+      reduce_dtype: "float32" or "bfloat16", the dtype in which gradients of kernels are summed over devices, and
+        in which kernels are gathered over the fsdp axis. bfloat16 halves the traffic and rounds the sums.
+      overlap: on TPU, compiles with ``compiler.TPU_OPTIONS``, which overlap collectives with compute.
     """
 
     model: ModelSpec
@@ -117,7 +117,7 @@ class TrainSpec:
             raise ValueError("training: " + "; ".join(faults))
 
     def __hash__(self) -> int:
-        names = [field.name for field in dataclasses.fields(self) if field.name != "stats"]  # which holds mappings
+        names = [field.name for field in dataclasses.fields(self) if field.name != "stats"]  # mappings have no hash
         return hash((self.stats.to_json(), *(getattr(self, name) for name in names)))
 
 
@@ -149,7 +149,7 @@ def abstract_state(spec: TrainSpec, mesh: Mesh) -> TrainState:
 
 
 def init_state(spec: TrainSpec, mesh: Mesh) -> TrainState:
-    """A fresh state for ``spec.seed``, sharded at birth: no device ever holds more than its part.
+    """A fresh state for ``spec.seed``, created sharded: no device ever holds more than its shard.
 
     Raises: as :func:`abstract_state`.
     """
@@ -173,13 +173,13 @@ def _merge(x: jax.Array) -> jax.Array:
 
 
 def _places(spec: TrainSpec, views: ViewSet) -> tuple[int, ...] | None:
-    """For each sensor how many of the views a device should have room for in its stem; None computes all of them."""
+    """Per sensor, the places for views in its stem on each device (``models.drawn``); None computes all views."""
     samples, each, _ = views.student.shape
     return views_seen_at_most(spec.views, samples, each, drawn.parts()) if spec.model.stems == "drawn" else None
 
 
 def _stems_over(spec: TrainSpec, *sets: tuple[ViewSet, jax.Array]) -> Metrics:
-    """The share of stems that had more views to see them than room; nothing where all views have room."""
+    """``stems_over``, the share of stems with more views than places on some device; empty if all views have places."""
     over = [
         ~drawn.fits(_merge(present), places)
         for views, present in sets
@@ -197,8 +197,8 @@ def _class_tokens(
     """Class tokens [B, V, d] of every set of views; views of one size are one batch.
 
     Args:
-      sets: views and, bool [B, V, S], which sensors are seen of each.
-      keep: for every set what :func:`_drop_path` drew; None turns the drop path off.
+      sets: views, and the sensors seen of each, bool [B, V, S].
+      keep: the result of :func:`_drop_path`; None turns the drop path off.
     """
     arguments = []
     for views, present in sets:
@@ -211,7 +211,7 @@ def _class_tokens(
 
 
 def _drop_path(spec: ModelSpec, sets: Sequence[ViewSet], key: jax.Array) -> list[jax.Array | None]:
-    """For every set what its B samples and V views keep of each residual, [depth, 2, B, V], or None."""
+    """Per set the drop path's factors for the residuals of its B samples and V views, [depth, 2, B, V], or None."""
     if not spec.drop_path:
         return [None] * len(sets)
     keys = (jax.random.fold_in(key, i) for i in range(len(sets)))
@@ -244,7 +244,7 @@ def _loss_and_gradients(
     view_key, drop_key = jax.random.split(key)
     stats = {name: spec.stats.arrays(name) for name in spec.model.sensors}
     with jax.named_scope("views"):
-        # The layout that a TPU makes cheaply; elsewhere the plain one is.
+        # The column layout is cheaper to produce on TPU, the plain one elsewhere.
         layout = "columns" if spec.model.backend == "tpu" else "patches"
         global_views, local_views = make_views(spec.views, stats, batch, view_key, layout=layout)
     with jax.named_scope("teacher"):
@@ -254,7 +254,7 @@ def _loss_and_gradients(
     with jax.named_scope("loss"):
         targets = teacher_targets(teacher, state.centers, teacher_temp=teacher_temp, alpha=spec.objective.alpha)
 
-    # What belongs to samples comes as an argument: on several slices each of them computes this of its own samples.
+    # Everything with a batch axis is an argument: on several TPU slices, each maps this over its own samples.
     def loss_fn(params: Any, sets: Sequence[ViewSet], probs: jax.Array, keep: Sequence[jax.Array | None]) -> jax.Array:
         with jax.named_scope("student"):
             student = _student(spec, gather(params), sets, keep)
@@ -269,13 +269,13 @@ def _loss_and_gradients(
     metrics |= _stems_over(spec, (global_views, global_views.teacher), *((views, views.student) for views in sets))
     metrics |= _class_sums(metrics.pop("sample_entropy"), batch["landcover"])
     for network in ("student", "teacher"):
-        drawn = getattr(global_views, network)
-        metrics[f"sensors_per_view_{network}"] = jnp.mean(jnp.sum(drawn, axis=-1).astype(jnp.float32))
+        seen = getattr(global_views, network)
+        metrics[f"sensors_per_view_{network}"] = jnp.mean(jnp.sum(seen, axis=-1).astype(jnp.float32))
     return grads, sums, metrics
 
 
 def _gatherer(spec: TrainSpec) -> Callable[[Any], Any]:
-    """:func:`gather_params` as this spec wants it, for teacher and student alike."""
+    """:func:`gather_params` with the options of this spec, for teacher and student alike."""
     return functools.partial(
         gather_params,
         kernel_dtype=jnp.bfloat16 if spec.reduce_dtype == "bfloat16" else None,
@@ -304,7 +304,7 @@ def _accumulate(
     key: jax.Array,
     teacher_temp: jax.Array,
 ) -> tuple[Any, CenterSums, Metrics]:
-    """As :func:`_loss_and_gradients`, in ``spec.microbatches`` parts, each spread evenly over the devices."""
+    """Gradient accumulation: :func:`_loss_and_gradients` over ``spec.microbatches`` parts, each sharded evenly."""
     parts = spec.microbatches
     if parts == 1:
         return _loss_and_gradients(spec, state, batch, key, teacher_temp)
@@ -323,14 +323,14 @@ def _accumulate(
 
 
 def views_of_step(spec: TrainSpec, batch: Mapping[str, Any], step: int) -> tuple[ViewSet, ViewSet]:
-    """The (global, local) views that step number ``step`` trains on, for looking at (not with microbatches)."""
+    """The (global, local) views that step number ``step`` trains on, for pictures (wrong with microbatches)."""
     view_key, _ = jax.random.split(jax.random.fold_in(_key(spec), step))
     stats = {name: spec.stats.arrays(name) for name in spec.model.sensors}
     return make_views(spec.views, stats, batch, view_key)
 
 
 def train_step(spec: TrainSpec, state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
-    """One update. Pure; see ``data/tiles.py`` for the batch. Where arrays are split, their mesh must be in context.
+    """One update. Pure; see ``data/tiles.py`` for the batch. Where arrays are sharded, their mesh must be in context.
 
     The order is DINO's: loss with the centers before this batch, AdamW, then the teacher's EMA of the new
     student, then the centers. A step whose loss or gradient is not finite leaves all of them as they were.
@@ -339,8 +339,8 @@ def train_step(spec: TrainSpec, state: TrainState, batch: Mapping[str, Any]) -> 
       The new state and fp32 scalars, means over the global batch: loss, kl, teacher_entropy,
       marginal_entropy, feature_std, center_norm, center_frequent_norm, center_distance, grad_norm (unclipped),
       grad_norm_{backbone,head,max}, grad_clipped, update_skipped, lr, weight_decay, momentum, teacher_temp,
-      sensors_per_view_{student,teacher}, class_share/NAME and class_entropy/NAME (nan where absent), and, where
-      ``models.drawn`` is at work, stems_over.
+      sensors_per_view_{student,teacher}, class_share/NAME and class_entropy/NAME (nan where absent), and, with
+      ``models.drawn``, stems_over.
     """
     step, goal = state.step, spec.objective
     teacher_temp = schedules.teacher_temperature(
@@ -353,7 +353,7 @@ def train_step(spec: TrainSpec, state: TrainState, batch: Mapping[str, Any]) -> 
         params, moments, optim_metrics = optimizer.update(grads, state.opt_state, state.params, step)
         teacher = ema(state.teacher, params, rate)
         centers = move_centers(state.centers, sums, momentum=goal.center_momentum)
-        # One sample that overflows must not end the run: such a step changes nothing but the count.
+        # One sample that overflows must not end the run: such a step changes nothing but ``state.step``.
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optim_metrics["grad_norm"])
         params, teacher, moments, centers = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),

@@ -1,4 +1,4 @@
-"""The tools of a run beside its state: checkpoints, metrics, input, progress, signals."""
+"""What a run uses besides its state: checkpoints, metrics, input, progress, signals."""
 
 from __future__ import annotations
 
@@ -23,18 +23,20 @@ from terrafm_jax.training.preemption import StopRequest
 from terrafm_jax.training.state import TrainState
 from terrafm_jax.training.trace import Trace
 
-# An evaluator gets (step, state, poll) and yields (name, value). It calls poll() at every batch, equally often on
-# every process, and lets the Interrupted pass that it raises when the job is told to stop.
+# An evaluator takes (step, state, poll) and yields (name, value) pairs. It must call poll() at every batch, equally
+# often on every process, and must not catch the Interrupted that poll() raises when the job is told to stop.
 Evaluator = Callable[[int, TrainState, Callable[[], None]], Iterator[tuple[str, float]]]
+
+REMEDY = "try a lower config.optim.base_lr, and check the statistics of the data"  # for losses that are not finite
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and which checkpoint is good."""
+    """Training cannot continue; the message says why, and which checkpoint is the last good one."""
 
 
 @dataclasses.dataclass
 class Tools:
-    """What the loop uses besides the state: the plan it follows, and all that reads or writes outside the step."""
+    """What the loop uses besides the state: the plan, and everything that reads or writes outside the step."""
 
     plan: Plan
     checkpoints: Checkpointer
@@ -48,7 +50,7 @@ class Tools:
         """Starts to write a checkpoint. ``evaluated`` False: the next start has to evaluate this step again.
 
         Raises:
-          TrainingError: the state holds numbers that are not finite; a good checkpoint must not give way to it.
+          TrainingError: the state is not finite; it must not replace a good checkpoint.
         """
         self._require_finite(state, step)
         config = self.plan.config
@@ -62,16 +64,13 @@ class Tools:
             "config": config_lib.flatten(config),
             "statistics": json.loads(self.plan.spec.stats.to_json()),
         }
-        self.writer.flush()  # later rows come again with their steps, the earlier ones would not
+        self.writer.flush()  # a resumed run repeats the rows of later steps only, so earlier ones must not get lost
         self.checkpoints.save(step, state, meta)
 
     def _require_finite(self, state: TrainState, step: int) -> None:
         if bool(all_finite(state)):
             return
-        raise TrainingError(
-            f"step {step}: parameters, teacher or moments are not finite. {self.last_good()}; a lower "
-            "config.optim.base_lr, or a look at the data's statistics, is where to start"
-        )
+        raise TrainingError(f"step {step}: parameters, teacher or moments are not finite. {self.last_good()}; {REMEDY}")
 
     def last_good(self) -> str:
         """A sentence that names the newest checkpoint."""
@@ -123,7 +122,7 @@ def _of_all_processes(skipped: Mapping[str, int]) -> dict[str, dict[str, int]]:
 
 
 def skipped_before(meta: Mapping[str, Any]) -> dict[str, int]:
-    """What this process skipped before the checkpoint; another number of processes leaves all to the first."""
+    """What this process had skipped at the checkpoint. If the number of processes has changed, the first takes all."""
     found = meta.get("skipped", {})
     if len(found) == jax.process_count():
         return dict(found.get(str(jax.process_index()), {}))

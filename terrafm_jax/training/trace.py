@@ -11,7 +11,7 @@ from etils import epath
 class Trace:
     """Traces steps ``fields.start`` to ``fields.stop`` (exclusive) into ``WORKDIR/profile``.
 
-    A run that resumes among them traces the rest; one that ends among them keeps what there is.
+    A run that resumes within this range traces the rest of it; one that ends within it keeps the trace so far.
     """
 
     def __init__(self, fields: Any, workdir: str):
@@ -20,9 +20,9 @@ class Trace:
         self._running = False
 
     def before(self, step: int, state: Any) -> None:
-        """Starts or stops the trace where ``step``, about to run on ``state``, asks for it.
+        """Starts or stops the trace if it is due before ``step``, which is about to run on ``state``.
 
-        Steps are dispatched ahead of the device, which has to catch up first: else the trace holds other steps.
+        Steps are dispatched asynchronously, so the device has to catch up first: else the trace holds other steps.
         """
         if (step in self._steps) != self._running:
             jax.block_until_ready(state)

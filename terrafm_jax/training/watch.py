@@ -1,4 +1,4 @@
-"""Warnings about speed while training runs: slow input, processes that keep the others waiting, sudden slowness."""
+"""Warnings about speed while training runs: slow input, stragglers among the processes, sudden slowdowns."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 SLOW_INPUT = 0.05  # share of the wall time
-STRAGGLER = 0.05  # share of the wall time that a process works on its own longer than the median process
+STRAGGLER = 0.05  # share of the wall time by which a process may exceed the median process's time on its own
 SLOWER = 1.5  # times the usual seconds a step
-REMEMBERED = 20  # intervals that make "usual"
-REPEAT = 10  # a warning that stays true is said again after so many intervals
+REMEMBERED = 20  # intervals whose median is "usual"
+REPEAT = 10  # intervals after which a warning that stays true is repeated
 
 
 def slow_input(data_share: float) -> str:
@@ -21,8 +21,8 @@ def slow_input(data_share: float) -> str:
     if data_share <= SLOW_INPUT:
         return ""
     return (
-        f"slow input: {data_share:.0%} of the time went into waiting for batches; more config.data.workers, "
-        "config.data.cache or config.data.echo (docs/input.md)"
+        f"slow input: {data_share:.0%} of the time went into waiting for batches; raise config.data.workers, "
+        "or use config.data.cache or config.data.echo (docs/input.md)"
     )
 
 
@@ -49,7 +49,7 @@ def sudden(seconds: float, earlier: Sequence[float]) -> str:
 
 
 class Watch:
-    """Judges each logged interval; the figures of all processes arrive one interval late, so nothing waits for them."""
+    """Judges each logged interval. All processes' figures are compared one interval late, so that nothing waits."""
 
     def __init__(self, mesh: Mesh):
         line = Mesh(mesh.devices.reshape(-1), ("all",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -86,7 +86,7 @@ class Watch:
         return True
 
     def _compare(self, own: float, elapsed: float) -> str:
-        """Sends this interval's figure round and judges the one before."""
+        """Starts to gather this interval's figures from all processes; judges those of the interval before."""
         if jax.process_count() == 1:
             return ""
         before, self._sent = self._sent, (self._gather(own), elapsed)
@@ -97,6 +97,6 @@ class Watch:
         return stragglers([float(by_process[p]) for p in sorted(by_process)], before[1])
 
     def _gather(self, own: float) -> jax.Array:
-        """float32 [devices] on every device, ``own`` of the process each belongs to."""
+        """float32 [devices], replicated: for each device the ``own`` of its process."""
         mine = np.full(self._mine, own, np.float32)
         return self._spread(jax.make_array_from_process_local_data(self._split, mine))

@@ -1,4 +1,4 @@
-"""The run's folder: whose it is, what it records, when it is done."""
+"""The run's folder: which run owns it, the config it records, the marker of its completion."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from etils import epath
 
 from terrafm_jax.config import ConfigError, base, flatten
 
-# Fields that may differ between two starts of one run: they change how it runs, not what it computes.
+# Config fields that may differ between two starts of one run: they change how it runs, not what it computes.
 _FREE = (
     "stop_at_step", "allow_config_change", "exit_code_preempted", "max_nonfinite", "init_from", "data.dir",
     "data.workers", "data.cache", "data.max_skipped", "compute.scan", "compute.remat", "compute.attention",
@@ -29,19 +29,19 @@ _FREE = (
 
 log = logging.getLogger(__name__)
 
-# Locks of this process, by folder: they go when it ends, however it ends.
+# Locks of this process, by folder; the system releases them when the process ends, however it ends.
 _held: dict[str, IO[str]] = {}
 PATIENCE = 100.0  # seconds: a network file system gives up the lock of a host that died after 90
 
 
 def claim(workdir: str, config: Mapping[str, Any], write: bool) -> None:
-    """Makes the folder this run's. Raises ConfigError where it belongs to another recipe, or a process works in it.
+    """Claims the folder for this run. Raises ConfigError if another recipe owns it, or another process works in it.
 
     Args:
       workdir: local or gs:// folder.
       config: the checked config.
-      write: True on the first process only. It looks and writes, the others wait and hear how it went: looking
-        while it writes, they would find half a file.
+      write: True on the first process only, which checks and writes. The others wait for its verdict, as they
+        might otherwise read a file that is half written.
     """
     fault = None
     if write:
@@ -49,14 +49,14 @@ def claim(workdir: str, config: Mapping[str, Any], write: bool) -> None:
             _claim(workdir, config)
         except ConfigError as e:
             fault = e
-        except OSError as e:  # the other processes wait to hear how it went
+        except OSError as e:  # not raised yet, as the other processes wait for the verdict
             fault = ConfigError(f"workdir {workdir}: {e}")
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
         refused = multihost_utils.broadcast_one_to_all(np.int32(fault is not None))
         if refused and fault is None:
-            fault = ConfigError(f"workdir {workdir}: refused by the first process, which says why")
+            fault = ConfigError(f"workdir {workdir}: refused by the first process; its log says why")
     if fault is not None:
         raise fault
 
@@ -78,18 +78,18 @@ def _claim(workdir: str, config: Mapping[str, Any]) -> None:
     if "://" not in str(workdir):
         _lock(folder)
     text = json.dumps(mine, indent=2)
-    if "://" in str(workdir):  # objects appear whole
+    if "://" in str(workdir):  # object stores write atomically
         record.write_text(text)
-    else:  # a start that is killed here must not leave half a record
+    else:  # a process killed here must not leave half a record
         fresh = folder / ".config.json"
         fresh.write_text(text)
         fresh.replace(record)
 
 
 def _lock(folder: epath.Path) -> None:
-    """Keeps two processes from writing into one folder, which mixes their records and checkpoints.
+    """Keeps two processes from writing into one folder, which would mix their records and checkpoints.
 
-    Locks of the POSIX kind: data workers do not inherit them, so what a killed run leaves behind holds none.
+    POSIX locks, since data workers do not inherit them: workers that outlive a killed run hold none.
     """
     file = _held.get(str(folder)) or open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
     begun, told = time.monotonic(), False
@@ -128,7 +128,7 @@ def _recorded(path: epath.Path) -> dict[str, Any]:
 
 def _same_recipe(folder: epath.Path, theirs: dict[str, Any], mine: dict[str, Any], allowed: bool) -> None:
     defaults = json.loads(json.dumps(flatten(base())))
-    if mine.keys() == defaults.keys():  # of pretraining: what an older version did not have was as its default is
+    if mine.keys() == defaults.keys():  # a pretraining config: fields that an older version lacked had today's defaults
         theirs = defaults | theirs
     different = [
         f"config.{k}: {theirs.get(k, 'absent')!r} there, {mine.get(k, 'absent')!r} here"

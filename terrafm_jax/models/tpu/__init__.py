@@ -1,1 +1,1 @@
-"""What only a TPU runs: attention and fusion as Pallas kernels, each equal by test to its form outside."""
+"""Attention and fusion as Pallas kernels for TPU; by test each equals its implementation in ``models``."""

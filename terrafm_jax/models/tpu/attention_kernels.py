@@ -1,14 +1,14 @@
-"""Attention for TPU as two Pallas kernels, one for each direction: logits never leave the chip.
+"""Self-attention for TPU as two Pallas kernels, forward and backward: logits never leave on-chip memory.
 
-A view has few tokens, so a kernel holds one view's queries, keys and values whole; nothing is tiled over
-keys. Heads are 64 wide and vector registers 128: as many heads as fill the lanes are read together and told
-apart by zeros in the queries and keys of the others, which moves nothing; contracting over the zeros is
-free, because the matrix unit is as deep as the registers are wide.
+A view has few tokens, so a kernel holds all of a view's queries, keys and values; nothing is tiled over
+keys. Heads are 64 wide, vector registers 128: the heads that share a register are loaded together (a
+"cut"), and one of them is selected by zeroing the columns of the others, which moves no data. Contracting
+over the zeros is free, because the matrix unit is as deep as a register is wide.
 
-Rows beyond ``valid`` are padding up to whole registers. They take part as queries, whose results nobody
-reads, and never as keys.
+Rows from ``valid`` on are padding up to whole registers. They take part as queries, whose results nobody
+reads, but never as keys.
 
-Elsewhere than on TPU the kernels are interpreted, with the same result by test (``kernel_calls``).
+On other platforms the kernels are interpreted, with the same result by test (``kernel_calls``).
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ from terrafm_jax.models.spec import ModelSpec
 from terrafm_jax.models.tpu.kernel_calls import over_batch, run
 
 LANES, ROWS = 128, 8  # of a vector register
-LONGEST = 640  # tokens whose logits still fit into on-chip memory beside everything else
-SAVED = "attention"  # name of what jax.checkpoint keeps of it
+LONGEST = 640  # most tokens whose logits fit into on-chip memory beside everything else
+SAVED = "attention"  # name by which jax.checkpoint saves the result
 
 _ROWS_BY_ROWS = (((1,), (1,)), ((), ()))  # [m, c] x [n, c] -> [m, n]
 _PLAIN = (((1,), (0,)), ((), ()))  # [m, n] x [n, c] -> [m, c]
 _TRANSPOSED = (((0,), (0,)), ((), ()))  # [n, m] x [n, c] -> [m, c]
-_BLOCK_ROWS = 400  # tokens of one grid step: enough to hide the transfers of the next behind it
+_BLOCK_ROWS = 400  # tokens per grid step: enough compute to hide the transfers of the next one
 
 
 def cut(spec: ModelSpec) -> int:
-    """Columns that are read together: whole heads."""
+    """Columns loaded together: those of the heads that share a register."""
     return math.gcd(spec.width, LANES)
 
 
 def fits(spec: ModelSpec, tokens: int) -> bool:
-    """Whether the kernels take so many tokens and heads of this width. A TPU wants cuts of LANES columns besides."""
+    """Whether the kernels support this number of tokens and head size. On TPU, cuts must be LANES columns, too."""
     return cut(spec) % (spec.width // spec.heads) == 0 and tokens <= LONGEST
 
 
 def padded(tokens: int) -> int:
-    """Rows that ``tokens`` take up in whole registers."""
+    """``tokens`` rounded up to rows of whole registers."""
     return -(-tokens // ROWS) * ROWS
 
 
@@ -59,7 +59,7 @@ def attend(qkv: Array, spec: ModelSpec, valid: int) -> Array:
 
     Args:
       qkv: N a multiple of ROWS.
-      valid: tokens that are keys; the rows after them are padding.
+      valid: number of tokens; the rows after them are padding.
     """
     return _forward(qkv, spec, valid)
 
@@ -93,7 +93,7 @@ def _backward(qkv: Array, out: Array, g: Array, spec: ModelSpec, valid: int) -> 
 def _call(
     kernel: Callable[..., None], name: str, columns: int, products: int, spec: ModelSpec, *arrays: Array
 ) -> Array:
-    """Runs a kernel over blocks of views. ``products``: how many of [N, N] with head_dim it takes a head."""
+    """Runs a kernel over blocks of views. ``products``: of [N, N] with head_dim per head, for the cost estimate."""
     batch, rows, _ = arrays[0].shape
     pairs = batch * rows * rows
     cost = pl.CostEstimate(
@@ -121,7 +121,7 @@ def _call(
 
 
 def _each_cut(views: int, rows: int, spec: ModelSpec, work: Callable[[Array, Callable[[int], pl.Slice]], None]) -> None:
-    """Calls ``work(view, columns)`` for every view and cut; ``columns(third)`` is where the cut lies."""
+    """Calls ``work(view, columns)`` for every view and cut; ``columns(0)`` slices its queries, 1 keys, 2 values."""
     size = cut(spec)
     count = spec.width // size
 
@@ -129,7 +129,7 @@ def _each_cut(views: int, rows: int, spec: ModelSpec, work: Callable[[Array, Cal
         view, at = lax.div(index, count), lax.rem(index, count)
         work(view, lambda third: pl.ds(pl.multiple_of(third * spec.width + at * size, size), size))
 
-    # Short views leave the units idle between two dependent products, so many are worked on side by side.
+    # Short views leave the matrix unit idle between dependent products, so unrolling interleaves several of them.
     most = 8 if rows <= LANES // 2 else 3
     together = max(n for n in range(1, most + 1) if views * count % n == 0)
     lax.fori_loop(0, views * count, one, None, unroll=together)
@@ -147,14 +147,14 @@ def _forward_kernel(qkv: pl.Ref, out: pl.Ref, *, spec: ModelSpec, valid: int) ->
         q, k = q * jnp.asarray(head**-0.5, q.dtype), _repeat_first(k, valid)
         mixed, totals = [], []
         for i in range(heads):
-            logits = _dot(_own(q, i, head), k, _ROWS_BY_ROWS, spec)
+            logits = _dot(_only_head(q, i, head), k, _ROWS_BY_ROWS, spec)
             powers = jnp.exp(logits - logits.max(-1, keepdims=True)).astype(q.dtype)
-            # Ones in the columns of the other heads: the product with the values sums the powers on the side.
-            values = _zero_after(_own(v, i, head, jnp.ones_like(v)), valid)
+            # With ones in the columns of the other heads, the same product also gives the softmax's denominator.
+            values = _zero_after(_only_head(v, i, head, jnp.ones_like(v)), valid)
             mixed.append(_dot(powers, values, _PLAIN, spec))
             if heads == 1:
                 totals.append(_dot(powers, _zero_after(jnp.ones_like(v), valid), _PLAIN, spec))
-        if heads > 1:  # the sums of head i, found in the columns of head i - 1, move to those of head i
+        if heads > 1:  # the denominator of head i is read in the columns of head i - 1 and rolled to those of head i
             totals.append(pltpu.roll(_side_by_side(mixed[1:] + mixed[:1], head), head, 1))
         out[view, :, columns(0)] = (_side_by_side(mixed, head) / totals[0]).astype(out.dtype)
 
@@ -162,9 +162,9 @@ def _forward_kernel(qkv: pl.Ref, out: pl.Ref, *, spec: ModelSpec, valid: int) ->
 
 
 def _backward_kernel(qkv: pl.Ref, out: pl.Ref, g: pl.Ref, dqkv: pl.Ref, *, spec: ModelSpec, valid: int) -> None:
-    """One block: with ``g``, the gradient of ``out`` [views, N, d], to that of qkv [views, N, 3 * d].
+    """One block: from ``g``, the gradient of ``out`` [views, N, d], to ``dqkv``, that of ``qkv`` [views, N, 3 * d].
 
-    Logits lie transposed here, [keys, queries]: what belongs to a query is one row, and of the three
+    Logits are transposed here, [keys, queries]: statistics of the queries are rows, and of the three
     gradients only one needs a transposition.
     """
     heads, head = cut(spec) * spec.heads // spec.width, spec.width // spec.heads
@@ -177,12 +177,12 @@ def _backward_kernel(qkv: pl.Ref, out: pl.Ref, g: pl.Ref, dqkv: pl.Ref, *, spec:
         products = out[view, :, columns(0)] * do
         parts: tuple[list[Array], ...] = ([], [], [])
         for i in range(heads):
-            logits = _dot(_own(filled, i, head), q, _ROWS_BY_ROWS, spec)
+            logits = _dot(_only_head(filled, i, head), q, _ROWS_BY_ROWS, spec)
             powers = jnp.exp(logits - logits.max(0, keepdims=True))
             weights = powers * (1.0 / _sum_of_first(powers, valid))
-            ones = _own(jnp.ones((2 * ROWS, products.shape[1]), spec.stat_dtype), i, head).astype(q.dtype)
+            ones = _only_head(jnp.ones((2 * ROWS, products.shape[1]), spec.stat_dtype), i, head).astype(q.dtype)
             shift = _dot(ones, products, _ROWS_BY_ROWS, spec)[:1]
-            dlogits = (weights * (_dot(_own(v, i, head), do, _ROWS_BY_ROWS, spec) - shift)).astype(q.dtype)
+            dlogits = (weights * (_dot(_only_head(v, i, head), do, _ROWS_BY_ROWS, spec) - shift)).astype(q.dtype)
             parts[0].append(_dot(dlogits, k, _TRANSPOSED, spec))
             parts[1].append(_dot(dlogits, q, _PLAIN, spec))
             parts[2].append(_dot(weights.astype(q.dtype), do, _PLAIN, spec))
@@ -203,17 +203,17 @@ def _columns(x: Array, i: int, head: int) -> Array:
     return (at >= i * head) & (at < (i + 1) * head)
 
 
-def _own(x: Array, i: int, head: int, others: Array | None = None) -> Array:
-    """``x`` with zeros, or ``others``, in the columns of other heads."""
+def _only_head(x: Array, i: int, head: int, others: Array | None = None) -> Array:
+    """``x`` in the columns of head ``i``, zeros or ``others`` in those of the other heads."""
     return jnp.where(_columns(x, i, head), x, jnp.zeros_like(x) if others is None else others)
 
 
 def _side_by_side(parts: Sequence[Array], head: int) -> Array:
     """[N, cut] with the columns of head i taken from part i."""
-    whole = parts[0]
+    merged = parts[0]
     for i, part in enumerate(parts[1:], 1):
-        whole = jnp.where(_columns(part, i, head), part, whole)
-    return whole
+        merged = jnp.where(_columns(part, i, head), part, merged)
+    return merged
 
 
 def _first_rows(x: Array, valid: int) -> Array:

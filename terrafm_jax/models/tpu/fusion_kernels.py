@@ -1,15 +1,15 @@
-"""Fusion of the sensors' values as two Pallas kernels for TPU, one for each direction.
+"""Fusion of the sensors' values as two Pallas kernels for TPU, forward and backward.
 
-The same function as ``folding``'s (its docstring has the derivation), with each block of patches brought onto the
-chip once: XLA makes some twenty passes over the values of every sensor, each of which costs as much as the
-products around them.
+The same function as in ``folding`` (its docstring has the derivation), but each block of patches is loaded into on-chip
+memory only once: XLA makes some twenty passes over the values of every sensor, each of which costs as much as the
+matrix products around them.
 
-Everything that belongs to a patch lies in one row of ``queries * heads`` lanes, query-major. Sums over the columns of a
-head are products with a 0/1 matrix that repeats heads for every query; its transpose sums over queries and spreads
-over columns at once. So no axis of queries or heads ever exists.
+Weights and statistics of a patch are one row of ``queries * heads`` lanes, query-major. Sums over the columns of a head
+are products with a 0/1 matrix that repeats the heads for every query; its transpose sums over queries and repeats over
+columns in one product. So no axis of queries or heads ever exists.
 
-Elsewhere than on TPU the kernels are interpreted, with the same result by test. As in ``attention_kernels`` the mesh
-must be in context where arrays are spread over devices.
+On other platforms the kernels are interpreted, with the same result by test. Where arrays are sharded, the mesh must be
+in context (``kernel_calls``).
 """
 
 from __future__ import annotations
@@ -29,39 +29,39 @@ from jax.experimental.pallas import tpu as pltpu
 from terrafm_jax.models.fusion import head_columns, masked
 from terrafm_jax.models.layers import precision
 from terrafm_jax.models.spec import ModelSpec
-from terrafm_jax.models.tpu.fusion_rows import Sums, entry, mixture, pairs, pull
+from terrafm_jax.models.tpu.fusion_rows import Sums, entry, mixture, mixture_gradient, pairs
 from terrafm_jax.models.tpu.kernel_calls import over_batch, run, wanted
 
 LANES, ROWS = 128, 16  # of a vector register of bfloat16
-# Most patches of one grid step, and values of a sensor in it: more do not fit into a kernel's 16 MiB on v4 and v5p.
+# Most patches of a grid step, and most values of one sensor in it: more do not fit a kernel's 16 MiB on v4 and v5p.
 BLOCK_ROWS, BLOCK_VALUES = 128, 128 * 2304
-CORES = 2  # that share a chip's kernels on v4 and v5p; elsewhere one core does both halves
-CHUNK, UNROLL = 256, 3  # columns worked on at once, and chunks written out one after another (3 divide any stem)
+CORES = 2  # TensorCores of a v4 or v5p chip, each of which runs half of the grid; elsewhere one core runs both halves
+CHUNK, UNROLL = 256, 3  # columns processed at once; chunks unrolled (3 divides their number, a stem being 3 x width)
 
 _PLAIN = (((1,), (0,)), ((), ()))
 
 
 def resolve(spec: ModelSpec) -> bool:
-    """Whether fusion runs as kernels. "auto": on TPU, with the mesh in context and stems of whole vector registers.
+    """Whether fusion runs as kernels. "auto": on TPU, with a mesh in context, if stems fill whole vector registers.
 
-    Raises ValueError where kernels are asked for and stems are not.
+    Raises ValueError where kernels are asked for and stems do not.
     """
-    whole = spec.stem_width % LANES == 0
-    if spec.fusion_kernel == "pallas" and not whole:
+    fits = spec.stem_width % LANES == 0
+    if spec.fusion_kernel == "pallas" and not fits:
         raise ValueError(
             f"model: fusion_kernel 'pallas' needs a stem width (3 x width) that is a multiple of {LANES}; found "
             f"{spec.stem_width}. Use fusion_kernel='xla'"
         )
-    return spec.fusion_kernel == "pallas" or (spec.fusion_kernel == "auto" and whole and wanted(spec))
+    return spec.fusion_kernel == "pallas" or (spec.fusion_kernel == "auto" and fits and wanted(spec))
 
 
 class Tables(NamedTuple):
     """Constants and parameters that every block needs; J = queries * heads.
 
     columns: [D, J], 1 where a column belongs to the head. spread: its transpose.
-    both: [D, 2 * heads], the same for one query, and that times the pooling vector.
+    both: [D, 2 * heads], ``columns`` of one query, and the same times the pooling vector.
     group: [J, J], 1 where two lanes belong to the same query.
-    pool: [1, D] in the type of norms.
+    pool: [1, D] in ``stat_dtype``.
     """
 
     columns: Array
@@ -107,17 +107,18 @@ def _chunks(spec: ModelSpec, work: Callable[[pl.Slice], None]) -> None:
 
 
 def _stacked(parts: Sequence[Array], right: Array, spec: ModelSpec) -> list[Array]:
-    """Products of several [R, K] with one matrix: it enters the matrix unit once."""
+    """Products of several [R, K] with one matrix, as one product, so that the matrix unit loads the matrix once."""
     rows = parts[0].shape[0]
-    whole = _dot(jnp.concatenate([x.astype(spec.compute_dtype) for x in parts], axis=0), right, spec)
-    return [whole[i * rows : (i + 1) * rows] for i in range(len(parts))]
+    found = _dot(jnp.concatenate([x.astype(spec.compute_dtype) for x in parts], axis=0), right, spec)
+    return [found[i * rows : (i + 1) * rows] for i in range(len(parts))]
 
 
 class Scratch(NamedTuple):
-    """Sums over columns while they are made.
+    """Accumulators of sums over columns, per head.
 
-    both: [M, R, 2 * heads] of values, and of values times the pooling vector.
-    products: [slots, R, J] of the values' products in pairs, and with the result's gradient in the backward pass.
+    both: [M, R, 2 * heads], sums of values, and of values times the pooling vector.
+    products: [slots, R, J], sums of products of values in pairs; in the backward pass also of values with the
+      result's gradient.
     """
 
     both: pl.Ref
@@ -164,10 +165,10 @@ def _forward_kernel(*refs: pl.Ref, spec: ModelSpec, count: int) -> None:
     table, out, scratch = Tables(*rest[:5]), rest[5], Scratch(*rest[6:])
     _sum_columns(values, None, table, scratch, spec)
     sums, _ = _read_sums(scratch, spec)
-    how = mixture([score[...] for score in scores], sums, table.group[...], table.pool[...].sum(), spec)
-    part = how.share * how.inverse
-    factors = [part * weight for weight in how.weights]
-    shift = (part * how.mean).sum(-1, keepdims=True) / spec.fusion_heads
+    mixing = mixture([score[...] for score in scores], sums, table.group[...], table.pool[...].sum(), spec)
+    part = mixing.share * mixing.inverse
+    factors = [part * weight for weight in mixing.weights]
+    shift = (part * mixing.mean).sum(-1, keepdims=True) / spec.fusion_heads
 
     def work(at: pl.Slice) -> None:
         spread = _stacked(factors, table.spread[:, at], spec)
@@ -178,7 +179,7 @@ def _forward_kernel(*refs: pl.Ref, spec: ModelSpec, count: int) -> None:
 
 
 def _backward_kernel(*refs: pl.Ref, spec: ModelSpec, count: int) -> None:
-    """As forward, and the result's gradient -> per sensor [R, D + J] of value and score, and of pool [8, D] a core."""
+    """Forward's inputs and the result's gradient -> per sensor [R, D + J] (value, score), and of pool [8, D] a core."""
     values, scores, rest = refs[:count], refs[count : 2 * count], refs[2 * count :]
     g, table, rest = rest[0], Tables(*rest[1:6]), rest[6:]
     grads, dpool, scratch = rest[:count], rest[count], Scratch(*rest[count + 1 :])
@@ -191,18 +192,18 @@ def _backward_kernel(*refs: pl.Ref, spec: ModelSpec, count: int) -> None:
     _sum_columns(values, g, table, scratch, spec)
     sums, products = _read_sums(scratch, spec)
     total_pool, group = table.pool[...].sum(), table.group[...]
-    how = mixture([score[...] for score in scores], sums, group, total_pool, spec)
-    pulled = pull(how, sums, products, g[...].astype(wide).sum(-1, keepdims=True), group, total_pool, spec)
-    for grad, score in zip(grads, pulled.scores, strict=True):
+    mixing = mixture([score[...] for score in scores], sums, group, total_pool, spec)
+    back = mixture_gradient(mixing, sums, products, g[...].astype(wide).sum(-1, keepdims=True), group, total_pool, spec)
+    for grad, score in zip(grads, back.scores, strict=True):
         grad[:, spec.stem_width :] = score.astype(grad.dtype)
-    # The sum of the pooling vector pulls each of its entries alike.
-    every = pulled.total_pool.sum() / spec.fusion_heads
-    part = how.share * how.inverse
-    factors = [*(part * weight for weight in how.weights), *pulled.first, *pulled.gram.values()]
+    # The gradient of the pooling vector's sum is that of each of its entries.
+    per_entry = back.total_pool.sum() / spec.fusion_heads
+    part = mixing.share * mixing.inverse
+    factors = [*(part * weight for weight in mixing.weights), *back.first, *back.gram.values()]
 
     def work(at: pl.Slice) -> None:
         spread = _stacked(factors, table.spread[:, at], spec)
-        asked = _stacked(pulled.asked, table.spread[: spec.fusion_heads, at], spec)
+        asked = _stacked(back.asked, table.spread[: spec.fusion_heads, at], spec)
         gram = dict(zip(pairs(count), spread[2 * count :], strict=True))
         there, pool = g[:, at].astype(wide), table.pool[:, at]
         upcast = [value[:, at].astype(wide) for value in values]
@@ -212,7 +213,7 @@ def _backward_kernel(*refs: pl.Ref, spec: ModelSpec, count: int) -> None:
             grad[:, at] = found.astype(grad.dtype)
         by_row = sum(x * value for x, value in zip(asked, upcast, strict=True))
         dpool[:, at] += by_row.reshape(-1, dpool.shape[0], by_row.shape[1]).sum(0)
-        dpool[:1, at] += jnp.broadcast_to(every, (1, by_row.shape[1]))
+        dpool[:1, at] += jnp.broadcast_to(per_entry, (1, by_row.shape[1]))
 
     _chunks(spec, work)
 
@@ -222,11 +223,11 @@ def _backward_kernel(*refs: pl.Ref, spec: ModelSpec, count: int) -> None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def mix(values: list[Array], scores: list[Array], present: Array | None, pool: Array, spec: ModelSpec) -> Array:
-    """The weighted sum of values that fusion comes to (``folding``).
+    """The weighted sum of values to which fusion reduces (``folding``).
 
     Args:
       values: per sensor [B, h, w, D] in the compute dtype.
-      scores: per sensor [B, h, w, J] in the type of norms.
+      scores: per sensor [B, h, w, J] in ``stat_dtype``.
       present: bool [B, M], the sensors each sample sees, or None.
       pool: [D], the pooling vector times the LayerNorm's scale.
 
@@ -246,8 +247,8 @@ def _mix_bwd(spec: ModelSpec, saved: tuple, g: Array) -> tuple[list[Array], list
     arrays = [*values, *masked(scores, present), g]
     *grads, dpool = over_batch(functools.partial(_backward, spec=spec), arrays, tables(pool, spec))
     width = spec.stem_width
-    # No mask over the scores' gradients: the weight of an absent sensor is zero already, and what is cut out of one
-    # array here is put together again by ``stems.stem_products`` at no cost.
+    # The scores' gradients need no mask, as the weight of an absent sensor is zero already. Splitting an array here
+    # costs nothing, as ``stems.stem_products`` concatenates the two parts again.
     return (
         [x[..., :width] for x in grads],
         [x[..., width:].astype(s.dtype) for x, s in zip(grads, scores, strict=True)],
@@ -260,12 +261,12 @@ mix.defvjp(_mix_fwd, _mix_bwd)
 
 
 def _rows(x: Array) -> Array:
-    """[B, h, w, C] -> [N, C], samples last: how a TPU's stems deliver them, so nothing moves."""
+    """[B, h, w, C] -> [h * w * B, C]: the order in memory of what a TPU's stems return, so no data moves."""
     return x.transpose(1, 2, 0, 3).reshape(-1, x.shape[-1])
 
 
 def _grid(x: Array, like: Array) -> Array:
-    """The way back, to the batch and grid of ``like``."""
+    """The inverse of :func:`_rows`, with the batch and grid of ``like``."""
     batch, rows, columns, _ = like.shape
     return x.reshape(rows, columns, batch, x.shape[-1]).transpose(2, 0, 1, 3)
 
@@ -289,12 +290,12 @@ def _call(
 
     Args:
       arrays: [B, h, w, C] each, then the tables.
-      widths: columns of the results; of more than one, the pool's gradient [8 * CORES, D] follows.
-      products: how many sums over columns the kernel takes beside those of the values.
+      widths: columns of the results; in the backward pass the pool's gradient [8 * CORES, D] follows.
+      products: sums of products with the result's gradient (``Scratch.products``); 0 in the forward pass.
     """
-    ours, every = arrays[: -len(Tables._fields)], arrays[-len(Tables._fields) :]
-    flat = [_rows(x) for x in ours]
-    count, rows = len(ours) // 2, flat[0].shape[0]
+    split, table = arrays[: -len(Tables._fields)], arrays[-len(Tables._fields) :]
+    flat = [_rows(x) for x in split]
+    count, rows = len(split) // 2, flat[0].shape[0]
     padded = -(-rows // (CORES * ROWS)) * CORES * ROWS
     flat = [jnp.pad(x, ((0, padded - rows), (0, 0))) for x in flat]
     most = min(BLOCK_ROWS, BLOCK_VALUES // spec.stem_width)
@@ -304,7 +305,7 @@ def _call(
     if products:
         outs.append(jax.ShapeDtypeStruct((CORES * 8, spec.stem_width), spec.stat_dtype))
 
-    def spread(x: Any) -> pl.BlockSpec:
+    def by_block(x: Any) -> pl.BlockSpec:
         return pl.BlockSpec((block, x.shape[1]), lambda core, i: (core * blocks + i, 0))
 
     def whole(x: Any) -> pl.BlockSpec:
@@ -321,12 +322,12 @@ def _call(
         pl.pallas_call,
         functools.partial(kernel, spec=spec, count=count),
         grid=(CORES, blocks),
-        in_specs=[*map(spread, flat), *map(whole, every)],
-        out_specs=[*map(spread, outs[: len(widths)]), *map(of_core, outs[len(widths) :])],
+        in_specs=[*map(by_block, flat), *map(whole, table)],
+        out_specs=[*map(by_block, outs[: len(widths)]), *map(of_core, outs[len(widths) :])],
         out_shape=outs,
         scratch_shapes=list(scratch),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         name=name,
     )
-    found = run(build, *flat, *every)
+    found = run(build, *flat, *table)
     return [*(x[:rows] for x in found[: len(widths)]), *found[len(widths) :]]

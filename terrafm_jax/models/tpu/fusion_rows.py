@@ -1,7 +1,7 @@
-"""What fusion computes for each patch, and the way back, as TPU's kernels do it.
+"""The part of the TPU fusion kernels that needs only sums over columns, not the values: forward and backward.
 
 The derivation is that of ``folding``. Here a patch is a row of ``J = queries * heads`` lanes, query-major; no axis of
-queries or heads exists. What belongs to a query repeats over the lanes of its heads, and sums over heads are products
+queries or heads exists. Numbers of a query are repeated over the lanes of its heads, and sums over heads are products
 with a 0/1 matrix.
 """
 
@@ -27,10 +27,11 @@ class Sums(NamedTuple):
 
 
 class Mixture(NamedTuple):
-    """How a block's values are mixed; lists over sensors, [R, J] each (what belongs to a query repeats over heads).
+    """How a block's values are mixed, [R, J] each (numbers of a query repeat over its heads).
 
-    weights: softmax over sensors. mean, inverse, share: of each query's vector its mean, inverse deviation, share in
-    the result. varies: whether the variance is above zero. ask: the logit of the share before mean and deviation.
+    weights: per sensor, the softmax over sensors. mean, inverse: mean and inverse standard deviation of each query's
+    vector. share: its weight in the pooling. varies: whether its variance is above zero. ask: its product with the
+    pooling vector, the pooling's logit before normalisation.
     """
 
     weights: list[Array]
@@ -61,8 +62,8 @@ def mixture(scores: Sequence[Array], sums: Sums, group: Array, total_pool: Array
     """
     top = functools.reduce(jnp.maximum, scores)
     powers = [jnp.exp(score - top) for score in scores]
-    whole = 1.0 / sum(powers)
-    weights = [power * whole for power in powers]
+    inverse_total = 1.0 / sum(powers)
+    weights = [power * inverse_total for power in powers]
 
     def square(m: int) -> Array:
         return weights[m] * sum(weights[n] * entry(sums.gram, m, n) for n in range(len(weights)))
@@ -78,11 +79,11 @@ def mixture(scores: Sequence[Array], sums: Sums, group: Array, total_pool: Array
     return Mixture(weights, mean, inverse, share, variance > 0.0, ask)
 
 
-class Pulled(NamedTuple):
-    """Gradients of what belongs to a patch, [R, J]: of the scores and of the sums, per sensor or pair of sensors.
+class MixtureGradient(NamedTuple):
+    """Gradients of the scores and of the :class:`Sums`, per sensor or pair of sensors, [R, J] each.
 
-    asked: [R, heads] each, summed over queries. total_pool: of the pooling vector's sum, to be summed over rows and
-    queries (which repeat over heads).
+    asked: [R, heads] each, summed over queries. total_pool: of the pooling vector's sum, still to be summed over rows
+    and queries (each of which repeats over its heads).
     """
 
     scores: list[Array]
@@ -93,49 +94,49 @@ class Pulled(NamedTuple):
 
 
 def _over_heads(x: Array, group: Array) -> Array:
-    """[R, J] -> [R, J]: the sum over heads, in the lanes of every head."""
+    """[R, J] -> [R, J]: the sum over a query's heads, repeated over them."""
     dims = (((1,), (0,)), ((), ()))
     return lax.dot_general(x, group, dims, precision=lax.Precision.HIGHEST, preferred_element_type=x.dtype)
 
 
 def _over_queries(x: Array, spec: ModelSpec) -> Array:
-    """[R, J] -> [R, heads]. What queries pull the pool with nearly cancels, so they are added before it is rounded."""
+    """[R, J] -> [R, heads]: the sum over queries, whose gradients of the pool nearly cancel, so before rounding."""
     return sum(jnp.split(x, spec.queries, axis=1))
 
 
-def pull(
+def mixture_gradient(
     found: Mixture,
     sums: Sums,
     products: Sequence[Array],
-    whole: Array,
+    total_gradient: Array,
     group: Array,
     total_pool: Array,
     spec: ModelSpec,
-) -> Pulled:
-    """The way back through :func:`mixture`.
+) -> MixtureGradient:
+    """The backward pass of :func:`mixture`, of which ``found`` is the result.
 
     Args:
       products: per sensor [R, J], sums over the columns of each head of values times the result's gradient.
-      whole: [R, 1], sum of the result's gradient.
+      total_gradient: [R, 1], sum of the result's gradient over all columns.
     """
     weights, mean, inverse, share, varies, ask = found
     count, width = len(weights), spec.stem_width
     part = share * inverse
 
-    dpart = _over_heads(sum(w * x for w, x in zip(weights, products, strict=True)), group) - whole * mean
+    dpart = _over_heads(sum(w * x for w, x in zip(weights, products, strict=True)), group) - total_gradient * mean
     dshare = dpart * inverse
     dlogits = share * (dshare - (share * dshare).sum(-1, keepdims=True) / spec.fusion_heads)
     centered = ask - mean * total_pool
     dvariance = jnp.where(varies, -0.5 * inverse * inverse * inverse * (dpart * share + centered * dlogits), 0.0)
     dask = dlogits * inverse
-    dmean = -whole * part - total_pool * dask - 2.0 * mean * dvariance
+    dmean = -total_gradient * part - total_pool * dask - 2.0 * mean * dvariance
     dfirst, dsecond = dmean / width, dvariance / width
     dweights = []
     for m in range(count):
         square = sum(weights[n] * entry(sums.gram, m, n) for n in range(count))
         dweights.append(part * products[m] + dfirst * sums.first[m] + dask * sums.asked[m] + 2.0 * dsecond * square)
     mean_dweight = sum(w * d for w, d in zip(weights, dweights, strict=True))
-    return Pulled(
+    return MixtureGradient(
         scores=[w * (d - mean_dweight) for w, d in zip(weights, dweights, strict=True)],
         first=[dfirst * w for w in weights],
         asked=[_over_queries(dask * w, spec) for w in weights],

@@ -1,7 +1,7 @@
-"""How Pallas kernels for TPU are called: on every device's part of the batch, compiled there and interpreted elsewhere.
+"""How Pallas kernels for TPU are called: per device on its shard of the batch; compiled on TPU, interpreted elsewhere.
 
-Where arrays are spread over devices, the mesh must be in context (``jax.sharding.use_abstract_mesh``), as in the train
-step: the partitioner cannot look into a kernel.
+The partitioner cannot see inside a kernel, so kernels are mapped over the devices by hand. Where arrays are sharded,
+this needs the mesh in context (``jax.sharding.use_abstract_mesh``), as the train step sets it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from terrafm_jax.models.spec import BATCH_AXES, ModelSpec
 
 
 def wanted(spec: ModelSpec) -> bool:
-    """Whether "auto" may take kernels: on TPU, with the mesh in context."""
+    """Whether "auto" may choose kernels: on TPU, with a mesh in context."""
     return spec.backend == "tpu" and not get_abstract_mesh().empty
 
 
 def over_batch(call: Callable[..., Any], arrays: Sequence[Array], everywhere: Sequence[Array] = ()) -> Any:
-    """``call(*arrays, *everywhere)`` on every device: of ``arrays`` it sees its part of the leading axis.
+    """``call(*arrays, *everywhere)`` on every device, with its shard of ``arrays`` and all of ``everywhere``.
 
-    Results are put together along their leading axis.
+    Arrays and results are sharded along the leading axis.
     """
     mesh = get_abstract_mesh()
     free = set(mesh.axis_names) - set(mesh.manual_axes)  # the step may already be mapped over slices
@@ -39,7 +39,7 @@ def over_batch(call: Callable[..., Any], arrays: Sequence[Array], everywhere: Se
 
 
 def run(build: Callable[..., Callable[..., Any]], *arrays: Array) -> Any:
-    """``build(interpret=False)(*arrays)`` on TPU, ``build(interpret=True)(*arrays)`` elsewhere: the same, slowly."""
+    """``build(interpret=False)(*arrays)`` on TPU; elsewhere the kernel interpreted: the same result, slowly."""
     there, elsewhere = (functools.partial(_built, build, interpret) for interpret in (False, True))
     return lax.platform_dependent(*arrays, tpu=there, default=elsewhere)
 
