@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from terrafm_jax.checks import EIGHT_BIT
-from terrafm_jax.evals.datasets.base import Dataset, Input, Sample, canonical
+from terrafm_jax.evals.datasets.base import Dataset, Input, Sample, Split, canonical
 from terrafm_jax.sensors import BASELINE_OFFSET, L1C_CIRRUS_THRESHOLD, L2A_THRESHOLD, SENSORS, band_name
 from terrafm_jax.units import DN_PER_REFLECTANCE
 
@@ -38,6 +38,22 @@ def doubts(dataset: Dataset) -> list[str]:
             text = _baseline(pixels, source, _cirrus(source, samples))
         found += [f"{dataset.info.name}, {key}: {text}"] if text else []
     return found
+
+
+def unseen(name: str, classes: Sequence[str], splits: Mapping[str, Split]) -> list[str]:
+    """A sentence on classes that other splits hold and train does not, where labels are known without the pixels."""
+    count = {}
+    for split, samples in splits.items():
+        labels = samples.labels
+        if labels is None or not classes or not (labels.ndim == 2 or np.issubdtype(labels.dtype, np.integer)):
+            return []
+        count[split] = labels.sum(0) if labels.ndim == 2 else np.bincount(labels, minlength=len(classes))
+    train = count.pop("train", None)
+    found = []
+    for i, label in enumerate(classes) if train is not None else ():
+        elsewhere = [f"{n[i]} in {split}" for split, n in count.items() if n[i]]
+        found += [f"{label} ({', '.join(elsewhere)})"] if elsewhere and not train[i] else []
+    return [f"{name}: train has no sample of {', '.join(found)}: nothing can learn them"] if found else []
 
 
 def _radar(pixels: np.ndarray, source: Input) -> str:
