@@ -16,7 +16,7 @@ from data_prep.ground import share_ground
 from data_prep.harmonize import Offset, snap_origin
 from data_prep.optical import optical
 from data_prep.radar import power_from, same_place, to_hundredths, warp_power
-from data_prep.raster import BadInput, Grid
+from data_prep.raster import BadInput, Grid, NotThere
 from data_prep.records import Group, Layer
 from data_prep.splits import BlockSplit, unit_hash
 from data_prep.worldcover import WorldCover, fractions, lonlat_outline, majority, oceans
@@ -99,8 +99,9 @@ def prepare(cell: Cell, cover: WorldCover, options: Options) -> Prepared:
     """Harmonizes, overlays, cuts. Raises BadInput where the cell cannot be used."""
     lacking = [key for key in options.require if key not in cell.sensors]
     if lacking or not cell.sensors:
-        raise BadInput(f"sensors missing: {', '.join(lacking) or 'all'}")
-    dropped: Counter[str] = Counter()
+        beside = f"; {', '.join(cell.beside)} does not reach this part of the scene" if cell.beside else ""
+        raise BadInput(f"sensors missing: {', '.join(lacking) or 'all'}{beside}")
+    dropped: Counter[str] = Counter(f"{key} does not reach a cell" for key in cell.beside)
     layers = _layers(cell, options, dropped)
     finest = _finest(layers)
     native = any(
@@ -133,8 +134,13 @@ def _layers(cell: Cell, options: Options, dropped: Counter[str]) -> dict[str, La
         raise BadInput(f"sensors in different CRS cannot share a tile: {systems}")
     if "s1" in cell.sensors:
         target = _finest(layers) if layers else None
-        layers["s1"] = _radar(cell.sensors["s1"], target, options.snap)
-        _check_position(cell, layers["s1"].finest)
+        try:
+            layers["s1"] = _radar(cell.sensors["s1"], target, options.snap)
+            _check_position(cell, layers["s1"].finest)
+        except NotThere:
+            if "s1" in options.require:
+                raise
+            dropped["s1 does not reach a cell"] += 1
     for key in list(layers):
         share = quality.nodata_share(layers[key].valid)
         if quality.is_black(share):
@@ -146,7 +152,7 @@ def _layers(cell: Cell, options: Options, dropped: Counter[str]) -> dict[str, La
 
 
 def _radar(given: SensorInput, target: Grid | None, snap: str) -> Layer:
-    """Sentinel-1 in hundredths of dB, on ``target`` if given, else on its own grid."""
+    """Sentinel-1 in hundredths of dB, on ``target`` if given, else on its own grid. Raises BadInput, NotThere."""
     missing = [name for name in S1.band_names if name not in given.bands]
     if missing:
         raise BadInput(f"s1: missing band {', '.join(missing)}, found {sorted(given.bands)}")
@@ -163,6 +169,11 @@ def _radar(given: SensorInput, target: Grid | None, snap: str) -> Layer:
     target = target or grid
     stored = to_hundredths(warp_power(power, grid, target))
     group = Group(tuple(stored), stored[0] != S1.nodata, target)
+    if not group.valid.any() and not np.isnan(power).all():
+        where, there = (tuple(round(v, 5) for v in g.bounds()) for g in (grid, target))
+        raise NotThere(
+            f"s1: wrong place, its pixels lie at {grid.crs} {where}, those of Sentinel-2 at {target.crs} {there}"
+        )
     return Layer(given, {"10m": group}, Offset(0.0, ""))
 
 

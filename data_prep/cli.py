@@ -156,7 +156,11 @@ def _main(args: argparse.Namespace, plan: Planner, beam_options: Sequence[str]) 
 
 
 class Formatter(argparse.RawTextHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the examples of the module docstring as they are."""
+    """Keeps the examples of the module docstring as they are; a default that says nothing, or is said, is left out."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        said = "default" in (action.help or "") or action.default in (None, "", [], False)
+        return action.help if said else super()._get_help_string(action)
 
 
 def run(parser: argparse.ArgumentParser, plan: Callable[..., Any], argv: Sequence[str] | None) -> int:

@@ -30,7 +30,9 @@ class DataSet:
         """Raises DataError where the folder holds no complete data set."""
         info_path = directory / "dataset_info.json"
         if not info_path.exists():
-            unfinished = " (an unfinished preparation: start it again)" if (directory / ".work").exists() else ""
+            unfinished = "; expected the --out of a finished preparation"
+            if (directory / ".work").exists():
+                unfinished = " (an unfinished preparation: start it again)"
             raise DataError(f"{directory}: no dataset_info.json{unfinished}")
         names = read_json(info_path, lambda info: {s["name"] for s in info["splits"]})
         splits = {name: open_split(directory, name) for name in SPLITS if name in names}

@@ -54,6 +54,7 @@ class Cell:
       center: (lat, lon) that the metadata claim, or None.
       landcover: WorldCover codes of the cell itself, in place of the 3 degree maps.
       rivals: cells nearby of another listed split, with a Grid each, that keep the ground they share.
+      beside: sensors whose files do not reach this part of the scene.
     """
 
     name: str
@@ -63,3 +64,4 @@ class Cell:
     center: tuple[float, float] | None = None
     landcover: Raster | None = None
     rivals: Sequence[Rival] = ()
+    beside: Sequence[str] = ()

@@ -34,7 +34,7 @@ from data_prep.chunks import Source, Unit
 from data_prep.delivered import Cell, SensorInput
 from data_prep.ground import Place
 from data_prep.harmonize import Offset
-from data_prep.raster import BadInput, Grid, Raster, first_line, grid_of, open_raster
+from data_prep.raster import BadInput, Grid, NotThere, Raster, first_line, grid_of, open_raster
 from data_prep.scenes import (
     CLOUD_MASK,
     LANDCOVER,
@@ -84,14 +84,17 @@ class GeoTiffs:
         target = _finest_grid(scene)
         if block is not None:
             target = target.window(*block)
-        sensors = {}
+        sensors, beside = {}, []
         for key in SENSORS:
             files = [f for f in scene.files if f.sensor == key]
-            if files:
-                sensors[key] = self._sensor(key, files, target if block is not None else None)
+            try:
+                if files:
+                    sensors[key] = self._sensor(key, files, target if block is not None else None)
+            except NotThere:  # swaths differ: a part of the scene has this sensor, another has not
+                beside.append(key)
         cover = [f for f in scene.files if f.sensor == LANDCOVER]
         codes = _landcover(cover, target) if cover else None
-        return Cell(unit.cell, sensors, unit.number, unit.split, None, codes, unit.rivals)
+        return Cell(unit.cell, sensors, unit.number, unit.split, None, codes, unit.rivals, beside)
 
     def _sensor(self, key: str, files: Sequence[SceneFile], area: Grid | None) -> SensorInput:
         rasters: dict[str, Raster] = {}
@@ -209,7 +212,7 @@ def _window(grid: Grid, area: Grid) -> Window:
     col0, row0 = max(0, col), max(0, row)
     col1, row1 = min(grid.width, col + width), min(grid.height, row + height)
     if col1 <= col0 or row1 <= row0:
-        raise BadInput(f"no pixel under {area.crs} {tuple(round(v, 5) for v in area.bounds())}")
+        raise NotThere(f"no pixel under {area.crs} {tuple(round(v, 5) for v in area.bounds())}")
     return Window(col0, row0, col1 - col0, row1 - row0)
 
 

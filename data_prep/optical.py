@@ -12,7 +12,7 @@ from data_prep.harmonize import decide_offset, measured, misplaced, pixel_offset
 from data_prep.quality import is_constant
 from data_prep.raster import BadInput, Grid, Raster
 from data_prep.records import Group, Layer
-from terrafm_jax.sensors import SENSORS, Sensor
+from terrafm_jax.sensors import BASELINE_OFFSET, SENSORS, Sensor
 from terrafm_jax.units import DN_PER_REFLECTANCE, MAX_DN, MAX_REFLECTANCE
 
 ROUNDING = 0.02  # DN: what float32 loses of a quotient, while a resampled value lies anywhere between two DN
@@ -120,14 +120,21 @@ def _without_nodata(key: str, name: str, raster: Raster) -> np.ndarray:
         gone = np.isnan(pixels) if np.isnan(nodata) else pixels == nodata
         pixels = np.where(gone, pixels.dtype.type(0), pixels)
     if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
-        raise BadInput(f"{key} {name}: NaN or infinite values; if they mean nodata, the file or a manifest must say so")
+        raise BadInput(
+            f"{key} {name}: NaN or infinite values; if they mean nodata, the file must say so (gdal_edit.py -a_nodata "
+            "nan FILE), or the nodata column of a manifest (nan)"
+        )
     return pixels
 
 
 def _undeclared(pixels: np.ndarray) -> str:
-    """The remedy where one value below zero stands for nodata."""
+    """The remedy where one value below zero stands for nodata, or dark pixels lost an offset."""
     low = repeated_low(pixels, 0)
-    return "" if low is None else f"; if {low:g} means nodata, name it in the nodata column of a manifest"
+    if low is not None:
+        return f"; if {low:g} means nodata, name it in the nodata column of a manifest"
+    if pixels.dtype.kind == "i" and -BASELINE_OFFSET <= pixels.min() < 0:
+        return "; was the baseline offset subtracted? Give the DN as delivered (+1000) and offset 1000 in a manifest"
+    return ""
 
 
 def _grids(key: str, sensor: Sensor, rasters: dict[str, Raster]) -> dict[str, Grid]:

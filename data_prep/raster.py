@@ -19,6 +19,10 @@ class BadInput(ValueError):
     """The input of one cell cannot be used; the message is the reason that ``rejected.csv`` shows."""
 
 
+class NotThere(BadInput):
+    """The input of one sensor does not reach the ground of the cell; the others may do without it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Grid:
     """A north-up pixel grid: ``crs`` text, affine (a, b, c, d, e, f), rows and columns."""

@@ -107,12 +107,15 @@ def values(
     *,
     cirrus: np.ndarray | None = None,
     spell: Spelling = FLAGS,
+    among: bool = False,
 ) -> list[Finding]:
     """Findings on measurements of one sensor.
 
     Args:
       bands: per band the pixels [N] (any N) that are no nodata, as delivered, in the unit that ``said`` declares.
       cirrus: those of B10, where a Level-1C input holds it; the best evidence of the offset.
+      among: this is one image of many that were looked at together. A lake alone proves little: only what no ground,
+        however dark or bright, can look like is found.
     """
     sample = {name: _thinned(pixels) for name, pixels in bands.items()}
     seen = np.concatenate(list(sample.values()) or [np.empty(0)])
@@ -120,10 +123,10 @@ def values(
         what = "zeros" if seen.size else "nodata"
         return [Finding(f"holds nothing but {what}; give another file or date", True)]
     if SENSORS[key].unit == "dB":
-        return _radar(key, seen, said, spell)
+        return _radar(key, seen, said, spell, among)
     small = all(pixels.dtype in (np.uint8, np.int8, np.bool_) for pixels in bands.values())
-    found = _optical(key, seen, said, small, spell)
-    if not any(f.sure for f in found):
+    found = _optical(key, seen, said, small, spell, among)
+    if not among and not any(f.sure for f in found):
         found += _baseline(key, sample, said, None if cirrus is None else _thinned(cirrus), spell)
     return found
 
@@ -138,7 +141,7 @@ def _range(seen: np.ndarray) -> str:
     return f"values from {seen.min():.4g} to {seen.max():.4g}, median {np.median(seen):.4g}"
 
 
-def _optical(key: str, seen: np.ndarray, said: Declared, small: bool, spell: Spelling) -> list[Finding]:
+def _optical(key: str, seen: np.ndarray, said: Declared, small: bool, spell: Spelling, among: bool) -> list[Finding]:
     low, high = float(np.percentile(seen, 0.5)), float(np.percentile(seen, 99.5))
     whole, found = bool(np.all(seen == np.round(seen))), _range(seen)
     dn, share = (spell.unit.format(key=key, value=unit) for unit in ("dn", "reflectance"))
@@ -153,7 +156,7 @@ def _optical(key: str, seen: np.ndarray, said: Declared, small: bool, spell: Spe
         return _reflectance(found, high, dn)
     if not whole and high <= MAX_REFLECTANCE:
         return [_doubt(f"{found} look like reflectance, not DN; pass {share} (or {dn} if they are DN)", said)]
-    if not whole and high <= _PERCENT:
+    if not whole and high <= _PERCENT and not among:
         text = f"{found} look like percent, not DN; divide by 100 and pass {share}"
         return [_doubt(f"{text} (or {dn} if they are DN)", said)]
     if whole and seen.max() <= EIGHT_BIT:
@@ -212,7 +215,7 @@ def _dark(pixels: np.ndarray) -> float:
     return float(np.percentile(lit, 1)) if lit.size else 0.0
 
 
-def _radar(key: str, seen: np.ndarray, said: Declared, spell: Spelling) -> list[Finding]:
+def _radar(key: str, seen: np.ndarray, said: Declared, spell: Spelling, among: bool) -> list[Finding]:
     low, middle, found = float(np.percentile(seen, 1)), float(np.median(seen)), _range(seen)
     db = spell.unit.format(key=key, value="db")
     if said.unit == "power":
@@ -227,7 +230,7 @@ def _radar(key: str, seen: np.ndarray, said: Declared, spell: Spelling) -> list[
         # Nobody's decibels are all above zero with such a median: no declaration helps.
         text = f"{found} are no dB; {_positive(seen, key, spell)}"
         return [Finding(text, True) if middle >= _AMPLITUDE else _doubt(f"{text} (or {db} if they are dB)", said)]
-    if abs(middle) < 2 and low > -6:
+    if abs(middle) < 2 and low > -6 and not among:
         text = f"{found} look standardised, not like dB; give dB, normalising is done here"
         return [_doubt(f"{text} (or pass {db} if they are dB)", said)]
     nodata = spell.nodata.format(key=key, value=seen.min())

@@ -16,7 +16,17 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from terrafm_jax import checks, weights
 from terrafm_jax import units as units_lib
-from terrafm_jax.arguments import InputError, check_by_sensor, kept_bands, mask_of, says, unmeasured
+from terrafm_jax.arguments import (
+    Asked,
+    InputError,
+    check_by_sensor,
+    image_of,
+    kept_bands,
+    mask_of,
+    named,
+    says,
+    unmeasured,
+)
 from terrafm_jax.loader import COMPUTE_FIELDS, Loaded, read
 from terrafm_jax.models import Features, ModelSpec, patchify, terrafm
 from terrafm_jax.sensors import NORMALIZED_MEAN, SENSOR_KEYS, SENSORS, Sensor, normalize
@@ -24,7 +34,6 @@ from terrafm_jax.sensors import NORMALIZED_MEAN, SENSOR_KEYS, SENSORS, Sensor, n
 log = logging.getLogger(__name__)
 
 FILL = NORMALIZED_MEAN  # what a pixel without a measurement gets, as in training
-MIN_SIDE = 16
 _UPSTREAM_STEM = "s2_l1c"  # the stem that upstream's code takes for every 12-band input
 
 
@@ -97,8 +106,9 @@ class Model:
             Level-1C, if named, is looked at for the offset and dropped.
           layers: blocks (0-based, negative from the end) whose features are returned too.
           batch_size: images a device handles at once.
-          check: whether to ask if the values are what they are called, and to take zeros for nodata; False only for
-            what was checked, harmonised and masked before.
+          check: whether to ask if the values are what they are called (all images together, and each for what no
+            ground can look like), and to take zeros for nodata; False only for what was checked, harmonised and masked
+            before.
 
         Returns:
           Features of float32 NumPy arrays: cls [B, d], patches [B, h, w, d], layers.
@@ -127,10 +137,11 @@ class Model:
         check: bool,
     ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, tuple[int, ...]]]:
         """Per sensor values float32 [B, H, W, C] in DN or dB, ignore [B, H, W], offset [B]; and the bands' columns."""
-        images = {key: self._image(key, value) for key, value in given.items()}
-        self._check(images, {"units": units, "bands": bands, "offset": offset, "mask": mask})
+        images = {key: image_of(key, value) for key, value in given.items()}
+        by_sensor = {"units": units, "bands": bands, "offset": offset, "mask": mask}
+        self._check({key: image for key, (image, _) in images.items()}, by_sensor)
         inputs, columns = {}, {}
-        for key, image in images.items():
+        for key, (image, hidden) in images.items():
             sensor, unit = SENSORS[key], units_lib.word(units.get(key), SENSORS[key])
             kept, names, cirrus = kept_bands(sensor, image.shape[-1], bands.get(key))
             columns[key] = sensor.indices(names)
@@ -142,37 +153,28 @@ class Model:
             ours = mask.get(key) if isinstance(mask, Mapping) else mask
             if ours is not None:
                 ignore |= mask_of(key, ours, image.shape[:3])
+            if hidden is not None:
+                ignore |= hidden
             said = checks.Declared(unit, key in units, 0.0, says(offset, key))
             dn = self._offset(sensor, offset, unit, len(image))
+            asked = Asked(key, names, image, b10, ignore, dn, said)
             if check and not ignore.all():
-                self._question(key, {n: image[..., i] for i, n in enumerate(names)}, b10, ignore, dn, said)
-            values = units_lib.to_sensor_unit(image, sensor, unit, ignore)
-            inputs[key] = {"values": values, "ignore": ignore, "offset": dn}
+                self._question(asked)
+            inputs[key] = {"values": asked.converted(), "ignore": ignore, "offset": dn}
         return inputs, columns
 
-    def _question(
-        self,
-        key: str,
-        bands: Mapping[str, np.ndarray],
-        cirrus: np.ndarray,
-        ignore: np.ndarray,
-        offset: np.ndarray,
-        said: checks.Declared,
-    ) -> None:
-        """Refuses values that surely are not what they are called, warns of the others; images of one offset at once.
-
-        Args:
-          bands: [B, H, W] each. cirrus: [B, H, W, 0 or 1]. ignore: [B, H, W]. offset: [B].
-        """
-        for value in np.unique(offset):
-            rows = (offset == value) & ~ignore.all((1, 2))
-            pixels = {name: band[rows][~ignore[rows]] for name, band in bands.items()}
-            ours = dataclasses.replace(said, offset=float(value))
-            b10 = cirrus[rows][~ignore[rows]] if cirrus.shape[-1] else None
-            for finding in checks.values(key, pixels, ours, cirrus=b10, spell=checks.KEYWORDS) if rows.any() else ():
-                if finding.sure:
-                    raise units_lib.UnitError(f"{key}: {finding.text}")
-                self._say_once(f"{key}: {finding.text}", logging.WARNING)
+    def _question(self, asked: Asked) -> None:
+        """Refuses values that surely are not what they are called, in all images or in some; warns of the others."""
+        found = asked.findings()
+        sure = [f.text for f in found if f.sure]
+        faults = (asked.faults(None) if sure else asked.faults()) if len(asked.image) > 1 else {}
+        if faults and len(faults) < len(asked.image):
+            remedy = "a call has one unit for all its images: mend these, or encode them apart"
+            raise units_lib.UnitError(f"{asked.key}: {named(faults, len(asked.image))} ({remedy})")
+        for text in sure or faults.values():
+            raise units_lib.UnitError(f"{asked.key}: {text}")
+        for finding in found:
+            self._say_once(f"{asked.key}: {finding.text}", logging.WARNING)
 
     def _empty(self, inputs: Mapping[str, Mapping[str, np.ndarray]], refuse: bool) -> np.ndarray:
         """bool [B]: images in which no sensor measured anything. Raises InputError if that is all of them."""
@@ -185,15 +187,6 @@ class Model:
             shown = np.flatnonzero(empty)[:10].tolist()
             log.warning("encode: %d of %d images hold no measurement, they get NaN: %s", empty.sum(), len(empty), shown)
         return empty
-
-    def _image(self, key: str, value: Any) -> np.ndarray:
-        image = np.asarray(value)
-        image = image[None] if image.ndim == 3 else image
-        if image.ndim != 4 or min(image.shape[1:3], default=0) < MIN_SIDE or not len(image):
-            raise InputError(f"{key}: shape {np.shape(value)}; expected [B, H, W, bands] of at least {MIN_SIDE} pixels")
-        if image.dtype.kind not in "iuf":
-            raise InputError(f"{key}: type {image.dtype}; expected integers or floats")
-        return image
 
     def _check(self, images: Mapping[str, np.ndarray], by_sensor: Mapping[str, Any]) -> None:
         faults = []

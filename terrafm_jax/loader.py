@@ -150,7 +150,7 @@ def _read_file(path: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if path.suffix in _TORCH_SUFFIXES:
-        return _read_pth(path), {}
+        return _read_pth(path)
     raise WeightsError(f"{path}: unknown kind of file; expected .safetensors or one of {', '.join(_TORCH_SUFFIXES)}")
 
 
@@ -158,14 +158,18 @@ def _read_safetensors(path: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]
     from terrafm_jax.export.safetensors_file import read_safetensors
 
     state, metadata = read_safetensors(path)
+    return state, _described(metadata.get("terrafm", "{}"), path)
+
+
+def _described(text: str, path: Any) -> dict[str, Any]:
     try:
-        return state, json.loads(metadata.get("terrafm", "{}"))
-    except ValueError as error:
+        return json.loads(text)
+    except (TypeError, ValueError) as error:
         raise WeightsError(f"{path}: its metadata 'terrafm' is not JSON ({error}); write the file again") from error
 
 
-def _read_pth(path: Any) -> dict[str, np.ndarray]:
-    """A flat dict of tensors; refuses, without running it, any pickle that asks for more."""
+def _read_pth(path: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """A flat dict of tensors and what we say beside them; refuses, without running it, a pickle that asks for more."""
     try:
         import torch
     except ModuleNotFoundError as error:
@@ -184,7 +188,10 @@ def _read_pth(path: Any) -> dict[str, np.ndarray]:
     if odd is None or odd:
         found = f"entries {odd[:5]} are no tensors" if odd else f"found a {type(state).__name__}"
         raise WeightsError(f"{path}: {found}; expected a flat dict of tensors (save model.state_dict())")
-    return {name: value.detach().float().contiguous().numpy() for name, value in state.items()}
+    beside = getattr(state, "_metadata", None)  # of a state dict; names of modules -> what they say
+    ours = beside.get("terrafm") if isinstance(beside, dict) else None
+    config = _described(ours.get("description", "{}"), path) if isinstance(ours, dict) else {}
+    return {name: value.detach().float().contiguous().numpy() for name, value in state.items()}, config
 
 
 def _from_state(

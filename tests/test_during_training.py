@@ -15,6 +15,7 @@ from tiles_fake import fake_record, write_dataset
 
 from terrafm_jax import landcover
 from terrafm_jax.config import base
+from terrafm_jax.data.source import DataError
 from terrafm_jax.evals import landcover_knn
 from terrafm_jax.evals.datasets.base import DatasetError
 from terrafm_jax.evals.during_training import LabelledSets, LandCoverKnn
@@ -90,6 +91,17 @@ def splits(tmp_path_factory):
     infos[0]["splits"] += infos[1]["splits"]
     (folder / "dataset_info.json").write_text(json.dumps(infos[0]))
     return folder, labels
+
+
+def test_a_split_without_labels_is_named_before_training(splits, tmp_path):
+    run = a_run("", split="validation")
+    run.config.data.dir = str(splits[0])
+    with pytest.raises(DataError, match=r"^config.knn.split: .*no split 'validation', .*--config.knn.every=0$"):
+        LandCoverKnn(run)
+    records = [fake_record(i, 24, category=landcover.UNKNOWN) for i in range(3)]
+    run.config.data.dir = str(write_dataset(tmp_path / "unknown", records, split="train"))
+    with pytest.raises(DataError, match=r"config.knn.gallery: no tile of split 'train' has known.*; config.knn.split:"):
+        LandCoverKnn(run)
 
 
 @pytest.mark.parametrize("protocol", ["galileo-knn20", "torchgeo-bench-knn5"])

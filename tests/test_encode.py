@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 
 import jax
 import numpy as np
@@ -251,6 +252,48 @@ def test_values_that_cannot_be_what_they_are_called(model):
         assert "\n" not in str(caught.value)
 
 
+def test_all_images_of_a_batch_that_are_wrong_are_named_at_once(model):
+    x = images(SMALL, batch=14, sensors=("s1", "s2_l2a"))
+    dn, db = x["s2_l2a"].astype(np.float32), x["s1"].copy()
+    bad = dn.copy()
+    bad[[2, 5]] /= 10_000
+    bad[3, :20] = -9999
+    with pytest.raises(UnitError) as caught:
+        model.encode(s2_l2a=bad)
+    assert re.search(
+        r"images 2, 5 of 14: .*look like reflectance.*; image 3 of 14: .*-9999 is no reflec", str(caught.value)
+    )
+    assert "encode them apart" in str(caught.value)
+    db[1:13] = 10 ** (db[1:13] / 10)
+    db[13] = -db[13].clip(None, -1)
+    with pytest.raises(
+        UnitError, match=r"images 1, 2, .* 10 and 2 more of 14: .*power.*; image 13 of 14: .*lost their sign"
+    ):
+        model.encode(s1=db)
+    dn[4, 7, 7] = 1e6  # one pixel that no unit holds
+    with pytest.raises(UnitError, match=r"image 4 of 14: .*cannot be DN"):
+        model.encode(s2_l2a=dn)
+
+
+def test_a_dark_image_among_others_is_not_refused(model):
+    lakes = images(SMALL, batch=3, sensors=("s2_l2a",))["s2_l2a"] * 1.001  # resampled, so no whole numbers
+    lakes[1] = 8 + 60 * (lakes[1] / lakes[1].max())
+    close(jax.tree.map(lambda a: a[:2], model.encode(s2_l2a=lakes)), model.encode(s2_l2a=lakes[:2]))
+    with pytest.raises(UnitError, match="look like percent"):
+        model.encode(s2_l2a=lakes[1])
+
+
+def test_masked_arrays_hide_their_pixels(model):
+    x = images(SMALL, sensors=("s1",))["s1"]
+    mask = np.zeros(x.shape[:3], bool)
+    mask[:, :9] = True
+    wanted = model.encode(s1=x, mask=mask)
+    hidden = np.ma.masked_less(np.where(mask[..., None], -9999.0, x), -9000)
+    for given in (hidden, list(hidden)):
+        close(model.encode(s1=given), wanted)
+    close(model.encode(s1=hidden[1]), jax.tree.map(lambda a: a[1:], wanted))
+
+
 def test_doubtful_values_pass_and_declared_units_win(model, caplog):
     dark = np.ones((1, *SMALL, 12), np.uint16)
     dark[..., :3, :3, :] = 2
@@ -283,6 +326,9 @@ def test_arguments_that_do_not_fit(model, plain):
         (plain, x, "have no fusion"),
         (model, {**x, "s1": x["s1"][:, :16]}, r"differ in \[B, H, W\]"),
         (model, {"s1": x["s1"][:, :8]}, "at least 16"),
+        (model, {"s1": np.moveaxis(x["s1"], -1, 1)}, r"bands come last: np.moveaxis\(images, -3, -1\)"),
+        (model, {"s1": [x["s1"][0], x["s1"][1, :20]]}, "images of 2 shapes"),
+        (model, {"s1": x["s1"], "mask": mask[0, 0]}, r"bool \(\d+,\); expected"),
         (model, {"s1": x["s2_l2a"]}, "12 bands without names"),
         (model, {"s1": x["s1"], "mask": mask.astype(int)}, "expected bool"),
         (model, {"s1": x["s1"], "units": {"s2_l2a": "DN"}}, "names s2_l2a, which was not given"),

@@ -50,6 +50,29 @@ def test_values_against_their_declaration(found, words):
     assert words is None or words in texts[0]
 
 
+@pytest.mark.parametrize(
+    ("source", "usual", "odd", "words"),
+    [
+        (Input("s2_l2a", BANDS), LAND, LAND / 1e4, "look like reflectance"),
+        (Input("s2_l2a", BANDS), LAND, np.where(LAND > 1500, -9999.0, LAND), "-9999 is no reflectance"),
+        (Input("s2_l2a", BANDS, "reflectance"), LAND / 1e4, LAND, "look like DN"),
+        (Input("s1", ("VV", "VH"), "dB"), 10 * np.log10(POWER), POWER / 3, "look like power; pass unit: power"),
+        (Input("s2_l2a", BANDS), LAND, LAND + 1000, None),  # clouds, or an offset: one image does not tell
+    ],
+)
+def test_a_few_images_in_another_unit(source, usual, odd, words):
+    images = [odd if i in (3, 7) else usual for i in range(12)]
+    info = DatasetInfo("mine", "classification", ("a", "b"), {source.sensor: source})
+    read = lambda i: Sample(f"n{i}", {source.sensor: images[i]}, 0)  # noqa: E731
+    texts = doubts(Dataset(info, {"train": Split([f"n{i}" for i in range(12)], read)}))
+    if words is None:
+        assert texts == []
+        return
+    (text,) = texts
+    assert "2 of 12 images looked at are not like the others (n3, n7): " in text
+    assert words in text
+
+
 def test_cirrus_decides_for_level_1c():
     bright = LAND + 900  # a desert: no band is dark, B10 nevertheless is
     cirrus = RNG.uniform(5, 50, (8, 8, 1))

@@ -12,10 +12,12 @@ from weights_samples import TINY, assert_bitwise, assert_close, images, sample
 
 from terrafm_jax import weights
 from terrafm_jax.export import formats, torch_weights
+from terrafm_jax.export.__main__ import main as export_main
 from terrafm_jax.export.formats import ExportError
 from terrafm_jax.inference import Model
 from terrafm_jax.loader import read
 from terrafm_jax.models import ModelSpec, project
+from terrafm_jax.sensors import Statistics
 
 torch = pytest.importorskip("torch")
 import torch_reference as reference  # noqa: E402
@@ -76,13 +78,30 @@ def test_upstream_state_dict_loads_strictly_and_comes_back(tmp_path, loaded, suf
     assert_bitwise(ours, {k: v for k, v in wanted.items() if k.startswith("backbone/") and "fusion" not in k})
 
 
-def test_safetensors_carry_size_and_statistics(tmp_path, loaded):
-    formats.write_state(loaded, tmp_path / "x.safetensors", full=True)
-    found = read(tmp_path / "x.safetensors")
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_state_dicts_carry_size_and_statistics(tmp_path, loaded, suffix):
+    mean = {key: tuple(v + 100.0 for v in values) for key, values in loaded.stats.mean.items()}
+    ours = dataclasses.replace(loaded, stats=Statistics(mean, loaded.stats.std, "computed"))
+    formats.write_state(ours, tmp_path / f"x{suffix}", full=True)
+    found = read(tmp_path / f"x{suffix}")
     assert found.spec == loaded.spec
-    assert found.stats.mean == loaded.stats.mean
-    formats.write_state(loaded, tmp_path / "again.safetensors", full=True)
-    assert (tmp_path / "x.safetensors").read_bytes() == (tmp_path / "again.safetensors").read_bytes()
+    assert found.stats.mean == mean
+    formats.write_state(ours, tmp_path / f"again{suffix}", full=True)
+    if suffix == ".safetensors":
+        assert (tmp_path / "x.safetensors").read_bytes() == (tmp_path / "again.safetensors").read_bytes()
+    x = images((32, 32), sensors=("s1",))
+    formats.write_state(ours, tmp_path / f"flat{suffix}")
+    flat = read(tmp_path / f"flat{suffix}")
+    assert flat.spec == dataclasses.replace(loaded.spec, fusion=False)
+    assert_same_features(Model(flat).encode(**x), Model(ours).encode(**x))
+
+
+def test_the_command_says_what_a_plain_state_dict_leaves_out(tmp_path, loaded, capsys):
+    formats.write_folder(loaded, tmp_path / "hub")
+    assert export_main(["--checkpoint", str(tmp_path / "hub"), "--out", str(tmp_path / "x.pth")]) == 0
+    assert "without fusion and head, as the released class has it; --full keeps them" in capsys.readouterr().out
+    assert export_main(["--checkpoint", str(tmp_path / "hub"), "--out", str(tmp_path / "y.pth"), "--full"]) == 0
+    assert "without fusion" not in capsys.readouterr().out
 
 
 def test_upstream_needs_all_stems(tmp_path):

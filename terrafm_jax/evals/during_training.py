@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from terrafm_jax.data.source import DataError
 from terrafm_jax.evals import landcover_knn, protocols, store
 from terrafm_jax.evals.datasets import open_suite
 from terrafm_jax.evals.features import Encoder, FeatureError, ImageBatch, LocalDevices, tile_encoder
@@ -41,9 +42,22 @@ class LandCoverKnn:
             plan.config.data.dir, (knn.gallery, knn.train_examples), (knn.split, knn.test_examples),
             spec.model.sensors, max(1, knn.batch_size // jax.process_count()), plan.config.data.canvases,
         )  # fmt: skip
+        self._check()
         stats = {name: spec.stats.arrays(name) for name in spec.model.sensors}
         self._encode = tile_encoder(spec.model, stats, size=spec.views.global_size)
         self._devices = LocalDevices()
+
+    def _check(self) -> None:
+        """Raises DataError before a step is compiled: small data sets often hold one split, or no land cover."""
+        faults = []
+        for field, which in (("gallery", self.sets.gallery), ("split", self.sets.queries)):
+            try:
+                if not len(self.sets.records(which)):
+                    faults.append(f"config.knn.{field}: no tile of split {which[0]!r} has known land cover")
+            except DataError as error:
+                faults.append(f"config.knn.{field}: {error}")
+        if faults:
+            raise DataError(f"{'; '.join(faults)}; name another split, or train without kNN: --config.knn.every=0")
 
     def __call__(self, step: int, state: Any, poll: Callable[[], None]) -> Iterator[tuple[str, Any]]:
         backbone = self._devices.everywhere(_whole(state.teacher["backbone"]))

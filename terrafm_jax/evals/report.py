@@ -361,7 +361,7 @@ def error_sheet(info: DatasetInfo, samples: Iterable[tuple[Sample, str]], path: 
     """Pictures of misclassified samples with "true → predicted" below each."""
     plt = _pyplot()
     samples = list(samples)
-    columns = min(6, max(1, len(samples)))
+    columns = min(6, max(3, len(samples)))  # one picture alone is narrower than the title
     rows = -(-len(samples) // columns) or 1
     figure, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 2.25 * rows + 0.4), squeeze=False)
     for axis in axes.flat:

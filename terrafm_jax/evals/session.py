@@ -16,7 +16,7 @@ import numpy as np
 from terrafm_jax.evals import protocols, report, store
 from terrafm_jax.evals.datasets import open_suite
 from terrafm_jax.evals.datasets.base import Dataset, DatasetError
-from terrafm_jax.evals.datasets.doubts import doubts
+from terrafm_jax.evals.datasets.doubts import doubts, unseen
 from terrafm_jax.evals.encoders import AnyEncoder, open_encoder
 from terrafm_jax.evals.features import FeatureError
 from terrafm_jax.evals.metrics import Result
@@ -120,7 +120,7 @@ class Session:
         datasets = open_suite(s.suite, s.data, s.names, **s.options)
         if s.tile:
             datasets = [store.tiled(d, s.tile) for d in datasets]
-        self._doubts = {d.info.name: doubts(d) for d in datasets}
+        self._doubts = {d.info.name: doubts(d) + unseen(d.info.name, d.info.classes, d.splits) for d in datasets}
         for text in (t for found in self._doubts.values() for t in found):
             self.say(f"WARNING {text}")
         self.out.mkdir(parents=True, exist_ok=True)

@@ -53,6 +53,9 @@ def run(args: argparse.Namespace) -> str:
         formats.write_onnx(loaded, args.out, _size(args.size, loaded.spec.patch), sensors)
     elif kind:
         formats.write_state(loaded, args.out, full=args.full)
+        if loaded.spec.fusion and not args.full:
+            note = "without fusion and head, as the released class has it; --full keeps them"
+            return f"{loaded.source} -> {args.out} ({note})"
     else:
         formats.write_folder(loaded, args.out, license=args.license)
         if args.push:

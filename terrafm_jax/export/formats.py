@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import shutil
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,10 @@ def write_state(loaded: Loaded, path: Path, *, full: bool = False) -> None:
         return
     import torch
 
-    torch.save({name: torch.from_numpy(value.copy()) for name, value in state.items()}, path)
+    tensors = OrderedDict((name, torch.from_numpy(value.copy())) for name, value in state.items())
+    # PyTorch keeps what a state dict says beside its tensors, and a module looks up nothing there but its own parts.
+    tensors._metadata = {"terrafm": {"description": json.dumps(description(loaded, full=full))}}
+    torch.save(tensors, path)
 
 
 def description(loaded: Loaded, *, full: bool = True) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from terrafm_jax.evals.datasets.base import DatasetInfo, Sample, Split, collate
+from terrafm_jax.evals.datasets.base import DatasetError, DatasetInfo, Sample, Split, collate
 
 AHEAD = 3  # batches read before they are needed
 
@@ -52,6 +52,12 @@ class Source:
         samples = list(self._pool.map(self.read, rows))
         found = collate(self.info, samples, self.inputs)
         kind = {"multilabel": np.float32, "regression": np.float32}.get(self.info.task, np.int32)
+        sizes = {np.shape(s.target): s.id for s in samples}
+        if len(sizes) > 1:
+            shown = ", ".join(f"{name} {size}" for size, name in sizes.items())
+            raise DatasetError(
+                f"{self.info.name}: masks differ in size ({shown}); cut them alike with config.data.tile"
+            )
         targets = np.stack([np.asarray(s.target) for s in samples]).astype(kind)
         return {"images": found.images, "bands": found.bands, "offset": found.offset, "targets": targets}
 

@@ -17,7 +17,7 @@ from terrafm_jax.config import ConfigError
 from terrafm_jax.evals import protocols, report, store
 from terrafm_jax.evals.datasets import open_suite
 from terrafm_jax.evals.datasets.base import Dataset, Split, few_shot, label_fraction
-from terrafm_jax.evals.datasets.doubts import doubts
+from terrafm_jax.evals.datasets.doubts import doubts, unseen
 from terrafm_jax.evals.encoders import open_encoder
 from terrafm_jax.evals.features import Encoder, FeatureError
 from terrafm_jax.evals.linear import task_of
@@ -110,7 +110,8 @@ class Job:
         sources, stop = self.sources(), StopRequest()
         shown = ", ".join(f"{k} {len(s)}" for k, s in sources.items())
         self.say(f"{self.dataset.info.name} ({self.dataset.info.task}): {shown}; inputs {'+'.join(self.inputs)}")
-        for text in doubts(self.dataset):
+        info, splits = self.dataset.info, {key: source.split for key, source in sources.items()}
+        for text in doubts(self.dataset) + unseen(info.name, info.classes, splits):
             self.say(f"WARNING {text}")
         finished: list[tuple[float, Run]] = []
         try:
@@ -155,7 +156,8 @@ class Job:
 
             write_predictions(self.folder / "predictions", best, state, split, info)
         headline = protocols.headline("", info.task)
-        self.say(f"{info.name}: {headline} {result.metrics[headline]} on {split}, rate {best.plan.rate:g}")
+        found = f"{headline} {result.metrics[headline]} on {split}, rate {best.plan.rate:g}"
+        self.say(f"{info.name}: {found} -> {self.folder / 'results.md'}; weights: {self.folder / 'best'}")
         return row
 
     def protocol(self) -> str:

@@ -284,6 +284,12 @@ class Run:
             )
         result = self.evaluate(state, "val" if "val" in self.sources else "train", resamples=0)
         score = selection(self.plan.spec.task, result)
+        if not np.isfinite(score):
+            why = f": only ignore ({self.plan.spec.ignore})?" if self.plan.spec.task == "segmentation" else ""
+            raise TuningError(
+                f"{self.folder}: validation score is {score} at epoch {epoch}; look at what the labels of the "
+                f"validation samples hold{why}"
+            )
         if score > self.best[0]:
             self.best = (score, epoch)
             self._keep(state, epoch, score)

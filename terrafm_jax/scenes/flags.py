@@ -156,7 +156,11 @@ def picture_parser() -> argparse.ArgumentParser:
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The description as it stands, and every default."""
+    """The description as it stands, and every default that says something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        said = "default" in (action.help or "") or action.default in (None, "", [], False)
+        return action.help if said else super()._get_help_string(action)
 
 
 def _lonlat(text: str) -> tuple[float, float]:

@@ -261,6 +261,8 @@ def _source_window(source: rasterio.DatasetReader, grid: Grid) -> Window:
     bounds = grid.bounds
     if source.crs != grid.crs:
         bounds = transform_bounds(grid.crs, source.crs, *bounds, densify_pts=21)
+    if source.crs.is_geographic:
+        bounds = _turned(bounds, source.bounds)
     t = source.transform  # north up: no shear
     left, right = ((x - t.c) / t.a for x in (bounds[0], bounds[2]))
     top, bottom = ((y - t.f) / t.e for y in (bounds[3], bounds[1]))
@@ -268,7 +270,15 @@ def _source_window(source: rasterio.DatasetReader, grid: Grid) -> Window:
     margin = int(np.ceil(max((right - left) / grid.width, (bottom - top) / grid.height, 1.0))) * 2 + 2
     left, top = max(int(np.floor(left)) - margin, 0), max(int(np.floor(top)) - margin, 0)
     right, bottom = min(int(np.ceil(right)) + margin, source.width), min(int(np.ceil(bottom)) + margin, source.height)
-    return Window(left, top, right - left, bottom - top)
+    return Window(left, top, max(right - left, 0), max(bottom - top, 0))  # rasterio refuses sides below zero
+
+
+def _turned(bounds: Sequence[float], source: Sequence[float]) -> tuple[float, float, float, float]:
+    """Bounds in degrees by whole turns to where a raster's own lie: one across the antimeridian goes on beyond 180."""
+    left, bottom, right, top = bounds
+    right += 360.0 if right < left else 0.0
+    turn = 360.0 * round((source[0] + source[2] - left - right) / 720.0)
+    return left + turn, bottom, right + turn, top
 
 
 @dataclasses.dataclass(frozen=True)

@@ -224,9 +224,10 @@ def collate(info: DatasetInfo, samples: Sequence[Sample], keys: Sequence[str], a
     images = {}
     for key, source in inputs.items():
         parts = [canonical(source, (s.after if after else s.images)[key], f"{info.name}/{s.id}/{key}") for s in samples]
-        shapes = {p.shape for p in parts}
+        shapes = {p.shape: s.id for p, s in zip(parts, samples, strict=True)}
         if len(shapes) > 1:
-            raise DatasetError(f"{info.name}: {key} images of one batch differ in size: {sorted(shapes)}")
+            shown = ", ".join(f"{name} {shape}" for shape, name in shapes.items())
+            raise DatasetError(f"{info.name}: {key} images of one batch differ in size: {shown}")
         images[key] = np.stack(parts)
     offset = {k: np.array([s.offset.get(k, inputs[k].offset) for s in samples], np.float32) for k in keys}
     return ImageBatch(images, {k: i.mask for k, i in inputs.items()}, offset)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from terrafm_jax import checks
 from terrafm_jax.checks import EIGHT_BIT
-from terrafm_jax.evals.datasets.base import Dataset, Input, Sample, canonical
+from terrafm_jax.evals.datasets.base import Dataset, Input, Sample, Split, canonical
 from terrafm_jax.sensors import BASELINE_OFFSET, L1C_CIRRUS_THRESHOLD, L2A_THRESHOLD, SENSORS, band_name
 from terrafm_jax.units import DN_PER_REFLECTANCE
 
 SAMPLES = 16
+_WORDS = checks.Spelling("unit: {value}", "offset: {value:g}", "it as 0 (it is {value:g})", "{key}:")
 BESIDE = 100.0  # DN by which the median of another band may lie below that of B10
 
 
@@ -36,8 +38,44 @@ def doubts(dataset: Dataset) -> list[str]:
         text = _radar(pixels, source) if key == "s1" else _optical(pixels, source) or _order(source, samples)
         if not text and key != "s1" and not any(key in s.offset for s in samples):
             text = _baseline(pixels, source, _cirrus(source, samples))
+        text = text or _odd(source, samples, images)
         found += [f"{dataset.info.name}, {key}: {text}"] if text else []
     return found
+
+
+def _odd(source: Input, samples: Sequence[Sample], images: Sequence[np.ndarray]) -> str:
+    """Single images in another unit than the rest, which shows in none of the values of all together."""
+    said, odd = checks.Declared(source.unit.lower()), dict[str, str]()
+    for sample, pixels in zip(samples, images, strict=True):
+        given = sample.images[source.sensor].reshape(-1, len(source.bands))[np.isfinite(pixels).all(1)]
+        bands = {source.bands[i]: given[:, i] for i, _ in source.channels}
+        found = checks.values(source.sensor, bands, said, spell=_WORDS, among=True) if len(given) else []
+        for finding in found:
+            if finding.sure:
+                odd[sample.id] = finding.text
+    if not odd or len(odd) == len(samples):
+        return ""
+    names = list(odd)
+    return (
+        f"{len(odd)} of {len(samples)} images looked at are not like the others ({', '.join(names[:5])}"
+        f"{' ...' * (len(odd) > 5)}): {odd[names[0]]}; a data set has one unit for all"
+    )
+
+
+def unseen(name: str, classes: Sequence[str], splits: Mapping[str, Split]) -> list[str]:
+    """A sentence on classes that other splits hold and train does not, where labels are known without the pixels."""
+    count = {}
+    for split, samples in splits.items():
+        labels = samples.labels
+        if labels is None or not classes or not (labels.ndim == 2 or np.issubdtype(labels.dtype, np.integer)):
+            return []
+        count[split] = labels.sum(0) if labels.ndim == 2 else np.bincount(labels, minlength=len(classes))
+    train = count.pop("train", None)
+    found = []
+    for i, label in enumerate(classes) if train is not None else ():
+        elsewhere = [f"{n[i]} in {split}" for split, n in count.items() if n[i]]
+        found += [f"{label} ({', '.join(elsewhere)})"] if elsewhere and not train[i] else []
+    return [f"{name}: train has no sample of {', '.join(found)}: nothing can learn them"] if found else []
 
 
 def _radar(pixels: np.ndarray, source: Input) -> str:

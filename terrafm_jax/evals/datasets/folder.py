@@ -8,13 +8,13 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from terrafm_jax.evals.datasets import files
+from terrafm_jax.evals.datasets import faults, files
 from terrafm_jax.evals.datasets.base import SPLITS, TASKS, Dataset, DatasetError, DatasetInfo, Input, Sample, Split
 from terrafm_jax.sensors import SENSORS, band_name
 
@@ -121,11 +121,11 @@ class _Reader:
             after = None
             if self.task == "change":
                 after = {self.inputs[k].sensor: self._image(k, path, self._after(k)) for k in self.inputs}
-            target = targets[i] if targets is not None else self._mask(path)
+            target = targets[i] if targets is not None else self._mask(path, loaded, info)
             return Sample(self._relative(path), loaded, target, after=after, path=str(path))
 
         labels = None if targets is None else np.asarray(targets)
-        whole = Split([self._relative(p) for p in kept], read, labels)
+        whole = Split([self._relative(p) for p in kept], faults.naming_all(read, len(kept)), labels)
         return Dataset(info, {k: whole.subset(rows) for k, rows in self._splits(kept, labels).items()})
 
     # --- files ---
@@ -154,12 +154,24 @@ class _Reader:
 
     def _image(self, key: str, path: Path, folder: Path | None = None) -> np.ndarray:
         folder = folder or self._folder(key)
-        return files.read_tiff(files.need(folder / (self._relative(path) + self.declared[key].get("suffix", "")), key))
+        file = files.need(folder / (self._relative(path) + self.declared[key].get("suffix", "")), key)
+        image = files.read_tiff(file)
+        self._check_count(file, key, image.shape[-1])
+        return image
 
-    def _mask(self, path: Path) -> np.ndarray:
+    def _mask(self, path: Path, images: Mapping[str, np.ndarray], info: DatasetInfo) -> np.ndarray:
         name = self._relative(path) + self.spec.get("mask_suffix", "")
-        mask = files.read_tiff(files.need(self.root / self.spec["masks"] / name, f"the mask of {path.name}"))[..., 0]
-        return mask.astype(np.int64)
+        file = files.need(self.root / self.spec["masks"] / name, f"the mask of {path.name}")
+        mask = files.read_tiff(file)
+        if self.task != "segmentation":
+            return mask[..., 0].astype(np.int64)
+        return faults.check_mask(file, mask, next(iter(images.values())), info.classes, info.ignore)
+
+    def _check_count(self, file: Path, key: str, count: int) -> None:
+        declared = self.inputs[key]
+        if count != len(declared.bands):
+            hint = _LEVEL if count == 13 and declared.sensor == "s2_l2a" else ""
+            raise DatasetError(f"{file}: {count} bands, {self.file} declares {len(declared.bands)}{hint}")
 
     def _check_bands(self, path: Path) -> None:
         """A raster that names its bands must agree with the declaration; junk names count as none."""
@@ -167,9 +179,7 @@ class _Reader:
             suffix = self.declared[key].get("suffix", "")
             file = files.need(self._folder(key) / (self._relative(path) + suffix), f"the {key} image of {path.name}")
             found = files.tiff_size(file, declared.bands)
-            if found["count"] != len(declared.bands):
-                hint = _LEVEL if found["count"] == 13 and declared.sensor == "s2_l2a" else ""
-                raise DatasetError(f"{file}: {found['count']} bands, {self.file} declares {len(declared.bands)}{hint}")
+            self._check_count(file, key, found["count"])
             names = [band_name(d, SENSORS[declared.sensor]) if d else None for d in found["descriptions"]]
             wanted = [band_name(b, SENSORS[declared.sensor]) for b in declared.bands]
             if all(names) and any(w and n != w for n, w in zip(names, wanted, strict=True)):
@@ -182,6 +192,10 @@ class _Reader:
         if self.spec.get("masks"):
             if self.task not in ("segmentation", "change"):
                 raise DatasetError(f"{self.file}: 'masks' belong to segmentation and change, the task is {self.task}")
+            if self.task == "segmentation" and len(classes) < 2:
+                raise DatasetError(
+                    f"{self.file}: task segmentation needs 'classes', a name for each number in the masks"
+                )
             return images, None, classes
         if self.task in ("segmentation", "change"):
             raise DatasetError(f"{self.file}: task {self.task} needs 'masks' (a folder)")
@@ -204,10 +218,9 @@ class _Reader:
             rows = {p: self._tag(p, source["tag"]) for p in images}
         else:
             column = {"multilabel": "labels", "regression": "value"}.get(self.task, "label")
-            table = files.read_csv(self.root / str(source), ("file", column))
-            match = _matcher(images)
-            rows = {match(r["file"]): r[column] for r in table}
-        rows.pop(None, None)
+            table = self.root / str(source)
+            given = ((r["file"], r[column]) for r in files.read_csv(table, ("file", column)))
+            rows = faults.by_image(table, given, _matcher(images), images)
         if not rows:
             raise DatasetError(f"{self.file}: labels name none of the {len(images)} images below {self.root}")
         kept = sorted(rows)
@@ -223,6 +236,10 @@ class _Reader:
         bare = [p.name for p in kept if not split[p]]
         if bare:
             raise DatasetError(f"{self.file}: {len(bare)} images have no label: {bare[:5]}")
+        several = [f"{p.name} {split[p]}" for p in kept if len(split[p]) > 1]
+        if several:
+            text = f"{len(several)} images have several labels: {', '.join(several[:5])}; is the task multilabel?"
+            raise DatasetError(f"{self.file}: {text}")
         return kept, [classes.index(split[p][0]) for p in kept], classes
 
     def _tag(self, path: Path, tag: str) -> Any:
@@ -242,13 +259,12 @@ class _Reader:
             self._unused_splits()
         given = self.spec.get("splits", {"train": 0.6, "val": 0.2, "test": 0.2})
         if isinstance(given, str):
-            rows = files.read_csv(self.root / given, ("file", "split"))
+            rows = ((r["file"], r["split"]) for r in files.read_csv(self.root / given, ("file", "split")))
             found: dict[str, list[int]] = {}
-            position, match = {p: i for i, p in enumerate(images)}, _matcher(images)
-            for row in rows:
-                name = {"valid": "val", "validation": "val"}.get(row["split"], row["split"])
-                if match(row["file"]) is not None:
-                    found.setdefault(name, []).append(position[match(row["file"])])
+            position = {p: i for i, p in enumerate(images)}
+            for path, split in faults.by_image(self.root / given, rows, _matcher(images), images).items():
+                name = {"valid": "val", "validation": "val"}.get(split, split)
+                found.setdefault(name, []).append(position[path])
             unknown = sorted(set(found) - set(SPLITS))
             if unknown or not found:
                 raise DatasetError(f"{self.root / given}: splits {sorted(found)}, expected some of {list(SPLITS)}")

@@ -1,0 +1,73 @@
+"""Sentinel-1 that reaches a part of a scene, or none of it: the rest is prepared without it, and the report says so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_prep_cells import geotiff as tif
+from data_prep_cells import scene
+from rasterio.transform import from_origin
+
+from data_prep import geotiff
+from data_prep.optical import _as_dn
+from data_prep.raster import BadInput, Grid, Raster
+
+LEFT, TOP, SIZE = 600_000, 5_400_000, 120
+ORDER = "--bands=s2_l2a=B01..B08,B8A,B09,B11,B12"
+
+
+def prepare(source: Path, out: Path, *flags: str) -> int:
+    return geotiff.main(
+        ["--source", str(source), "--worldcover", "none", "--out", str(out), "--split-shares", "1,0,0",
+         "--tile-size", "24", ORDER, "--bands", "s1=VV,VH", *flags]
+    )  # fmt: skip
+
+
+def write(root: Path, *, size: int, width: int, left: float = LEFT) -> Path:
+    """Sentinel-2 of ``size`` pixels and, from ``left`` on, Sentinel-1 of ``width`` columns."""
+    bands = scene(3, size)
+    for folder in ("S2L2A", "S1RTC"):
+        (root / folder).mkdir(parents=True)
+    optical = [a.repeat(size // len(a), 0).repeat(size // len(a), 1) for a in bands["s2_l2a"].values()]
+    (root / "S2L2A/a.tif").write_bytes(tif(np.stack(optical), from_origin(LEFT, TOP, 10, 10)))
+    radar = np.stack(list(bands["s1"].values()))[:, :, :width]
+    (root / "S1RTC/a.tif").write_bytes(tif(radar, from_origin(left, TOP, 10, 10)))
+    return root
+
+
+def test_blocks_that_a_swath_does_not_reach_are_prepared_without_it(tmp_path: Path):
+    source = write(tmp_path / "in", size=SIZE, width=SIZE // 2)
+    assert prepare(source, tmp_path / "out") == 0
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["tiles"]["train"] == 25  # every one of them, where 15 were lost
+    assert summary["left_out"] == {"s1 does not reach a cell": 3}
+    assert prepare(source, tmp_path / "strict", "--require", "s1") == 3
+    assert "s1 does not reach this part of the scene" in (tmp_path / "strict/rejected.csv").read_text()
+
+
+def test_radar_of_another_place_is_not_called_black(tmp_path: Path):
+    source = write(tmp_path / "in", size=24, width=24, left=LEFT - 300_000)
+    assert prepare(source, tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out/summary.json").read_text())["left_out"] == {"s1 does not reach a cell": 1}
+    assert prepare(source, tmp_path / "strict", "--require", "s1") == 1
+    reason = (tmp_path / "strict/rejected.csv").read_text()
+    assert "s1: wrong place, its pixels lie at EPSG:32632 (300000" in reason
+    assert "those of Sentinel-2 at EPSG:32632 (600000" in reason
+
+
+@pytest.mark.parametrize(
+    ("pixels", "remedy"),
+    [
+        (np.arange(-340, 2000, dtype=np.int16), r"-340..1999 are no DN .*offset subtracted\? .*\+1000"),
+        (np.array([-9999] * 9 + [500], np.int16), "if -9999 means nodata"),
+        (np.array([np.nan, 500.0], np.float32), "gdal_edit.py -a_nodata nan"),
+    ],
+)
+def test_values_below_zero_and_nan_have_a_remedy(pixels: np.ndarray, remedy: str):
+    repeated = np.repeat(pixels[None], 40, 0) if len(pixels) < 20 else pixels[None]
+    grid = Grid("EPSG:32632", (10.0, 0.0, LEFT, 0.0, -10.0, TOP), *repeated.shape)
+    with pytest.raises(BadInput, match=remedy):
+        _as_dn("s2_l2a", "B02", Raster(repeated, grid))
