@@ -130,7 +130,7 @@ def base() -> ConfigDict:
     c.checkpoint = ConfigDict()
     c.checkpoint.every = "1 epoch"
     c.checkpoint.keep_last = 2
-    c.checkpoint.keep_every = "50 epochs"  # these stay forever; "0" keeps none
+    c.checkpoint.keep_every = "50 epochs"  # written besides, and stay forever; "0": none
     c.checkpoint.teacher_every = "10 epochs"  # weights alone, for users; one at the end in any case
 
     c.log = ConfigDict()

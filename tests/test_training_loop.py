@@ -50,6 +50,7 @@ def tiny(data: Path, **fields: Any) -> ConfigDict:
     c = get_config("runlocal")
     c.data.dir, c.data.max_skipped, c.data.sampling = str(data), 1.0, "uniform"
     c.total_steps, c.knn.every, c.checkpoint.every = str(STEPS), "3", "3"
+    c.checkpoint.keep_last, c.checkpoint.keep_every = 1, "7"
     c.model.sensors, c.model.fusion, c.model.depth = ("s1",), False, 1
     c.views.global_size, c.views.local_size, c.views.locals = 32, 16, 1
     c.log.pictures, c.log.tensorboard = False, True
@@ -150,6 +151,11 @@ def test_a_step_whose_evaluation_was_stopped_is_evaluated_by_the_next_start(run:
     outcomes = [dataclasses.astuple(start.outcome) for start in run.starts]
     assert outcomes == [(3, False, 42), (6, False, 0), (9, False, 42), (9, True, 0)]
     assert ["DONE" in start.files for start in run.starts] == [False, False, False, True]
+
+
+def test_checkpoints_to_keep_are_written_between_the_others(run: Run) -> None:
+    """Every seventh step stays, though it is no multiple of the third steps that are saved; of those the last one."""
+    assert {int(path.name) for path in (run.workdir / "checkpoints").iterdir()} == {7, 9}
 
 
 def test_nothing_of_half_an_evaluation_is_written(run: Run) -> None:

@@ -153,7 +153,9 @@ def _loop(
             with timed(meter.seconds, "evaluation"):
                 finished = _evaluate(tools, evaluators, step, state)
         preempted = tools.stop.reached()
-        if step != saved and step > 0 and due(step, steps["checkpoint.every"], last or preempted):
+        # Durations are rounded to steps one by one: 50 epochs are seldom a multiple of what one epoch comes to.
+        stays = due(step, steps["checkpoint.keep_every"])
+        if step != saved and step > 0 and due(step, steps["checkpoint.every"], stays or last or preempted):
             meter.flush(log=preempted)
             if not meter.nonfinite:
                 with timed(meter.seconds, "checkpoint"):
