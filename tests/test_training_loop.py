@@ -123,8 +123,9 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run of nine steps in four starts: told to stop while it evaluates step 3; stopped after step 6; told to stop
-    while it evaluates the last step; to the end. W&B is there, and the device's peak known, in the third one.
+    """A run of nine steps in five starts: told to stop while it evaluates step 3; stopped after step 6; told to stop
+    while it evaluates the last step; to the end; with nothing left. W&B is there, and the device's peak known, in the
+    third one.
     """
     found = Run(tiny(data), tmp_path_factory.mktemp("loop") / "run", [], FakeWandb())
 
@@ -141,16 +142,29 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         patch.setattr(flops, "peak_flops", lambda kind, dtype: PEAK)
         start(stop_at=9, log__wandb="a project")
     start()
+    start()
     return found
 
 
 def test_a_step_whose_evaluation_was_stopped_is_evaluated_by_the_next_start(run: Run) -> None:
-    """And no other: the third start does not evaluate step 6 again."""
-    assert [start.evaluated for start in run.starts] == [[0, 3], [3, 6], [9], [9]]
-    assert [start.meta["evaluated"] for start in run.starts[:3]] == [False, True, False]
+    """And no other: the third start does not evaluate step 6 again, nor the last one step 9."""
+    assert [start.evaluated for start in run.starts] == [[0, 3], [3, 6], [9], [9], []]
+    assert [start.meta["evaluated"] for start in run.starts] == [False, True, False, True, True]
+    assert run.starts[3].meta == run.starts[2].meta | {"evaluated": True}
     outcomes = [dataclasses.astuple(start.outcome) for start in run.starts]
-    assert outcomes == [(3, False, 42), (6, False, 0), (9, False, 42), (9, True, 0)]
-    assert ["DONE" in start.files for start in run.starts] == [False, False, False, True]
+    assert outcomes == [(3, False, 42), (6, False, 0), (9, False, 42), (9, True, 0), (9, True, 0)]
+    assert ["DONE" in start.files for start in run.starts] == [False, False, False, True, True]
+
+
+def test_a_step_that_nothing_evaluated_is_evaluated_once_that_is_asked_for(data: Path, tmp_path: Path) -> None:
+    config = tiny(data, stop_at_step=3)
+    loop.train(config, str(tmp_path))
+    assert not meta(tmp_path, 3)["evaluated"]
+    for steps in ([3], []):
+        evaluator = Watched()
+        loop.train(config, str(tmp_path), lambda run, evaluator=evaluator: [evaluator])
+        assert evaluator.steps == steps
+    assert meta(tmp_path, 3)["evaluated"]
 
 
 def test_checkpoints_to_keep_are_written_between_the_others(run: Run) -> None:

@@ -147,11 +147,13 @@ def _loop(
     for step in range(start, max(start, plan.stop) + 1):
         # --- the state before step `step`: evaluate, save, stop ---
         last = step >= plan.stop  # a checkpoint may be past it, where config.stop_at_step has been lowered
-        finished = True  # what is evaluated before this step, if anything
+        finished = None  # whether what is evaluated before this step came to its end; None: nothing was due
         if evaluators and due(step, steps["knn.every"], last and step == plan.total) and step != evaluated:
             meter.flush()
             with timed(meter.seconds, "evaluation"):
                 finished = _evaluate(tools, evaluators, step, state)
+                if finished and step == saved:
+                    tools.mark_evaluated(step)
         preempted = tools.stop.reached()
         # Durations are rounded to steps one by one: 50 epochs are seldom a multiple of what one epoch comes to.
         stays = due(step, steps["checkpoint.keep_every"])
@@ -159,7 +161,7 @@ def _loop(
             meter.flush(log=preempted)
             if not meter.nonfinite:
                 with timed(meter.seconds, "checkpoint"):
-                    tools.save(state, step, evaluated=finished)
+                    tools.save(state, step, evaluated=bool(finished))
                 saved = step
             elif last:
                 raise TrainingError(f"step {step}: loss or gradient not finite at the end. {tools.last_good()}")
@@ -182,7 +184,7 @@ def _loop(
         meter.push(step + 1, metrics)
     meter.flush()
     tools.checkpoints.wait()
-    return _finish(tools, step, saved, preempted and (step < plan.stop or not finished))
+    return _finish(tools, step, saved, preempted and (step < plan.stop or finished is False))
 
 
 def _evaluate(tools: Tools, evaluators: Sequence[Evaluator], step: int, state: TrainState) -> bool:

@@ -45,7 +45,7 @@ class Tools:
     trace: Trace
 
     def save(self, state: TrainState, step: int, evaluated: bool) -> None:
-        """Starts to write a checkpoint. ``evaluated`` False: the next start has to evaluate this step again.
+        """Starts to write a checkpoint. ``evaluated`` False: the next start evaluates this step, if that is due.
 
         Raises:
           TrainingError: the state holds numbers that are not finite; a good checkpoint must not give way to it.
@@ -64,6 +64,12 @@ class Tools:
         }
         self.writer.flush()  # later rows come again with their steps, the earlier ones would not
         self.checkpoints.save(step, state, meta)
+
+    def mark_evaluated(self, step: int) -> None:
+        """Notes in the checkpoint that this start resumed from that its evaluation, once stopped, is done."""
+        self.writer.flush()  # what was found, before it is said to be there
+        if self.plan.writes:
+            self.checkpoints.amend(step, {"evaluated": True})
 
     def _require_finite(self, state: TrainState, step: int) -> None:
         if bool(all_finite(state)):
