@@ -204,10 +204,7 @@ class _Reader:
             rows = {p: self._tag(p, source["tag"]) for p in images}
         else:
             column = {"multilabel": "labels", "regression": "value"}.get(self.task, "label")
-            table = files.read_csv(self.root / str(source), ("file", column))
-            match = _matcher(images)
-            rows = {match(r["file"]): r[column] for r in table}
-        rows.pop(None, None)
+            rows = self._table(str(source), column, images)
         if not rows:
             raise DatasetError(f"{self.file}: labels name none of the {len(images)} images below {self.root}")
         kept = sorted(rows)
@@ -224,6 +221,19 @@ class _Reader:
         if bare:
             raise DatasetError(f"{self.file}: {len(bare)} images have no label: {bare[:5]}")
         return kept, [classes.index(split[p][0]) for p in kept], classes
+
+    def _table(self, name: str, column: str, images: list[Path]) -> dict[Path, str]:
+        """What a table says of each image; rows of images that are not here do not count.
+
+        Raises DatasetError where it says two things of one image: in two splits, say, it would be tested on itself.
+        """
+        match, found = _matcher(images), {}
+        for row in files.read_csv(self.root / name, ("file", column)):
+            path = match(row["file"])
+            if path is not None and found.setdefault(path, row[column]) != row[column]:
+                both = f"{found[path]!r} and {row[column]!r}"
+                raise DatasetError(f"{self.root / name}: {column} of {row['file']} is {both}; expected one")
+        return found
 
     def _tag(self, path: Path, tag: str) -> Any:
         text = files.tiff_size(path, ())["tags"].get(tag)
@@ -242,13 +252,10 @@ class _Reader:
             self._unused_splits()
         given = self.spec.get("splits", {"train": 0.6, "val": 0.2, "test": 0.2})
         if isinstance(given, str):
-            rows = files.read_csv(self.root / given, ("file", "split"))
             found: dict[str, list[int]] = {}
-            position, match = {p: i for i, p in enumerate(images)}, _matcher(images)
-            for row in rows:
-                name = {"valid": "val", "validation": "val"}.get(row["split"], row["split"])
-                if match(row["file"]) is not None:
-                    found.setdefault(name, []).append(position[match(row["file"])])
+            position = {p: i for i, p in enumerate(images)}
+            for path, name in self._table(given, "split", images).items():
+                found.setdefault({"valid": "val", "validation": "val"}.get(name, name), []).append(position[path])
             unknown = sorted(set(found) - set(SPLITS))
             if unknown or not found:
                 raise DatasetError(f"{self.root / given}: splits {sorted(found)}, expected some of {list(SPLITS)}")
@@ -317,13 +324,23 @@ def _names(text: str) -> list[str]:
 
 
 def _matcher(images: list[Path]) -> Callable[[str], Path | None]:
-    """Finds the image a table means: tables give paths below this folder, below one of its parents, or bare names."""
-    by_two = {"/".join(p.parts[-2:]): p for p in images}
-    by_name = {p.name: p for p in images}
-    unique = len(by_name) == len(images)
+    """Finds the image a table means: tables give paths below this folder, below one of its parents, or bare names.
+
+    The longest end of the path that any image has decides. What is returned raises DatasetError for a name of several.
+    """
+    ends: dict[str, list[Path]] = {}
+    for path in images:
+        for i in range(len(path.parts)):
+            ends.setdefault("/".join(path.parts[i:]), []).append(path)
 
     def match(name: str) -> Path | None:
         parts = Path(name).parts
-        return by_two.get("/".join(parts[-2:])) or (by_name.get(parts[-1]) if unique else None)
+        for i in range(len(parts)):
+            found = ends.get("/".join(parts[i:]), [])
+            if len(found) > 1 and not i:
+                raise DatasetError(f"{name!r} names {len(found)} images: {', '.join(map(str, found[:3]))}; say which")
+            if found:
+                return found[0] if len(found) == 1 else None  # of several, none lies where the name says
+        return None
 
     return match
