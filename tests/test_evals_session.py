@@ -150,6 +150,28 @@ def test_store_resumes_chunk_by_chunk(tmp_path, encoder, monkeypatch):
     assert not np.array_equal(store.extract(other, dataset, "train", request, tmp_path).cls, again.cls)
 
 
+def test_corrected_labels_reach_what_is_cached(tmp_path, encoder):
+    """The images keep their names; nobody would look for the old labels in a folder of features."""
+    dataset, request = two_sensor_set(), store.Request(("s2_l2a",), batch_size=4)
+    store.extract(encoder, dataset, "train", request, tmp_path)
+    train, corrected = dataset.split("train"), (np.arange(12) + 1) % 3
+    relabelled = Split(train.ids, lambda i: dataclasses.replace(train[i], target=int(corrected[i])), labels=corrected)
+    again = store.extract(encoder, Dataset(dataset.info, {"train": relabelled}), "train", request, tmp_path)
+    np.testing.assert_array_equal(again.targets, corrected)
+    info = dataclasses.replace(dataset.info, classes=("b", "a", "c"))
+    renamed = Dataset(info, dataset.splits)
+    assert renamed.fingerprint("train", ["s2_l2a"]) != dataset.fingerprint("train", ["s2_l2a"])
+
+
+def test_windows_of_another_size_are_not_those_cached(tmp_path, encoder):
+    """An image smaller than either window is one of the same name in both."""
+    dataset, request = two_sensor_set(12, task="segmentation"), store.Request(("s1",), dense=True, batch_size=4)
+    for size in (32, 48):
+        cut = store.tiled(dataset, size)
+        found = store.extract(encoder, cut, "train", request, tmp_path)
+        assert found.targets.shape == (6, size, size)
+
+
 def test_dense_store_and_rows(tmp_path, encoder):
     dataset = two_sensor_set(12, task="segmentation")
     request = store.Request(("s1",), dense=True, layers=(0, 1), batch_size=4)

@@ -216,7 +216,7 @@ def tiled(dataset: Dataset, size: int) -> Dataset:
 
         return Split(names, read)
 
-    return dataclasses.replace(dataset, splits={k: cut(s) for k, s in dataset.splits.items()})
+    return dataclasses.replace(dataset, splits={k: cut(s) for k, s in dataset.splits.items()}, tile=size)
 
 
 def _windows(sample: Sample, size: int) -> Iterator[tuple[int, int]]:
