@@ -129,12 +129,19 @@ def _of_all_processes(skipped: Mapping[str, int]) -> dict[str, dict[str, int]]:
 
 
 def skipped_before(meta: Mapping[str, Any]) -> dict[str, int]:
-    """What this process skipped before the checkpoint; another number of processes leaves all to the first."""
-    found = meta.get("skipped", {})
-    if len(found) == jax.process_count():
+    """What this process skipped before the checkpoint; of another number of processes an even share of all.
+
+    A process weighs its count against the records it asked for itself (``Loader``), a like share of all.
+    """
+    found, count = meta.get("skipped", {}), jax.process_count()
+    if len(found) == count:
         return dict(found.get(str(jax.process_index()), {}))
     total: dict[str, int] = {}
-    for counts in found.values() if jax.process_index() == 0 else ():
-        for file, count in counts.items():
-            total[file] = total.get(file, 0) + count
-    return total
+    for counts in found.values():
+        for file, number in counts.items():
+            total[file] = total.get(file, 0) + number
+    mine, dealt = {}, 0  # dealt out like cards, one file after the other: no process gets all remainders
+    for file, number in total.items():
+        mine[file] = len(range((jax.process_index() - dealt) % count, number, count))
+        dealt += number
+    return {file: number for file, number in mine.items() if number}
