@@ -354,6 +354,11 @@ def test_command_line(tmp_path):
     bad = subprocess.run([*command, "knn"], capture_output=True, text=True)
     assert bad.returncode == 1
     assert bad.stderr.strip().splitlines()[-1].startswith("error: protocol 'knn', expected one of")
+    (tmp_path / "tiny/class_1/class_1_3.tif").write_bytes(b"broken")
+    again = [*command, "galileo-knn20", "--image_size", "16", "--nofigures"]
+    assert subprocess.run(again, capture_output=True).returncode == 1
+    fake.eurosat_like(tmp_path / "tiny", per_class=8)
+    assert subprocess.run(again, capture_output=True).returncode == 0  # all rows are there now
 
 
 def test_sensors_of_the_fake_exist():
