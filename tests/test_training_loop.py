@@ -156,8 +156,23 @@ def test_a_step_whose_evaluation_was_stopped_is_evaluated_by_the_next_start(run:
     assert ["DONE" in start.files for start in run.starts] == [False, False, False, True, True]
 
 
+def test_a_person_who_stops_the_last_evaluation_finds_no_complete_run(tmp_path: Path) -> None:
+    """``DONE`` tells launchers that there is nothing left to do."""
+    plan = SimpleNamespace(writes=True, total=9, stop=9, workdir=str(tmp_path))
+    tools = SimpleNamespace(
+        plan=plan,
+        stop=SimpleNamespace(by_person=True),
+        writer=SimpleNamespace(flush=lambda: None),
+        progress=SimpleNamespace(line=lambda text: None),
+    )
+    assert loop._finish(tools, 9, 9, preempted=True) == loop.Outcome(9, False, 0)
+    assert not (tmp_path / "DONE").exists()
+    assert loop._finish(tools, 9, 9, preempted=False) == loop.Outcome(9, True, 0)
+    assert (tmp_path / "DONE").exists()
+
+
 def test_a_step_that_nothing_evaluated_is_evaluated_once_that_is_asked_for(data: Path, tmp_path: Path) -> None:
-    config = tiny(data, stop_at_step=3)
+    config = tiny(data, stop_at_step=3, max_nonfinite=0)  # none may be: steps whose losses are finite go on
     loop.train(config, str(tmp_path))
     assert not meta(tmp_path, 3)["evaluated"]
     for steps in ([3], []):

@@ -208,7 +208,7 @@ def _finish(tools: Tools, step: int, saved: int | None, preempted: bool) -> Outc
         newest = "no checkpoint yet" if saved is None else f"newest checkpoint: step {saved}"
         tools.progress.line(f"stopped by a signal at step {step}, {newest}; start again to resume")
         return Outcome(step, False, plan.config.exit_code_preempted)
-    complete = step >= plan.total
+    complete = step >= plan.total and not preempted  # told to stop at the last step, its evaluation is not done
     if complete and plan.writes:
         workdir_lib.mark_done(plan.workdir, step)
     tools.progress.line(f"{'complete' if complete else 'stopped'} at step {step} of {plan.total}: {plan.workdir}")
