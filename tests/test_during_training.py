@@ -15,9 +15,10 @@ from tiles_fake import fake_record, write_dataset
 
 from terrafm_jax import landcover
 from terrafm_jax.config import base
+from terrafm_jax.data.source import DataError
 from terrafm_jax.evals import landcover_knn
 from terrafm_jax.evals.datasets.base import DatasetError
-from terrafm_jax.evals.during_training import LabelledSets, LandCoverKnn
+from terrafm_jax.evals.during_training import LabelledSets, LandCoverKnn, during_training
 from terrafm_jax.evals.encoders import random_encoder
 from terrafm_jax.evals.protocols import ProtocolError
 from terrafm_jax.evals.session import Session, Settings
@@ -140,3 +141,23 @@ def test_land_cover_is_classified_as_scikit_learn_does(splits, protocol, monkeyp
         "knn_macro": pytest.approx(np.mean(list(recalls.values()))),
         **{f"knn_class/{name}": pytest.approx(value) for name, value in recalls.items()},
     }
+
+
+def test_without_known_land_cover_there_is_nothing_to_evaluate(tmp_path, caplog):
+    """Tiles prepared with ``--worldcover none`` train all the same."""
+    folder = write_dataset(tmp_path, [fake_record(i, category=landcover.UNKNOWN) for i in range(8)])
+    run = a_run("", gallery="train", split="train")
+    run.config.data.dir = str(folder)
+    assert during_training(run) == []
+    assert "no tile of train has a known land cover" in caplog.text
+    run.config.knn.split = "validation"
+    with pytest.raises(DataError, match=r"config.knn.split: .*no split 'validation', found \['train'\] \(knn.every=0"):
+        during_training(run)
+
+
+def test_known_land_cover_is_evaluated(splits):
+    run = a_run("", gallery="train", split="holdout")
+    run.config.data.dir = str(splits[0])
+    assert [type(evaluator) for evaluator in during_training(run)] == [LandCoverKnn]
+    run.steps["knn.every"] = 0
+    assert during_training(run) == []

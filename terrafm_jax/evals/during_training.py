@@ -4,12 +4,14 @@ labelled data sets of the user's.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
+from terrafm_jax.data.source import DataError
 from terrafm_jax.evals import landcover_knn, protocols, store
 from terrafm_jax.evals.datasets import open_suite
 from terrafm_jax.evals.features import Encoder, FeatureError, ImageBatch, LocalDevices, tile_encoder
@@ -20,12 +22,22 @@ if TYPE_CHECKING:
     from terrafm_jax.training.plan import Plan
     from terrafm_jax.training.tools import Evaluator
 
+log = logging.getLogger(__name__)
+
 
 def during_training(plan: Plan) -> list[Evaluator]:
-    """The evaluators of a run: none when ``config.knn.every`` is 0. Raises DatasetError for bad labelled data."""
+    """The evaluators of a run: none when ``config.knn.every`` is 0, none of land cover where no tile's is known.
+
+    Raises DatasetError for bad labelled data, DataError where ``config.knn`` names splits that are not there.
+    """
     if not plan.steps["knn.every"]:
         return []
-    return [LandCoverKnn(plan), *([LabelledSets(plan)] if plan.config.knn.labelled else [])]
+    land_cover = LandCoverKnn(plan)
+    unknown = land_cover.unknown()
+    if unknown and jax.process_index() == 0:  # prepared without maps
+        log.warning("config.knn: no tile of %s has a known land cover, so that kNN on it is left out", unknown)
+    labelled = [LabelledSets(plan)] if plan.config.knn.labelled else []
+    return [*([] if unknown else [land_cover]), *labelled]
 
 
 class LandCoverKnn:
@@ -44,6 +56,14 @@ class LandCoverKnn:
         stats = {name: spec.stats.arrays(name) for name in spec.model.sensors}
         self._encode = tile_encoder(spec.model, stats, size=spec.views.global_size)
         self._devices = LocalDevices()
+
+    def unknown(self) -> str:
+        """Splits without a tile to classify or to compare with, by name; "" for none. Raises DataError."""
+        try:
+            empty = [which[0] for which in (self.sets.gallery, self.sets.queries) if not len(self.sets.records(which))]
+        except DataError as error:
+            raise DataError(f"config.knn.gallery, config.knn.split: {error} (knn.every=0 does without)") from error
+        return ", ".join(dict.fromkeys(empty))
 
     def __call__(self, step: int, state: Any, poll: Callable[[], None]) -> Iterator[tuple[str, Any]]:
         backbone = self._devices.everywhere(_whole(state.teacher["backbone"]))
