@@ -82,6 +82,23 @@ def test_unmeasured_pixels_do_not_leak(encoder):
     assert np.abs(a - b).max() < 1.0
 
 
+def test_a_sensor_without_a_measurement_takes_no_part(encoder):
+    """As in training and in ``terrafm_jax.load``: an image whose radar is nodata shows what its optical one shows."""
+    optical, radar = images(3, size=32), images(3, size=32, key="s1")
+    radar[1], optical[2] = np.nan, np.nan
+    keep = np.array([i != 4 for i in range(12)])
+    optical[..., ~keep] = 0  # a band that the data set lacks is no measurement
+    found, _ = encoder(ImageBatch({"s1": radar, "s2_l2a": optical}, {"s2_l2a": keep}))
+    whole, alone = (
+        encoder(ImageBatch(given, {"s2_l2a": keep}))[0]
+        for given in ({"s1": radar[:1], "s2_l2a": optical[:1]}, {"s2_l2a": optical[1:2]})
+    )
+    np.testing.assert_allclose(found[:2], np.concatenate([whole, alone]), atol=2e-5)
+    np.testing.assert_allclose(found[2:], encoder(ImageBatch({"s1": radar[2:]}))[0], atol=2e-5)
+    empty, _ = encoder(ImageBatch({"s1": radar[1:2], "s2_l2a": optical[2:]}, {"s2_l2a": keep}))
+    assert np.isfinite(empty).all()
+
+
 def test_encoder_refuses_what_the_weights_cannot_take():
     released = random_encoder(
         dataclasses.replace(TINY, fusion=False, sensors=("s2_l2a",)), 0, 32, Statistics.published()

@@ -15,7 +15,7 @@ import numpy as np
 from terrafm_jax.evals.datasets.base import Dataset, DatasetError, Sample, batches, collate
 from terrafm_jax.evals.features import ImageBatch
 
-VERSION = 1  # raise when features change for the same weights and inputs: old caches are then not used
+VERSION = 2  # raise when features change for the same weights and inputs: old caches are then not used
 CHUNK = 256
 
 
