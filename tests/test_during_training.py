@@ -161,3 +161,16 @@ def test_known_land_cover_is_evaluated(splits):
     assert [type(evaluator) for evaluator in during_training(run)] == [LandCoverKnn]
     run.steps["knn.every"] = 0
     assert during_training(run) == []
+
+
+def test_as_many_tiles_as_asked_for_show_a_sensor_of_the_model(tmp_path):
+    """Those that lack all of them are not among the number, and none is left where all do."""
+    records = [fake_record(i, sensors=("s2_l2a",) if i % 2 else ("s1",), category=i % 3) for i in range(20)]
+    folder = str(write_dataset(tmp_path, records))
+    sets = landcover_knn.TileSets(folder, ("train", 8), ("train", 0), ("s1",), 4)
+    chosen = sets.records(sets.gallery)
+    assert len(chosen) == 8
+    assert not (chosen % 2).any()
+    assert sets.records(sets.queries).tolist() == list(range(0, 20, 2))
+    none = landcover_knn.TileSets(folder, ("train", 8), ("train", 8), ("s2_l1c",), 4)
+    assert not len(none.records(none.gallery))

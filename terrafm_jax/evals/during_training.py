@@ -35,7 +35,7 @@ def during_training(plan: Plan) -> list[Evaluator]:
     land_cover = LandCoverKnn(plan)
     unknown = land_cover.unknown()
     if unknown and jax.process_index() == 0:  # prepared without maps
-        log.warning("config.knn: no tile of %s has a known land cover, so that kNN on it is left out", unknown)
+        log.warning("config.knn: no tile of %s has a known land cover and a sensor of the model: no kNN", unknown)
     labelled = [LabelledSets(plan)] if plan.config.knn.labelled else []
     return [*([] if unknown else [land_cover]), *labelled]
 
