@@ -175,11 +175,13 @@ def test_a_step_that_nothing_evaluated_is_evaluated_once_that_is_asked_for(data:
     config = tiny(data, stop_at_step=3, max_nonfinite=0)  # none may be: steps whose losses are finite go on
     loop.train(config, str(tmp_path))
     assert not meta(tmp_path, 3)["evaluated"]
+    (tmp_path / "DONE").write_text("step 3\n")  # as where total_steps was 3 before: it is not the end any more
     for steps in ([3], []):
         evaluator = Watched()
         loop.train(config, str(tmp_path), lambda run, evaluator=evaluator: [evaluator])
         assert evaluator.steps == steps
     assert meta(tmp_path, 3)["evaluated"]
+    assert not (tmp_path / "DONE").exists()
 
 
 def test_checkpoints_to_keep_are_written_between_the_others(run: Run) -> None:

@@ -107,6 +107,8 @@ def _train(
             progress.line(f"weights taken from {config.init_from}: {taken}")
     start = int(state.step)
     progress.resume(start)
+    if start < plan.total and plan.writes:
+        workdir_lib.mark_open(workdir)
     writer.write(start, {"event": "start", "devices": jax.device_count(), "processes": jax.process_count()})
 
     # --- input, evaluators, signals ---
