@@ -56,9 +56,11 @@ def base() -> ConfigDict:
     c.data.max_skipped = 0.01  # share of unreadable records at which the run aborts
     c.data.sampling = "paper"  # "uniform", "paper" (open sea thinned) or "balanced" (over land cover)
     c.data.sea_keep = 0.02  # [paper] 2 % of ocean tiles stay; 1 where preparation has thinned them already
-    c.data.power = 0.5  # balanced only: 0 uniform over tiles, 1 uniform over classes
+    c.data.power = 0.5  # of what is balanced: 0 uniform over tiles, 1 uniform over classes, bands or zones
     c.data.balance_latitude = False  # [ours] the paper spreads over climate and regions, quotas unknown
+    c.data.latitude_band = 15.0  # degrees, height of a band for balance_latitude [ours]
     c.data.balance_climate = False  # needs a climate column in the index of the data set
+    c.data.max_repeats = 0.0  # no tile is drawn more often an epoch, on average; 0: no limit [ours]
     c.data.max_nodata = 1.0  # tiles whose worst sensor lacks more are left out
     c.data.complete = False  # True: only tiles with all configured sensors [paper keeps cells with all three]
 
@@ -128,7 +130,7 @@ def base() -> ConfigDict:
     c.checkpoint = ConfigDict()
     c.checkpoint.every = "1 epoch"
     c.checkpoint.keep_last = 2
-    c.checkpoint.keep_every = "50 epochs"  # these stay forever; "0" keeps none
+    c.checkpoint.keep_every = "50 epochs"  # written besides, and stay forever; "0": none
     c.checkpoint.teacher_every = "10 epochs"  # weights alone, for users; one at the end in any case
 
     c.log = ConfigDict()
@@ -322,7 +324,8 @@ def sampling_spec(config: ConfigDict) -> SamplingSpec:
     d = config.data
     return SamplingSpec(
         mode=d.sampling, power=d.power, sea_keep=d.sea_keep, balance_latitude=d.balance_latitude,
-        balance_climate=d.balance_climate, max_nodata=d.max_nodata, complete=d.complete,
+        latitude_band=d.latitude_band, balance_climate=d.balance_climate, max_repeats=d.max_repeats,
+        max_nodata=d.max_nodata, complete=d.complete,
     )  # fmt: skip
 
 

@@ -78,6 +78,7 @@ def main(_argv: list[str]) -> None:
     begin()
     wanted = settings()
 
+    from terrafm_jax.evals import report
     from terrafm_jax.evals.datasets.base import DatasetError
     from terrafm_jax.evals.features import FeatureError
     from terrafm_jax.evals.progress import bar
@@ -94,7 +95,7 @@ def main(_argv: list[str]) -> None:
         rows = session.run()
     print((session.out / "results.md").read_text())
     print(f"written to {session.out}: results.md, results.jsonl, figures, predictions")
-    raise SystemExit(1 if any("error" in r for r in rows) else 0)
+    raise SystemExit(1 if report.failures(rows) else 0)
 
 
 if __name__ == "__main__":

@@ -124,6 +124,17 @@ def test_the_specs_default_to_the_recipe() -> None:
                 assert getattr(part, field.name) == field.default, f"{type(part).__name__}.{field.name}"
 
 
+def test_every_field_of_sampling_can_be_configured() -> None:
+    config, names = base(), {"mode": "sampling"}
+    changed = {"mode": "balanced", "balance_latitude": True, "balance_climate": True, "complete": True}
+    fields = dataclasses.fields(config_lib.sampling_spec(config))
+    changed |= {field.name: field.default / 2 + 0.25 for field in fields if field.name not in changed}
+    for name, value in changed.items():
+        config.data[names.get(name, name)] = value
+    check(config)
+    assert dataclasses.asdict(config_lib.sampling_spec(config)) == changed
+
+
 def test_the_recipe_page_names_every_hyperparameter(root: Path) -> None:
     """Fields that say how a run goes, not what it computes, are explained where they stand."""
     page = (root / "docs" / "recipe.md").read_text()

@@ -18,7 +18,7 @@ from terrafm_jax.config import base
 from terrafm_jax.data.source import DataError
 from terrafm_jax.evals import landcover_knn
 from terrafm_jax.evals.datasets.base import DatasetError
-from terrafm_jax.evals.during_training import LabelledSets, LandCoverKnn
+from terrafm_jax.evals.during_training import LabelledSets, LandCoverKnn, during_training
 from terrafm_jax.evals.encoders import random_encoder
 from terrafm_jax.evals.protocols import ProtocolError
 from terrafm_jax.evals.session import Session, Settings
@@ -93,15 +93,12 @@ def splits(tmp_path_factory):
     return folder, labels
 
 
-def test_a_split_without_labels_is_named_before_training(splits, tmp_path):
-    run = a_run("", split="validation")
+def test_splits_that_are_not_there_are_named_before_training(splits):
+    run = a_run("", split="validation", gallery="all")
     run.config.data.dir = str(splits[0])
-    with pytest.raises(DataError, match=r"^config.knn.split: .*no split 'validation', .*--config.knn.every=0$"):
-        LandCoverKnn(run)
-    records = [fake_record(i, 24, category=landcover.UNKNOWN) for i in range(3)]
-    run.config.data.dir = str(write_dataset(tmp_path / "unknown", records, split="train"))
-    with pytest.raises(DataError, match=r"config.knn.gallery: no tile of split 'train' has known.*; config.knn.split:"):
-        LandCoverKnn(run)
+    gallery, queries = r"config.knn.gallery: .*no split 'all', .*", r"config.knn.split: .*no split 'validation', .*"
+    with pytest.raises(DataError, match=f"^{gallery}; {queries}; .*--config.knn.every=0$"):
+        during_training(run)
 
 
 @pytest.mark.parametrize("protocol", ["galileo-knn20", "torchgeo-bench-knn5"])
@@ -152,3 +149,38 @@ def test_land_cover_is_classified_as_scikit_learn_does(splits, protocol, monkeyp
         "knn_macro": pytest.approx(np.mean(list(recalls.values()))),
         **{f"knn_class/{name}": pytest.approx(value) for name, value in recalls.items()},
     }
+
+
+def test_without_known_land_cover_there_is_nothing_to_evaluate(tmp_path, caplog):
+    """Tiles prepared with ``--worldcover none`` train all the same."""
+    folder = write_dataset(tmp_path, [fake_record(i, category=landcover.UNKNOWN) for i in range(8)])
+    run = a_run("", gallery="train", split="train")
+    run.config.data.dir = str(folder)
+    assert during_training(run) == []
+    assert "no tile of train has a known land cover" in caplog.text
+    run.config.knn.split = "validation"
+    with pytest.raises(
+        DataError, match=r"^config.knn.split: .*no split 'validation', found \['train'\]; .*--config.knn.every=0$"
+    ):
+        during_training(run)
+
+
+def test_known_land_cover_is_evaluated(splits):
+    run = a_run("", gallery="train", split="holdout")
+    run.config.data.dir = str(splits[0])
+    assert [type(evaluator) for evaluator in during_training(run)] == [LandCoverKnn]
+    run.steps["knn.every"] = 0
+    assert during_training(run) == []
+
+
+def test_as_many_tiles_as_asked_for_show_a_sensor_of_the_model(tmp_path):
+    """Those that lack all of them are not among the number, and none is left where all do."""
+    records = [fake_record(i, sensors=("s2_l2a",) if i % 2 else ("s1",), category=i % 3) for i in range(20)]
+    folder = str(write_dataset(tmp_path, records))
+    sets = landcover_knn.TileSets(folder, ("train", 8), ("train", 0), ("s1",), 4)
+    chosen = sets.records(sets.gallery)
+    assert len(chosen) == 8
+    assert not (chosen % 2).any()
+    assert sets.records(sets.queries).tolist() == list(range(0, 20, 2))
+    none = landcover_knn.TileSets(folder, ("train", 8), ("train", 8), ("s2_l1c",), 4)
+    assert not len(none.records(none.gallery))

@@ -90,6 +90,27 @@ def test_several_draws_carry_their_interval_in_table_and_bars(drawn, tmp_path):
     assert "| 50.0 ± 2.0 (n=3) |" in report.markdown(rows)  # no resampling: no interval
 
 
+def test_an_evaluation_done_again_is_no_second_draw(drawn, tmp_path):
+    """With more resamples, say: both rows stay in results.jsonl, the later one is shown."""
+    same = {"image_size": 64, "weights": "w", "seed": 0}
+    rows = [row("ours", "x", v, key=str(v), **same) for v in (0.4, 0.5)]
+    assert "| ours | s1 | 64 | 50.0 [40.0, 55.0] |" in report.markdown(rows)
+    assert report.bars(rows, tmp_path / "scores.png")
+    assert [p.get_height() for p in drawn["scores.png"].axes[0].patches] == pytest.approx([50])
+
+
+@pytest.mark.parametrize("fields", [{"weights": "another"}, {"image_size": 0}, {"note": "bands=as_labelled; wrong"}])
+def test_bars_of_one_name_are_drawn_apart(drawn, tmp_path, fields):
+    same = {"image_size": 64, "weights": "w", "note": "bands=corrected", "seed": 0}
+    rows = [row("ours", "x", 0.5, key="a", **same), row("ours", "x", 0.25, key="b", **{**same, **fields})]
+    assert report.bars(rows, tmp_path / "scores.png")
+    (axis,) = drawn["scores.png"].axes
+    assert [p.get_height() for p in axis.patches] == pytest.approx([50, 25])
+    names = [t.get_text() for t in axis.get_legend().get_texts()]
+    assert len(set(names)) == 2
+    assert any(part in names[1] for part in ("anothe", "own px", "bands=as_labelled"))
+
+
 def test_thumbnails_lose_the_haze_and_keep_calm_scenes_calm():
     info = DatasetInfo("x", "classification", ("a",), {"s2_l1c": S2})
     rng = np.random.default_rng(0)
@@ -168,6 +189,8 @@ def test_pairs_put_the_checkpoint_named_first_before_the_others_and_join_draws(t
             accuracy.setdefault(r["model"], []).append((f["predictions"] == f["targets"]).mean())
     gain = 100 * (np.mean(accuracy["ours"]) - np.mean(accuracy["raw"]))
     assert f"top1 {gain:+.1f} [" in line
+    sizes = [{**r, "image_size": 64 if r["model"] == "ours" else 224} for r in rows]
+    assert "| ours at 64 px − raw at 224 px |" in report.paired_table(sizes, tmp_path)
     lonely = report.paired_table(rows[:3], tmp_path)  # only one draw in common
     assert "draws" not in lonely
     assert "ours − raw" in lonely

@@ -136,6 +136,50 @@ def test_labels_that_are_none_name_their_image(tmp_path, task, table, message):
         open_one(tmp_path)
 
 
+@pytest.fixture
+def twins(tmp_path):
+    """Six images of three names, in folders of two names below two others."""
+    for place in ("a/x/0.tif", "b/x/0.tif", "a/x/1.tif", "b/x/1.tif", "a/y/2.tif", "b/y/2.tif"):
+        fake.tiff(tmp_path / place, fake.planes(RNG, 8, 2))
+    base = "inputs:\n  s2_l2a: {bands: [B04, B08]}\ntask: regression\nlabels: t.csv\nsplits: {test: 1.0}\n"
+    (tmp_path / "dataset.yaml").write_text(base)
+    return tmp_path
+
+
+@pytest.mark.parametrize("prefix", ["", "./", "/elsewhere/data/", "data/"])
+def test_images_of_one_name_are_told_apart_by_their_folders(twins, prefix):
+    values = {"a/x/0.tif": 1.0, "b/x/0.tif": 2.0, "b/y/2.tif": 3.0, "a/x/1.tif": 4.0}
+    rows = "".join(f"{prefix}{name},{value}\n" for name, value in values.items())
+    (twins / "t.csv").write_text(f"file,value\n{rows}elsewhere/x/1.tif,5\nc/3.tif,6\n")
+    test = open_one(twins).split("test")
+    assert {test.ids[i]: test[i].target for i in range(len(test))} == values
+
+
+def test_a_name_of_several_images_is_refused(twins):
+    (twins / "t.csv").write_text("file,value\nx/0.tif,1\n")
+    with pytest.raises(DatasetError, match=r"'x/0.tif' names 2 images: .*a/x/0.tif, .*b/x/0.tif; say which"):
+        open_one(twins)
+
+
+def test_a_table_says_one_thing_of_an_image(twins):
+    (twins / "t.csv").write_text("file,value\na/x/0.tif,1\na/x/0.tif,1\nb/x/0.tif,2\n")
+    assert len(open_one(twins).split("test")) == 2
+    (twins / "t.csv").write_text("file,value\na/x/0.tif,1\n/data/a/x/0.tif,2\n")
+    with pytest.raises(DatasetError, match=r"t.csv: says two things of 1 images: /data/a/x/0.tif \('1', '2'\)"):
+        open_one(twins)
+
+
+def test_an_image_in_two_splits_is_refused(tmp_path):
+    """It would be tested on itself."""
+    fake.eurosat_like(tmp_path, classes=2, per_class=3, yaml="splits: split.csv\n")
+    rows = ["class_0/class_0_1.tif,train", "class_1/class_1_1.tif,test", "class_0_1.tif,test"]
+    (tmp_path / "split.csv").write_text("file,split\n" + "\n".join(rows) + "\n")
+    with pytest.raises(
+        DatasetError, match=r"says two things of 1 images: class_0_1.tif \('train', 'test'\)"
+    ):
+        open_one(tmp_path)
+
+
 def test_splits_from_a_table_with_foreign_prefixes(tmp_path):
     fake.eurosat_like(tmp_path, classes=2, per_class=3, yaml="splits: split.csv\n")
     rows = [

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from terrafm_jax.evals import heads, linear, segmentation
+from terrafm_jax.evals import heads, linear, protocols, segmentation
+from terrafm_jax.evals.datasets.base import DatasetInfo, Input
 from terrafm_jax.evals.linear import PROBES, Split
 from terrafm_jax.evals.segmentation import DENSE, DenseSplit
+from terrafm_jax.evals.store import Extracted
 
 pytest.importorskip("sklearn")
 SMALL = dataclasses.replace(PROBES["galileo-linear"], rates=(1e-4, 1e-2, 1e-1), epochs=15, runs=2, batch=32)
@@ -89,6 +91,22 @@ def test_logistic_regression_equals_scikit_learn():
     multi = Split(train.features, np.stack([train.targets == 0, train.targets == 1], 1))
     found = linear.logistic_regression(multi, None, truth, cs=(0.1, 1.0), resamples=0)
     assert found.metrics["map_micro"].value > 0.7
+
+
+@pytest.mark.parametrize("few", [{"shots": 2}, {"fraction": 0.1}])
+def test_few_labels_are_not_joined_by_those_of_a_whole_validation_split(few):
+    """They choose C; trained on as well, they would outnumber the labels that the row says it had."""
+    parts = {"train": blobs(120, 0), "val": blobs(60, 1), "test": blobs(200, 2)}
+    splits = {k: Extracted(s.features, s.targets, []) for k, s in parts.items()}
+    info = DatasetInfo("x", "classification", tuple("abcd"), {"s1": Input("s1", ("VV", "VH"))})
+    options = protocols.Options(resamples=0)
+    drawn = len(protocols.subset(splits["train"], info.task, dataclasses.replace(options, **few)))
+    found = protocols.run("logreg", splits, info, dataclasses.replace(options, **few))
+    assert (found.protocol, found.settings["train"]) == ("logreg/1 (fitted on train alone)", drawn)
+    whole = protocols.run("logreg", splits, info, options)
+    assert (whole.protocol, whole.settings["train"]) == ("logreg/1", 180)
+    del splits["val"]
+    assert protocols.run("logreg", splits, info, dataclasses.replace(options, **few)).protocol == "logreg/1"
 
 
 # --- heads ---

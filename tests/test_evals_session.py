@@ -82,6 +82,23 @@ def test_unmeasured_pixels_do_not_leak(encoder):
     assert np.abs(a - b).max() < 1.0
 
 
+def test_a_sensor_without_a_measurement_takes_no_part(encoder):
+    """As in training and in ``terrafm_jax.load``: an image whose radar is nodata shows what its optical one shows."""
+    optical, radar = images(3, size=32), images(3, size=32, key="s1")
+    radar[1], optical[2] = np.nan, np.nan
+    keep = np.array([i != 4 for i in range(12)])
+    optical[..., ~keep] = 0  # a band that the data set lacks is no measurement
+    found, _ = encoder(ImageBatch({"s1": radar, "s2_l2a": optical}, {"s2_l2a": keep}))
+    whole, alone = (
+        encoder(ImageBatch(given, {"s2_l2a": keep}))[0]
+        for given in ({"s1": radar[:1], "s2_l2a": optical[:1]}, {"s2_l2a": optical[1:2]})
+    )
+    np.testing.assert_allclose(found[:2], np.concatenate([whole, alone]), atol=2e-5)
+    np.testing.assert_allclose(found[2:], encoder(ImageBatch({"s1": radar[2:]}))[0], atol=2e-5)
+    empty, _ = encoder(ImageBatch({"s1": radar[1:2], "s2_l2a": optical[2:]}, {"s2_l2a": keep}))
+    assert np.isfinite(empty).all()
+
+
 def test_encoder_refuses_what_the_weights_cannot_take():
     released = random_encoder(
         dataclasses.replace(TINY, fusion=False, sensors=("s2_l2a",)), 0, 32, Statistics.published()
@@ -148,6 +165,28 @@ def test_store_resumes_chunk_by_chunk(tmp_path, encoder, monkeypatch):
     np.testing.assert_array_equal(again.targets, np.arange(12) % 3)
     other = random_encoder(TINY, 1, 32, Statistics.published())
     assert not np.array_equal(store.extract(other, dataset, "train", request, tmp_path).cls, again.cls)
+
+
+def test_corrected_labels_reach_what_is_cached(tmp_path, encoder):
+    """The images keep their names; nobody would look for the old labels in a folder of features."""
+    dataset, request = two_sensor_set(), store.Request(("s2_l2a",), batch_size=4)
+    store.extract(encoder, dataset, "train", request, tmp_path)
+    train, corrected = dataset.split("train"), (np.arange(12) + 1) % 3
+    relabelled = Split(train.ids, lambda i: dataclasses.replace(train[i], target=int(corrected[i])), labels=corrected)
+    again = store.extract(encoder, Dataset(dataset.info, {"train": relabelled}), "train", request, tmp_path)
+    np.testing.assert_array_equal(again.targets, corrected)
+    info = dataclasses.replace(dataset.info, classes=("b", "a", "c"))
+    renamed = Dataset(info, dataset.splits)
+    assert renamed.fingerprint("train", ["s2_l2a"]) != dataset.fingerprint("train", ["s2_l2a"])
+
+
+def test_windows_of_another_size_are_not_those_cached(tmp_path, encoder):
+    """An image smaller than either window is one of the same name in both."""
+    dataset, request = two_sensor_set(12, task="segmentation"), store.Request(("s1",), dense=True, batch_size=4)
+    for size in (32, 48):
+        cut = store.tiled(dataset, size)
+        found = store.extract(encoder, cut, "train", request, tmp_path)
+        assert found.targets.shape == (6, size, size)
 
 
 def test_dense_store_and_rows(tmp_path, encoder):
@@ -332,6 +371,11 @@ def test_command_line(tmp_path):
     bad = subprocess.run([*command, "knn"], capture_output=True, text=True)
     assert bad.returncode == 1
     assert bad.stderr.strip().splitlines()[-1].startswith("error: protocol 'knn', expected one of")
+    (tmp_path / "tiny/class_1/class_1_3.tif").write_bytes(b"broken")
+    again = [*command, "galileo-knn20", "--image_size", "16", "--nofigures"]
+    assert subprocess.run(again, capture_output=True).returncode == 1
+    fake.eurosat_like(tmp_path / "tiny", per_class=8)
+    assert subprocess.run(again, capture_output=True).returncode == 0  # all rows are there now
 
 
 def test_sensors_of_the_fake_exist():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -191,6 +192,37 @@ def test_early_stopping_counts_epochs_without_progress(folder, tmp_path):
     said.clear()
     Job(config(folder, **overrides), str(tmp_path / "run"), said.append).run()
     assert not [s for s in said if " epoch " in s]  # a finished run is not continued
+
+
+@pytest.mark.slow
+def test_patience_does_not_count_an_epoch_that_was_cut_short(folder, tmp_path):
+    """Told to stop in the first epoch, a run that waits one epoch for progress is not over."""
+    overrides = {"rates": (3e-3,), "epochs": 2, "patience": 1}
+    job = Job(config(folder, **overrides), str(tmp_path / "run"), quiet)
+    sources = job.sources()
+    run = job_lib.Run(job.plan(sources, 3e-3), tmp_path / "run/lr_0.003", sources, say=quiet)
+    assert not run.train(job.encoder.params, stop=SimpleNamespace(reached=lambda: True))
+    assert run.checkpoints.latest() == 1
+    assert run.train(job.encoder.params)
+    assert run.checkpoints.latest() == 2 * run.per_epoch
+    assert run.best[1] > 0
+    run.close()
+
+
+@pytest.mark.slow
+def test_validation_that_scores_nothing_keeps_the_last_epoch(tmp_path):
+    """No image of the validation split has a label, so that there is no average precision to choose by."""
+    root = labelled_pairs(tmp_path / "data", "multilabel")
+    names = [f"p{i}.tif" for i in range(20)]
+    splits = ["train"] * 12 + ["val"] * 4 + ["test"] * 4
+    rows = [f"{n},{'' if s == 'val' else 'ab'[i % 2]}" for i, (n, s) in enumerate(zip(names, splits, strict=True))]
+    (root / "t.csv").write_text("\n".join(["file,labels", *rows]) + "\n")
+    (root / "s.csv").write_text("\n".join(["file,split", *map(",".join, zip(names, splits, strict=True))]) + "\n")
+    yaml = (root / "dataset.yaml").read_text().replace("{train: 0.6, val: 0.2, test: 0.2}", "s.csv")
+    (root / "dataset.yaml").write_text(yaml)
+    row = Job(config(root, epochs=2), str(tmp_path / "run"), quiet).run()
+    assert row["settings"]["best epoch"] == 2
+    assert 0 <= row["metrics"]["map_micro"]["value"] <= 1
 
 
 @pytest.mark.slow

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from tiles_fake import fake_record, write_dataset
 
 from terrafm_jax.config import ConfigError, base
+from terrafm_jax.data import pipeline
+from terrafm_jax.data.sampling import SamplingSpec
 from terrafm_jax.sensors import Statistics
 from terrafm_jax.training import tools
 from terrafm_jax.training.plan import Plan
@@ -18,16 +23,45 @@ COUNTS = {"0": {"a": 1}, "1": {"a": 2, "b": 5}}
 
 
 @pytest.mark.parametrize(
-    ("processes", "index", "expected"),
-    [(2, 0, {"a": 1}), (2, 1, {"a": 2, "b": 5}), (1, 0, {"a": 3, "b": 5}), (4, 0, {"a": 3, "b": 5}), (4, 2, {})],
+    ("processes", "expected"),
+    [
+        (2, [{"a": 1}, {"a": 2, "b": 5}]),
+        (1, [{"a": 3, "b": 5}]),
+        (3, [{"a": 1, "b": 2}, {"a": 1, "b": 2}, {"a": 1, "b": 1}]),
+        (10, [{"a": 1}] * 3 + [{"b": 1}] * 5 + [{}] * 2),
+    ],
 )
 def test_each_process_takes_up_its_own_count_of_damage(
-    processes: int, index: int, expected: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    processes: int, expected: list[dict[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With another number of processes the first takes all: the run's total stays."""
+    """With another number of processes each takes a share: the run's total stays."""
     monkeypatch.setattr(jax, "process_count", lambda: processes)
-    monkeypatch.setattr(jax, "process_index", lambda: index)
-    assert tools.skipped_before({"skipped": COUNTS}) == expected
+    found = []
+    for index in range(processes):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        found.append(tools.skipped_before({"skipped": COUNTS}))
+    assert found == expected
+    assert sum((Counter(counts) for counts in found), Counter()) == {"a": 3, "b": 5}
+
+
+def test_damage_before_a_start_on_more_processes_does_not_end_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenth of 80 records was damaged, a fifth may be; four processes go on, and the first meets another one."""
+    folder = write_dataset(tmp_path, [fake_record(i) for i in range(80)], per_shard=1)
+    order = pipeline.make_order(folder, "train", SamplingSpec("uniform"), batch_size=8, seed=0)
+    shard = folder / f"fake-train.array_record-{order.batch(10)[0]:05d}-of-00080"
+    shard.write_bytes(b"\xff" * shard.stat().st_size)
+    monkeypatch.setattr(pipeline, "_MIN_ATTEMPTS", 0)
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    before = tools.skipped_before({"skipped": {"0": {"a": 8}}})
+    loader = pipeline.make_loader(
+        folder, "train", order, start_step=10, rows=np.arange(2), max_skipped=0.2, skipped=before
+    )
+    next(loader)
+    loader.close()
+    assert loader.skipped == {"a": 2, shard.name: 1}
 
 
 def a_plan(**changes: bool) -> Plan:

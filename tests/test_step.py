@@ -290,6 +290,17 @@ def test_indivisible_batches_and_widths_are_refused() -> None:
         abstract_state(narrow, make_mesh(data=1, fsdp=8))
 
 
+@pytest.mark.parametrize("rule", ["bernoulli", "fuse_or_one", "all"])
+def test_views_of_several_sensors_need_fusion(rule: str) -> None:
+    spec = tiny(("s1", "s2_l2a"))
+    plain = dataclasses.replace(spec.model, fusion=False)
+    views = dataclasses.replace(spec.views, modality_rule=rule)
+    with pytest.raises(ValueError, match=rf"model\.fusion False needs views\.modality_rule 'one' .*, found '{rule}'"):
+        dataclasses.replace(spec, model=plain, views=views)
+    dataclasses.replace(spec, model=plain, views=dataclasses.replace(views, modality_rule="one"))
+    dataclasses.replace(tiny(), views=dataclasses.replace(tiny().views, modality_rule=rule))
+
+
 def test_spec_refuses_parts_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"views\.sensors.*frequent has 2 entries.*microbatches 0"):
         dataclasses.replace(tiny(), views=ViewSpec(), frequent=(True, False), microbatches=0)

@@ -50,6 +50,7 @@ def tiny(data: Path, **fields: Any) -> ConfigDict:
     c = get_config("runlocal")
     c.data.dir, c.data.max_skipped, c.data.sampling = str(data), 1.0, "uniform"
     c.total_steps, c.knn.every, c.checkpoint.every = str(STEPS), "3", "3"
+    c.checkpoint.keep_last, c.checkpoint.keep_every = 1, "7"
     c.model.sensors, c.model.fusion, c.model.depth = ("s1",), False, 1
     c.views.global_size, c.views.local_size, c.views.locals = 32, 16, 1
     c.log.pictures, c.log.tensorboard = False, True
@@ -122,8 +123,9 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run of nine steps in four starts: told to stop while it evaluates step 3; stopped after step 6; told to stop
-    while it evaluates the last step; to the end. W&B is there, and the device's peak known, in the third one.
+    """A run of nine steps in five starts: told to stop while it evaluates step 3; stopped after step 6; told to stop
+    while it evaluates the last step; to the end; with nothing left. W&B is there, and the device's peak known, in the
+    third one.
     """
     found = Run(tiny(data), tmp_path_factory.mktemp("loop") / "run", [], FakeWandb())
 
@@ -140,16 +142,51 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         patch.setattr(flops, "peak_flops", lambda kind, dtype: PEAK)
         start(stop_at=9, log__wandb="a project")
     start()
+    start()
     return found
 
 
 def test_a_step_whose_evaluation_was_stopped_is_evaluated_by_the_next_start(run: Run) -> None:
-    """And no other: the third start does not evaluate step 6 again."""
-    assert [start.evaluated for start in run.starts] == [[0, 3], [3, 6], [9], [9]]
-    assert [start.meta["evaluated"] for start in run.starts[:3]] == [False, True, False]
+    """And no other: the third start does not evaluate step 6 again, nor the last one step 9."""
+    assert [start.evaluated for start in run.starts] == [[0, 3], [3, 6], [9], [9], []]
+    assert [start.meta["evaluated"] for start in run.starts] == [False, True, False, True, True]
+    assert run.starts[3].meta == run.starts[2].meta | {"evaluated": True}
     outcomes = [dataclasses.astuple(start.outcome) for start in run.starts]
-    assert outcomes == [(3, False, 42), (6, False, 0), (9, False, 42), (9, True, 0)]
-    assert ["DONE" in start.files for start in run.starts] == [False, False, False, True]
+    assert outcomes == [(3, False, 42), (6, False, 0), (9, False, 42), (9, True, 0), (9, True, 0)]
+    assert ["DONE" in start.files for start in run.starts] == [False, False, False, True, True]
+
+
+def test_a_person_who_stops_the_last_evaluation_finds_no_complete_run(tmp_path: Path) -> None:
+    """``DONE`` tells launchers that there is nothing left to do."""
+    plan = SimpleNamespace(writes=True, total=9, stop=9, workdir=str(tmp_path))
+    tools = SimpleNamespace(
+        plan=plan,
+        stop=SimpleNamespace(by_person=True),
+        writer=SimpleNamespace(flush=lambda: None),
+        progress=SimpleNamespace(line=lambda text: None),
+    )
+    assert loop._finish(tools, 9, 9, preempted=True) == loop.Outcome(9, False, 0)
+    assert not (tmp_path / "DONE").exists()
+    assert loop._finish(tools, 9, 9, preempted=False) == loop.Outcome(9, True, 0)
+    assert (tmp_path / "DONE").exists()
+
+
+def test_a_step_that_nothing_evaluated_is_evaluated_once_that_is_asked_for(data: Path, tmp_path: Path) -> None:
+    config = tiny(data, stop_at_step=3, max_nonfinite=0)  # none may be: steps whose losses are finite go on
+    loop.train(config, str(tmp_path))
+    assert not meta(tmp_path, 3)["evaluated"]
+    (tmp_path / "DONE").write_text("step 3\n")  # as where total_steps was 3 before: it is not the end any more
+    for steps in ([3], []):
+        evaluator = Watched()
+        loop.train(config, str(tmp_path), lambda run, evaluator=evaluator: [evaluator])
+        assert evaluator.steps == steps
+    assert meta(tmp_path, 3)["evaluated"]
+    assert not (tmp_path / "DONE").exists()
+
+
+def test_checkpoints_to_keep_are_written_between_the_others(run: Run) -> None:
+    """Every seventh step stays, though it is no multiple of the third steps that are saved; of those the last one."""
+    assert {int(path.name) for path in (run.workdir / "checkpoints").iterdir()} == {7, 9}
 
 
 def test_nothing_of_half_an_evaluation_is_written(run: Run) -> None:

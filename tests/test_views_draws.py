@@ -61,7 +61,7 @@ def draws(seed: int, rule: str, threshold: float, available: tuple[int, ...], gr
 
 
 @pytest.mark.parametrize("available", [(1, 1, 1), (1, 0, 1), (0, 1, 1), (0, 0, 1)])
-@pytest.mark.parametrize(("threshold", "group"), [(0.5, 0), (0.3, 0), (0.3, 1), (0.5, 5), (0.3, 8)])
+@pytest.mark.parametrize(("threshold", "group"), [(0.5, 0), (0.3, 0), (0.3, 1), (0.5, 5), (0.3, 8), (1.0, 0), (1.0, 5)])
 def test_bernoulli_equals_coins_redrawn_when_empty(available: tuple[int, ...], threshold: float, group: int) -> None:
     """However many views are stratified together, each follows the rule by itself."""
     mask = np.tile(np.array(available, bool), (DRAWS, 1))

@@ -4,6 +4,7 @@ labelled data sets of the user's.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +22,24 @@ if TYPE_CHECKING:
     from terrafm_jax.training.plan import Plan
     from terrafm_jax.training.tools import Evaluator
 
+log = logging.getLogger(__name__)
+
 
 def during_training(plan: Plan) -> list[Evaluator]:
-    """The evaluators of a run: none when ``config.knn.every`` is 0. Raises DatasetError for bad labelled data."""
+    """The evaluators of a run: none when ``config.knn.every`` is 0, none of land cover where no tile's is known.
+
+    Raises DatasetError for bad labelled data, DataError where ``config.knn`` names splits that are not there.
+    """
     if not plan.steps["knn.every"]:
         return []
-    return [LandCoverKnn(plan), *([LabelledSets(plan)] if plan.config.knn.labelled else [])]
+    land_cover = LandCoverKnn(plan)
+    unknown = land_cover.unknown()
+    if unknown and jax.process_index() == 0:  # prepared without maps
+        log.warning(
+            "config.knn: no tile of %s has a known land cover and a sensor of the model; its kNN is left out", unknown
+        )
+    labelled = [LabelledSets(plan)] if plan.config.knn.labelled else []
+    return [*([] if unknown else [land_cover]), *labelled]
 
 
 class LandCoverKnn:
@@ -42,22 +55,21 @@ class LandCoverKnn:
             plan.config.data.dir, (knn.gallery, knn.train_examples), (knn.split, knn.test_examples),
             spec.model.sensors, max(1, knn.batch_size // jax.process_count()), plan.config.data.canvases,
         )  # fmt: skip
-        self._check()
         stats = {name: spec.stats.arrays(name) for name in spec.model.sensors}
         self._encode = tile_encoder(spec.model, stats, size=spec.views.global_size)
         self._devices = LocalDevices()
 
-    def _check(self) -> None:
-        """Raises DataError before a step is compiled: small data sets often hold one split, or no land cover."""
-        faults = []
+    def unknown(self) -> str:
+        """Splits without a tile of known land cover, by name; "" for none. Raises DataError for splits not there."""
+        empty, faults = [], []
         for field, which in (("gallery", self.sets.gallery), ("split", self.sets.queries)):
             try:
-                if not len(self.sets.records(which)):
-                    faults.append(f"config.knn.{field}: no tile of split {which[0]!r} has known land cover")
+                empty += [] if len(self.sets.records(which)) else [which[0]]
             except DataError as error:
                 faults.append(f"config.knn.{field}: {error}")
         if faults:
             raise DataError(f"{'; '.join(faults)}; name another split, or train without kNN: --config.knn.every=0")
+        return ", ".join(dict.fromkeys(empty))
 
     def __call__(self, step: int, state: Any, poll: Callable[[], None]) -> Iterator[tuple[str, Any]]:
         backbone = self._devices.everywhere(_whole(state.teacher["backbone"]))

@@ -183,15 +183,21 @@ def encode_images(
     layers: Sequence[int] = (),
     drop_key: Array | None = None,
 ) -> terrafm.Features:
-    """Traceable: features of images per sensor (see :class:`ImageBatch`), fused when there are several sensors."""
-    patches = {}
+    """Traceable: features of images per sensor (see :class:`ImageBatch`), fused when there are several sensors.
+
+    A sensor that measured nothing in an image takes no part in its fusion, as in training and ``inference.Model``.
+    """
+    patches, measured = {}, {}
     for key in (k for k in spec.sensors if k in images):
         image = prepare_image(images[key], *stats[key], offset[key], bands[key], size)
         patches[key] = terrafm.patchify(image, spec.patch).astype(spec.dtype)
+        measured[key] = (jnp.isfinite(images[key]) & bands[key][None, None, None]).any((1, 2, 3))
     present = None
     if len(patches) > 1:
-        row = jnp.array([k in patches for k in spec.sensors])
-        present = jnp.broadcast_to(row[None], (next(iter(patches.values())).shape[0], len(spec.sensors)))
+        given = jnp.array([k in patches for k in spec.sensors])
+        nothing = jnp.zeros_like(next(iter(measured.values())))
+        present = jnp.stack([measured.get(k, nothing) for k in spec.sensors], axis=1)
+        present = jnp.where(present.any(1, keepdims=True), present, given[None])  # one without any has to stay defined
     return terrafm.encode(spec, params, patches, present, drop_key=drop_key, layers=layers)
 
 

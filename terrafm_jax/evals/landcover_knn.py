@@ -18,6 +18,7 @@ from terrafm_jax.data import pipeline
 from terrafm_jax.evals.features import TileFeatures, tile_features
 from terrafm_jax.evals.knn import knn_classify
 from terrafm_jax.evals.raw import batch_statistics, standardize
+from terrafm_jax.sensors import SENSOR_KEYS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +43,9 @@ class TileSets:
     def records(self, which: tuple[str, int]) -> np.ndarray:
         """Record numbers, ascending; tiles whose land cover is unknown or that lack every sensor are left out."""
         split, limit = which
-        labels = pipeline.load_index(self.data_dir, split)["landcover"]
-        known = np.flatnonzero(labels != landcover.UNKNOWN)
+        index = pipeline.load_index(self.data_dir, split)
+        shown = index["present"] & np.uint8(sum(1 << SENSOR_KEYS.index(key) for key in self.sensors))
+        known = np.flatnonzero((index["landcover"] != landcover.UNKNOWN) & (shown != 0))
         chosen = np.random.default_rng(0).permutation(known)[: limit or None]
         return np.sort(chosen)
 

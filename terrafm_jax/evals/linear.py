@@ -247,12 +247,13 @@ LOGREG_C = tuple(10.0**e for e in range(-6, 5))
 
 def logistic_regression(
     train: Split, val: Split | None, test: Split, *, classes: int = 0, cs: Sequence[float] = LOGREG_C, seed: int = 0,
-    resamples: int = 1000,
+    resamples: int = 1000, refit_on_val: bool = True,
 ) -> Result:  # fmt: skip
     """``logreg/1``: scikit-learn's L-BFGS, C from 1e-6 to 1e4 chosen on val, refitted on train and val together.
 
-    The protocol of torchgeo-bench. Features are standardized over what is fitted (not in the published text; without
-    it L-BFGS does not converge at large C). Several labels: one-versus-rest.
+    The protocol of torchgeo-bench. Without ``refit_on_val`` on train alone, and the label says so: of few train labels,
+    those of a whole val split would outnumber them. Features are standardized over what is fitted (not in the published
+    text; without it L-BFGS does not converge at large C). Several labels: one-versus-rest.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.multiclass import OneVsRestClassifier
@@ -263,13 +264,15 @@ def logistic_regression(
     task = task_of(train.targets)
     if task == "regression":
         raise ValueError("logreg: targets are numbers, not classes; use a linear probe")
-    whole = train
+    whole, label = train, "logreg/1"
     if val is None or not len(val.targets):
         train, val = hold_out(train, seed=seed)
+    elif not refit_on_val:
+        label += " (fitted on train alone)"
     else:
         whole = Split(*(np.concatenate([getattr(train, f), getattr(val, f)]) for f in ("features", "targets")))
     outputs = train.targets.shape[1] if task == "multilabel" else classes or int(
-        max(s.targets.max() for s in (whole, test))
+        max(s.targets.max() for s in (whole, val, test))
     ) + 1  # fmt: skip
 
     def fitted(c: float, on: Split) -> Pipeline:
@@ -293,4 +296,4 @@ def logistic_regression(
         best = cs[int(np.argmax(quality))]
         on_test = scores(fitted(best, whole), test.features)
     settings = {"C": best, "train": len(whole.targets), "test": len(test.targets)}
-    return score_classification("logreg/1", on_test, test.targets, settings, resamples=resamples)
+    return score_classification(label, on_test, test.targets, settings, resamples=resamples)

@@ -187,8 +187,9 @@ def _whole_image(
         )  # fmt: skip
     if protocol == "logreg":
         return linear.logistic_regression(
-            train, val, test, classes=classes, seed=options.seed, resamples=options.resamples
-        )
+            train, val, test, classes=classes, seed=options.seed, resamples=options.resamples,
+            refit_on_val=options.fraction == 1 and not options.shots,
+        )  # fmt: skip
     return linear.linear_probe(
         _shorter(linear.PROBES[protocol], options), train, val, test,
         classes=classes, runs=options.runs, seed=options.seed, resamples=options.resamples,

@@ -51,6 +51,14 @@ def failures(rows: Sequence[Row]) -> list[Row]:
     return [row for names, row in last.items() if names not in results]
 
 
+_IDENTITY = ("model", "weights", "dataset", "note", "inputs", "image_size", "protocol", "fraction", "shots", "seed")
+
+
+def newest(rows: Sequence[Row]) -> list[Row]:
+    """Of each evaluation the row written last: done again, with more resamples say, it is no second draw of labels."""
+    return list({json.dumps([r.get(k) for k in _IDENTITY]): r for r in rows if "error" not in r}.values())
+
+
 def _cell(rows: Sequence[Row], metric: str) -> str:
     """One run: value with its interval; several draws of labels: mean, deviation over them and interval."""
     values = [r["metrics"][metric]["value"] for r in rows if metric in r["metrics"]]
@@ -90,7 +98,7 @@ def amount(fraction: float, shots: int) -> str:
 
 def markdown(rows: Sequence[Row]) -> str:
     """Tables by protocol and label amount: our models, then the published rows of the same protocol."""
-    rows = [r for r in rows if "error" not in r]
+    rows = newest(rows)
     legend = "brackets: 95 % bootstrap interval over the test samples"
     if any(r.get("seed") for r in rows):
         legend += (
@@ -140,9 +148,9 @@ def _table(setting: tuple[str, float, int], rows: Sequence[Row]) -> str:
 def _variant(row: Row, rows: Sequence[Row]) -> str:
     """What sets a row apart from others of its name: different weights, or another reading of the data set."""
     parts = []
-    if len({r["weights"] for r in rows if r["model"] == row["model"]}) > 1:
+    if len({r.get("weights") for r in rows if r["model"] == row["model"]}) > 1:
         parts.append(row["weights"][:6])
-    if len({r.get("note") for r in rows if r["dataset"] == row["dataset"]}) > 1:
+    if len({r.get("note") for r in rows if (r["dataset"], r["inputs"]) == (row["dataset"], row["inputs"])}) > 1:
         parts.append((row.get("note") or "").split(";")[0])
     return f" ({', '.join(parts)})" if parts else ""
 
@@ -157,7 +165,7 @@ def paired_table(rows: Sequence[Row], folder: Path) -> str:
     for r in rows:
         if "error" not in r and r["task"] in ("classification", "multilabel"):
             where = (r["dataset"], *_setting(r), tuple(r["inputs"]))
-            groups[where][(r["model"], r["weights"], r.get("note") or "")][r["seed"]] = r
+            groups[where][(r["model"], r["weights"], r.get("note") or "", r.get("image_size"))][r["seed"]] = r
     lines = []
     for (dataset, protocol, fraction, shots, inputs), models in sorted(groups.items()):
         where = f"{dataset}, {protocol}, {amount(fraction, shots)}, {'+'.join(inputs)}"
@@ -169,7 +177,9 @@ def paired_table(rows: Sequence[Row], folder: Path) -> str:
             drawn = f" (mean of {len(seeds)} draws)" if len(seeds) > 1 else ""
             name, d = found
             text = f"{name} {100 * d.value:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]{drawn}"
-            lines.append(f"| {first[0]['model']} − {second[0]['model']} | {where} | {text} |")
+            sizes = [r[0].get("image_size") for r in (first, second)]
+            px = [f" at {size or 'own'} px" if len(set(sizes)) > 1 else "" for size in sizes]
+            lines.append(f"| {first[0]['model']}{px[0]} − {second[0]['model']}{px[1]} | {where} | {text} |")
     if not lines:
         return ""
     return "\n".join(["## Paired differences\n", "| models | where | points |", "|---|---|---|", *lines, ""])
@@ -244,12 +254,13 @@ def _series(rows: Sequence[Row]) -> tuple[list[str], dict[str, dict[str, list[Ro
     """Labels of the bars and, per model with its inputs, the rows behind each."""
     labels: list[str] = []
     found: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    rows = [r for r in newest(rows) if r["task"] != "regression"]
+    sizes = {r.get("image_size") for r in rows}
     for r in rows:
-        if "error" in r or r["task"] == "regression":
-            continue
         label = f"{r['dataset']}\n{r['protocol']}\n{amount(r['fraction'], r['shots'])}"
         labels += [] if label in labels else [label]
-        found[f"{r['model']} ({'+'.join(r['inputs'])})"][label].append(r)
+        size = f", {r['image_size'] or 'own'} px" if len(sizes) > 1 else ""
+        found[f"{r['model']}{_variant(r, rows)} ({'+'.join(r['inputs'])}{size})"][label].append(r)
     return labels, found
 
 

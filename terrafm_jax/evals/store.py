@@ -15,7 +15,7 @@ import numpy as np
 from terrafm_jax.evals.datasets.base import Dataset, DatasetError, Sample, batches, collate
 from terrafm_jax.evals.features import ImageBatch
 
-VERSION = 1  # raise when features change for the same weights and inputs: old caches are then not used
+VERSION = 2  # raise when features change for the same weights and inputs: old caches are then not used
 CHUNK = 256
 
 
@@ -216,7 +216,7 @@ def tiled(dataset: Dataset, size: int) -> Dataset:
 
         return Split(names, read)
 
-    return dataclasses.replace(dataset, splits={k: cut(s) for k, s in dataset.splits.items()})
+    return dataclasses.replace(dataset, splits={k: cut(s) for k, s in dataset.splits.items()}, tile=size)
 
 
 def _windows(sample: Sample, size: int) -> Iterator[tuple[int, int]]:

@@ -284,13 +284,13 @@ class Run:
             )
         result = self.evaluate(state, "val" if "val" in self.sources else "train", resamples=0)
         score = selection(self.plan.spec.task, result)
-        if not np.isfinite(score):
+        if score == self.best[0] == -np.inf:
             why = f": only ignore ({self.plan.spec.ignore})?" if self.plan.spec.task == "segmentation" else ""
-            raise TuningError(
-                f"{self.folder}: validation score is {score} at epoch {epoch}; look at what the labels of the "
-                f"validation samples hold{why}"
+            self.say(
+                f"{self.folder.name} epoch {epoch}: validation has no score to choose by, so the latest weights are "
+                f"kept; look at what the labels of the validation samples hold{why}"
             )
-        if score > self.best[0]:
+        if score > self.best[0] or self.best[0] == -np.inf:
             self.best = (score, epoch)
             self._keep(state, epoch, score)
         self.writer.write(epoch * self.per_epoch, values | {f"val_{k}": v.value for k, v in result.metrics.items()})
@@ -300,7 +300,7 @@ class Run:
         return self._patience_over(epoch)
 
     def _patience_over(self, epoch: int) -> bool:
-        return bool(self.plan.patience) and epoch - self.best[1] >= self.plan.patience
+        return bool(self.plan.patience) and epoch - max(self.best[1], 0) >= self.plan.patience
 
     def _save(self, state: TuneState) -> None:
         meta = {"best": float(self.best[0]), "best_epoch": int(self.best[1])}
@@ -389,7 +389,7 @@ class Run:
 
 
 def selection(task: str, result: Result) -> float:
-    """What chooses epochs and learning rates: higher is better."""
+    """What chooses epochs and learning rates: higher is better; minus infinity where the metric is not defined."""
     name = {"classification": "top1", "multilabel": "map_micro", "segmentation": "miou", "regression": "rmse"}[task]
     value = result.metrics[name].value
-    return -value if task == "regression" else float(np.nan_to_num(value, nan=-np.inf))
+    return float(np.nan_to_num(-value if task == "regression" else value, nan=-np.inf, neginf=-np.inf))

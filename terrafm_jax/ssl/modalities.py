@@ -60,6 +60,8 @@ def subset_probabilities(rule: str, threshold: float, available: Array) -> Array
     possible = ~jnp.any(table & ~available[..., None, :], axis=-1)
     total = jnp.sum(available, axis=-1, keepdims=True)
     everything, single = sizes == total, sizes == 1
+    if rule == "bernoulli" and threshold == 1:
+        rule = "all"  # of the sensors available; as odds, the certain coins of absent ones would leave no subset at all
     if rule == "bernoulli":
         odds = threshold ** sizes.astype(np.float64) * (1.0 - threshold) ** (count - sizes).astype(np.float64)
         weights = jnp.asarray(odds, jnp.float32)

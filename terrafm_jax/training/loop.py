@@ -107,6 +107,8 @@ def _train(
             progress.line(f"weights taken from {config.init_from}: {taken}")
     start = int(state.step)
     progress.resume(start)
+    if start < plan.total and plan.writes:
+        workdir_lib.mark_open(workdir)
     writer.write(start, {"event": "start", "devices": jax.device_count(), "processes": jax.process_count()})
 
     # --- input, evaluators, signals ---
@@ -147,17 +149,21 @@ def _loop(
     for step in range(start, max(start, plan.stop) + 1):
         # --- the state before step `step`: evaluate, save, stop ---
         last = step >= plan.stop  # a checkpoint may be past it, where config.stop_at_step has been lowered
-        finished = True  # whether the evaluation before this step, if there is one, ran to its end
+        finished = None  # whether the evaluation before this step ran to its end; None: none was due
         if evaluators and due(step, steps["knn.every"], last and step == plan.total) and step != evaluated:
             meter.flush()
             with timed(meter.seconds, "evaluation"):
                 finished = _evaluate(tools, evaluators, step, state)
+                if finished and step == saved:
+                    tools.mark_evaluated(step)
         preempted = tools.stop.reached()
-        if step != saved and step > 0 and due(step, steps["checkpoint.every"], last or preempted):
+        # Durations are rounded to steps one by one: 50 epochs are seldom a multiple of what one epoch comes to.
+        stays = due(step, steps["checkpoint.keep_every"])
+        if step != saved and step > 0 and due(step, steps["checkpoint.every"], stays or last or preempted):
             meter.flush(log=preempted)
             if not meter.nonfinite:
                 with timed(meter.seconds, "checkpoint"):
-                    tools.save(state, step, evaluated=finished)
+                    tools.save(state, step, evaluated=bool(finished))
                 saved = step
             elif last:
                 raise TrainingError(f"step {step}: loss or gradient not finite at the end. {tools.last_good()}")
@@ -180,7 +186,7 @@ def _loop(
         meter.push(step + 1, metrics)
     meter.flush()
     tools.checkpoints.wait()
-    return _finish(tools, step, saved, preempted and (step < plan.stop or not finished))
+    return _finish(tools, step, saved, preempted and (step < plan.stop or finished is False))
 
 
 def _evaluate(tools: Tools, evaluators: Sequence[Evaluator], step: int, state: TrainState) -> bool:
@@ -204,7 +210,7 @@ def _finish(tools: Tools, step: int, saved: int | None, preempted: bool) -> Outc
         newest = "no checkpoint yet" if saved is None else f"newest checkpoint: step {saved}"
         tools.progress.line(f"stopped by a signal at step {step}, {newest}; start again to resume")
         return Outcome(step, False, plan.config.exit_code_preempted)
-    complete = step >= plan.total
+    complete = step >= plan.total and not preempted  # told to stop at the last step, its evaluation is not done
     if complete and plan.writes:
         workdir_lib.mark_done(plan.workdir, step)
     tools.progress.line(f"{'complete' if complete else 'stopped'} at step {step} of {plan.total}: {plan.workdir}")

@@ -134,7 +134,7 @@ class Meter:
             self._log(step, values)
         self._first = False
         self._tools.progress.update(step, f"loss {float(values['loss']):.3f}{self._pace}")
-        if self.nonfinite >= self._plan.config.max_nonfinite:
+        if not finite and self.nonfinite >= self._plan.config.max_nonfinite:
             raise TrainingError(
                 f"step {step}: loss {float(values['loss'])}, gradient norm {float(values['grad_norm'])}: not finite "
                 f"for {self.nonfinite} steps in a row (config.max_nonfinite). {self._tools.last_good()}; {REMEDY}"

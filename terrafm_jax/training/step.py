@@ -109,6 +109,9 @@ class TrainSpec:
             faults.append(f"frequent has {len(self.frequent)} entries, expected {landcover.NUM_CATEGORIES}")
         if self.model.stems == "drawn" and not self.views.modality_group:
             faults.append("model.stems 'drawn' needs views.modality_group of 1 or more (8 is usual), found 0")
+        if len(self.model.sensors) > 1 and not self.model.fusion and self.views.modality_rule != "one":
+            rule = self.views.modality_rule  # else tokens of several sensors would be added up, unnoticed
+            faults.append(f"model.fusion False needs views.modality_rule 'one' (one sensor a view), found {rule!r}")
         if self.views.globals + self.views.locals < 2:
             faults.append("views.globals + views.locals must be at least 2: the loss compares views with each other")
         if self.microbatches < 1:

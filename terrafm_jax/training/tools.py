@@ -47,7 +47,7 @@ class Tools:
     trace: Trace
 
     def save(self, state: TrainState, step: int, evaluated: bool) -> None:
-        """Starts to write a checkpoint. ``evaluated`` False: the next start has to evaluate this step again.
+        """Starts to write a checkpoint. ``evaluated`` False: the next start evaluates this step, if that is due.
 
         Raises:
           TrainingError: the state is not finite; it must not replace a good checkpoint.
@@ -66,6 +66,12 @@ class Tools:
         }
         self.writer.flush()  # a resumed run repeats the rows of later steps only, so earlier ones must not get lost
         self.checkpoints.save(step, state, meta)
+
+    def mark_evaluated(self, step: int) -> None:
+        """Notes in the checkpoint that this start resumed from that its evaluation, once stopped, is done."""
+        self.writer.flush()  # what was found, before it is said to be there
+        if self.plan.writes:
+            self.checkpoints.amend(step, {"evaluated": True})
 
     def _require_finite(self, state: TrainState, step: int) -> None:
         if bool(all_finite(state)):
@@ -122,12 +128,19 @@ def _of_all_processes(skipped: Mapping[str, int]) -> dict[str, dict[str, int]]:
 
 
 def skipped_before(meta: Mapping[str, Any]) -> dict[str, int]:
-    """What this process had skipped at the checkpoint. If the number of processes has changed, the first takes all."""
-    found = meta.get("skipped", {})
-    if len(found) == jax.process_count():
+    """What this process had skipped at the checkpoint. If the number of processes has changed, an even share of all.
+
+    A process compares its count with the number of records that it requested itself (``Loader``), a like share of all.
+    """
+    found, count = meta.get("skipped", {}), jax.process_count()
+    if len(found) == count:
         return dict(found.get(str(jax.process_index()), {}))
     total: dict[str, int] = {}
-    for counts in found.values() if jax.process_index() == 0 else ():
-        for file, count in counts.items():
-            total[file] = total.get(file, 0) + count
-    return total
+    for counts in found.values():
+        for file, number in counts.items():
+            total[file] = total.get(file, 0) + number
+    mine, dealt = {}, 0  # dealt out like cards, one file after the other: no process gets all remainders
+    for file, number in total.items():
+        mine[file] = len(range((jax.process_index() - dealt) % count, number, count))
+        dealt += number
+    return {file: number for file, number in mine.items() if number}

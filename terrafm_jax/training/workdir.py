@@ -149,3 +149,10 @@ def _is_free(key: str) -> bool:
 def mark_done(workdir: str, step: int) -> None:
     """Writes the DONE marker: the run is complete, a launcher need not start it again."""
     (epath.Path(workdir) / "DONE").write_text(f"step {step}\n")
+
+
+def mark_open(workdir: str) -> None:
+    """Takes the DONE marker away: a run that was complete goes on, its ``total_steps`` having been raised."""
+    marker = epath.Path(workdir) / "DONE"
+    if marker.exists():
+        marker.unlink()

@@ -201,10 +201,14 @@ class Split(Sequence[Sample]):
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Declaration and splits ("train", "val", "test"; a data set may lack some)."""
+    """Declaration and splits ("train", "val", "test"; a data set may lack some).
+
+    ``tile``: side in px of the windows that images were cut into (``store.tiled``), 0 for whole images.
+    """
 
     info: DatasetInfo
     splits: Mapping[str, Split]
+    tile: int = 0
 
     def split(self, name: str) -> Split:
         if name not in self.splits:
@@ -212,9 +216,14 @@ class Dataset:
         return self.splits[name]
 
     def fingerprint(self, split: str, keys: Sequence[str]) -> str:
-        """Changes when the samples, their order or the declaration of the inputs change (feature cache)."""
-        declared = {k: dataclasses.asdict(self.info.inputs[k]) for k in keys}
-        text = json.dumps([self.info.name, self.splits[split].ids, declared], sort_keys=True, default=str)
+        """Changes with what stands for a split in a cache: samples and their order, what is known of their labels
+        without reading images, the declaration of classes and inputs, windows. Pixels and masks are not looked at.
+        """
+        info, samples = self.info, self.splits[split]
+        declared = {k: dataclasses.asdict(info.inputs[k]) for k in keys}
+        labels = None if samples.labels is None else np.asarray(samples.labels).tolist()
+        kind = [info.task, info.classes, info.ignore, self.tile]
+        text = json.dumps([info.name, samples.ids, declared, labels, kind], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -333,13 +333,23 @@ def _names(text: str) -> list[str]:
 
 
 def _matcher(images: list[Path]) -> Callable[[str], Path | None]:
-    """Finds the image a table means: tables give paths below this folder, below one of its parents, or bare names."""
-    by_two = {"/".join(p.parts[-2:]): p for p in images}
-    by_name = {p.name: p for p in images}
-    unique = len(by_name) == len(images)
+    """Finds the image a table means: tables give paths below this folder, below one of its parents, or bare names.
+
+    The longest end of the path that any image has decides. What is returned raises DatasetError for a name of several.
+    """
+    ends: dict[str, list[Path]] = {}
+    for path in images:
+        for i in range(len(path.parts)):
+            ends.setdefault("/".join(path.parts[i:]), []).append(path)
 
     def match(name: str) -> Path | None:
         parts = Path(name).parts
-        return by_two.get("/".join(parts[-2:])) or (by_name.get(parts[-1]) if unique else None)
+        for i in range(len(parts)):
+            found = ends.get("/".join(parts[i:]), [])
+            if len(found) > 1 and not i:
+                raise DatasetError(f"{name!r} names {len(found)} images: {', '.join(map(str, found[:3]))}; say which")
+            if found:
+                return found[0] if len(found) == 1 else None  # of several, none lies where the name says
+        return None
 
     return match
