@@ -9,7 +9,7 @@ import labelled_fake as fake
 import numpy as np
 import pytest
 
-from terrafm_jax.evals import progress, report
+from terrafm_jax.evals import charts, progress, report
 from terrafm_jax.evals.datasets import open_suite
 from terrafm_jax.evals.datasets.base import DatasetInfo, Input, Sample
 from terrafm_jax.evals.session import Session, Settings
@@ -29,10 +29,10 @@ def drawn(monkeypatch) -> dict[str, object]:
         figure.savefig(path, dpi=40, **options)
         kept[path.name] = figure
 
-    monkeypatch.setattr(report, "_save", save)
+    monkeypatch.setattr(charts, "save", save)
     yield kept
     for figure in kept.values():
-        report._pyplot().close(figure)
+        charts.pyplot().close(figure)
 
 
 def row(model: str, dataset: str, value: float, **fields) -> report.Row:
@@ -44,8 +44,8 @@ def row(model: str, dataset: str, value: float, **fields) -> report.Row:
 def test_radar_has_one_axis_per_data_set_and_one_closed_line_per_model(drawn, tmp_path):
     values = {"ours": (0.9, 0.5, 0.7), "raw": (0.4, 0.6, 0.8)}
     rows = [row(m, d, v) for m, vs in values.items() for d, v in zip("xyz", vs, strict=True)]
-    assert not report.radar(rows[:2], tmp_path / "radar.png")  # two axes are a line, not a figure
-    assert report.radar(rows, tmp_path / "radar.png")
+    assert not charts.radar(rows[:2], tmp_path / "radar.png")  # two axes are a line, not a figure
+    assert charts.radar(rows, tmp_path / "radar.png")
     (axis,) = drawn["radar.png"].axes
     assert [t.get_text().split("\n")[0] for t in axis.get_xticklabels()] == ["x", "y", "z"]
     assert [t.get_text() for t in axis.get_legend().get_texts()] == ["ours (s1)", "raw (s1)"]
@@ -56,15 +56,15 @@ def test_radar_has_one_axis_per_data_set_and_one_closed_line_per_model(drawn, tm
 
 def test_radar_leaves_a_gap_where_a_model_was_not_measured(drawn, tmp_path):
     rows = [row("ours", d, 0.5) for d in "xyz"] + [row("raw", d, 0.25) for d in "xz"]
-    assert report.radar(rows, tmp_path / "radar.png")
+    assert charts.radar(rows, tmp_path / "radar.png")
     full, part = drawn["radar.png"].axes[0].get_lines()
     np.testing.assert_array_equal(full.get_ydata(), [50, 50, 50, 50])
     np.testing.assert_array_equal(part.get_ydata(), [25, np.nan, 25, 25])
 
 
 def test_bars_carry_values_and_intervals(drawn, tmp_path):
-    assert not report.bars([row("ours", "x", 3.0, task="regression")], tmp_path / "none.png")
-    assert report.bars([row("ours", "x", 0.5), row("raw", "x", 0.3)], tmp_path / "scores.png")
+    assert not charts.bars([row("ours", "x", 3.0, task="regression")], tmp_path / "none.png")
+    assert charts.bars([row("ours", "x", 0.5), row("raw", "x", 0.3)], tmp_path / "scores.png")
     (axis,) = drawn["scores.png"].axes
     assert [p.get_height() for p in axis.patches] == pytest.approx([50, 30])
     spans = [c.get_segments()[0][:, 1] for c in axis.collections]
@@ -80,7 +80,7 @@ def test_several_draws_carry_their_interval_in_table_and_bars(drawn, tmp_path):
     assert f"| ours | s1 | 64 | 50.0 ± 2.0 [{low:.1f}, {high:.1f}] (n=3) |" in text
     assert "Student's t over the draws and the bootstrap over the test samples" in text
     assert "draws" not in report.markdown(rows[:1])
-    assert report.bars(rows, tmp_path / "scores.png")
+    assert charts.bars(rows, tmp_path / "scores.png")
     (axis,) = drawn["scores.png"].axes
     np.testing.assert_allclose(axis.collections[0].get_segments()[0][:, 1], [low, high], rtol=1e-6)
     certain = [row("ours", "x", v, key=str(s), seed=s, **same) for s, v in enumerate((0.95, 1.0))]
@@ -95,7 +95,7 @@ def test_an_evaluation_done_again_is_no_second_draw(drawn, tmp_path):
     same = {"image_size": 64, "weights": "w", "seed": 0}
     rows = [row("ours", "x", v, key=str(v), **same) for v in (0.4, 0.5)]
     assert "| ours | s1 | 64 | 50.0 [40.0, 55.0] |" in report.markdown(rows)
-    assert report.bars(rows, tmp_path / "scores.png")
+    assert charts.bars(rows, tmp_path / "scores.png")
     assert [p.get_height() for p in drawn["scores.png"].axes[0].patches] == pytest.approx([50])
 
 
@@ -103,7 +103,7 @@ def test_an_evaluation_done_again_is_no_second_draw(drawn, tmp_path):
 def test_bars_of_one_name_are_drawn_apart(drawn, tmp_path, fields):
     same = {"image_size": 64, "weights": "w", "note": "bands=corrected", "seed": 0}
     rows = [row("ours", "x", 0.5, key="a", **same), row("ours", "x", 0.25, key="b", **{**same, **fields})]
-    assert report.bars(rows, tmp_path / "scores.png")
+    assert charts.bars(rows, tmp_path / "scores.png")
     (axis,) = drawn["scores.png"].axes
     assert [p.get_height() for p in axis.patches] == pytest.approx([50, 25])
     names = [t.get_text() for t in axis.get_legend().get_texts()]
@@ -115,13 +115,13 @@ def test_thumbnails_lose_the_haze_and_keep_calm_scenes_calm():
     info = DatasetInfo("x", "classification", ("a",), {"s2_l1c": S2})
     rng = np.random.default_rng(0)
     ground = rng.integers(0, 2000, (20, 20, 1)).repeat(3, axis=2)
-    grey = report.thumbnail(info, Sample("a", {"s2_l1c": (ground + np.array([1500, 900, 400])).astype(np.uint16)}, 0))
+    grey = charts.thumbnail(info, Sample("a", {"s2_l1c": (ground + np.array([1500, 900, 400])).astype(np.uint16)}, 0))
     np.testing.assert_array_equal(grey[..., 0], grey[..., 2])  # blue is not left standing above red
     assert grey.max() == 255
     water = 1000 + rng.normal(0, 10, (20, 20, 3))
-    assert report.thumbnail(info, Sample("b", {"s2_l1c": water.astype(np.uint16)}, 0)).max() < 40
+    assert charts.thumbnail(info, Sample("b", {"s2_l1c": water.astype(np.uint16)}, 0)).max() < 40
     empty = Sample("c", {"s2_l1c": np.zeros((20, 20, 3), np.uint16)}, 0)
-    assert report.thumbnail(info, empty).max() == 0  # nothing measured
+    assert charts.thumbnail(info, empty).max() == 0  # nothing measured
 
 
 def test_error_sheet_shows_exactly_the_wrong_samples(drawn, tmp_path):
@@ -148,7 +148,7 @@ def test_error_sheet_shows_exactly_the_wrong_samples(drawn, tmp_path):
     assert [a.get_title() for a in pictures] == [f"{'ab'[targets[i]]}\n→ {'ab'[predictions[i]]}" for i in wrong[:24]]
     (dataset,) = open_suite("folder", str(tmp_path / "data"))
     test = dataset.split("test")
-    shown = report.thumbnail(dataset.info, test[test.ids.index(ids[wrong[0]])])
+    shown = charts.thumbnail(dataset.info, test[test.ids.index(ids[wrong[0]])])
     np.testing.assert_array_equal(pictures[0].images[0].get_array(), shown)
     matrix = next(f for n, f in drawn.items() if n.startswith("confusion-")).axes[0].images[0].get_array()
     counts = np.asarray(found["confusion"], float)
@@ -160,7 +160,7 @@ def test_mask_sheet_puts_image_labels_and_prediction_side_by_side(drawn, tmp_pat
     target = np.array([[0, 1], [255, 1]])
     sample = Sample("a", {"s2_l1c": np.full((2, 2, 3), 900, np.uint16)}, target)
     prediction = np.array([[1, 1], [0, 1]])
-    report.mask_sheet(info, [(sample, prediction)], tmp_path / "masks.png", "title")
+    charts.mask_sheet(info, [(sample, prediction)], tmp_path / "masks.png", "title")
     image, labels, predicted = (a.images[0].get_array() for a in drawn["masks.png"].axes)
     assert image.shape == (2, 2, 3)
     assert labels.mask.tolist() == [[False, False], [True, False]]

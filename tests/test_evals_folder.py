@@ -174,9 +174,7 @@ def test_an_image_in_two_splits_is_refused(tmp_path):
     fake.eurosat_like(tmp_path, classes=2, per_class=3, yaml="splits: split.csv\n")
     rows = ["class_0/class_0_1.tif,train", "class_1/class_1_1.tif,test", "class_0_1.tif,test"]
     (tmp_path / "split.csv").write_text("file,split\n" + "\n".join(rows) + "\n")
-    with pytest.raises(
-        DatasetError, match=r"says two things of 1 images: class_0_1.tif \('train', 'test'\)"
-    ):
+    with pytest.raises(DatasetError, match=r"says two things of 1 images: class_0_1.tif \('train', 'test'\)"):
         open_one(tmp_path)
 
 

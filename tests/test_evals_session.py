@@ -12,7 +12,7 @@ import labelled_fake as fake
 import numpy as np
 import pytest
 
-from terrafm_jax.evals import features, protocols, report, store
+from terrafm_jax.evals import charts, features, protocols, report, store
 from terrafm_jax.evals.datasets.base import Dataset, DatasetError, DatasetInfo, Input, Sample, Split, collate
 from terrafm_jax.evals.encoders import RawStatistics, open_encoder, random_encoder
 from terrafm_jax.evals.features import Encoder, FeatureError, ImageBatch
@@ -353,9 +353,9 @@ def test_report_shows_published_rows_beside_ours(tmp_path):
 def test_thumbnails_of_every_sensor():
     dataset = two_sensor_set()
     sample = dataset.split("train")[0]
-    assert report.thumbnail(dataset.info, sample).shape == (20, 20, 3)
+    assert charts.thumbnail(dataset.info, sample).shape == (20, 20, 3)
     radar = dataclasses.replace(sample, images={"s1": sample.images["s1"]})
-    assert report.thumbnail(dataset.info, radar).dtype == np.uint8
+    assert charts.thumbnail(dataset.info, radar).dtype == np.uint8
 
 
 @pytest.mark.slow

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from terrafm_jax.evals import crossval, metrics
+from terrafm_jax.evals.charts import COLORS, pyplot, save
 from terrafm_jax.evals.metrics import Interval
-from terrafm_jax.evals.report import COLORS, _pyplot, _save
 
 RAW, RANDOM = "raw band statistics", "random init"
 
@@ -106,7 +106,7 @@ def as_json(scores: Sequence[Score], classes: Sequence[str], labels: np.ndarray)
 
 def figure(scores: Sequence[Score], path: Path, title: str, chance: float) -> None:
     """Left: accuracies with intervals, one small ring per seed. Right: paired differences."""
-    plt = _pyplot()
+    plt = pyplot()
     names = list(dict.fromkeys(s.protocol for s in scores))
     arms = list(dict.fromkeys(s.arm for s in scores))
     found = pairs(scores)
@@ -138,7 +138,7 @@ def figure(scores: Sequence[Score], path: Path, title: str, chance: float) -> No
         axis.grid(axis="x", color="0.9")
         axis.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=2, frameon=False)
     drawn.suptitle(title, fontsize=10)
-    _save(drawn, path)
+    save(drawn, path)
 
 
 def _whisker(axis: Any, i: Interval, y: float, color: str, label: str | None) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from terrafm_jax.evals import protocols, report, store
+from terrafm_jax.evals import charts, protocols, report, store
 from terrafm_jax.evals.datasets import open_suite
 from terrafm_jax.evals.datasets.base import Dataset, DatasetError
 from terrafm_jax.evals.datasets.doubts import doubts, unseen
@@ -260,8 +260,8 @@ class Session:
         (self.out / "results.md").write_text(text)
         if not self.settings.figures:
             return
-        report.bars(rows, self.out / "figures" / "scores.png")
-        report.radar(rows, self.out / "figures" / "radar.png")
+        charts.bars(rows, self.out / "figures" / "scores.png")
+        charts.radar(rows, self.out / "figures" / "radar.png")
         for row in rows:
             known = "error" not in row and row["dataset"] in datasets
             if known and row["fraction"] == datasets[row["dataset"]].info.share and not row["shots"]:
@@ -272,7 +272,7 @@ class Session:
         name = f"{row['dataset']}-{protocol}-{row['model']}-{'+'.join(row['inputs'])}-{row['key'][:6]}"
         name = name.replace("/", "_").replace(" ", "_")
         if row.get("confusion") is not None:
-            report.confusion_figure(row, self.out / "figures" / f"confusion-{name}.png")
+            charts.confusion_figure(row, self.out / "figures" / f"confusion-{name}.png")
         path = self.out / "predictions" / f"{row['key']}.npz"
         if path.exists():
             with np.load(path, allow_pickle=False) as f:
@@ -291,11 +291,11 @@ class Session:
         title = f"{row['dataset']}: {row['model']}, {row['protocol']}"
         if row["task"] == "segmentation":
             rows = [i for i, sample in enumerate(ids) if sample in place][:6]
-            report.mask_sheet(info, [(test[place[ids[i]]], predictions[i]) for i in rows], path, title)
+            charts.mask_sheet(info, [(test[place[ids[i]]], predictions[i]) for i in rows], path, title)
         elif row["task"] == "classification":
             wrong = [i for i in np.nonzero(predictions != targets)[0] if ids[i] in place]
             shown = [
                 (test[place[ids[i]]], f"{info.classes[targets[i]]}\n→ {info.classes[predictions[i]]}")
                 for i in wrong[:24]
             ]
-            report.error_sheet(info, shown, path, f"{title}: {len(wrong)} of {len(ids)} wrong")
+            charts.error_sheet(info, shown, path, f"{title}: {len(wrong)} of {len(ids)} wrong")

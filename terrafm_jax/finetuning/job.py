@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from terrafm_jax.config import ConfigError
-from terrafm_jax.evals import protocols, report, store
+from terrafm_jax.evals import charts, protocols, report, store
 from terrafm_jax.evals.datasets import open_suite
 from terrafm_jax.evals.datasets.base import Dataset, Split, few_shot, label_fraction
 from terrafm_jax.evals.datasets.doubts import doubts, unseen
@@ -150,7 +150,7 @@ class Job:
         (self.folder / "results.jsonl").write_text(json.dumps(row, default=store._plain) + "\n")
         (self.folder / "results.md").write_text(report.markdown([row]))
         if row["confusion"] is not None:
-            report.confusion_figure(row, self.folder / "figures" / "confusion.png")
+            charts.confusion_figure(row, self.folder / "figures" / "confusion.png")
         if c.predictions:
             from terrafm_jax.finetuning.predict import write_predictions
 
