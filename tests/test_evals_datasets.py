@@ -18,6 +18,7 @@ from terrafm_jax.evals.datasets.base import (
     canonical,
     collate,
     few_shot,
+    held_out,
     label_fraction,
 )
 
@@ -69,6 +70,16 @@ def test_stratified_fractions_and_shots():
     assert len(label_fraction(np.zeros((50, 3), bool), 0.2, 0)) == 10
     with pytest.raises(DatasetError, match="label fraction 2"):
         label_fraction(y, 2, 0)
+
+
+def test_what_is_held_out_leaves_every_class_to_learn_from():
+    y = np.repeat([0, 1, 2], [50, 2, 1])
+    rest, held = held_out(y, 0.2, seed=0)
+    np.testing.assert_array_equal(np.sort(np.concatenate([rest, held])), np.arange(53))
+    np.testing.assert_array_equal(np.bincount(y[held], minlength=3), [10, 1, 0])
+    for few in (np.arange(4), np.array([7]), np.zeros((1, 3), bool)):  # nothing to spare: chosen by what is learned
+        for part in held_out(few, 0.2, seed=0):
+            np.testing.assert_array_equal(part, np.arange(len(few)))
 
 
 def test_batches_split_where_sizes_change():

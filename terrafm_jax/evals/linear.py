@@ -14,7 +14,7 @@ import optax
 from jax import Array
 
 from terrafm_jax.evals import heads, metrics
-from terrafm_jax.evals.datasets.base import label_fraction
+from terrafm_jax.evals.datasets.base import held_out
 from terrafm_jax.evals.knn import score_classification
 from terrafm_jax.evals.metrics import Result
 from terrafm_jax.evals.versioned import Versioned
@@ -172,11 +172,8 @@ def headline(task: str, scores: np.ndarray, targets: np.ndarray) -> float:
 
 
 def hold_out(train: Split, share: float = 0.2, seed: int = 0) -> tuple[Split, Split]:
-    """(rest, held out): a stratified share of the train split, where a data set has no validation split."""
-    held = label_fraction(train.targets, share, seed) if len(train.targets) > 1 else np.array([0])
-    rest = np.setdiff1d(np.arange(len(train.targets)), held)
-    if not rest.size:
-        rest = held
+    """(rest, held out): a stratified share of the train split (``datasets.base.held_out``)."""
+    rest, held = held_out(train.targets, share, seed)
     return Split(train.features[rest], train.targets[rest]), Split(train.features[held], train.targets[held])
 
 

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from terrafm_jax.config import ConfigError
 from terrafm_jax.evals import charts, protocols, report, store
 from terrafm_jax.evals.datasets import open_suite
-from terrafm_jax.evals.datasets.base import Dataset, Split, few_shot, label_fraction
+from terrafm_jax.evals.datasets.base import Dataset, Split, few_shot, held_out, label_fraction
 from terrafm_jax.evals.datasets.doubts import doubts, unseen
 from terrafm_jax.evals.encoders import open_encoder
 from terrafm_jax.evals.features import Encoder, FeatureError
@@ -230,6 +230,5 @@ def _subset(split: Split, fraction: float, shots: int, seed: int) -> Split:
 
 
 def _hold_out(split: Split, seed: int) -> tuple[Split, Split]:
-    held = label_fraction(_targets(split), 0.2, seed)
-    rest = np.setdiff1d(np.arange(len(split)), held)
+    rest, held = held_out(_targets(split), 0.2, seed)
     return split.subset(rest), split.subset(held)

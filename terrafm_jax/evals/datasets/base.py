@@ -279,6 +279,22 @@ def label_fraction(labels: np.ndarray, fraction: float, seed: int, minimum: int 
     return np.sort(np.concatenate(picked))
 
 
+def held_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted indices (rest, held): a stratified ``share`` to choose by, where there is no validation split.
+
+    The only sample of a class stays in the rest, else the class would never be learned. Where that leaves nothing to
+    one of the two, both are all samples.
+    """
+    labels = np.asarray(labels)
+    held = label_fraction(labels, share, seed)
+    if labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer):
+        values, counts = np.unique(labels, return_counts=True)
+        held = held[~np.isin(labels[held], values[counts == 1])]
+    everything = np.arange(len(labels))
+    rest = np.setdiff1d(everything, held)
+    return (rest, held) if rest.size and held.size else (everything, everything)
+
+
 def few_shot(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
     """Sorted indices of ``shots`` samples per class (fewer where a class has fewer)."""
     rng = np.random.default_rng([seed, shots])
