@@ -108,7 +108,7 @@ class PatchEmbed(nn.Module):
         return found.new_zeros(count, *found.shape[1:]).index_copy(0, rows, found)
 
     def _pooled(self, values: Sequence[Tensor], weight: Tensor) -> Tensor:
-        """Normalised, pooled vectors without forming one per query: moments from sums and the Gram matrix."""
+        """Normalized, pooled vectors without forming one per query: moments from sums and the Gram matrix."""
         wide = 3 * self.spec.width
         v = torch.stack(values, -2).float()  # [N, T, H, M, c]
         pool = (self.pool * self.norm_input.weight).view(self.spec.fusion_heads, -1)

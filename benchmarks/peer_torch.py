@@ -3,7 +3,7 @@
     python -m benchmarks.peer_torch --size b --batch 64 --steps 20 [--folded] [--compile on|off] [--dtype bfloat16]
 
 bf16 autocast on a GPU, scaled_dot_product_attention, fused AdamW, TF32, torch.compile, foreach clip and
-EMA, and no device synchronisation in the step. The peer is handed ready-made, normalised views (our own
+EMA, and no device synchronization in the step. The peer is handed ready-made, normalized views (our own
 step also cuts them from raw tiles). The last line is JSON.
 """
 
@@ -94,7 +94,7 @@ class Trainer:
 
 
 def random_views(spec: PeerSpec, batch: int, count: int, size: int, device: torch.device) -> Mapping[str, Tensor]:
-    """Normalised noise: sensor -> images [B * V, C, size, size]."""
+    """Normalized noise: sensor -> images [B * V, C, size, size]."""
     return {s: 0.5 + 0.25 * torch.randn(batch * count, c, size, size, device=device) for s, c in spec.bands}
 
 

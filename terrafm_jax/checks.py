@@ -150,8 +150,8 @@ def _optical(key: str, seen: np.ndarray, said: Declared, small: bool, spell: Spe
         nodata = spell.nodata.format(key=key, value=seen.min())
         return [Finding(f"{found}: {seen.min():g} is no reflectance but nodata; pass {nodata}", True)]
     if not whole and -20 < low < -0.3 and high < 20 and np.mean(seen < 0) > 0.05:
-        text = f"{found} look standardised (mean {seen.mean():.2g}, deviation {seen.std():.2g})"
-        return [Finding(f"{text}; give DN (reflectance x 10000), normalising is done here", True)]
+        text = f"{found} look standardized (mean {seen.mean():.2g}, deviation {seen.std():.2g})"
+        return [Finding(f"{text}; give DN (reflectance x 10000), normalizing is done here", True)]
     if said.unit == "reflectance":
         return _reflectance(found, high, dn)
     if not whole and high <= MAX_REFLECTANCE:
@@ -231,7 +231,7 @@ def _radar(key: str, seen: np.ndarray, said: Declared, spell: Spelling, among: b
         text = f"{found} are no dB; {_positive(seen, key, spell)}"
         return [Finding(text, True) if middle >= _AMPLITUDE else _doubt(f"{text} (or {db} if they are dB)", said)]
     if abs(middle) < 2 and low > -6 and not among:
-        text = f"{found} look standardised, not like dB; give dB, normalising is done here"
+        text = f"{found} look standardized, not like dB; give dB, normalizing is done here"
         return [_doubt(f"{text} (or pass {db} if they are dB)", said)]
     nodata = spell.nodata.format(key=key, value=seen.min())
     if not _BACKSCATTER[0] < middle < _BACKSCATTER[1]:

@@ -84,7 +84,7 @@ def base() -> ConfigDict:
     c.views.local_size = 96  # [paper]
     c.views.global_scale = (0.25, 1.0)  # [paper]
     c.views.local_scale = (0.05, 0.25)  # [paper]
-    c.views.flips = True  # [ours]; colour jitter, blur and solarisation are left out on purpose [paper]
+    c.views.flips = True  # [ours]; color jitter, blur and solarization are left out on purpose [paper]
     c.views.modality_rule = "bernoulli"  # [ours] best reading; "fuse_or_one", "one", "all"
     c.views.modality_threshold = 0.5  # [paper]
     c.views.modality_group = 0  # [ours] samples whose views share out the subsets evenly; 0: each draws by itself
@@ -334,7 +334,7 @@ def train_spec(config: ConfigDict, steps: Mapping[str, int], stats: Statistics, 
 
     Args:
       steps: from :func:`durations`.
-      stats: normalisation statistics.
+      stats: normalization statistics.
       shares: [NUM_CATEGORIES] expected share of each land-cover category among the sampled records. Where no
         frequent class is among them (maps were not given), there is one center: alpha is 1.
     """

@@ -1,4 +1,4 @@
-"""Pictures of a run: learning curves, land cover before and after sampling, features as colours, comparisons.
+"""Pictures of a run: learning curves, land cover before and after sampling, features as colors, comparisons.
 
 matplotlib is imported inside the functions: a training host does not need it.
 """

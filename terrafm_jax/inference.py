@@ -41,7 +41,7 @@ class Model:
     """Pretrained weights ready to encode.
 
     Attributes:
-      spec: the network. stats: normalisation statistics, ``stats[sensor]`` is (mean, std).
+      spec: the network. stats: normalization statistics, ``stats[sensor]`` is (mean, std).
       backbone: parameters (float32). head: those of the DINO head, or None.
       meta: what the writer recorded (config, step, metrics). source: where the weights were read.
       upstream_l2a_stem: reproduce the released code's fault of sending L2A through the L1C stem. Published
@@ -101,13 +101,13 @@ class Model:
           units: by sensor, "dn" (default) or "reflectance" for Sentinel-2, "db" (default) or "power" ("linear") for
             Sentinel-1. What is declared wins; what is not declared is refused if it looks like something else.
           offset: DN to subtract from Sentinel-2 (1000 for processing baselines from 04.00 on unless the values
-            are harmonised): a number, [B], or a dict of these by sensor. An explicit 0 says that none is inside.
+            are harmonized): a number, [B], or a dict of these by sensor. An explicit 0 says that none is inside.
           bands: by sensor, the names of the bands given, in their order. Default: all, in canonical order. B10 of
             Level-1C, if named, is looked at for the offset and dropped.
           layers: blocks (0-based, negative from the end) whose features are returned too.
           batch_size: images a device handles at once.
           check: whether to ask if the values are what they are called (all images together, and each for what no
-            ground can look like), and to take zeros for nodata; False only for what was checked, harmonised and masked
+            ground can look like), and to take zeros for nodata; False only for what was checked, harmonized and masked
             before.
 
         Returns:

@@ -1,7 +1,7 @@
 """The table of land-cover categories: ESA WorldCover classes, plus open sea and unknown.
 
 WorldCover never is a label or an input in pretraining; it steers sampling and the frequency-aware
-center. Codes and colours: ESA WorldCover 10 m v200 product user manual.
+center. Codes and colors: ESA WorldCover 10 m v200 product user manual.
 """
 
 from __future__ import annotations

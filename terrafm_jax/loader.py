@@ -34,7 +34,7 @@ class Loaded:
     """What a path holds.
 
     params: {"backbone": ..., "head": ... or absent}, float32 NumPy arrays.
-    spec: the network. stats: its normalisation. meta: whatever else the writer recorded. source: the path read.
+    spec: the network. stats: its normalization. meta: whatever else the writer recorded. source: the path read.
     """
 
     params: dict[str, Any]

@@ -1,7 +1,7 @@
 """The table of sensors: bands, order, ground sampling, units, nodata, statistics and aliases.
 
 Nothing else in the project repeats what stands here. Preparation, training, evaluation, export and
-inference ask this module for band order and normalise through :func:`normalize`.
+inference ask this module for band order and normalize through :func:`normalize`.
 
 Order and published statistics are those of the released TerraFM weights (arXiv 2506.06281 and its
 public inference code); the processing-baseline offset is not part of them.
@@ -25,7 +25,7 @@ class SensorError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Band:
-    """One spectral band or polarisation, stored at ``gsd`` metres by the data provider."""
+    """One spectral band or polarization, stored at ``gsd`` metres by the data provider."""
 
     name: str
     gsd: int
@@ -213,14 +213,14 @@ NORMALIZED_MEAN = 0.5  # what `normalize` makes of the mean
 
 
 def normalize(values: Any, mean: Any, std: Any, offset: Any = 0.0) -> Any:
-    """The one normalisation: ``(values - offset - (mean - 2 std)) / (4 std)``, without clipping.
+    """The one normalization: ``(values - offset - (mean - 2 std)) / (4 std)``, without clipping.
 
     Maps mean +- 2 std to [0, 1]. Works on NumPy, JAX and PyTorch arrays alike; ``mean`` and ``std``
     broadcast against the last axis (bands). Source: the first author's port of the released weights.
 
     Args:
       values: measurements in the sensor's unit (DN as delivered, dB).
-      mean, std: statistics per band in the same unit, of harmonised values.
+      mean, std: statistics per band in the same unit, of harmonized values.
       offset: the processing-baseline offset of the product in DN (1000 or 0; 0 for Sentinel-1).
     """
     return (values - offset - (mean - 2.0 * std)) / (4.0 * std)

@@ -37,7 +37,7 @@ def close(a, b, atol: float = 1e-5) -> None:
         np.testing.assert_allclose(x, y, rtol=0, atol=atol * max(1.0, float(np.abs(y).max())))
 
 
-def test_encode_equals_the_network_on_normalised_patches(model):
+def test_encode_equals_the_network_on_normalized_patches(model):
     x = images((32, 48))
     patches = {
         k: patchify(normalize(v.astype(np.float32), *(a[None, None, None] for a in model.stats[k])), 16)
@@ -230,9 +230,9 @@ def test_values_that_cannot_be_what_they_are_called(model):
         ({"s2_l2a": dn / 100.0}, "look like percent"),
         ({"s2_l2a": dn / 100.0, "units": {"s2_l2a": "reflectance"}}, "look like percent"),
         ({"s2_l2a": (dn % 256).astype(np.uint8)}, "8-bit preview"),
-        ({"s2_l2a": (dn - 3000.0) / 1700.0}, "look standardised"),
+        ({"s2_l2a": (dn - 3000.0) / 1700.0}, "look standardized"),
         ({"s2_l2a": np.where(dn > 3000, dn.astype(np.float32), -9999)}, "-9999 is no reflectance but nodata"),
-        ({"s1": (s1 + 14) / 4}, "look standardised"),
+        ({"s1": (s1 + 14) / 4}, "look standardized"),
         ({"s1": -s1.clip(None, -1)}, "lost their sign"),
         ({"s1": (10 ** (s1 / 20) * 2000).astype(np.uint16)}, "amplitude in DN"),
         ({"s1": 10 ** ((s1 + 4) / 20)}, "power.*or amplitude"),

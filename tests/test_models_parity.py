@@ -25,7 +25,7 @@ TOLERANCE = 1e-4  # relative to the largest value, float32
 
 
 def lively(spec: ModelSpec, seed: int = 0) -> dict:
-    """Parameters without the zeros and ones of initialisation, which would hide a wrong bias or scale."""
+    """Parameters without the zeros and ones of initialization, which would hide a wrong bias or scale."""
     params = jax.jit(init_params, static_argnums=0)(spec, jax.random.key(seed))
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: np.asarray(x) + rng.normal(0, 0.05, x.shape).astype(np.float32), params)

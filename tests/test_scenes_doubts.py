@@ -174,7 +174,7 @@ def test_grd_safe_is_told_from_a_folder_without_bands(tmp_path: Path) -> None:
     [
         ((surface(64, 64, 12) // 10).astype(np.uint8), "8-bit preview"),
         (surface(64, 64, 12) / np.float32(100), "look like percent"),
-        ((surface(64, 64, 12) - np.float32(1500)) / np.float32(600), "look standardised"),
+        ((surface(64, 64, 12) - np.float32(1500)) / np.float32(600), "look standardized"),
         (np.zeros((12, 64, 64), np.uint16), "nothing but zeros"),
         (np.full((12, 64, 64), np.nan, np.float32), "nothing but nodata"),
         (np.full((12, 64, 64), -9999, np.int16), "pass --nodata s2_l2a=-9999"),
@@ -198,7 +198,7 @@ def test_radar_that_is_no_power_nor_decibels(tmp_path: Path) -> None:
         ("sign", np.abs(db), "power", "cannot be power"),
         ("sign", np.abs(db), "db", "lost their sign"),
         ("power", 10 ** (db / 10), "", "look like power; pass --unit s1=power"),
-        ("scores", (db + 15) / 4, "", "look standardised"),
+        ("scores", (db + 15) / 4, "", "look standardized"),
     ):
         path = write(tmp_path / f"{name}.tif", values.astype(values.dtype), names=("VV", "VH"))
         with pytest.raises(SceneError, match=words):

@@ -74,7 +74,7 @@ def test_bands_are_known_by_the_names_of(family: str) -> None:
 
 
 @pytest.mark.parametrize("names", [("VV", "VH"), ("vv", "vh")], ids=["torchgeo, TerraTorch", "torchgeo-bench, STAC"])
-def test_polarisations_are_known_by_their_names(names: tuple[str, str]) -> None:
+def test_polarizations_are_known_by_their_names(names: tuple[str, str]) -> None:
     assert S1.canonical(names) == ("VV", "VH")
 
 

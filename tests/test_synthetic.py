@@ -140,8 +140,8 @@ def test_values_are_plausible(cells: list[Cell]) -> None:
                 assert values.dtype == (np.float32 if key == "s1" else np.uint16)
                 if key != "s1":
                     assert values.shape == (96 * 10 // gsd,) * 2
-                    harmonised = values[values > 0].astype(int) - product.acquired.offset
-                    assert harmonised.max() < 16000, (key, name)
+                    harmonized = values[values > 0].astype(int) - product.acquired.offset
+                    assert harmonized.max() < 16000, (key, name)
     vv = np.concatenate([c.products["s1"].bands["vv"].ravel() for c in cells if "s1" in c.products])
     assert set(np.unique(vv[vv <= 0])) == {-32768.0}
     assert -16 < 10 * np.log10(np.median(vv[vv > 0])) < -8

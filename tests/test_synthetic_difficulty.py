@@ -21,7 +21,7 @@ CLASSES, CELLS_PER_CLASS, TILE = 12, 13, 60
 
 
 def bands(cell: Cell, row: int, col: int) -> dict[str, np.ndarray]:
-    """Bands of one tile at native sampling, NaN without measurement: harmonised DN, or dB."""
+    """Bands of one tile at native sampling, NaN without measurement: harmonized DN, or dB."""
     found = {}
     for key, product in cell.products.items():
         for name, values in product.bands.items():

@@ -16,7 +16,7 @@ SPEC = ViewSpec(globals=1, locals=2, global_size=32, local_size=16, patch=8)
 
 
 def expected_view(batch: dict, key: str, i: int, box: np.ndarray, flip: np.ndarray, out: int) -> np.ndarray:
-    """Normalised view [out, out, C] of one sensor from the slow resampler; NaN where hardly any weight is valid."""
+    """Normalized view [out, out, C] of one sensor from the slow resampler; NaN where hardly any weight is valid."""
     s = SENSORS[key]
     mean, std = STATS[key]
     result = np.full((out, out, len(s.bands)), np.nan)
@@ -32,7 +32,7 @@ def expected_view(batch: dict, key: str, i: int, box: np.ndarray, flip: np.ndarr
 
 
 def group_views(entry: dict, mean: float, std: float, boxes: np.ndarray, flips: np.ndarray, out: int) -> np.ndarray:
-    """One group of sample 0 cut to [V, out, out, bands] by the package, normalised with one mean and std."""
+    """One group of sample 0 cut to [V, out, out, bands] by the package, normalized with one mean and std."""
     bands = entry["dn"].shape[-1]
 
     @jax.jit
@@ -127,7 +127,7 @@ def test_agrees_with_torch_away_from_the_edges_of_the_box(box: tuple[float, ...]
     want = torch.nn.functional.interpolate(
         torch.from_numpy(crop.copy()), size=(out, out), mode="bilinear", antialias=True, align_corners=False
     )[0].permute(1, 2, 0)
-    got = group_views(entry, 2.0, 1.0, [whole], [(False, False)], out)[0] * 4.0  # normalised: x / 4
+    got = group_views(entry, 2.0, 1.0, [whole], [(False, False)], out)[0] * 4.0  # normalized: x / 4
     rim = 2
     np.testing.assert_allclose(got[rim:-rim, rim:-rim], want.numpy()[rim:-rim, rim:-rim], rtol=1e-4, atol=0.1)
 
@@ -182,7 +182,7 @@ def test_all_sensors_and_groups_see_the_same_ground() -> None:
             for i in range(3):
                 y0, _, x0, _ = group["geometry"][i]
                 v, u = np.meshgrid((np.arange(inner) + 0.5 - x0) / inner, (np.arange(inner) + 0.5 - y0) / inner)
-                field = 0.5 + 0.3 * np.sin(2.5 * u + i) * np.cos(2.0 * v)  # wanted normalised value
+                field = 0.5 + 0.3 * np.sin(2.5 * u + i) * np.cos(2.0 * v)  # wanted normalized value
                 s = SENSORS[key]
                 bands = list(s.indices(s.groups[name]))
                 mean, std = STATS[key][0][bands], STATS[key][1][bands]

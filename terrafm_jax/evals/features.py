@@ -1,6 +1,6 @@
 """Features for evaluation: of prepared tiles (inside training) and of labelled images (raw arrays).
 
-Both normalise through ``sensors.normalize`` and hand patches to ``models.terrafm.encode``; neither knows files.
+Both normalize through ``sensors.normalize`` and hand patches to ``models.terrafm.encode``; neither knows files.
 """
 
 from __future__ import annotations
@@ -143,11 +143,11 @@ class ImageBatch:
 def prepare_image(
     image: Array, mean: np.ndarray, std: np.ndarray, offset: Array, bands: Array, size: tuple[int, int]
 ) -> Array:
-    """Normalises and resizes [B, H, W, C] to [B, *size, C] (bilinear, half-pixel centers, antialiased when shrinking).
+    """Normalizes and resizes [B, H, W, C] to [B, *size, C] (bilinear, half-pixel centers, antialiased when shrinking).
 
-    Pixels without measurement (NaN) are left out by masked renormalisation and filled with the mean. A band that
-    the data set lacks becomes exactly zero after normalisation, which equals slicing it out of the linear stem;
-    zero before normalisation would mean "dark" and costs several points.
+    Pixels without measurement (NaN) are left out by masked renormalization and filled with the mean. A band that
+    the data set lacks becomes exactly zero after normalization, which equals slicing it out of the linear stem;
+    zero before normalization would mean "dark" and costs several points.
     """
     mean, std = (jnp.asarray(a, jnp.float32)[None, None, None] for a in (mean, std))
     values = normalize(image.astype(jnp.float32), mean, std, offset[:, None, None, None]) - FILL

@@ -66,7 +66,7 @@ def norm_init(width: int, affine: bool = True) -> tuple[dict[str, Array], dict[s
 
 
 def batch_norm(params: dict, state: dict, x: Array, train: bool) -> tuple[Array, dict]:
-    """Over all axes but the last. Inside a jit over global arrays the batch is the global one (synchronised)."""
+    """Over all axes but the last. Inside a jit over global arrays the batch is the global one (synchronized)."""
     axes = tuple(range(x.ndim - 1))
     row = (1,) * (x.ndim - 1) + (-1,)
     mean, var = state["mean"], state["var"]

@@ -64,7 +64,7 @@ class TileSets:
         return tuple(_gather(tile_features(encode, self.batches(which))) for which in (self.gallery, self.queries))
 
     def band_statistics(self) -> tuple[TileFeatures, TileFeatures]:
-        """Means and standard deviations per band, standardised over the gallery: the baseline."""
+        """Means and standard deviations per band, standardized over the gallery: the baseline."""
         gallery, queries = self.encode(lambda batch: batch_statistics(batch, self.sensors))
         scaled = standardize(gallery.cls, queries.cls)
         return tuple(dataclasses.replace(f, cls=c) for f, c in zip((gallery, queries), scaled, strict=True))

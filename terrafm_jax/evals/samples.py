@@ -22,7 +22,7 @@ NAMES = {"s2_l2a": S2_L2A.band_names, "s1": ("VV", "VH")}
 def cells(root: Path, limit: int = 0) -> Iterator[tuple[str, dict[str, np.ndarray], dict[str, Any]]]:
     """(cell, pixels per sensor [H, W, C] at 10 m, rasterio profile) of the cells that have both sensors.
 
-    Sentinel-2 as harmonised DN, Sentinel-1 in dB; coarser bands are repeated to 10 m.
+    Sentinel-2 as harmonized DN, Sentinel-1 in dB; coarser bands are repeated to 10 m.
     """
     import pyarrow.parquet as pq
 

@@ -76,7 +76,7 @@ With PyTorch alone (`modeling_terrafm.py` in this folder):
 ```python
 from modeling_terrafm import TerraFM
 model = TerraFM.from_pretrained(".")
-out = model({"s2_l2a": dn})      # float tensor [B, 12, H, W], harmonised DN
+out = model({"s2_l2a": dn})      # float tensor [B, 12, H, W], harmonized DN
 out.cls, out.patches             # [B, d], [B, h, w, d]
 ```
 
@@ -85,7 +85,7 @@ With JAX: `terrafm_jax.load("FOLDER").encode(s2_l2a=dn)`, images [B, H, W, bands
 
 def _inputs(loaded: Loaded) -> str:
     lines = [
-        "Values are normalised inside: `(x - (mean - 2 std)) / (4 std)`, without clipping. Sentinel-2 DN are",
+        "Values are normalized inside: `(x - (mean - 2 std)) / (4 std)`, without clipping. Sentinel-2 DN are",
         "reflectance x 10000 with the processing-baseline offset (1000 since baseline 04.00) subtracted; Sentinel-1 is",
         f"backscatter in dB. Statistics: {loaded.stats.source}.",
         "",

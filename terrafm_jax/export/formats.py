@@ -135,7 +135,7 @@ def _chosen(loaded: Loaded, sensors: Sequence[str]) -> tuple[str, ...]:
 def stablehlo(loaded: Loaded, size: tuple[int, int], sensors: Sequence[str] = ()) -> bytes:
     """A serialized ``jax.export`` program: (images per sensor) -> {"cls": [b, d], "patches": [b, h, w, d]}.
 
-    Images are float32 [b, H, W, bands] in DN (harmonised) or dB, any number b of them, H and W fixed; weights and
+    Images are float32 [b, H, W, bands] in DN (harmonized) or dB, any number b of them, H and W fixed; weights and
     statistics are inside. Runs on CPU, GPU and TPU by ``jax.export.deserialize(...).call(images)``.
     """
     # "gpu" stands for plain code: what the CPU gets by default is tuned for training there.

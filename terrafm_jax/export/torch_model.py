@@ -5,7 +5,7 @@ Needs PyTorch and nothing else. Lies in an exported folder as ``modeling_terrafm
 
     from modeling_terrafm import TerraFM
     model = TerraFM.from_pretrained("FOLDER")
-    out = model({"s2_l2a": dn, "s1": db})     # [B, bands, H, W]: harmonised DN, dB; bands as in model.bands
+    out = model({"s2_l2a": dn, "s1": db})     # [B, bands, H, W]: harmonized DN, dB; bands as in model.bands
     out.cls, out.patches                      # [B, d], [B, h, w, d]
 
 Method: TerraFM, arXiv 2506.06281; the cross-attention over sensors is a reconstruction. Apache-2.0.
@@ -80,7 +80,7 @@ class PatchEmbed(nn.Module):
             self.fusion = Fusion(width, config["queries"], config["fusion_heads"])
 
     def forward(self, images: dict[str, Tensor], present: Tensor | None) -> Tensor:
-        """Normalised images [B, C, H, W] -> [B, N, d]."""
+        """Normalized images [B, C, H, W] -> [B, N, d]."""
         tokens = []
         for sensor, image in images.items():
             stem = getattr(self, f"conv2d_{sensor}")(image).flatten(2).transpose(1, 2)
@@ -218,7 +218,7 @@ class TerraFM(nn.Module):
     def encode(
         self, images: dict[str, Tensor], present: Tensor | None = None, layers: tuple[int, ...] = ()
     ) -> Features:
-        """The same for images that are normalised already (see :meth:`normalize`)."""
+        """The same for images that are normalized already (see :meth:`normalize`)."""
         images = self._checked(images)
         tokens = self.patch_embed(images, present)
         patch = self.config["patch"]

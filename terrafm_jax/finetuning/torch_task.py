@@ -131,7 +131,7 @@ class FineTuned(nn.Module):
         return model.eval()
 
     def forward(self, images: dict[str, Tensor]) -> Tensor:
-        """[B, bands, H, W] per sensor (harmonised DN, dB) -> probabilities [B, C], [B, C, H, W], or values [B, 1]."""
+        """[B, bands, H, W] per sensor (harmonized DN, dB) -> probabilities [B, C], [B, C, H, W], or values [B, 1]."""
         own = next(iter(images.values())).shape[2:]
         size = self.settings["image_size"]
         patch = self.encoder.config["patch"]

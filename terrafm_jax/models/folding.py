@@ -154,7 +154,7 @@ def _normalize(x: Array, spec: ModelSpec) -> Array:
 def _fuse(
     spec: ModelSpec, folded: Folded, patches: Mapping[str, Array], present: Array | None, places: Sequence[int] | None
 ) -> Array:
-    """Weighted mean over queries of their normalised vectors, [B, h, w, D]; the vectors are never materialized."""
+    """Weighted mean over queries of their normalized vectors, [B, h, w, D]; the vectors are never materialized."""
     values, scores = map(list, zip(*_products(spec, folded, patches, present, places), strict=True))
     if fusion_kernels.resolve(spec):  # the same on TPU, in one pass over the values
         return fusion_kernels.mix(values, scores, present, folded.pool, spec)

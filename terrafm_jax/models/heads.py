@@ -45,7 +45,7 @@ class DinoHead(nnx.Module):
         return unit(third(gelu(second(gelu(first(cls))))), -1, self.spec.stat_dtype)
 
     def prototypes(self) -> Array:
-        """Unit columns [bottleneck, K] in ``stat_dtype``; each device normalises its own before they are gathered."""
+        """Unit columns [bottleneck, K] in ``stat_dtype``; each device normalizes its own before they are gathered."""
         columns = unit(self.last_layer.kernel[...], 0, self.spec.stat_dtype)
         return gather_columns(columns, self.spec)
 

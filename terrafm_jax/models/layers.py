@@ -1,4 +1,4 @@
-"""Linear layers, norms, activations and their initialisation: the leaves of the network.
+"""Linear layers, norms, activations and their initialization: the leaves of the network.
 
 Every matrix product with a weight goes through :func:`linear`.
 """
@@ -199,7 +199,7 @@ class Linear(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Normalises the last axis; ``eps`` 1e-6 in the blocks and 1e-5 in the token projection."""
+    """Normalizes the last axis; ``eps`` 1e-6 in the blocks and 1e-5 in the token projection."""
 
     def __init__(self, spec: ModelSpec, features: int, eps: float = 1e-6, *, rngs: nnx.Rngs | None = None):
         del rngs  # unused, but ``_graph`` passes it to every module

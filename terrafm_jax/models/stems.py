@@ -25,7 +25,7 @@ from terrafm_jax.sensors import NORMALIZED_MEAN
 class Stem(nnx.Module):
     """A convolution with kernel = stride = patch, as a matrix product: kernel [p*p*C, 3d].
 
-    The bias starts at minus the kernel's response to the mean image. Normalised values are centered on 0.5, not 0; with
+    The bias starts at minus the kernel's response to the mean image. Normalized values are centered on 0.5, not 0; with
     a random bias this constant would outweigh the differences between patches, all tokens would start out nearly alike,
     and small models would spend hundreds of steps near collapse (docs/experiments.md).
     """

@@ -102,7 +102,7 @@ def encode(
     Args:
       spec: the network; execution options (dtype, attention, ...) may differ from those used at init.
       backbone: ``params["backbone"]``.
-      patches: sensor -> normalised patches [B, h, w, p*p*C] (see :func:`patchify`), or the other layout of
+      patches: sensor -> normalized patches [B, h, w, p*p*C] (see :func:`patchify`), or the other layout of
         ``models.stems``. With one sensor this is the released path; with several they are fused.
       present: bool [B, S] over ``spec.sensors``: sensors each sample has. None: those in ``patches``. Without
         fusion weights, several sensors may be given only if exactly one of them is present in each sample.

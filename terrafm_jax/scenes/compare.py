@@ -27,7 +27,7 @@ def tags(a: Mapping[str, str], b: Mapping[str, str]) -> tuple[list[str], list[st
     if _differ(a, b, "TERRAFM_STATISTICS"):
         ours, theirs = _json(a, "TERRAFM_STATISTICS"), _json(b, "TERRAFM_STATISTICS")
         if any(ours[k] != theirs[k] for k in set(ours) & set(theirs)) and not wrong:
-            wrong.append("their normalisation statistics differ; embed both with the same --checkpoint")
+            wrong.append("their normalization statistics differ; embed both with the same --checkpoint")
     if "TERRAFM_CHECKPOINT" in a and "TERRAFM_CHECKPOINT" in b:
         stems = [_STEM in x["TERRAFM_CHECKPOINT"] for x in (a, b)]
         if stems[0] != stems[1]:

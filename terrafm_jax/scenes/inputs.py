@@ -72,7 +72,7 @@ def _as_declared(found: Acquisition, sensor: Sensor, declared: Declared) -> Acqu
             scale = f"{stated[0][0]:g}"
             raise SceneError(f"{path}: states scale {scale} itself, so its values are reflectance; leave --unit out")
         unit = "reflectance"
-    # A file that states an offset of its own is read harmonised: the product's must not be taken off again.
+    # A file that states an offset of its own is read harmonized: the product's must not be taken off again.
     own = 0.0 if any(shift for _, shift in stated) else found.offset
     offset = declared.offset.get(key, own)
     return dataclasses.replace(found, unit=_unit(sensor, unit), offset=offset, nodata=declared.nodata.get(key))

@@ -37,7 +37,7 @@ class Acquisition:
       sensor: key of the table of sensors.
       layers: one per band, in canonical order; bands of the sensor may be missing.
       unit: one of ``units.WORDS``.
-      offset: processing-baseline DN still inside (0 = harmonised).
+      offset: processing-baseline DN still inside (0 = harmonized).
       nodata: value that means "no measurement" beside what the files declare; None = only that.
       product, time: as far as known.
       classes: path of the scene classification (SCL), if there is one.

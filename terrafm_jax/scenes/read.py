@@ -1,7 +1,7 @@
 """Pixels of any part of the scene's grid: warped, in canonical units, several dates composited, with a mask.
 
 Resampling follows the views of pretraining: an antialiased triangle (GDAL's bilinear warp widens its
-kernel when it shrinks), renormalised over valid pixels; Sentinel-1 in linear power.
+kernel when it shrinks), renormalized over valid pixels; Sentinel-1 in linear power.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class SceneReader:
         return Pixels(np.moveaxis(values, 0, -1), ~missing)  # a view: whoever cuts windows copies anyway
 
     def _date(self, date: Acquisition, grid: Grid) -> np.ndarray:
-        """float32 [bands, H, W] in harmonised DN or linear power, NaN where nothing was measured."""
+        """float32 [bands, H, W] in harmonized DN or linear power, NaN where nothing was measured."""
         groups: dict[tuple[Any, ...], list[Layer]] = defaultdict(list)
         for layer in date.layers:
             if layer.band in self.bands[date.sensor]:
@@ -297,7 +297,7 @@ class _Stored:
 def _measured(
     data: np.ndarray, date: Acquisition, stored: Sequence[_Stored], note: Callable[[str], None]
 ) -> np.ndarray:
-    """Harmonised DN or linear power, NaN where nothing was measured; ``data`` float32 [bands, H, W] may be changed.
+    """Harmonized DN or linear power, NaN where nothing was measured; ``data`` float32 [bands, H, W] may be changed.
 
     Sentinel-2: nodata is zero (or the declared value) in all bands at once; zero in some bands is dark
     ground. Sentinel-1: any band without a finite, positive power. Values that the unit cannot hold are no

@@ -3,7 +3,7 @@
 The filter is the antialiased triangle of PIL and ``torch.nn.functional.interpolate(antialias=True)``:
 half-pixel centers, support one source pixel when enlarging and the shrink factor when shrinking.
 Unlike theirs it reads beyond the box, as far as the stored array is valid. Nodata is left out by
-masked renormalisation: numerator ``Wy (m x) Wx'`` over denominator ``Wy m Wx'``. Both share weights
+masked renormalization: numerator ``Wy (m x) Wx'`` over denominator ``Wy m Wx'``. Both share weights
 and mask, so scale and rounding of these cancel. Flips are folded into the weights.
 """
 
@@ -60,11 +60,11 @@ def unpack_bits(packed: Array, width: int) -> Array:
 def masked_planes(
     entry: dict[str, Array], scale: float, mean: np.ndarray, std: np.ndarray, offset: Array, dtype: Any
 ) -> tuple[list[Array], Array]:
-    """Normalised values minus FILL, zero where nodata, and the mask.
+    """Normalized values minus FILL, zero where nodata, and the mask.
 
     Everything up to the cast happens in float32: DN minus offset needs more digits than bfloat16 has.
     From here on bands are separate planes: as an array axis, they would map to the eight rows of a TPU's
-    vector register and leave two to six of them empty, and normalising would cost as much as resampling.
+    vector register and leave two to six of them empty, and normalizing would cost as much as resampling.
 
     Args:
       entry: ``dn``, ``valid`` of one resolution group.

@@ -91,7 +91,7 @@ class ViewSet(NamedTuple):
     """Views of one size. B samples, V views, S configured sensors; sample-major.
 
     Attributes:
-      patches: per sensor [B, V, h, w, p * p * C], normalised, bands in canonical order.
+      patches: per sensor [B, V, h, w, p * p * C], normalized, bands in canonical order.
       student, teacher: bool [B, V, S], the sensors either network sees of a view.
       boxes: float32 [B, V, 4] (u0, v0, u1, v1) as fractions of the tile's ground extent.
       flips: bool [B, V, 2] (up-down, left-right).
@@ -186,7 +186,7 @@ def make_views(
     Several view sets of the same tiles are several calls with different keys inside one jit.
 
     Args:
-      stats: per configured sensor mean and std [C] in the sensor's unit, of harmonised values.
+      stats: per configured sensor mean and std [C] in the sensor's unit, of harmonized values.
       batch: as described in ``data/tiles.py``; tiles may be windows, with shifted geometry.
       key: threefry key, e.g. ``fold_in(seed, step)``.
       layout: ``patches``, or ``columns`` [B, V, h, patch, w, C * patch] (column in the patch before the patch,

@@ -2,7 +2,7 @@
 
 The formula counts the cheapest algorithm we know for the views drawn: folded embedding and fusion, drawn
 sensors only, no work for samples that drop path skips. Weight products, resampling, recomputation,
-normalisation (with the fusion's sums over heads) and the loss do not count, so that a wasteful step does not
+normalization (with the fusion's sums over heads) and the loss do not count, so that a wasteful step does not
 score higher. One multiply-add is two FLOPs; the backward pass is twice the forward, except where the input
 needs no gradient.
 """

@@ -25,9 +25,9 @@ def unpatchify(patches: np.ndarray, patch: int) -> np.ndarray:
 
 
 def as_rgb(sensor: str, image: np.ndarray) -> np.ndarray:
-    """Normalised [H, W, C] -> uint8 [H, W, 3]: true color for Sentinel-2, (VV, VH, VV - VH) for Sentinel-1.
+    """Normalized [H, W, C] -> uint8 [H, W, 3]: true color for Sentinel-2, (VV, VH, VV - VH) for Sentinel-1.
 
-    The scale is that of the normalisation (mean +- 2 std), so an image that is too dark or too bright here is
+    The scale is that of the normalization (mean +- 2 std), so an image that is too dark or too bright here is
     too dark or too bright for the network.
     """
     image = image.astype(np.float32)

@@ -74,9 +74,9 @@ class TrainSpec:
 
     Attributes:
       model, views, optim, objective: specs of the parts.
-      stats: normalisation statistics of the sensors.
+      stats: normalization statistics of the sensors.
       frequent: per land-cover category, whether it feeds the second center.
-      seed: of initialisation and of everything drawn while training.
+      seed: of initialization and of everything drawn while training.
       microbatches: gradient accumulation over this many parts of the batch. Less memory; the same result up to
         rounding and different random draws.
       reduce_dtype: "float32" or "bfloat16", the dtype in which gradients of kernels are summed over devices, and
@@ -288,7 +288,7 @@ def _gatherer(spec: TrainSpec) -> Callable[[Any], Any]:
 
 
 def _feature_std(tokens: jax.Array) -> jax.Array:
-    """Spread over the batch of the L2-normalised class tokens, times sqrt(d): 1 for random directions, 0 collapsed."""
+    """Spread over the batch of the L2-normalized class tokens, times sqrt(d): 1 for random directions, 0 collapsed."""
     tokens = _merge(tokens).astype(jnp.float32)
     unit = tokens / jnp.maximum(jnp.linalg.norm(tokens, axis=-1, keepdims=True), 1e-12)
     return jnp.mean(jnp.std(unit, axis=0)) * jnp.sqrt(jnp.float32(tokens.shape[-1]))

@@ -66,7 +66,7 @@ DATASETS: dict[str, Spec] = {
     ),
     "m-SA-crop-type": Spec(
         "segmentation", "segmentation_v1.0", "s2_l2a", 10, _S2_12, tile=64,
-        note="cut into 64 px tiles; values look 8-bit, so normalised inputs lie far from pretraining",
+        note="cut into 64 px tiles; values look 8-bit, so normalized inputs lie far from pretraining",
     ),
 }  # fmt: skip
 REFUSED = {

@@ -31,7 +31,7 @@ class Mixture(NamedTuple):
 
     weights: per sensor, the softmax over sensors. mean, inverse: mean and inverse standard deviation of each query's
     vector. share: its weight in the pooling. varies: whether its variance is above zero. ask: its product with the
-    pooling vector, the pooling's logit before normalisation.
+    pooling vector, the pooling's logit before normalization.
     """
 
     weights: list[Array]
