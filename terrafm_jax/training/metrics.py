@@ -107,8 +107,8 @@ def _run_id(workdir: str) -> str:
 def _board(folder: str) -> Any:
     from tensorboardX import SummaryWriter
 
-    try:
-        return SummaryWriter(folder)
+    try:  # files are named by the second: without the suffix a quick second start replaces the first one's
+        return SummaryWriter(folder, filename_suffix=f".{uuid.uuid4().hex[:8]}")
     except Exception as error:
         if "://" not in folder:
             raise
