@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import ClassVar
@@ -131,3 +132,11 @@ def test_the_page_at_the_end_sees_every_row(clock, monkeypatch) -> None:
     plan = SimpleNamespace(writes=True, workdir=RUN, total=5)
     loop._finish(Tools(plan, None, out, None, SimpleNamespace(line=lambda _: None), None, None), 3, 3, False)
     assert found == [[0, 1, 2]]
+
+
+def test_two_starts_within_a_second_keep_the_scalars_of_both(tmp_path: Path, monkeypatch) -> None:
+    """TensorBoard's files are named by the second in which they are opened."""
+    monkeypatch.setattr(time, "time", lambda: 1.7e9)
+    for _ in range(2):
+        MetricWriter(str(tmp_path), True).close()
+    assert len(list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))) == 2
