@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from terrafm_jax.paths import write_atomically
+
 PARAMS_FILE, META_FILE = "params.npz", "meta.json"
 TEACHER_FOLDER = "teacher"  # WORKDIR/teacher/<step>/
 
@@ -61,17 +63,8 @@ def save_npz(folder: Any, params: Mapping[str, Any], meta: Mapping[str, Any]) ->
     folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     np.savez(buffer, **{path: np.asarray(value, np.float32) for path, value in flatten(params).items()})
-    _replace(folder / PARAMS_FILE, buffer.getbuffer())
-    _replace(folder / META_FILE, json.dumps(dict(meta), indent=2).encode())
-
-
-def _replace(path: Any, content: Any) -> None:
-    if "://" in str(path):  # object stores write whole objects or none
-        path.write_bytes(bytes(content))
-        return
-    partial = path.parent / f"{path.name}.partial"
-    partial.write_bytes(bytes(content))
-    partial.rename(path) if not path.exists() else partial.replace(path)
+    write_atomically(folder / PARAMS_FILE, buffer.getvalue())
+    write_atomically(folder / META_FILE, json.dumps(dict(meta), indent=2).encode())
 
 
 def load_npz(folder: Any) -> tuple[dict[str, Any], dict[str, Any]]:

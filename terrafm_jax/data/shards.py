@@ -30,10 +30,6 @@ class FetchError(RuntimeError):
     """A shard is unavailable: the store does not answer, or the local folder is full. Never means a damaged record."""
 
 
-def is_remote(path: Any) -> bool:
-    return "://" in str(path)
-
-
 def cache_folder() -> Path:
     """The folder of the copies: ``$TERRAFM_SHARD_CACHE``, else one in the system's temporary folder."""
     return Path(os.environ.get(FOLDER_VARIABLE) or Path(tempfile.gettempdir()) / "terrafm_jax_shards")

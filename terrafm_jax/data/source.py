@@ -15,6 +15,7 @@ from etils import epath
 
 from terrafm_jax import landcover
 from terrafm_jax.data import shards, tiles
+from terrafm_jax.paths import is_remote
 
 
 class DataError(ValueError):
@@ -73,7 +74,7 @@ class Split:
         if not path.exists():
             raise DataError(f"{path} is missing; prepare the data set again")
         try:
-            if shards.is_remote(path):
+            if is_remote(path):
                 with path.open("rb") as file:
                     index = np.load(file, allow_pickle=False)
             else:
@@ -231,7 +232,7 @@ class Records:
         from array_record.python import array_record_module
 
         path = f"{self.split.directory.rstrip('/')}/{self.split.files[shard]}"
-        if shards.is_remote(path):
+        if is_remote(path):
             path = str(shards.local_copy(path))
         try:
             reader = array_record_module.ArrayRecordReader(

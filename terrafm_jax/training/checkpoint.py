@@ -16,6 +16,8 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from terrafm_jax.paths import is_remote, write_atomically
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; the message says which, and which one is still usable."""
@@ -33,7 +35,7 @@ class Checkpointer:
     def __init__(self, workdir: str, keep_last: int = 2, keep_every: int = 0):
         folder = epath.Path(workdir)
         # absolute() would prefix a bucket's path with the working directory
-        self.folder = (folder if "://" in str(workdir) else folder.absolute()) / "checkpoints"
+        self.folder = (folder if is_remote(workdir) else folder.absolute()) / "checkpoints"
         self._manager = ocp.CheckpointManager(
             self.folder,
             item_names=("state", "meta"),
@@ -67,16 +69,7 @@ class Checkpointer:
         """
         record = self.folder / str(step) / "meta" / "metadata"
         text = json.dumps(json.loads(record.read_text()) | dict(fields))
-
-        def replace() -> None:
-            if "://" in str(record):  # objects appear whole
-                record.write_text(text)
-            else:
-                fresh = record.with_name(".metadata")
-                fresh.write_text(text)
-                fresh.replace(record)
-
-        self._guard(replace)
+        self._guard(lambda: write_atomically(record, text.encode()))
 
     def wait(self) -> None:
         """Waits until the last save is committed. Raises CheckpointError."""

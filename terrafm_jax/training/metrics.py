@@ -16,6 +16,8 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
+from terrafm_jax.paths import is_remote
+
 log = logging.getLogger(__name__)
 
 # Object stores cannot append, so there the whole file is written anew: at most every PAUSE seconds and, as it grows, at
@@ -40,7 +42,7 @@ class MetricWriter:
     def __init__(self, workdir: str, enabled: bool, tensorboard: bool = True, wandb_project: str = ""):
         self.enabled = enabled
         self._path = epath.Path(workdir) / "metrics.jsonl"
-        self._remote = "://" in str(workdir)
+        self._remote = is_remote(workdir)
         self._lines: list[str] = []
         self._waiting, self._due = False, 0.0
         self._board: Any = None

@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 
 from terrafm_jax.config import ConfigError, base, flatten
+from terrafm_jax.paths import is_remote, write_atomically
 
 # Config fields that may differ between two starts of one run: they change how it runs, not what it computes.
 _FREE = (
@@ -75,15 +76,9 @@ def _claim(workdir: str, config: Mapping[str, Any]) -> None:
                 "give an empty folder, or the workdir of a run to resume"
             )
     folder.mkdir(parents=True, exist_ok=True)
-    if "://" not in str(workdir):
+    if not is_remote(workdir):
         _lock(folder)
-    text = json.dumps(mine, indent=2)
-    if "://" in str(workdir):  # object stores write atomically
-        record.write_text(text)
-    else:  # a process killed here must not leave half a record
-        fresh = folder / ".config.json"
-        fresh.write_text(text)
-        fresh.replace(record)
+    write_atomically(record, json.dumps(mine, indent=2).encode())
 
 
 def _lock(folder: epath.Path) -> None:
