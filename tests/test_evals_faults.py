@@ -108,7 +108,7 @@ def test_rows_without_an_image_and_images_without_a_row_are_told(tmp_path, caplo
 def test_a_table_that_contradicts_itself_is_refused(tmp_path):
     rows = [f"p{i}.tif,a" for i in range(6)]
     table(tmp_path, [*rows, "p2.tif,b"])
-    with pytest.raises(DatasetError, match=r"labels.csv: says two things of 1 images: p2.tif \('a', 'b'\)"):
+    with pytest.raises(DatasetError, match=r"labels.csv: two values for p2.tif \('a', 'b'\)"):
         open_one(tmp_path)
     table(tmp_path, [*rows[:4], "p4.tif,b", "p5.tif,a;b"], "classification", column="label")
     with pytest.raises(
@@ -117,7 +117,7 @@ def test_a_table_that_contradicts_itself_is_refused(tmp_path):
         open_one(tmp_path)
     table(tmp_path, rows, splits="split.csv")
     (tmp_path / "split.csv").write_text("file,split\np0.tif,train\np1.tif,test\np0.tif,test\n")
-    with pytest.raises(DatasetError, match=r"split.csv: says two things .*'train', 'test'"):
+    with pytest.raises(DatasetError, match=r"split.csv: two values for .*'train', 'test'"):
         open_one(tmp_path)
 
 

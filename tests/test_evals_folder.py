@@ -165,7 +165,7 @@ def test_a_table_says_one_thing_of_an_image(twins):
     (twins / "t.csv").write_text("file,value\na/x/0.tif,1\na/x/0.tif,1\nb/x/0.tif,2\n")
     assert len(open_one(twins).split("test")) == 2
     (twins / "t.csv").write_text("file,value\na/x/0.tif,1\n/data/a/x/0.tif,2\n")
-    with pytest.raises(DatasetError, match=r"t.csv: says two things of 1 images: /data/a/x/0.tif \('1', '2'\)"):
+    with pytest.raises(DatasetError, match=r"t.csv: two values for /data/a/x/0.tif \('1', '2'\)"):
         open_one(twins)
 
 
@@ -174,7 +174,7 @@ def test_an_image_in_two_splits_is_refused(tmp_path):
     fake.eurosat_like(tmp_path, classes=2, per_class=3, yaml="splits: split.csv\n")
     rows = ["class_0/class_0_1.tif,train", "class_1/class_1_1.tif,test", "class_0_1.tif,test"]
     (tmp_path / "split.csv").write_text("file,split\n" + "\n".join(rows) + "\n")
-    with pytest.raises(DatasetError, match=r"says two things of 1 images: class_0_1.tif \('train', 'test'\)"):
+    with pytest.raises(DatasetError, match=r"two values for class_0_1.tif \('train', 'test'\)"):
         open_one(tmp_path)
 
 

@@ -86,7 +86,7 @@ def check_mask(path: Path, mask: np.ndarray, image: np.ndarray, classes: Sequenc
 def by_image(
     what: Path, rows: Iterable[tuple[str, Any]], match: Callable[[str], Path | None], images: Sequence[Path]
 ) -> dict[Path, Any]:
-    """What a table (name, value) says of each image. Raises DatasetError where it says two things of one.
+    """What a table (name, value) says of each image. Raises DatasetError where it has two values for one.
 
     Rows that name no image and images without a row are told: a typing error halves a data set without a word.
     """
@@ -99,7 +99,7 @@ def by_image(
         elif found.setdefault(path, value) != value:
             twice.append(f"{name} ({found[path]!r}, {value!r})")
     if twice:
-        raise DatasetError(f"{what}: says two things of {len(twice)} images: {', '.join(twice[:NAMED])}")
+        raise DatasetError(f"{what}: two values for {', '.join(twice[:NAMED])}")
     lacking = [path.name for path in images if path not in found]
     for names, text in ((stray, "rows name no image"), (lacking, "images have no row and are left out")):
         if names:
