@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,8 @@ import numpy as np
 import pytest
 
 from terrafm_jax import weights
-from terrafm_jax.models import ModelSpec, encode, init_params, parameter_count, patchify, project
-from terrafm_jax.models.attention import attend
+from terrafm_jax.models import ModelSpec, cudnn, encode, init_params, parameter_count, patchify, project
+from terrafm_jax.models.attention import attend, resolve, rows
 from terrafm_jax.models.vit import drop_path_keep, run_blocks
 from terrafm_jax.sensors import NORMALIZED_MEAN
 from terrafm_jax.training.compiler import CPU_OPTIONS, compiler_options
@@ -27,7 +28,8 @@ SWITCHES = {
     "attention xla": {"attention": "xla"},
     "attention head_major": {"attention": "head_major"},
     "attention pallas": {"attention": "pallas"},
-    "layers of an accelerator": {"platform": "tpu"},
+    "as on TPU": {"platform": "tpu"},
+    "as on GPU": {"platform": "gpu"},
     "written out": {"folded": False},
 }
 
@@ -77,8 +79,9 @@ def test_switches_change_nothing(params, patches, plain, switch):
         assert float(jnp.abs(value - expected[name]).max()) < 2e-4 * scale, name
 
 
-def test_bfloat16_stays_close_and_keeps_its_parameters_and_logits_in_float32(params, patches, plain):
-    spec = dataclasses.replace(SPEC, dtype="bfloat16")
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_bfloat16_stays_close_and_keeps_its_parameters_and_logits_in_float32(params, patches, plain, platform):
+    spec = dataclasses.replace(SPEC, dtype="bfloat16", platform=platform, attention="xla")
     features, gradients = run(spec, params, patches)
     assert features.cls.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
@@ -86,6 +89,27 @@ def test_bfloat16_stays_close_and_keeps_its_parameters_and_logits_in_float32(par
     for ours, exact in zip(features[:2], plain[0][:2], strict=True):
         a, b = np.asarray(ours, np.float32).ravel(), np.asarray(exact).ravel()
         assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.999
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-2])
+def test_norm_of_gpus_has_the_gradients_of_the_plain_one(eps):
+    """Rows far from zero, as sums over many samples are where an error would show; in float64."""
+    from terrafm_jax.models.layers import layer_norm
+
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        x, scale, bias, weight = (rng.normal(2.0, 1.0, shape) for shape in ((2, 5, 12), (12,), (12,), (2, 5, 12)))
+
+        def loss(*arrays: jax.Array, platform: str) -> jax.Array:
+            spec = dataclasses.replace(SPEC, dtype="float64", platform=platform)
+            return (jnp.sin(layer_norm(*arrays, eps, spec)) * weight).sum()
+
+        plain, ours = (
+            jax.jit(jax.value_and_grad(functools.partial(loss, platform=platform), argnums=(0, 1, 2)))(x, scale, bias)
+            for platform in ("cpu", "gpu")
+        )
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_scan_is_one_loop(params, patches):
@@ -215,10 +239,58 @@ def test_cudnn_says_what_it_needs(params, patches):
         encode(dataclasses.replace(SPEC, attention="cudnn"), params["backbone"], patches)
 
 
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """As on a machine with a GPU, but for cuDNN's call, which the test replaces."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    cudnn.works.cache_clear()
+    yield monkeypatch
+    cudnn.works.cache_clear()
+
+
+def test_auto_on_gpu_is_cudnn_where_it_works(on_gpu):
+    b = ModelSpec(platform="gpu", dtype="bfloat16")
+    on_gpu.setattr(cudnn, "attend", lambda qkv, tokens: cudnn._exact(qkv.astype(jnp.float32), tokens).astype(qkv.dtype))
+    assert jax.jit(lambda x: x + (resolve(b, 197) == "cudnn"))(0) == 1  # asked while tracing, as the step does
+    assert [rows(b, n) for n in (197, 37, 40)] == [198, 38, 40]
+    assert resolve(dataclasses.replace(b, dtype="float32"), 197) == "xla"
+    assert resolve(dataclasses.replace(b, width=1056, fusion_heads=16), 197) == "cudnn"  # heads of 88
+    assert resolve(dataclasses.replace(b, width=720, fusion_heads=16), 197) == "xla"  # of 60
+
+
+def refuses(qkv: jax.Array, tokens: int) -> jax.Array:
+    raise NotImplementedError("needs another driver")
+
+
+FAULTS = {
+    "does not run": (refuses, "needs another driver"),
+    "attends to padding": (lambda qkv, tokens: cudnn._exact(qkv.astype(jnp.float32), qkv.shape[1]), "is off by"),
+    "not a number": (lambda qkv, tokens: cudnn._exact(qkv.astype(jnp.float32), tokens) * jnp.nan, "is off by nan"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_xla_attends_where_cudnn_does_not(on_gpu, caplog, fault):
+    call, message = FAULTS[fault]
+    on_gpu.setattr(cudnn, "attend", call)
+    with caplog.at_level("WARNING"):
+        assert resolve(ModelSpec(platform="gpu", dtype="bfloat16"), 197) == "xla"
+    assert message in caplog.text
+
+
+def test_nothing_comes_back_from_padding():
+    x = jnp.ones((2, 4, 3))
+    gradient = jax.grad(
+        lambda x: (cudnn._gradient_of_first(x, 3) * jnp.where(jnp.arange(4) < 3, 2.0, jnp.nan)[None, :, None]).sum()
+    )(x)
+    np.testing.assert_array_equal(gradient, np.where(np.arange(4)[None, :, None] < 3, 2.0, 0.0) * np.ones((2, 4, 3)))
+
+
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN is a library of NVIDIA GPUs")
 @pytest.mark.parametrize("tokens", [197, 37])
 def test_cudnn_attends_as_xla_does(tokens):
     """On a GPU: ``JAX_PLATFORMS=cuda python -m pytest tests/test_models_compute.py -k cudnn``."""
+    assert cudnn.works()
     assert_attends_as_xla("cudnn", tokens)
 
 
@@ -229,9 +301,10 @@ def assert_attends_as_xla(implementation, tokens):
 
     def run(implementation, dtype):
         spec = ModelSpec(width=128, depth=1, heads=2, attention=implementation, dtype=dtype)
+        padding = ((0, 0), (0, rows(spec, tokens) - tokens), (0, 0))
 
         def loss(x):
-            out = attend(x.astype(dtype), spec).astype(jnp.float32)
+            out = attend(jnp.pad(x, padding).astype(dtype), spec, tokens)[:, :tokens].astype(jnp.float32)
             return (out * weight).sum(), out
 
         (_, out), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(qkv)

@@ -42,13 +42,15 @@ def values_and_gradients(spec: ModelSpec, backbone: dict, x: dict, probe: np.nda
     return np.asarray(out), {k: np.asarray(v) for k, v in weights.flatten(gradients).items()}
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize(("dtype", "close"), [("float32", 2e-5), ("float64", 1e-12)])
-def test_folded_equals_written_out_in_values_and_gradients(dtype, close):
+def test_folded_equals_written_out_in_values_and_gradients(dtype, close, platform):
     with jax.enable_x64(dtype == "float64"):
         backbone, x = noisy_backbone(dtype), patches(len(PRESENT), dtype)
         probe = RNG.normal(size=(len(PRESENT), 3, 2, SPEC.width)).astype(dtype)
+        spec = dataclasses.replace(SPEC, dtype=dtype, platform=platform)
         runs = [
-            values_and_gradients(dataclasses.replace(SPEC, folded=folded, dtype=dtype), backbone, x, probe)
+            values_and_gradients(dataclasses.replace(spec, folded=folded), backbone, x, probe)
             for folded in (True, False)
         ]
     (ours, gradients), (plain, expected) = runs

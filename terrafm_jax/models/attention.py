@@ -1,4 +1,4 @@
-"""Self-attention within a view: four implementations of one function, TPU's in ``tpu.attention_kernels``."""
+"""Self-attention within a view: four implementations of one function, two of them in ``tpu`` and ``cudnn``."""
 
 from __future__ import annotations
 
@@ -6,28 +6,30 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from terrafm_jax.models import cudnn
 from terrafm_jax.models.layers import precision
 from terrafm_jax.models.spec import ModelSpec
 from terrafm_jax.models.tpu import attention_kernels, kernel_calls
 
 
 def resolve(spec: ModelSpec, tokens: int) -> str:
-    """The implementation to use. "auto" is XLA on GPU, head-major on CPU, and on TPU the Pallas kernels.
+    """The implementation to use. "auto" is cuDNN on GPU, head-major on CPU, and on TPU the Pallas kernels.
 
-    On TPU, head-major stands in where the kernels do not support the shapes or no mesh is in context. cuDNN is used
-    only if asked for.
+    On GPU, XLA stands in where cuDNN does not support dtype or head size, or fails a test on the device at hand. On
+    TPU, head-major does where the kernels do not support the shapes or no mesh is in context.
     """
     if spec.attention != "auto":
         return spec.attention
     if spec.backend == "gpu":
-        return "xla"
+        return "cudnn" if cudnn.fits(spec) and cudnn.works() else "xla"
     supported = attention_kernels.fits(spec, tokens) and attention_kernels.cut(spec) == attention_kernels.LANES
     return "pallas" if supported and kernel_calls.wanted(spec) else "head_major"
 
 
 def rows(spec: ModelSpec, tokens: int) -> int:
-    """Number of rows to pad the ``tokens`` of a view to before the blocks; only the kernels need padding."""
-    return attention_kernels.padded(tokens) if resolve(spec, tokens) == "pallas" else tokens
+    """Number of rows to pad the ``tokens`` of a view to before the blocks."""
+    padded = {"pallas": attention_kernels.padded, "cudnn": cudnn.padded}.get(resolve(spec, tokens))
+    return padded(tokens) if padded else tokens
 
 
 def attend(qkv: Array, spec: ModelSpec, tokens: int | None = None) -> Array:
@@ -36,7 +38,7 @@ def attend(qkv: Array, spec: ModelSpec, tokens: int | None = None) -> Array:
     Softmax is computed in float32.
 
     Args:
-      tokens: rows from here on are padding, which only "pallas" supports (see :func:`rows`); None: no row is.
+      tokens: rows from here on are padding, as :func:`rows` asks for; None: no row is.
 
     Raises:
       ValueError: "cudnn" does not support the dtype or head size, "pallas" not the head size or number of tokens.
@@ -57,12 +59,12 @@ def attend(qkv: Array, spec: ModelSpec, tokens: int | None = None) -> Array:
     if implementation == "head_major":
         out = _head_major(qkv, spec)
     elif implementation == "cudnn":
-        if spec.dtype != "bfloat16" or head_dim % 8:
+        if not cudnn.fits(spec):
             raise ValueError(
-                f"model: attention 'cudnn' needs dtype bfloat16 and a head size divisible by 8; "
-                f"found {spec.dtype} and {head_dim}. Use attention='xla'"
+                f"model: attention 'cudnn' needs dtype bfloat16 and a head size divisible by 8, at most "
+                f"{cudnn.WIDEST}; found {spec.dtype} and {head_dim}. Use attention='xla'"
             )
-        out = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], implementation="cudnn")
+        out = cudnn.attend(qkv, tokens)
     else:
         out = _token_major(qkv, spec)
     return out.reshape(batch, length, packed // 3)

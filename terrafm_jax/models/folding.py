@@ -26,7 +26,7 @@ from jax import Array, lax
 
 from terrafm_jax.models import drawn
 from terrafm_jax.models.fusion import NORM_EPS, head_columns, masked
-from terrafm_jax.models.layers import SUMS, linear, product
+from terrafm_jax.models.layers import SUMS, expand, linear, product
 from terrafm_jax.models.placement import gather_rows, replicated, row_product, weight_product
 from terrafm_jax.models.spec import ModelSpec
 from terrafm_jax.models.stems import ordered, stem_product, stem_products
@@ -167,15 +167,38 @@ def _fuse(
     return (total - (share * mean).sum(-1)[..., None]).astype(spec.compute_dtype)
 
 
-def _per_head(x: Array, columns: Array | np.ndarray, spec: ModelSpec) -> Array:
+def _times(x: Array, columns: Array | np.ndarray, spec: ModelSpec) -> Array:
     """[..., D] times ``columns`` [D, N] -> [..., N]; the sums and the gradient of ``columns`` are in ``stat_dtype``."""
     with jax.named_scope(SUMS):
         return product(x.astype(spec.compute_dtype), jnp.asarray(columns, spec.stat_dtype), None, spec, spec.stat_dtype)
 
 
+def _per_head(x: Array, spec: ModelSpec) -> Array:
+    """[..., D] -> [..., H] in ``stat_dtype``: the sum of each head's columns.
+
+    A product with a 0/1 matrix, but a plain sum on GPU: there it is computed in the pass that computes ``x``, which
+    then never exists in memory.
+    """
+    if spec.backend == "gpu":
+        return x.astype(spec.stat_dtype).reshape(*x.shape[:-1], spec.fusion_heads, -1).sum(-1)
+    return _times(x, head_columns(spec), spec)
+
+
 def _over_columns(x: Array, spec: ModelSpec) -> Array:
     """[..., H] -> [..., D]: repeats every head's number over its columns."""
-    return _per_head(x, head_columns(spec).T, spec)
+    if spec.backend == "gpu":
+        return jnp.repeat(x, spec.stem_width // spec.fusion_heads, axis=-1)
+    return _times(x, head_columns(spec).T, spec)
+
+
+def _sums_of_values(value: Array, pool: Array, spec: ModelSpec) -> tuple[Array, Array]:
+    """Of [..., D], per head the sum of the columns and of the columns times ``pool``: two of [..., H]."""
+    if spec.backend == "gpu":
+        wide = value.astype(spec.stat_dtype)
+        return _per_head(wide, spec), _per_head(wide * expand(pool, wide.ndim), spec)
+    columns = jnp.asarray(head_columns(spec), spec.stat_dtype)
+    both = _times(value, jnp.concatenate([columns, columns * pool[:, None]], axis=1), spec)
+    return tuple(jnp.split(both, 2, axis=-1))
 
 
 def _sensor_weights(scores: Sequence[Array], present: Array | None) -> list[Array]:
@@ -191,16 +214,15 @@ def _moments(
     values: Sequence[Array], weights: Sequence[Array], folded: Folded, spec: ModelSpec
 ) -> tuple[Array, Array, Array]:
     """Mean, inverse deviation and pooling logit of every query's vector, each [B, h, w, Q]; values [B, h, w, D]."""
-    width, columns = spec.stem_width, jnp.asarray(head_columns(spec), spec.stat_dtype)
-    both = jnp.concatenate([columns, columns * folded.pool[:, None]], axis=1)
+    width = spec.stem_width
     first = asked = second = 0.0
     for weight, value in zip(weights, values, strict=True):
-        sums, pooled = jnp.split(_per_head(value, both, spec)[..., None, :], 2, axis=-1)
+        sums, pooled = (x[..., None, :] for x in _sums_of_values(value, folded.pool, spec))
         first, asked = first + (weight * sums).sum(-1), asked + (weight * pooled).sum(-1)
     wide = [value.astype(spec.stat_dtype) for value in values]
     for m in range(len(wide)):
         for n in range(m, len(wide)):
-            gram = _per_head(wide[m] * wide[n], columns, spec)[..., None, :]
+            gram = _per_head(wide[m] * wide[n], spec)[..., None, :]
             second = second + (1.0 if m == n else 2.0) * (weights[m] * weights[n] * gram).sum(-1)
     mean = first / width
     # A difference of two sums may round below zero where a patch is constant.

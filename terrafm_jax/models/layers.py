@@ -104,7 +104,7 @@ def linear(x: Array, kernel: Array, bias: Array | None, spec: ModelSpec, out_dty
     dtype = spec.compute_dtype
     out_dtype = dtype if out_dtype is None else jnp.dtype(out_dtype)
     x = x.astype(dtype)
-    if spec.backend == "cpu" and x.ndim > 2:  # XLA:CPU multiplies plain matrices fastest
+    if spec.backend != "tpu" and x.ndim > 2:  # XLA:CPU multiplies plain matrices fastest; XLA:GPU copies others
         y = product(x.reshape(-1, x.shape[-1]), kernel, bias, spec, out_dtype)
         return checkpoint_name(y.reshape(*x.shape[:-1], kernel.shape[-1]), PRODUCT)
     return checkpoint_name(product(x, kernel, bias, spec, out_dtype), PRODUCT)
@@ -140,21 +140,53 @@ _with_gradient_barrier.defvjp(lambda x: (x, None), lambda _, g: (lax.optimizatio
 
 def layer_norm(x: Array, scale: Array, bias: Array, eps: float, spec: ModelSpec) -> Array:
     """LayerNorm over the last axis with moments in ``stat_dtype``; returns the compute dtype."""
-    x = x.astype(spec.stat_dtype)
-    mean, inverse = _moments(x, eps, spec)
-    y = (x - mean) * inverse * expand(scale, x.ndim) + expand(bias, x.ndim)
+    if spec.backend == "gpu":
+        return _norm_in_passes(x, scale, bias, eps, spec)
+    return _affine(x, scale, bias, *_moments(x.astype(spec.stat_dtype), eps, spec), spec)
+
+
+def _affine(x: Array, scale: Array, bias: Array, mean: Array, inverse: Array, spec: ModelSpec) -> Array:
+    y = (x.astype(spec.stat_dtype) - mean) * inverse * expand(scale, x.ndim) + expand(bias, x.ndim)
     return y.astype(spec.compute_dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _norm_in_passes(x: Array, scale: Array, bias: Array, eps: float, spec: ModelSpec) -> Array:
+    """:func:`layer_norm` such that XLA:GPU passes over the activations as rarely as it can.
+
+    Left alone, it computes the mean again wherever it is used. The gradients of scale and bias then need an array of
+    products in float32, as large as the activations, to be written and read again.
+    """
+    return _norm_in_passes_fwd(x, scale, bias, eps, spec)[0]
+
+
+def _norm_in_passes_fwd(x: Array, scale: Array, bias: Array, eps: float, spec: ModelSpec) -> tuple:
+    moments = lax.optimization_barrier(_moments(x.astype(spec.stat_dtype), eps, spec))
+    return _affine(x, scale, bias, *moments, spec), (x, scale, bias, *moments)
+
+
+def _norm_in_passes_bwd(eps: float, spec: ModelSpec, saved: tuple, g: Array) -> tuple[Array, Array, Array]:
+    x, scale, bias, mean, inverse = saved
+    rows, g = tuple(range(x.ndim - 1)), g.astype(spec.stat_dtype)
+    normed = (x.astype(spec.stat_dtype) - mean) * inverse
+    dscale, dbias = (g * normed).sum(rows), g.sum(rows)
+    g = g * expand(scale, x.ndim)
+    dx = inverse * (g - g.mean(-1, keepdims=True) - normed * (g * normed).mean(-1, keepdims=True))
+    return dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype)
+
+
+_norm_in_passes.defvjp(_norm_in_passes_fwd, _norm_in_passes_bwd)
 
 
 def _moments(x: Array, eps: float, spec: ModelSpec) -> tuple[Array, Array]:
     """Mean and inverse standard deviation over the last axis, named so that a rematerialized block can save them.
 
-    On TPU a pass over the activations costs the same whatever it computes, so both sums are taken in one pass. The
-    mean of the residual stream is small beside its deviation, so E[x^2] - E[x]^2 loses no digits that bfloat16
-    activations have.
+    On TPU and GPU a pass over the activations costs the same whatever it computes, so both sums are taken in one
+    pass. The mean of the residual stream is small beside its deviation, so E[x^2] - E[x]^2 loses no digits that
+    bfloat16 activations have.
     """
     mean = x.mean(-1)
-    if spec.backend == "tpu" and spec.dtype == "bfloat16":
+    if spec.backend != "cpu" and spec.dtype == "bfloat16":
         variance = jnp.maximum(jnp.square(x).mean(-1) - jnp.square(mean), 0.0)
     else:
         variance = jnp.square(x - mean[..., None]).mean(-1)

@@ -27,8 +27,11 @@ class Attention(nnx.Module):
         self.qkv = Linear(spec, spec.width, 3 * spec.width, rngs=rngs)
         self.proj = Linear(spec, spec.width, spec.width, rngs=rngs)
 
-    def __call__(self, x: Array, tokens: int) -> Array:
-        return self.proj(attend(self.qkv(x), self.spec, tokens))
+    def __call__(self, x: Array, views: int, tokens: int) -> Array:
+        """[views, N, d] or [views * N, d]; only the first ``tokens`` of the N rows of a view are attended to."""
+        qkv = self.qkv(x)
+        mixed = attend(qkv.reshape(views, -1, qkv.shape[-1]), self.spec, tokens)
+        return self.proj(mixed.reshape(x.shape))
 
 
 class Mlp(nnx.Module):
@@ -57,13 +60,23 @@ class Block(nnx.Module):
 
         The first ``tokens`` of the N rows are tokens, the others padding.
         """
+        views, rows, width = x.shape
+        if self.spec.backend == "gpu":  # as an axis, views would become the minor one in memory, at the price of copies
+            x = x.reshape(views * rows, width)
         x = materialize_gradient(x, self.spec)
-        x = materialize_gradient(x + _scaled(self.attn(self.norm1(x), tokens), keep, 0), self.spec)
-        return x + _scaled(self.mlp(self.norm2(x)), keep, 1)
+        x = materialize_gradient(x + _scaled(self.attn(self.norm1(x), views, tokens), keep, 0), self.spec)
+        x = x + _scaled(self.mlp(self.norm2(x)), keep, 1)
+        return x.reshape(views, rows, width)
 
 
 def _scaled(residual: Array, keep: Array | None, which: int) -> Array:
-    return residual if keep is None else residual * keep[which][:, None, None].astype(residual.dtype)
+    if keep is None:
+        return residual
+    factors = keep[which]
+    if residual.ndim == 2:
+        each = jnp.repeat(factors, residual.shape[0] // factors.shape[0])
+        return residual * each[:, None].astype(residual.dtype)
+    return residual * factors[:, None, None].astype(residual.dtype)
 
 
 def apply_block(

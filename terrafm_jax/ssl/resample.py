@@ -58,7 +58,13 @@ def unpack_bits(packed: Array, width: int) -> Array:
 
 
 def masked_planes(
-    entry: dict[str, Array], scale: float, mean: np.ndarray, std: np.ndarray, offset: Array, dtype: Any
+    entry: dict[str, Array],
+    scale: float,
+    mean: np.ndarray,
+    std: np.ndarray,
+    offset: Array,
+    dtype: Any,
+    layout: str = "patches",
 ) -> tuple[list[Array], Array]:
     """Normalized values minus FILL, zero where nodata, and the mask.
 
@@ -71,6 +77,8 @@ def masked_planes(
       scale: stored value times ``scale`` is the value in the sensor's unit.
       mean, std: float32 [bands] of the group.
       offset: float32 [B], in the sensor's unit.
+      layout: with ``patches``, H and W are padded to multiples of 8 with nodata. cuBLAS wants such sizes, and padding
+        here costs nothing, while XLA would pad and cut around each product.
 
     Returns:
       One [B, H, W] per band, and the mask [B, H, W], all of ``dtype``.
@@ -81,11 +89,21 @@ def masked_planes(
         values = entry["dn"][..., band].astype(jnp.float32) * scale
         values = sensors.normalize(values, mean[band], std[band], offset[:, None, None]) - FILL
         planes.append(jnp.where(valid, values, 0.0).astype(dtype))
-    return planes, valid.astype(dtype)
+    planes = [*planes, valid.astype(dtype)]
+    if layout == "patches":
+        planes = [jnp.pad(x, ((0, 0), *((0, -n % 8) for n in x.shape[1:]))) for x in planes]
+    return planes[:-1], planes[-1]
 
 
 def resample_group(
-    planes: list[Array], mask: Array, entry: dict[str, Array], boxes: Array, flips: Array, out: int, patch: int
+    planes: list[Array],
+    mask: Array,
+    entry: dict[str, Array],
+    boxes: Array,
+    flips: Array,
+    out: int,
+    patch: int,
+    layout: str = "patches",
 ) -> list[Array]:
     """Resamples one resolution group of a batch to every view's grid.
 
@@ -96,6 +114,7 @@ def resample_group(
       entry: ``geometry``, ``extent`` of the group.
       boxes: float32 [B, V, 4]; flips: bool [B, V, 2] (up-down, left-right).
       out: output pixels per side; patch: pixels per side of a patch.
+      layout: what :func:`to_patches` will make of the result, here the order in which both products are computed.
 
     Returns:
       Per band, of the planes' dtype, [B, V, out (patch, row in patch), out (column in patch, patch)].
@@ -112,8 +131,12 @@ def resample_group(
     across = across.reshape(size, views * out, -1)  # one flat axis of output columns fills the vector lanes
 
     def both_ways(plane: Array) -> Array:
-        lines = jnp.einsum("bqx,byx->byq", across, plane, precision=precision).reshape(size, -1, views, out)
-        return jnp.einsum("bvry,byvq->bvrq", down, lines, precision=precision, preferred_element_type=jnp.float32)
+        if layout == "columns":
+            lines = jnp.einsum("bqx,byx->byq", across, plane, precision=precision).reshape(size, -1, views, out)
+            return jnp.einsum("bvry,byvq->bvrq", down, lines, precision=precision, preferred_element_type=jnp.float32)
+        # On GPU, views must come before lines, or each view's lines are copied out before the second product.
+        lines = jnp.einsum("bqx,byx->bqy", across, plane, precision=precision).reshape(size, views, out, -1)
+        return jnp.einsum("bvry,bvqy->bvrq", down, lines, precision=precision, preferred_element_type=jnp.float32)
 
     weight = both_ways(mask)
     share = jnp.where(weight > MIN_WEIGHT, 1.0 / jnp.maximum(weight, MIN_WEIGHT), 0.0)
@@ -145,9 +168,9 @@ def resample_sensor(
     collected: list[list[Array]] = [[] for _ in views]  # per output size the planes of all groups
     for group, names in sensor.groups.items():
         bands = list(sensor.indices(names))
-        planes, mask = masked_planes(entry[group], sensor.scale, mean[bands], std[bands], offset, dtype)
+        planes, mask = masked_planes(entry[group], sensor.scale, mean[bands], std[bands], offset, dtype, layout)
         for out, (boxes, flips, size) in zip(collected, views, strict=True):
-            out += resample_group(planes, mask, entry[group], boxes, flips, size, patch)
+            out += resample_group(planes, mask, entry[group], boxes, flips, size, patch, layout)
     return [to_patches([planes[i] for i in sensor.group_order], patch, layout) for planes in collected]
 
 

@@ -34,6 +34,10 @@ BY_CHIP = {
 # By default XLA:CPU removes optimization barriers before it fuses; ``layers.materialize_gradient`` needs them kept.
 CPU_OPTIONS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
+# By default XLA:GPU merges products with the same weights, those of both sizes of views, and copies their operands into
+# one array to do so.
+GPU_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": "0"}
+
 
 def compiler_options(mesh: Mesh, backend: str, overlap: bool = True) -> dict[str, str] | None:
     """The options for the devices of ``mesh``; None for XLA's defaults.
@@ -44,4 +48,4 @@ def compiler_options(mesh: Mesh, backend: str, overlap: bool = True) -> dict[str
     """
     if backend == "tpu" and overlap:
         return TPU_OPTIONS | BY_CHIP.get(mesh.devices.flat[0].device_kind, {})
-    return CPU_OPTIONS if backend == "cpu" else None
+    return {"cpu": CPU_OPTIONS, "gpu": GPU_OPTIONS}.get(backend)
