@@ -86,8 +86,8 @@ def compile_naive(topology_text: str, images: int) -> dict[str, Any]:
     from jax.sharding import AxisType, Mesh
 
     from benchmarks import naive_step
-    from terrafm_jax.tpu import client, network, reckon
-    from terrafm_jax.tpu.chips import Topology
+    from terrafm_jax.ahead import client, network, reckon
+    from terrafm_jax.ahead.chips import Topology
 
     topology, spec = Topology.parse(topology_text), naive_step.Naive()
     devices = client.compile_only_devices(topology)
@@ -178,7 +178,7 @@ def parts(results: dict[str, Any], *, history: bool = False) -> str:
 
 def chip_hours(results: dict[str, Any]) -> str:
     """Markdown: the paper's recipes at each estimate of B and L (150 and 200 epochs of 1.53 million tiles)."""
-    from terrafm_jax.tpu.scaling import paper_recipes
+    from terrafm_jax.ahead.scaling import paper_recipes
 
     recipes = {r.name: r for r in paper_recipes()}
     lines = ["| step | chips | chip-hours | days |", "| --- | ---: | ---: | ---: |"]

@@ -1,11 +1,12 @@
-"""Compiles the train step for a TPU pod without having one, and says what it would cost.
+"""Compiles the train step for a TPU pod or GPU hosts without having them, and says what it would cost.
 
     python -m terrafm_jax.aot --config=configs/vitb.py --topology=v5e:16x16
     python -m terrafm_jax.aot --config=configs/vitl.py --topology=2*v5p:4x4x4 --config.batch_size=2048
+    python -m terrafm_jax.aot --config=configs/vitb.py --topology=h200:8 --images_per_chip=64
 
-Needs the libtpu wheel (``pip install terrafm_jax[tpu]``), no TPU. Step times are estimates from the
-compiler's own schedule, explained in docs/scaling.md. Exit code 1: the step does not fit into the
-chip's memory, or the estimate cannot be true.
+Needs the libtpu wheel (``pip install terrafm_jax[tpu]``) or JAX's CUDA plugin (``[cuda]``), no TPU and no GPU. Of a
+TPU, step times are estimates from the compiler's own schedule; of a GPU, what no run can beat (docs/scaling.md). Exit
+code 1: the step does not fit into the chip's memory, or the estimate cannot be true.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from absl import app, flags
 from terrafm_jax.startup import config_flag, parse_flags
 
 _CONFIG = config_flag("configs", "configs/X.py[:argument], your file or one of the package's")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "[SLICES*]CHIP:AxB[xC] with CHIP v4, v5e, v5p or v6e")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "[SLICES*]TPU:AxB[xC] with TPU v4, v5e, v5p or v6e, or [HOSTS*]GPU:N with GPU a100, h100 or h200"
+)
 _PER_CHIP = flags.DEFINE_integer("images_per_chip", 0, "sets config.batch_size to so many times the chips")
 _METERS = flags.DEFINE_integer("tile_meters", 5340, "side of the tiles; 5340 is a quarter of a Major-TOM cell")
 _OPTIONS = flags.DEFINE_multi_string("option", None, "XLA option KEY=VALUE, on top of those training uses")
@@ -39,13 +42,12 @@ def parse_options(texts: list[str] | None) -> dict[str, str] | None:
 
 
 def main(_argv: list[str]) -> None:
-    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs: the only device that is needed is libtpu's imagined one
-    from terrafm_jax.tpu import step
-    from terrafm_jax.tpu.chips import Topology
-    from terrafm_jax.tpu.reckon import ReckoningError
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs: the only devices that are needed are imagined ones
+    from terrafm_jax.ahead import step
+    from terrafm_jax.ahead.reckon import ReckoningError
 
     try:
-        topology = Topology.parse(_TOPOLOGY.value)
+        topology = step.parse_topology(_TOPOLOGY.value)
         config = _CONFIG.value
         if _PER_CHIP.value:
             config.batch_size = _PER_CHIP.value * topology.chips

@@ -11,10 +11,10 @@ import pytest
 
 from terrafm_jax import aot
 from terrafm_jax import config as config_lib
+from terrafm_jax.ahead import client, step
+from terrafm_jax.ahead.chips import Topology
+from terrafm_jax.ahead.reckon import Item
 from terrafm_jax.models.terrafm import init_params
-from terrafm_jax.tpu import client, step
-from terrafm_jax.tpu.chips import Topology
-from terrafm_jax.tpu.reckon import Item
 
 
 def small_config():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from terrafm_jax.tpu import chips, client, cost, hlo, network, reckon
+from terrafm_jax.ahead import chips, client, cost, hlo, network, reckon
 
 V5E = chips.Topology.parse("v5e:2x2")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import tpu_matrix
-from terrafm_jax.tpu import scaling
-from terrafm_jax.tpu.chips import CHIPS
-from terrafm_jax.tpu.network import DCN_SECONDS
+from terrafm_jax.ahead import scaling
+from terrafm_jax.ahead.chips import CHIPS
+from terrafm_jax.ahead.network import DCN_SECONDS
 
 B, L = scaling.paper_recipes()
 

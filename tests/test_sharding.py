@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from terrafm_jax.tpu.chips import CHIPS
-from terrafm_jax.tpu.scaling import SIZES, standard_topology
+from terrafm_jax.ahead.chips import CHIPS
+from terrafm_jax.ahead.scaling import SIZES, standard_topology
 from terrafm_jax.training.optim import RuleError
 from terrafm_jax.training.sharding import (
     ShardingError,

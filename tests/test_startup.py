@@ -65,7 +65,7 @@ def outcomes(commands: list[str], *folders: Path) -> list[tuple[str, str]]:
 
 @pytest.mark.slow
 def test_help_of_every_command_is_no_error(tmp_path: Path) -> None:
-    assert {"terrafm_jax.main", "terrafm_jax.export", "terrafm_jax.tpu.scaling", "data_prep.stac"} <= set(COMMANDS)
+    assert {"terrafm_jax.main", "terrafm_jax.export", "terrafm_jax.ahead.scaling", "data_prep.stac"} <= set(COMMANDS)
     found = outcomes([f"{name} --help" for name in COMMANDS], tmp_path)
     assert {name: code for name, (_, code) in zip(COMMANDS, found, strict=True) if code != "0"} == {}
     for name, (text, _) in zip(COMMANDS, found, strict=True):

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from terrafm_jax.ahead import chips, client, hlo, kernels, network, reckon
 from terrafm_jax.models import ModelSpec
-from terrafm_jax.tpu import chips, client, hlo, kernels, network, reckon
 
 # Two bundles around a loop of 3 + inner loop of 2 bundles; the outer runs to 4, the inner to 48 by twos.
 NESTED = """

@@ -12,7 +12,7 @@ import dataclasses
 import re
 from pathlib import Path
 
-from terrafm_jax.tpu.hlo import Instruction, Module
+from terrafm_jax.ahead.hlo import Instruction, Module
 
 FLAGS = "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=^final_bundles"
 

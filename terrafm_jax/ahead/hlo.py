@@ -70,6 +70,12 @@ class Instruction:
         return self.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in self.attributes
 
     @functools.cached_property
+    def target(self) -> str:
+        """Of a custom call, the library function that it calls; else empty."""
+        found = re.search(r'custom_call_target="([^"]*)"', self.attributes) if self.opcode == "custom-call" else None
+        return found.group(1) if found else ""
+
+    @functools.cached_property
     def op_name(self) -> str:
         """The JAX name stack, for example ``jit(step)/transpose(jvp(student))/dot_general``."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)

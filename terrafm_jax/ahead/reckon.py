@@ -4,7 +4,8 @@ Compute comes from the compiler's ``estimated_cycles``. HLO text holds a loop's 
 multiplied by the trip count. Collectives and copies carry no estimate: a synchronous one costs its bytes
 over the bandwidth (``network``), an asynchronous one only the part that the work between its ``start`` and
 ``done`` does not hide. Pallas kernels cost their bundles (``kernels``), or their HBM traffic where that is
-more. Instructions without any of these cost their HBM traffic. None of this is a measurement.
+more. Instructions without any of these, which are all on a GPU, cost their FLOPs at peak or their HBM traffic,
+whichever takes longer: what no kernel can beat. None of this is a measurement.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from terrafm_jax.tpu import cost
-from terrafm_jax.tpu.hlo import Computation, Instruction, Module, trip_count
-from terrafm_jax.tpu.network import Network, first_group
+from terrafm_jax.ahead import cost
+from terrafm_jax.ahead.gpus import Links
+from terrafm_jax.ahead.hlo import Computation, Instruction, Module, trip_count
+from terrafm_jax.ahead.network import Network, first_group
 
 MFU_LIMIT = 0.85  # single products are estimated at up to 95 % of peak; a whole step with norms and softmax is below
 
@@ -41,7 +43,8 @@ class Item:
     """One instruction of the schedule, summed over the iterations of the loops around it.
 
     Attributes:
-      kind: ``compute``, ``kernel`` (Pallas), ``collective``, ``dcn``, ``copy`` or ``other`` (costed by its HBM bytes).
+      kind: ``compute``, ``kernel`` (Pallas), ``collective``, ``dcn``, ``copy`` or ``other`` (costed by its HBM bytes);
+        on a GPU ``product``, ``attention`` and ``pass`` (over arrays in memory) instead of the first and the last.
       seconds: time it adds to the step; ``hidden`` the part of its duration that overlaps with other work.
       flops: of its matrix products; ``hbm`` bytes it moves to and from HBM.
       wire: bytes of a collective's whole array, ``dtype`` its element type, ``group`` its chips.
@@ -71,7 +74,7 @@ class Reckoning:
     """The estimate of one program on one chip type; seconds per step, bytes and FLOPs per chip."""
 
     items: list[Item]
-    network: Network
+    network: Network | Links
 
     @property
     def seconds(self) -> float:
@@ -132,7 +135,7 @@ class Reckoning:
         return sorted(found, key=lambda i: -(i.seconds + i.hidden))
 
 
-def reckon(module: Module, network: Network, default_trips: int | None = None) -> Reckoning:
+def reckon(module: Module, network: Network | Links, default_trips: int | None = None) -> Reckoning:
     """Simulates the schedule of ``module``, from its ENTRY computation.
 
     Args:
@@ -156,7 +159,7 @@ class _Pending:
 class _Simulator:
     """Executes computations in schedule order: one stream of compute, and one queue per kind of transfer."""
 
-    def __init__(self, module: Module, network: Network, default_trips: int | None):
+    def __init__(self, module: Module, network: Network | Links, default_trips: int | None):
         self.module, self.network, self.default_trips = module, network, default_trips
         self.clock = network.topology.chip.clock
 
@@ -291,7 +294,8 @@ class _Simulator:
             return self._item(instruction, "kernel", seconds, flops=flops, hbm=hbm)
         if instruction.cycles is not None:
             return self._item(instruction, "compute", instruction.cycles / self.clock, flops=flops, hbm=hbm)
-        return self._item(instruction, "other", max(hbm / chip.bandwidth, flops / chip.flops), flops=flops, hbm=hbm)
+        kind = _gpu_kind(instruction, flops) if self.network.topology.platform == "gpu" else "other"
+        return self._item(instruction, kind, max(hbm / chip.bandwidth, flops / chip.flops), flops=flops, hbm=hbm)
 
     def _collective_of(self, instruction: Instruction) -> Instruction | None:
         """The collective that an instruction is, wraps or (a fusion) contains."""
@@ -325,6 +329,12 @@ class _Simulator:
     @staticmethod
     def _item(instruction: Instruction, kind: str, seconds: float = 0.0, **fields: Any) -> Item:
         return Item(instruction.name, instruction.opcode, instruction.op_name, kind, seconds, **fields)
+
+
+def _gpu_kind(instruction: Instruction, flops: float) -> str:
+    if instruction.target.startswith(cost.CUDNN_ATTENTION):
+        return "attention"
+    return "product" if flops else "pass"
 
 
 def _rendezvous(instruction: Instruction | None) -> str | None:

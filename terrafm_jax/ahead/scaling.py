@@ -2,7 +2,7 @@
 
 Every term is a few lines of arithmetic with stated inputs, so that a disagreement with the compiler's
 numbers (``python -m terrafm_jax.aot``) or with a measurement points at one of them.
-``python -m terrafm_jax.tpu.scaling`` prints the tables; docs/scaling.md has some of them.
+``python -m terrafm_jax.ahead.scaling`` prints the tables; docs/scaling.md has some of them.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import math
 
 import numpy as np
 
+from terrafm_jax.ahead.chips import CHIPS, Chip, Topology
+from terrafm_jax.ahead.network import Network
 from terrafm_jax.models.spec import ModelSpec
 from terrafm_jax.sensors import SENSOR_KEYS
 from terrafm_jax.ssl.views import ViewSpec
-from terrafm_jax.tpu.chips import CHIPS, Chip, Topology
-from terrafm_jax.tpu.network import Network
 from terrafm_jax.training.batches import batch_shapes
 from terrafm_jax.training.flops import image_flops
 from terrafm_jax.training.sharding import SPLIT
@@ -273,7 +273,7 @@ def hours_table(recipe: Recipe, images: int = 8) -> str:
 
 
 def main() -> None:
-    argparse.ArgumentParser(prog="python -m terrafm_jax.tpu.scaling", description=__doc__).parse_args()
+    argparse.ArgumentParser(prog="python -m terrafm_jax.ahead.scaling", description=__doc__).parse_args()
     print(input_table())
     for recipe in paper_recipes():
         print(f"\n### {recipe.name}: {recipe.epochs} epochs by this model\n")

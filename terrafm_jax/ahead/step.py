@@ -1,4 +1,4 @@
-"""The real train step compiled for an absent TPU, and a report of what the compiler made of it."""
+"""The real train step compiled for absent TPUs or GPUs, and a report of what the compiler made of it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from ml_collections import ConfigDict
 
 from terrafm_jax import config as config_lib
 from terrafm_jax import landcover
+from terrafm_jax.ahead import client, gpus
+from terrafm_jax.ahead.chips import CHIPS, Topology
+from terrafm_jax.ahead.gpus import GPUS, Hosts, Links
+from terrafm_jax.ahead.hlo import Shape
+from terrafm_jax.ahead.network import Network
+from terrafm_jax.ahead.reckon import Item, Reckoning, reckon
+from terrafm_jax.ahead.scaling import TILES
 from terrafm_jax.models.spec import ModelSpec
 from terrafm_jax.sensors import Statistics
-from terrafm_jax.tpu.chips import Topology
-from terrafm_jax.tpu.client import compile_only, compile_only_devices
-from terrafm_jax.tpu.hlo import Shape
-from terrafm_jax.tpu.network import Network
-from terrafm_jax.tpu.reckon import Item, Reckoning, reckon
-from terrafm_jax.tpu.scaling import TILES
 from terrafm_jax.training.batches import TILE_METERS, batch_shapes
 from terrafm_jax.training.compiler import compiler_options
 from terrafm_jax.training.flops import step_flops
@@ -40,7 +41,19 @@ SCOPES = (
 )
 
 
-def build(config: ConfigDict, topology: Topology) -> tuple[TrainSpec, Mesh]:
+def parse_topology(text: str) -> Topology | Hosts:
+    """``v5e:16x16``, ``2*v5p:4x4x4`` (slices), ``h200:8`` or ``4*h100:8`` (hosts). Raises ValueError."""
+    if any(name in text for name in GPUS):
+        return Hosts.parse(text)
+    if any(name in text for name in CHIPS):
+        return Topology.parse(text)
+    raise ValueError(
+        f"--topology={text}: expected [SLICES*]TPU:AxB[xC], for example v5e:4x4, or [HOSTS*]GPU:N, for example h200:8, "
+        f"with TPU one of {list(CHIPS)} and GPU one of {list(GPUS)}"
+    )
+
+
+def build(config: ConfigDict, topology: Topology | Hosts) -> tuple[TrainSpec, Mesh]:
     """Spec and mesh of a config on a topology, as ``main`` would make them there.
 
     Statistics are the published ones and the epoch is the paper's, since no data set is opened.
@@ -52,13 +65,22 @@ def build(config: ConfigDict, topology: Topology) -> tuple[TrainSpec, Mesh]:
     shares = [1.0 / landcover.NUM_CATEGORIES] * landcover.NUM_CATEGORIES
     steps = config_lib.durations(config, TILES)
     spec = config_lib.train_spec(config, steps, Statistics.published(), shares)
-    spec = dataclasses.replace(spec, model=dataclasses.replace(spec.model, platform="tpu"))
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=compile_only_devices(topology))
-    return spec, mesh
+    spec = dataclasses.replace(spec, model=dataclasses.replace(spec.model, platform=topology.platform))
+    devices = _compiler(topology).compile_only_devices(topology)
+    return spec, make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=devices)
+
+
+def _compiler(topology: Topology | Hosts) -> Any:
+    return {"tpu": client, "gpu": gpus}[topology.platform]
 
 
 def compile_step(
-    spec: TrainSpec, mesh: Mesh, topology: Topology, *, meters: int = TILE_METERS, options: Mapping | None = None
+    spec: TrainSpec,
+    mesh: Mesh,
+    topology: Topology | Hosts,
+    *,
+    meters: int = TILE_METERS,
+    options: Mapping | None = None,
 ) -> dict[str, Any]:
     """Compiles the step and reports.
 
@@ -76,11 +98,14 @@ def compile_step(
     state = abstract_state(spec, mesh)
     batch = batch_shapes(spec.model.sensors, spec.optim.batch_size, meters, batch_sharding(mesh))
     begun = time.monotonic()
-    lowered = make_step(spec, mesh).lower(state, batch)
+    # Named, as JAX would look for a GPU that is there to learn which kind of GPU is meant.
+    platforms = ({"gpu": "cuda"}.get(topology.platform, topology.platform),)
+    lowered = make_step(spec, mesh).trace(state, batch).lower(lowering_platforms=platforms)
     lowered_at = time.monotonic()
-    compiled, module = compile_only(lowered, options)
+    compiled, module = _compiler(topology).compile_only(lowered, options)
     compiled_at = time.monotonic()
-    found = reckon(module, Network.of(topology, list(mesh.devices.flat)), spec.model.depth)
+    network = {"tpu": Network, "gpu": Links}[topology.platform].of(topology, list(mesh.devices.flat))
+    found = reckon(module, network, spec.model.depth)
     report = _header(spec, mesh, topology, options)
     report |= {"seconds_to_lower": lowered_at - begun, "seconds_to_compile": compiled_at - lowered_at}
     report |= _memory(compiled, state, batch, topology)
@@ -90,9 +115,10 @@ def compile_step(
     return report | {"hlo": compiled.as_text()}
 
 
-def _header(spec: TrainSpec, mesh: Mesh, topology: Topology, options: Mapping) -> dict[str, Any]:
+def _header(spec: TrainSpec, mesh: Mesh, topology: Topology | Hosts, options: Mapping) -> dict[str, Any]:
     return {
         "topology": topology.name,
+        "platform": topology.platform,
         "chips": topology.chips,
         "mesh": dict(mesh.shape),
         "batch_size": spec.optim.batch_size,
@@ -101,8 +127,12 @@ def _header(spec: TrainSpec, mesh: Mesh, topology: Topology, options: Mapping) -
         "model": {"width": spec.model.width, "depth": spec.model.depth, "scan": spec.model.scan},
         "remat": spec.model.remat,
         "dtype": spec.model.dtype,
-        "compiler_options": {**(compiler_options(mesh, "tpu", spec.overlap) or {}), **options},
-        "versions": {name: _version(name) for name in ("jax", "libtpu")},
+        "compiler_options": {
+            **(compiler_options(mesh, topology.platform, spec.overlap) or {}),
+            **(gpus.OPTIONS if topology.platform == "gpu" else {}),
+            **options,
+        },
+        "versions": {name: _version(name) for name in ("jax", topology.package)},
     }
 
 
@@ -113,7 +143,7 @@ def _version(package: str) -> str:
         return "absent"
 
 
-def _memory(compiled: Any, state: Any, batch: Any, topology: Topology) -> dict[str, Any]:
+def _memory(compiled: Any, state: Any, batch: Any, topology: Topology | Hosts) -> dict[str, Any]:
     """Bytes per chip. The peak is the compiler's, or arguments + outputs not aliased + temporaries + code."""
     m = compiled.memory_analysis()
     total = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
@@ -138,6 +168,7 @@ def _time(spec: TrainSpec, mesh: Mesh, found: Reckoning) -> dict[str, Any]:
     return {
         "flops": {"formula": useful, "program": found.flops, "ratio": found.flops / useful},
         "hbm_bytes": found.hbm,
+        "kernels": sum(i.count for i in found.items),
         "step_seconds": found.seconds,
         "floor_seconds": found.floor_seconds,
         "mfu": found.mfu(useful),
@@ -220,8 +251,7 @@ def render(report: Mapping[str, Any]) -> str:
         f"temporaries {memory['temporaries'] / gib:.2f})" + ("" if report["fits"] else "  DOES NOT FIT"),
         f"FLOPs per chip and step: formula {flops['formula'] / 1e12:.3f} T, program {flops['program'] / 1e12:.3f} T "
         f"({flops['ratio']:.2f} times)",
-        f"estimated step: {report['step_seconds'] * 1e3:.1f} ms (not below {report['floor_seconds'] * 1e3:.1f} ms by "
-        f"FLOPs and HBM bytes), {report['images_per_second_per_chip']:.0f} images/s a chip, MFU {report['mfu']:.1%}",
+        _time_line(report),
         "",
         *_shares("by kind", report["seconds_by_kind"], report["step_seconds"]),
         *_shares("by part", report["seconds_by_scope"], report["step_seconds"]),
@@ -245,6 +275,20 @@ def render(report: Mapping[str, Any]) -> str:
             f"{item['op_name'][-70:]}"
         )
     return "\n".join(lines)
+
+
+def _time_line(report: Mapping[str, Any]) -> str:
+    step, floor, rate = report["step_seconds"], report["floor_seconds"], report["images_per_second_per_chip"]
+    if report["platform"] == "gpu":
+        return (
+            f"{report['kernels']} kernels, which move {report['hbm_bytes'] / 1e9:.0f} GB and take at least "
+            f"{step * 1e3:.1f} ms, each at the peak of FLOPs or bandwidth: at most {rate:.0f} images/s a GPU, "
+            f"MFU {report['mfu']:.1%}"
+        )
+    return (
+        f"estimated step: {step * 1e3:.1f} ms (not below {floor * 1e3:.1f} ms by FLOPs and HBM bytes), "
+        f"{rate:.0f} images/s a chip, MFU {report['mfu']:.1%}"
+    )
 
 
 def _shares(title: str, seconds: Mapping[str, float], total: float) -> list[str]:

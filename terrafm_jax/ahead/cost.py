@@ -7,8 +7,9 @@ import re
 
 import numpy as np
 
-from terrafm_jax.tpu.hlo import Computation, Instruction, Module, Shape
+from terrafm_jax.ahead.hlo import Computation, Instruction, Module, Shape
 
+CUBLAS, CUDNN_ATTENTION = "__cublas$", "__cudnn$fmha"
 _VIEWS = ("bitcast", "get-tuple-element", "reshape", "transpose", "copy", "convert")
 
 
@@ -18,6 +19,10 @@ def matrix_flops(module: Module, computation: Computation, instruction: Instruct
         return _convolution_flops(computation, instruction)
     if instruction.opcode == "dot":
         return _dot_flops(computation, instruction)
+    if instruction.target.startswith(CUBLAS):
+        return _cublas_flops(computation, instruction)
+    if instruction.target.startswith(CUDNN_ATTENTION):
+        return _attention_flops(computation, instruction)
     if instruction.is_kernel:  # what its author declared (pl.CostEstimate)
         declared = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', instruction.attributes)
         return float(declared.group(1)) if declared else 0.0
@@ -36,6 +41,21 @@ def _dot_flops(computation: Computation, instruction: Instruction) -> float:
     listed = instruction.attribute("lhs_contracting_dims") or "{}"
     contracted = math.prod(left.dims[int(i)] for i in re.findall(r"\d+", listed))
     return 2.0 * instruction.shapes[0].elements * contracted
+
+
+def _cublas_flops(computation: Computation, instruction: Instruction) -> float:
+    left = _operand_shape(computation, instruction, 0)
+    listed = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
+    contracted = math.prod(left.dims[int(i)] for i in re.findall(r"\d+", listed.group(1) if listed else ""))
+    return 2.0 * instruction.shapes[0].elements * contracted
+
+
+def _attention_flops(computation: Computation, instruction: Instruction) -> float:
+    """cuDNN's: two products of a head's queries and keys forward, five backward; operands [B, N, heads, head]."""
+    batch, queries, heads, head = _operand_shape(computation, instruction, 0).dims
+    keys = _operand_shape(computation, instruction, 1).dims[1]
+    products = 5 if "Backward" in instruction.target else 2
+    return 2.0 * products * batch * heads * queries * keys * head
 
 
 def _convolution_flops(computation: Computation, instruction: Instruction) -> float:
@@ -100,7 +120,10 @@ def hbm_bytes(module: Module, computation: Computation, instruction: Instruction
 
 
 def _plain_bytes(computation: Computation, instruction: Instruction) -> float:
-    written = sum(s.bytes for s in instruction.shapes if s.in_hbm)
+    shapes = instruction.shapes
+    if instruction.target.startswith((CUBLAS, CUDNN_ATTENTION)):  # the last result is space to work in
+        shapes = shapes[:-1] if len(shapes) > 1 and shapes[-1].dtype in ("s8", "u8") else shapes
+    written = sum(s.bytes for s in shapes if s.in_hbm)
     if instruction.opcode in ("slice", "dynamic-slice", "gather"):
         return 2.0 * written
     if instruction.opcode == "dynamic-update-slice":

@@ -18,7 +18,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from terrafm_jax.tpu.chips import Topology
+from terrafm_jax.ahead.chips import Topology
 
 HOP_SECONDS = 1e-6  # latency of one hop between neighboring chips
 DCN_SECONDS = 50e-6  # latency between slices

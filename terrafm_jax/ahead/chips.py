@@ -62,6 +62,8 @@ class Topology:
     chip: Chip
     shape: tuple[int, ...]
     slices: int = 1
+    platform = "tpu"
+    package = "libtpu"  # that brings the compiler
 
     @classmethod
     def parse(cls, text: str) -> Topology:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from jax.stages import Compiled, Lowered
 
-from terrafm_jax.tpu import hlo, kernels
-from terrafm_jax.tpu.chips import Topology
+from terrafm_jax.ahead import hlo, kernels
+from terrafm_jax.ahead.chips import Topology
 
 
 def available() -> bool:
