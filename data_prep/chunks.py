@@ -54,7 +54,7 @@ class Unit:
     Attributes:
       cell, number: see ``cell.Cell``.
       where: what the source needs to read it (plain, picklable values).
-      products: (sensor, product id) pairs.
+      products: (sensor, product id) pairs; ``cell/p0/file`` for a scene in several units whose files have no id.
       split: the fixed split, or None.
       outlook: split that its position lets expect, ``mixed`` or ``unknown``; chunks do not mix them.
       rivals: cells of listed splits nearby that keep the ground they share with this one.
@@ -71,6 +71,10 @@ class Unit:
     @property
     def key(self) -> str:
         return f"{self.cell}/p{self.number}"
+
+    def product_of(self, sensor: str) -> tuple[str, str]:
+        """The first of ``products`` of a sensor, by which its offset is known; its id is "" if there is none."""
+        return next((pair for pair in self.products if pair[0] == sensor), (sensor, ""))
 
 
 class Source(Protocol):
@@ -265,7 +269,7 @@ def read(job: Job, unit: Unit) -> Cell:
     cell = job.source.read(unit)
     for key, given in cell.sensors.items():
         if given.unit != "reflectance":  # the offset of its product is no longer inside
-            given.offset = given.offset or job.offsets.get((key, given.product))
+            given.offset = given.offset or job.offsets.get(unit.product_of(key))
     return cell
 
 

@@ -17,7 +17,7 @@ import dataclasses
 import math
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,19 +84,21 @@ class GeoTiffs:
         target = _finest_grid(scene)
         if block is not None:
             target = target.window(*block)
-        sensors, beside = {}, []
-        for key in SENSORS:
+        sensors: dict[str, SensorInput] = {}
+        beside = []
+        for key in EXTENT_ORDER:  # Sentinel-1 last: with Sentinel-2 it will be warped, alone it is cut
             files = [f for f in scene.files if f.sensor == key]
             try:
                 if files:
-                    sensors[key] = self._sensor(key, files, target if block is not None else None)
+                    area = None if block is None else _Area(target, key == "s1" and bool(sensors))
+                    sensors[key] = self._sensor(key, files, area)
             except NotThere:  # swaths differ: a part of the scene has this sensor, another has not
                 beside.append(key)
         cover = [f for f in scene.files if f.sensor == LANDCOVER]
         codes = _landcover(cover, target) if cover else None
         return Cell(unit.cell, sensors, unit.number, unit.split, None, codes, unit.rivals, beside)
 
-    def _sensor(self, key: str, files: Sequence[SceneFile], area: Grid | None) -> SensorInput:
+    def _sensor(self, key: str, files: Sequence[SceneFile], area: _Area | None) -> SensorInput:
         rasters: dict[str, Raster] = {}
         for file in files:
             for name, raster in _bands(key, file, area, self.bands.get(key, ())).items():
@@ -139,7 +141,15 @@ def guess_unit(rasters: dict[str, Raster]) -> str:
     return "power"
 
 
-def _bands(key: str, file: SceneFile, area: Grid | None, order: Sequence[str]) -> dict[str, Raster]:
+@dataclasses.dataclass(frozen=True)
+class _Area:
+    """The block of a scene that is read; ``warped``: onto its grid, so that neighbors beyond its edge count, too."""
+
+    grid: Grid
+    warped: bool
+
+
+def _bands(key: str, file: SceneFile, area: _Area | None, order: Sequence[str]) -> dict[str, Raster]:
     """Bands of one file, all of it or what lies under ``area``; ``order`` if it names none. Raises BadInput."""
     with open_raster(file.path) as source:
         grid = grid_of(source, file.path)
@@ -198,22 +208,25 @@ def _cirrus_band(source: rasterio.DatasetReader) -> int:
     return int(middle.argmin()) if next_one - darkest > 200 else -1
 
 
-def _window(grid: Grid, area: Grid) -> Window:
-    """The pixels under ``area``: exact where both share a CRS, with a margin of 8 pixels otherwise."""
+def _window(grid: Grid, area: _Area) -> Window:
+    """The pixels under ``area``: these alone where they are copied, with a margin of 8 where they are resampled.
+
+    Raises NotThere.
+    """
     a, _, c, _, e, f = grid.transform
-    if grid.crs == area.crs:
-        left, bottom, right, top = area.bounds()
-        col, row = round((left - c) / a), round((top - f) / e)
-        width, height = max(1, round((right - left) / a)), max(1, round((top - bottom) / -e))
+    same = grid.crs == area.grid.crs
+    bounds = area.grid.bounds()
+    left, bottom, right, top = bounds if same else transform_bounds(area.grid.crs, grid.crs, *bounds, densify_pts=21)
+    if same and not area.warped:
+        margin, col, row = 0, round((left - c) / a), round((top - f) / e)
+        end_col, end_row = col + max(1, round((right - left) / a)), row + max(1, round((top - bottom) / -e))
     else:
-        left, bottom, right, top = transform_bounds(area.crs, grid.crs, *area.bounds(), densify_pts=21)
-        col, row = math.floor((left - c) / a) - 8, math.floor((top - f) / e) - 8
-        width, height = math.ceil((right - left) / a) + 16, math.ceil((top - bottom) / -e) + 16
-    col0, row0 = max(0, col), max(0, row)
-    col1, row1 = min(grid.width, col + width), min(grid.height, row + height)
-    if col1 <= col0 or row1 <= row0:
-        raise NotThere(f"no pixel under {area.crs} {tuple(round(v, 5) for v in area.bounds())}")
-    return Window(col0, row0, col1 - col0, row1 - row0)
+        margin, col, row = 8, math.floor((left - c) / a), math.floor((top - f) / e)
+        end_col, end_row = math.ceil((right - c) / a), math.ceil((bottom - f) / e)
+    if min(grid.width, end_col) <= max(0, col) or min(grid.height, end_row) <= max(0, row):
+        raise NotThere(f"no pixel under {area.grid.crs} {tuple(round(v, 5) for v in bounds)}")
+    col, row = max(0, col - margin), max(0, row - margin)
+    return Window(col, row, min(grid.width, end_col + margin) - col, min(grid.height, end_row + margin) - row)
 
 
 def _landcover(files: Sequence[SceneFile], target: Grid) -> Raster:
@@ -262,7 +275,10 @@ def units_of(scene: Scene, options: Options, split: str | None) -> tuple[list[Un
         unit = Unit(scene.cell, scene.number, (scene, None), products, split, split or "unknown")
         return [unit], Place(scene.cell, split, None, 0.0, None)
     found = []
-    for block in blocks(grid, options):
+    parts = blocks(grid, options)
+    if len(parts) > 1:  # so that the offset is decided once for all of them
+        products += _without_id(scene, {key for key, _ in products})
+    for block in parts:
         name = scene.cell if block is None else f"{scene.cell}@r{block[0]}_c{block[1]}"
         area = lonlat_outline(grid if block is None else grid.window(*block))
         expected = options.blocks.splits(*area)
@@ -270,6 +286,15 @@ def units_of(scene: Scene, options: Options, split: str | None) -> tuple[list[Un
         found.append(Unit(name, scene.number, (scene, block), products, split, outlook))
     center = (float(lat.mean()), (float(lon.mean()) + 180.0) % 360.0 - 180.0)
     return found, Place(scene.cell, split, center, ground.radius(grid), grid)
+
+
+def _without_id(scene: Scene, known: Set[str]) -> tuple[tuple[str, str], ...]:
+    """What stands for the product of each optical sensor but those ``known``, whose files name none."""
+    first: dict[str, SceneFile] = {}
+    for file in scene.files:
+        if file.sensor not in (*known, "s1", LANDCOVER):
+            first.setdefault(file.sensor, file)
+    return tuple((key, f"{scene.cell}/p{scene.number}/{Path(file.path).stem}") for key, file in first.items())
 
 
 def _maps(unit: Unit, place: Place) -> list[str]:

@@ -29,7 +29,7 @@ def look(job: Job, unit: Unit) -> Verdicts:
     try:
         cell = job.source.read(unit)
         return {
-            (key, given.product): optical(key, given, job.options.snap).verdict
+            unit.product_of(key): optical(key, given, job.options.snap).verdict
             for key, given in cell.sensors.items()
             if key != "s1" and given.offset is None
         }
@@ -66,7 +66,8 @@ def survey(units: Sequence[Unit], run: Callable[[list[Unit]], Iterable[Verdicts]
             for key, verdict in seen.items():
                 if key in candidates and verdicts.get(key) is None:
                     verdicts[key] = verdict
-    offsets = {key: decide_offset(key[1], verdicts.get(key)) for key in sorted(candidates)}
+    # The file's name is what speaks for a scene without a product id (``Unit.products``).
+    offsets = {key: decide_offset(key[1].rpartition("/")[2], verdicts.get(key)) for key in sorted(candidates)}
     write_text(record, json.dumps([[key, dataclasses.asdict(offset)] for key, offset in offsets.items()]))
     return offsets
 

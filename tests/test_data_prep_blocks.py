@@ -1,0 +1,75 @@
+"""A scene that is read block by block becomes what it would become if it were read at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_prep_cells import geotiff as tif
+from rasterio.transform import from_origin
+
+from data_prep import geotiff
+from data_prep.cell import Options, Prepared, prepare
+from data_prep.chunks import Unit
+from data_prep.scenes import from_folder
+from data_prep.worldcover import WorldCover
+
+LEFT, TOP, SIZE = 600_000, 5_400_000, 240
+OPTIONS = Options(tile_size=24, stride=24)
+ORDER = {"s2_l2a": ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12")}
+
+
+def write(root: Path, optical: np.ndarray, name: str = "S2L2A/a.tif") -> Path:
+    (root / name).parent.mkdir(parents=True)
+    (root / name).write_bytes(tif(optical, from_origin(LEFT, TOP, 10, 10)))
+    return root
+
+
+def prepared(root: Path) -> tuple[Prepared, list[Prepared]]:
+    """The only scene of a folder at once, and by its blocks."""
+    (scene,), _ = from_folder(root)
+    source = geotiff.GeoTiffs(bands={**ORDER, "s1": ("VV", "VH")})
+    units, _ = geotiff.units_of(scene, OPTIONS, "train")
+    assert len(units) > 4
+    found = [prepare(source.read(u), WorldCover(None, {}), OPTIONS) for u in (Unit("a", 0, (scene, None)), *units)]
+    return found[0], found[1:]
+
+
+@pytest.mark.parametrize(("step", "shift"), [(40, (-43, 47)), (10, (-5, 5)), (20, (-20, 40))])
+def test_radar_on_another_grid_has_no_seams(tmp_path: Path, step: int, shift: tuple[int, int]):
+    """In the CRS of the scene, but of larger or shifted pixels: those around a block count at its edge."""
+    rng = np.random.default_rng(1)
+    write(tmp_path, rng.integers(100, 3000, (12, SIZE, SIZE)).astype(np.uint16))
+    count = SIZE * 10 // step + 8
+    power = rng.gamma(4.0, 0.02, (2, count, count)).astype(np.float32)
+    (tmp_path / "S1RTC").mkdir()
+    (tmp_path / "S1RTC/a.tif").write_bytes(tif(power, from_origin(LEFT + shift[0], TOP + shift[1], step, step)))
+    whole, blocks = prepared(tmp_path)
+
+    def by_place(tiles: list) -> dict[tuple[float, ...], np.ndarray]:
+        groups = {t.parts["s2_l2a"].finest.transform: t.parts["s1"].groups["10m"] for t in tiles}
+        return {place: np.stack([*g.bands, g.valid]) for place, g in groups.items()}
+
+    expected, found = by_place(whole.tiles), by_place([t for p in blocks for t in p.tiles])
+    assert found.keys() == expected.keys()
+    assert len(found) == 100
+    for place, pixels in found.items():
+        np.testing.assert_array_equal(pixels, expected[place])
+
+
+def test_one_offset_for_all_blocks_of_a_scene(tmp_path: Path):
+    """Ice in a corner cannot tell, the rest can: no file names a product that would hold the blocks together."""
+    rng = np.random.default_rng(2)
+    pixels = rng.integers(1010, 3000, (12, SIZE, SIZE)).astype(np.uint16)
+    pixels[:, : SIZE // 2, : SIZE // 2] += 5000
+    write(tmp_path / "in", pixels, "a/S2L2A.tif")
+    write(tmp_path / "in", pixels[:, : SIZE // 2, : SIZE // 2], "b/S2L2A.tif")  # a scene of its own
+    bands = "--bands=s2_l2a=" + ",".join(ORDER["s2_l2a"])
+    flags = ["--tile-size", "24", "--split-shares", "1,0,0", "--worldcover", "none", bands]
+    assert geotiff.main(["--source", str(tmp_path / "in"), "--out", str(tmp_path / "out"), *flags]) == 0
+    import tensorflow_datasets as tfds
+
+    records = tfds.builder_from_directory(tmp_path / "out").as_data_source("train")
+    offsets = {(r["cell"].decode()[0], float(r["s2_l2a"]["offset"])) for r in records}
+    assert offsets == {("a", 1000.0), ("b", 0.0)}
