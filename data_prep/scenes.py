@@ -29,7 +29,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from data_prep.times import iso_time
-from data_prep.units import stated_unit
+from data_prep.units import stated_nodata, stated_unit
 from terrafm_jax.data.tiles import SPLITS
 from terrafm_jax.sensors import BASELINE_OFFSET, SENSORS, SensorError, band_name, sensor
 from terrafm_jax.tables import read_csv
@@ -198,10 +198,11 @@ def from_manifest(path: Path, root: Path, select: Mapping[str, set[str]]) -> tup
             found[cell].append(_manifest_file(key, row, root))
         except ValueError as error:
             faults.append(f"line {line}: {error}")
-        if row.get("split"):
-            splits[cell] = row["split"]
-            if row["split"] not in SPLITS:
-                faults.append(f"line {line}: split {row['split']!r}, expected one of {list(SPLITS)}")
+        if split := row.get("split"):
+            if split not in SPLITS:
+                faults.append(f"line {line}: split {split!r}, expected one of {list(SPLITS)}")
+            elif splits.setdefault(cell, split) != split:
+                faults.append(f"line {line}: split {split!r}, but {row[place]!r} is in {splits[cell]!r} before")
     if faults:
         raise ValueError(f"{path}: " + "; ".join(faults))
     return _scenes(found, splits, skipped), skipped
@@ -227,13 +228,12 @@ def _manifest_file(key: str, row: Mapping[str, str], root: Path) -> SceneFile:
     """One row. Raises ValueError naming all of bands, units, dates, offsets and nodata that make no sense."""
     units = row.get("units", "")
     measured = key != LANDCOVER and row.get("bands") != CLOUD_MASK
-    declared = re.search(r"nodata\s*(-?\d+(?:\.\d+)?)", units)
     cells: dict[str, Callable[[], Any]] = {
         "bands": lambda: band_list(key, row["bands"], row["file"]) if key != LANDCOVER and row.get("bands") else (),
         "unit": lambda: stated_unit(key, units) if measured else "",
         "time": lambda: _stated_time(row.get("time") or row.get("date") or "") if key != LANDCOVER else "",
         "offset": lambda: _stated_offset(row["offset"]) if row.get("offset") else None,
-        "nodata": lambda: _number("nodata", row.get("nodata") or (declared.group(1) if declared else "")),
+        "nodata": lambda: _number("nodata", row.get("nodata") or stated_nodata(units)),
     }
     read, faults = {}, []
     for name, value in cells.items():

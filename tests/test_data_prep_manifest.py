@@ -1,0 +1,42 @@
+"""What a manifest says, and that it must not say two things at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.scenes import from_manifest
+from data_prep.units import stated_nodata, stated_unit
+
+
+def manifest(root: Path, *lines: str) -> Path:
+    (root / "list.csv").write_text("\n".join(lines) + "\n")
+    return root / "list.csv"
+
+
+def test_a_place_in_two_splits_is_refused(tmp_path: Path):
+    """The last row used to win, so that a place that was held out could be trained on."""
+    rows = ("a.tif,here,s2_l2a,holdout", "b.tif,here,s1,", "c.tif,here,s1,train", "d.tif,there,s1,train")
+    path = manifest(tmp_path, "file,location,sensor,split", *rows)
+    with pytest.raises(ValueError, match=r"list.csv: line 4: split 'train', but 'here' is in 'holdout' before$"):
+        from_manifest(path, tmp_path, {})
+    scenes, _ = from_manifest(manifest(tmp_path, "file,location,sensor,split", *rows[:2], rows[3]), tmp_path, {})
+    assert {s.cell: s.split for s in scenes} == {"here": "holdout", "there": "train"}
+
+
+@pytest.mark.parametrize(
+    ("text", "nodata"),
+    [
+        ("dB, nodata -99", "-99"), ("dB, NoData -99.5", "-99.5"), ("dB; nodata=-9999", "-9999"),
+        ("dB, nodata: 0", "0"), ("dB, no-data value -3.4e+38", "-3.4e+38"), ("dB, nodata nan", "nan"), ("dB", ""),
+    ],
+)  # fmt: skip
+def test_nodata_in_the_words_of_units(tmp_path: Path, text: str, nodata: str):
+    assert stated_nodata(text) == nodata
+    assert stated_unit("s1", text) == "dB"
+    ((scene,), _) = from_manifest(
+        manifest(tmp_path, "file,location,sensor,units", f'a.tif,a,s1,"{text}"'), tmp_path, {}
+    )
+    np.testing.assert_equal(scene.files[0].nodata, float(nodata) if nodata else None)
