@@ -19,7 +19,7 @@ from rasterio.warp import transform as transform_points
 
 from data_prep import tiling
 from data_prep.harmonize import connected
-from data_prep.raster import BadInput, Grid, first_line
+from data_prep.raster import BadInput, Grid, PerThread, first_line
 from terrafm_jax import landcover
 
 STEP = 3  # degrees a map
@@ -183,9 +183,7 @@ def _crs(text: str) -> CRS:
     return CRS.from_user_input(text)
 
 
-@lru_cache(maxsize=16)
-def _open(path: str) -> rasterio.DatasetReader:
-    return rasterio.open(path)
+_open: PerThread[rasterio.DatasetReader] = PerThread(rasterio.open, keep=16)
 
 
 def codes_on(path: str, grid: Grid) -> np.ndarray:

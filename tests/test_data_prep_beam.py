@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from data_prep_cells import make_source
 
-from data_prep import beam_pipeline, majortom
+from data_prep import beam_pipeline, majortom, parquet, worldcover
 from data_prep.cell import Options
 from data_prep.chunks import Job, Unit
 from data_prep.harmonize import Offset
@@ -52,6 +53,18 @@ def test_elements_are_small_and_chunks_travel_with_their_offsets_alone(tmp_path:
     ((part, number, those, _, _),) = seen
     assert (number, those) == (77, units[770:780])
     assert part == dataclasses.replace(job, offsets={key: offsets[key] for key in keys[770:780]})
+
+
+def test_threads_have_open_files_of_their_own(tmp_path: Path):
+    """Two threads in one GDAL data set or one Parquet file end the process, or read nothing."""
+    source = make_source(tmp_path, 1)
+    table, cover = source / "Core-S2L2A/images/part_00000.parquet", next((source / "worldcover").glob("*.tif"))
+    for opened, path in ((parquet._open, str(table)), (worldcover._open, str(cover))):
+        with ThreadPoolExecutor(1) as pool:
+            theirs = pool.submit(opened, path).result()
+            assert pool.submit(opened, path).result() is theirs
+        assert opened(path) is opened(path)
+        assert opened(path) is not theirs
 
 
 @pytest.mark.slow
