@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime as dt
 import importlib
 import math
 import re
@@ -39,6 +40,7 @@ from terrafm_jax.sensors import SENSORS, SensorError, band_name
 from terrafm_jax.sensors import sensor as sensor_named
 
 BLOCK_TILES = 2
+PASS = 1200.0  # seconds: an overpass takes less, the next one comes after 98 minutes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,19 +313,24 @@ def _scene(item: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _radar_of(items: Mapping[str, Any], block: Grid, anchor: Mapping[str, Any]) -> list[str]:
-    """Ids of the Sentinel-1 items under the block that lie nearest in time: one day's frames, in order."""
+    """Ids of the Sentinel-1 items under the block of the overpass nearest in time, in order.
+
+    Not those of the whole day: it may hold an ascending and a descending pass, which look from opposite sides.
+    """
     lon, lat = lonlat_outline(block)
     area = (lon.min(), lat.min(), lon.max(), lat.max())
-    under = [
-        (name, iso_time(i["properties"].get("datetime"))[:10])
-        for name, i in sorted(items.items())
-        if _overlap(i["bbox"], area)
-    ]
+    under = {name: _seconds(i) for name, i in sorted(items.items()) if _overlap(i["bbox"], area)}
     if not under:
         return []
-    day = np.datetime64(iso_time(anchor["properties"].get("datetime"))[:10])
-    best = min(under, key=lambda entry: (abs(int((np.datetime64(entry[1]) - day).astype(int))), entry[0]))[1]
-    return [name for name, when in under if when == best]
+    wanted = _seconds(anchor)
+    best = min(under.values(), key=lambda when: abs(when - wanted))
+    return [name for name, when in under.items() if abs(when - best) < PASS]
+
+
+def _seconds(item: Mapping[str, Any]) -> float:
+    """Time of an item since 1970, 0 if it states none."""
+    text = iso_time(item["properties"].get("datetime") or item["properties"].get("start_datetime"))
+    return dt.datetime.fromisoformat(text).replace(tzinfo=dt.UTC).timestamp() if text else 0.0
 
 
 def parser() -> argparse.ArgumentParser:
