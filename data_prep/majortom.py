@@ -30,7 +30,7 @@ from data_prep.chunks import Source, Unit
 from data_prep.delivered import Cell, SensorInput
 from data_prep.ground import Place, Rival
 from data_prep.raster import BadInput, Grid, Raster, decode, normalize_crs
-from data_prep.times import iso_time
+from data_prep.times import days_apart, iso_time
 from data_prep.worldcover import WorldCover, lonlat_outline, maps_at
 from terrafm_jax.sensors import SENSOR_KEYS, SENSORS
 
@@ -230,7 +230,7 @@ def _acquisitions(found: dict[str, list[Row]]) -> Iterable[dict[str, Row]]:
     for unit in optical:
         if found["s1"]:
             anchor = next(iter(unit.values())).time
-            unit["s1"] = min(found["s1"], key=lambda r: (_days_apart(r.time, anchor), r.product))
+            unit["s1"] = min(found["s1"], key=lambda r: (days_apart(r.time, anchor), r.product))
     return optical
 
 
@@ -238,15 +238,6 @@ def sensing(product: str) -> str:
     """Sensing start in a Sentinel-2 product id (``20200223T032739``), or ""."""
     found = re.search(r"\d{8}T\d{6}", product)
     return found.group(0) if found else ""
-
-
-def _days_apart(time: str, other: str) -> float:
-    from datetime import date
-
-    try:
-        return abs((date.fromisoformat(time[:10]) - date.fromisoformat(other[:10])).days)
-    except ValueError:
-        return float("inf")
 
 
 def plan(args: argparse.Namespace, options: Options, cover: WorldCover) -> tuple[Source, list[Unit], dict[str, Any]]:

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from data_prep.times import iso_time
+from data_prep.times import days_apart, iso_time
 from data_prep.units import stated_nodata, stated_unit
 from terrafm_jax.data.tiles import SPLITS
 from terrafm_jax.sensors import BASELINE_OFFSET, SENSORS, SensorError, band_name, sensor
@@ -321,7 +321,7 @@ def facts(scenes: Iterable[Scene]) -> str:
 
 
 def _scenes(found: Mapping[str, Sequence[SceneFile]], splits: Mapping[str, str], skipped: Counter[str]) -> list[Scene]:
-    """One scene per acquisition of each cell; sensors are matched in order of time. Counts repeated files."""
+    """One scene per acquisition of each cell. Counts repeated files."""
     result = []
     for cell in sorted(found):
         sets: dict[str, list[list[SceneFile]]] = {}
@@ -330,15 +330,41 @@ def _scenes(found: Mapping[str, Sequence[SceneFile]], splits: Mapping[str, str],
             sets[key] = _once(_acquisitions(files))
             repeated = len(files) - sum(map(len, sets[key]))
             skipped.update({"same product of the cell again": repeated} if repeated else {})
-        count = max((len(group) for key, group in sets.items() if key != LANDCOVER), default=0)
-        optical = max(len(sets["s2_l1c"]), len(sets["s2_l2a"]))
-        for number in range(optical or count):
-            chosen: list[SceneFile] = []
-            for key, group in sets.items():
-                if group and (number < len(group) or key in ("s1", LANDCOVER)):
-                    chosen += group[min(number, len(group) - 1)]
-            result.append(Scene(cell, number, tuple(chosen), splits.get(cell)))
+        for number, files in enumerate(_joined(sets)):
+            result.append(Scene(cell, number, tuple(files), splits.get(cell)))
     return result
+
+
+def _joined(sets: Mapping[str, Sequence[list[SceneFile]]]) -> list[list[SceneFile]]:
+    """The files of each scene of a cell from the acquisitions of each sensor, which are in order of time.
+
+    Level 1C goes with the Level 2A of its time, what is left over in order; Sentinel-1 with each, the nearest in time.
+    """
+    left = list(sets["s2_l1c"])
+    partners: dict[int, list[SceneFile]] = {}
+    for i, files in enumerate(sets["s2_l2a"]):
+        same = next((other for other in left if _same_time(files[0].time, other[0].time)), None)
+        if same is not None:
+            partners[i] = same
+            left.remove(same)
+    for i in range(len(sets["s2_l2a"])):
+        if i not in partners and left:
+            partners[i] = left.pop(0)
+    optical = [[*partners.get(i, []), *files] for i, files in enumerate(sets["s2_l2a"])] + left
+    radar, cover = sets["s1"], sets[LANDCOVER]
+    result = []
+    for number, files in enumerate(optical or radar):
+        if radar and optical:  # of those as near, as where no times are known, the one in order
+            apart = [(days_apart(r[0].time, files[-1].time), abs(i - number)) for i, r in enumerate(radar)]
+            files = [*radar[apart.index(min(apart))], *files]
+        result.append([*files, *(cover[min(number, len(cover) - 1)] if cover else [])])
+    return result
+
+
+def _same_time(time: str, other: str) -> bool:
+    """Whether two times are equal as far as both are known: one may be a date alone."""
+    known = min(len(time), len(other))
+    return known > 0 and time[:known] == other[:known]
 
 
 def _acquisitions(files: Iterable[SceneFile]) -> list[list[SceneFile]]:

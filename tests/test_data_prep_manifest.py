@@ -40,3 +40,30 @@ def test_nodata_in_the_words_of_units(tmp_path: Path, text: str, nodata: str):
         manifest(tmp_path, "file,location,sensor,units", f'a.tif,a,s1,"{text}"'), tmp_path, {}
     )
     np.testing.assert_equal(scene.files[0].nodata, float(nodata) if nodata else None)
+
+
+def test_sensors_of_a_place_are_joined_by_time(tmp_path: Path):
+    """Level 1C was joined to Level 2A in order, so that one missing date joined all later ones to another's."""
+    days = {"s2_l2a": ("02", "03"), "s2_l1c": ("01", "02T10:30:21", "03"), "s1": ("29", "04", "02")}
+    rows = [f"{key}_{d[:2]}.tif,here,{key},2021-06-{d}" for key, found in days.items() for d in found]
+    scenes, _ = from_manifest(manifest(tmp_path, "file,location,sensor,date", *rows), tmp_path, {})
+    assert [[Path(f.path).stem for f in s.files] for s in scenes] == [
+        ["s1_02", "s2_l1c_02", "s2_l2a_02"],
+        ["s1_04", "s2_l1c_03", "s2_l2a_03"],
+        ["s1_02", "s2_l1c_01"],
+    ]
+
+
+def test_sensors_without_times_are_joined_in_order(tmp_path: Path):
+    rows = [
+        f"{key}_{n}.tif,here,{key}" for key in ("s1", "s2_l1c", "s2_l2a") for n in range(3 if key == "s2_l1c" else 2)
+    ]
+    scenes, _ = from_manifest(manifest(tmp_path, "file,location,sensor", *rows), tmp_path, {})
+    assert [[Path(f.path).stem for f in s.files] for s in scenes] == [
+        ["s1_0", "s2_l1c_0", "s2_l2a_0"],
+        ["s1_1", "s2_l1c_1", "s2_l2a_1"],
+        ["s1_1", "s2_l1c_2"],
+    ]
+    one_day = [f"{row},2021-06-01" for row in rows[:2]]
+    radar, _ = from_manifest(manifest(tmp_path, "file,location,sensor,date", *one_day), tmp_path, {})
+    assert [[Path(f.path).stem for f in s.files] for s in radar] == [["s1_0"], ["s1_1"]]
