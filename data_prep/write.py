@@ -141,9 +141,8 @@ class _Merged:
 
     def summary(self, plan: dict[str, Any]) -> dict[str, Any]:
         """What was seen, kept, left out and why."""
-        tiles_seen = sum(self.count.values()) + sum(
-            n for reason, n in self.dropped.items() if " in a cell" not in reason
-        )
+        of_tiles = [n for reason, n in self.dropped.items() if not of_sensor(reason)]
+        tiles_seen = sum(self.count.values()) + sum(of_tiles)
         conflicts = sorted({note for _, note in self.notes})  # once per product
         straddling = self.dropped.get("straddles splits", 0) + self.dropped.get(SHARED, 0)
         return {
@@ -161,6 +160,11 @@ class _Merged:
             "offset_conflict_examples": conflicts[:20],
             "classes": self.classes(),
         }
+
+
+def of_sensor(reason: str) -> bool:
+    """Whether what was left out is one sensor of a cell, whose tiles are counted for themselves, and not a tile."""
+    return reason.endswith(" a cell")
 
 
 _KINDS = (  # the first that fits

@@ -48,6 +48,16 @@ def test_blocks_that_a_swath_does_not_reach_are_prepared_without_it(tmp_path: Pa
     assert "s1 does not reach this part of the scene" in (tmp_path / "strict/rejected.csv").read_text()
 
 
+def test_a_sensor_left_out_of_a_cell_is_no_tile_left_out(tmp_path: Path):
+    """Cells without radar counted as tiles seen, so that fewer seemed to be lost between splits."""
+    source = write(tmp_path / "in", size=SIZE, width=SIZE // 2)
+    assert prepare(source, tmp_path / "out", "--block-degrees", "0.004", "--split-shares", "0.5,0.25,0.25") == 0
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    lost, kept = summary["left_out"]["straddles splits"], sum(summary["tiles"].values())
+    assert (lost + kept, summary["left_out"]["s1 does not reach a cell"]) == (25, 3)
+    assert summary["lost_between_splits"] == pytest.approx(lost / 25)
+
+
 def test_radar_of_another_place_is_not_called_black(tmp_path: Path):
     source = write(tmp_path / "in", size=24, width=24, left=LEFT - 300_000)
     assert prepare(source, tmp_path / "out") == 0
