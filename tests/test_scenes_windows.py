@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import rasterio
+import shapely
+from rasterio.warp import transform
 from scenes_fake import call, surface, tokens, write
 
-from terrafm_jax.scenes.grid import target_grid
+from terrafm_jax.scenes import output
+from terrafm_jax.scenes.errors import SceneError
+from terrafm_jax.scenes.grid import Grid, target_grid
 from terrafm_jax.scenes.inputs import Declared, resolve
 from terrafm_jax.scenes.read import SceneReader
 from terrafm_jax.sensors import SENSORS
@@ -64,3 +70,37 @@ def test_water_without_values_at_one_resolution_is_ground_beyond_a_swath_is_none
     np.testing.assert_array_equal(found.valid, seen[center, center])
     window = SceneReader([date], grid).read(60, 60, 20, 20)["s2_l2a"]
     np.testing.assert_array_equal(window.values, found.values[60:80, 60:80])
+
+
+def test_footprints_across_the_antimeridian_are_cut_there(tmp_path: Path) -> None:
+    """As one polygon they would span the Earth the other way round."""
+    rows = []
+    for lon in (180.0, -177.0):
+        (x,), (y,) = transform("EPSG:4326", "EPSG:32701", [lon], [-16.5])
+        grid = Grid(rasterio.CRS.from_epsg(32701), x - 1120, y + 1120, 10.0, 224, 224)
+        rows.append(output.window_row(grid, (0, 0, 224, 224), np.zeros(4, np.float32), "p", "", "m"))
+    output.write_windows(tmp_path / "w.parquet", rows, output.Meta((), {}))
+    table = pq.read_table(tmp_path / "w.parquet")
+    described = json.loads(table.schema.metadata[b"geo"])["columns"]["geometry"]
+    assert described["geometry_types"] == ["MultiPolygon", "Polygon"]
+    cut, plain = (shapely.from_wkb(shape) for shape in table["geometry"].to_pylist())
+    assert cut.bounds[0] == -180
+    assert cut.bounds[2] == 180
+    assert cut.area == pytest.approx(plain.area, rel=0.01)
+    assert shapely.covers(cut, shapely.points([179.995, -179.995], -16.5)).all()
+    assert not shapely.covers(cut, shapely.points([179.98, 0, -179.98], -16.5)).any()
+
+
+def test_web_mercator_across_the_antimeridian_is_refused(tmp_path: Path) -> None:
+    """The projection ends there: half of the scene was lost, or embedded in a zone at the other side of the Earth."""
+    names, edge = SENSORS["s2_l2a"].band_names, 20_037_508.34
+    for name, west, zone in (("west", edge - 1500, 32760), ("east", -edge - 1000, 32701), ("inside", edge - 3000, 0)):
+        path = write(
+            tmp_path / f"{name}.tif", surface(300, 300, 12), names=names, crs="EPSG:3857", west=west, north=-1_900_000.0
+        )
+        date = resolve(f"s2_l2a={path}", Declared())
+        if not zone:
+            assert target_grid([date]).crs.to_epsg() == 32760
+            continue
+        with pytest.raises(SceneError, match=f"{name}.tif: crosses the antimeridian.*EPSG:{zone} first"):
+            target_grid([date])
