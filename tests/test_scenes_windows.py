@@ -1,8 +1,9 @@
-"""Where a raster is looked for: windows beyond its edges, beyond the end of the degrees, and pixels of no value."""
+"""What is read of a scene: beyond edges and the end of the degrees, pixels without a value, masks, many files."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,13 @@ import pytest
 import rasterio
 import shapely
 from rasterio.warp import transform
-from scenes_fake import call, surface, tokens, write
+from scenes_fake import call, optical, surface, tokens, write
 
-from terrafm_jax.scenes import output
+from terrafm_jax.scenes import output, read
 from terrafm_jax.scenes.errors import SceneError
 from terrafm_jax.scenes.grid import Grid, target_grid
 from terrafm_jax.scenes.inputs import Declared, resolve
+from terrafm_jax.scenes.masks import read_mask
 from terrafm_jax.scenes.read import SceneReader
 from terrafm_jax.sensors import SENSORS
 
@@ -104,3 +106,31 @@ def test_web_mercator_across_the_antimeridian_is_refused(tmp_path: Path) -> None
             continue
         with pytest.raises(SceneError, match=f"{name}.tif: crosses the antimeridian.*EPSG:{zone} first"):
             target_grid([date])
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts the open files of Linux")
+def test_many_dates_do_not_need_as_many_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A year of dates of twelve files each is more than a process may open; the same pixels come from a few."""
+    dates = []
+    for i, fill in enumerate((500, 900, 700, 600, 800)):
+        for band in SENSORS["s2_l2a"].band_names:
+            write(tmp_path / f"{i}" / f"x_{band}.tif", np.full((1, 32, 32), fill, np.uint16))
+        dates.append(resolve(f"s2_l2a={tmp_path / str(i)}", Declared()))
+    monkeypatch.setattr(read, "_OPEN_FILES", 14)
+    reader = SceneReader(dates, target_grid(dates), composite="median")
+    for _ in range(2):
+        assert (reader.read(0, 0, 32, 32)["s2_l2a"].values == 700).all()
+    links = [Path("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
+    assert sum(str(tmp_path) in os.readlink(link) for link in links if link.is_symlink()) <= 14
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.uint16, np.float32])
+def test_a_mask_keeps_whatever_is_not_zero(tmp_path: Path, kind: type) -> None:
+    """Shares, negative numbers and NaN used to be rounded and cut to one byte first."""
+    numbers = {np.uint8: (0, 1, 2, 255), np.int16: (0, -1, 1, 0), np.uint16: (0, 256, 512, 1)}
+    numbers = numbers.get(kind, (0, 0.2, 1, np.nan))
+    mask = write(tmp_path / "mask.tif", np.repeat(np.array(numbers, kind), 8)[None, None].repeat(32, 1))
+    date = resolve(f"s2_l2a={optical(tmp_path / 's.tif', 32, 32)}", Declared())
+    found = SceneReader([date], target_grid([date]), masks=[read_mask(str(mask))]).read(0, 0, 32, 32)["s2_l2a"]
+    kept = [bool(n) and n == n for n in numbers]
+    np.testing.assert_array_equal(found.valid, np.repeat(kept, 8)[None].repeat(32, 0))

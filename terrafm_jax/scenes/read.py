@@ -7,6 +7,7 @@ kernel when it shrinks), renormalized over valid pixels; Sentinel-1 in linear po
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import logging
 import threading
@@ -35,6 +36,7 @@ _log = logging.getLogger(__name__)
 
 COMPOSITES = ("first", "median", "mean")
 _POWER_FLOOR = 1e-6  # -60 dB
+_OPEN_FILES = 100  # a thread: a year of dates has a thousand, as many as a process may open on most machines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Pixels:
 
 
 class SceneReader:
-    """Reads parts of a scene. Opens every file once per thread.
+    """Reads parts of a scene. Every thread opens files of its own and keeps some open.
 
     Args:
       acquisitions: one or several dates per sensor, in order of preference.
@@ -176,12 +178,12 @@ class SceneReader:
         return data
 
     def _open(self, path: str) -> rasterio.DatasetReader:
-        files = self._local.__dict__.setdefault("files", {})
-        if path not in files:
-            files[path] = open_raster(path)
-        return files[path]
+        if not hasattr(self._local, "opened"):
+            self._local.opened = functools.lru_cache(_OPEN_FILES)(open_raster)
+        return self._local.opened(path)
 
-    def _classes_on(self, path: str, grid: Grid) -> np.ndarray:
+    def _classes_on(self, path: str, grid: Grid, zero_or_not: bool = False) -> np.ndarray:
+        """uint8 [H, W]: classes of a raster on the grid, 0 beyond it; ``zero_or_not``: 1 for any other number."""
         source = self._open(path)
         out = np.zeros((grid.height, grid.width), np.uint8)
         window = _source_window(source, grid)
@@ -191,7 +193,7 @@ class SceneReader:
             except (RasterioError, OSError) as error:
                 raise SceneError(f"{path}: {broken(error)}") from None
             reproject(
-                data,
+                (np.nan_to_num(data) != 0).astype(np.uint8) if zero_or_not else data,
                 out,
                 src_transform=source.window_transform(window),
                 src_crs=source.crs,
@@ -205,7 +207,7 @@ class SceneReader:
     def _kept(self, grid: Grid) -> np.ndarray:
         keep = np.ones((grid.height, grid.width), bool)
         for mask in self._masks:
-            found = self._classes_on(mask.path, grid)
+            found = self._classes_on(mask.path, grid, zero_or_not=not mask.classes)
             keep &= ~np.isin(found, mask.classes) if mask.classes else found != 0
         return keep
 
