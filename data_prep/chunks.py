@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import json
 import os
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -116,6 +117,14 @@ def shard_path(job: Job, chunk: int, split: str) -> Path:
     return job.work / f"chunk-{chunk:06d}.{split}.array_record"
 
 
+def _unfinished(path: Path) -> Path:
+    """A name for a file until it is whole: another one each time, since runners of Beam may do a chunk twice at once.
+
+    Numbers of processes would not do: threads share one, and so do containers.
+    """
+    return path.with_suffix(f".tmp-{uuid.uuid4().hex}")
+
+
 class Flusher:
     """Sends a growing file to disk while it is written, and lets go of the pages that have arrived there.
 
@@ -161,7 +170,7 @@ class _Shards:
 
     def write(self, split: str, data: bytes) -> None:
         if split not in self._writers:
-            path = shard_path(self._job, self._chunk, split).with_suffix(f".tmp-{os.getpid()}")
+            path = _unfinished(shard_path(self._job, self._chunk, split))
             options = f"group_size:1,{self._job.compression}"
             self._writers[split] = (array_record_module.ArrayRecordWriter(str(path), options), path, Flusher(path))
         writer, _, flusher = self._writers[split]
@@ -309,7 +318,7 @@ def _check_space(error: BaseException, job: Job) -> None:
 
 def save(path: Path, **arrays: np.ndarray) -> None:
     """``numpy.savez`` that appears whole or not at all."""
-    temporary = path.with_suffix(f".tmp-{os.getpid()}")
+    temporary = _unfinished(path)
     try:
         with open(temporary, "wb") as file:
             np.savez(file, **arrays)

@@ -15,7 +15,7 @@ from data_prep_cells import make_source
 
 from data_prep import beam_pipeline, majortom, parquet, worldcover
 from data_prep.cell import Options
-from data_prep.chunks import Job, Unit
+from data_prep.chunks import Job, Unit, write_chunk
 from data_prep.harmonize import Offset
 from data_prep.worldcover import WorldCover
 
@@ -65,6 +65,27 @@ def test_threads_have_open_files_of_their_own(tmp_path: Path):
             assert pool.submit(opened, path).result() is theirs
         assert opened(path) is opened(path)
         assert opened(path) is not theirs
+
+
+def test_a_chunk_done_twice_at_once_is_whole(tmp_path: Path):
+    """Beam may start a bundle again while the first try still runs, in the same process or one of the same number."""
+    source, cover = make_source(tmp_path / "in", 3), WorldCover(None, {})
+    options = Options(tile_size=24, stride=24)
+    args = majortom.parser().parse_args(command(source, tmp_path))
+    cells, units, _ = majortom.plan(args, options, cover)
+    jobs = {name: Job(cells, cover, options, str(tmp_path / name)) for name in ("once", "twice")}
+    for job in jobs.values():
+        job.work.mkdir(parents=True)
+    write_chunk(jobs["once"], 0, units, (), lambda key: None)
+    again = iter([units])
+
+    def report(key: str) -> None:
+        if not key:  # after the first cell, the whole chunk is done elsewhere
+            for same in again:
+                write_chunk(jobs["twice"], 0, same, (), lambda key: None)
+
+    write_chunk(jobs["twice"], 0, units, (), report)
+    assert files(jobs["twice"].work) == files(jobs["once"].work)
 
 
 @pytest.mark.slow
