@@ -37,6 +37,8 @@ WORK = ".work"
 # Without compression by measurement: zstd:1 saves a quarter of the space and costs three times the CPU a read.
 COMPRESSIONS = ("uncompressed", "zstd:1", "zstd:3", "snappy")
 Report = Callable[[str], None]
+MOST_LAYOUTS = 1 << 8 * INDEX_DTYPE["layout"].itemsize
+TOO_MANY_LAYOUTS = f"more than {MOST_LAYOUTS} different shapes of tiles; cut them to a common --tile-size"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -226,6 +228,8 @@ class _Content:
         self.shared |= prepared.shared
         for tile in prepared.tiles:
             if tile.layout not in self.layouts:
+                if len(self.layouts) == MOST_LAYOUTS:
+                    raise ValueError(TOO_MANY_LAYOUTS)
                 self.layouts.append(tile.layout)
             tile.row["layout"] = self.layouts.index(tile.layout)
             if tile.split == SPLITS[0]:  # first, so that encoding finds the pixels in the processor's cache

@@ -29,8 +29,9 @@ from rasterio.warp import transform_bounds
 from rasterio.windows import Window
 
 from data_prep import cli, ground
+from data_prep.bands import named, unnamed
 from data_prep.cell import Options
-from data_prep.chunks import Source, Unit
+from data_prep.chunks import MOST_LAYOUTS, TOO_MANY_LAYOUTS, Source, Unit
 from data_prep.delivered import Cell, SensorInput
 from data_prep.ground import Place
 from data_prep.harmonize import Offset
@@ -46,10 +47,11 @@ from data_prep.scenes import (
     from_manifest,
     stated_orders,
 )
+from data_prep.tiling import UNIT
 from data_prep.units import delivered_units, unit_word
 from data_prep.worldcover import WorldCover, lonlat_outline, maps_under
 from terrafm_jax.data.tiles import EXTENT_ORDER
-from terrafm_jax.sensors import SENSORS, band_name
+from terrafm_jax.sensors import SENSORS
 
 BLOCK_TILES = 2  # tiles a side of the blocks that large scenes are read in
 
@@ -155,7 +157,7 @@ def _bands(key: str, file: SceneFile, area: _Area | None, order: Sequence[str]) 
         grid = grid_of(source, file.path)
         names = file.bands or named(key, source.descriptions) or tuple(order)
         if not names:
-            raise BadInput(_unnamed(key, source, file.path))
+            raise BadInput(unnamed(key, source, file.path))
         if len(names) != source.count:
             raise BadInput(f"{file.path}: {source.count} bands, but {len(names)} are named: {', '.join(names)}")
         window = None if area is None else _window(grid, area)
@@ -167,45 +169,6 @@ def _bands(key: str, file: SceneFile, area: _Area | None, order: Sequence[str]) 
             grid = grid.window(int(window.row_off), int(window.col_off), *pixels.shape[1:])
         nodata = source.nodata if file.nodata is None else file.nodata
         return {name: Raster(pixels[i], grid, nodata) for i, name in enumerate(names)}
-
-
-def named(key: str, descriptions: Sequence[str | None]) -> tuple[str, ...]:
-    """Band names from the descriptions, () unless all are known (junk counts as none). Their number says nothing.
-
-    Files without names hold bands in ESA's order, with B8A at the end (EuroSAT) or in the order of a script.
-    """
-    sensor = SENSORS[key]
-    known = [band_name(text, sensor) if text else None for text in descriptions]
-    return tuple(map(str, known)) if None not in known and len(set(known)) == len(known) else ()
-
-
-def _unnamed(key: str, source: rasterio.DatasetReader, what: str) -> str:
-    """Why a file is refused whose bands nobody names, with the flag that names them."""
-    usual = "VV,VH" if key == "s1" else f"B01..B08,B8A,B09{'..B12' if key == 's2_l1c' else ',B11,B12'}"
-    fits = f"in ESA's order --bands {key}={usual}"
-    if key == "s2_l2a" and (source.count == 13 or "B10" in [band_name(d) for d in source.descriptions if d]):
-        fits = "a 13th band is B10, and B10 means Level-1C: is the sensor s2_l1c?"
-    elif key == "s2_l1c" and source.count == 13:
-        dark = _cirrus_band(source)
-        order = {10: usual, 9: "B01..B12,B8A"}.get(dark)
-        fits = f"band {dark + 1} is dark as B10 is, so --bands {key}={order} may fit" if order else fits
-    found = [text for text in source.descriptions if text]
-    described = f", described as {found[:13]}" if found else ""
-    return (
-        f"{what}: bands without names ({source.count}{described}): state their order in the bands column of a manifest "
-        f"or with --bands; {fits}"
-    )
-
-
-def _cirrus_band(source: rasterio.DatasetReader) -> int:
-    """Number (from 0) of the band that is darkest by far, -1 if none is."""
-    try:
-        pixels = source.read(out_shape=(source.count, min(64, source.height), min(64, source.width)))
-    except RasterioError:
-        return -1
-    middle = np.median(pixels.reshape(source.count, -1).astype(np.float64), axis=1)
-    darkest, next_one = np.sort(middle)[:2] if source.count > 1 else (0, 0)
-    return int(middle.argmin()) if next_one - darkest > 200 else -1
 
 
 def _window(grid: Grid, area: _Area) -> Window:
@@ -318,6 +281,7 @@ def plan(args: argparse.Namespace, options: Options, cover: WorldCover) -> tuple
         for scene, (found, place), kept in zip(scenes, planned, keep, strict=True)
         if kept
     ]
+    _check_shapes([place.footprint for _, place in chosen if place.footprint], options.tile_size)
     units = []
     for (found, place), near in zip(chosen, ground.rivals([place for _, place in chosen]), strict=True):
         split = place.split
@@ -325,6 +289,14 @@ def plan(args: argparse.Namespace, options: Options, cover: WorldCover) -> tuple
     cli.check_maps(cover, {name for found, place in chosen for u in found for name in _maps(u, place)})
     counts: Counter[str] = Counter({f"files: {reason}": n for reason, n in skipped.items()})
     return source, units, {"scenes": len(scenes), "units": len(units), **counts}
+
+
+def _check_shapes(grids: Sequence[Grid], size: int) -> None:
+    """Raises ValueError where images smaller than a tile make too many shapes: now, and not after the last cell."""
+    shapes = {tuple(min(side, size) // UNIT for side in grid.shape) for grid in grids}
+    if len(shapes) > MOST_LAYOUTS:
+        common = max(1, min(min(grid.shape) for grid in grids) // UNIT) * UNIT
+        raise ValueError(f"{TOO_MANY_LAYOUTS} {size} or less; all images hold {common}")
 
 
 def _found(args: argparse.Namespace) -> tuple[list[Scene], Counter[str]]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.cell import SHARED
-from data_prep.chunks import WORK, Job, chunk_path, shard_path, sync
+from data_prep.chunks import MOST_LAYOUTS, TOO_MANY_LAYOUTS, WORK, Job, chunk_path, shard_path, sync
 from data_prep.doubts import looks_wrong
 from data_prep.stats import Tally
 from terrafm_jax import landcover
@@ -115,8 +115,8 @@ class _Merged:
     def _layout(self, layout: dict[str, list[int]]) -> int:
         if layout not in self.layouts:
             self.layouts.append(layout)
-        if len(self.layouts) > 256:
-            raise ValueError("more than 256 different shapes of tiles; cut them to a common --tile-size")
+        if len(self.layouts) > MOST_LAYOUTS:
+            raise ValueError(TOO_MANY_LAYOUTS)
         return self.layouts.index(layout)
 
     def index(self, split: str) -> np.ndarray:

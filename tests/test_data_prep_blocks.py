@@ -73,3 +73,22 @@ def test_one_offset_for_all_blocks_of_a_scene(tmp_path: Path):
     records = tfds.builder_from_directory(tmp_path / "out").as_data_source("train")
     offsets = {(r["cell"].decode()[0], float(r["s2_l2a"]["offset"])) for r in records}
     assert offsets == {("a", 1000.0), ("b", 0.0)}
+
+
+def test_too_many_shapes_are_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """An index has one byte for the shapes: the job ended after the last cell, and each time again."""
+    (tmp_path / "in/S1RTC").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    sizes = [(24 + 6 * i, 24 + 6 * j) for i in range(17) for j in range(16)]
+    for rows, columns in sizes:
+        power = rng.gamma(4.0, 0.02, (2, rows, columns)).astype(np.float32)
+        path = tmp_path / f"in/S1RTC/{rows}_{columns}.tif"
+        path.write_bytes(tif(power, from_origin(LEFT, TOP, 10, 10)))
+    where = ["--source", str(tmp_path / "in"), "--worldcover", "none", "--bands=s1=VV,VH", "--split-shares", "1,0,0"]
+    assert geotiff.main([*where, "--out", str(tmp_path / "out"), "--cells-per-shard", "300"]) == 1
+    said = capsys.readouterr().err
+    assert "more than 256 different shapes of tiles; cut them to a common --tile-size 534 or less" in said
+    assert "all images hold 24" in said
+    assert not (tmp_path / "out").exists()
+    few = ["--out", str(tmp_path / "few"), "--tile-size", "48", "--limit", "5"]
+    assert geotiff.main([*where, *few]) == 0
