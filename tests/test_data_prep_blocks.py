@@ -92,3 +92,17 @@ def test_too_many_shapes_are_refused_before_any_work(tmp_path: Path, capsys: pyt
     assert not (tmp_path / "out").exists()
     few = ["--out", str(tmp_path / "few"), "--tile-size", "48", "--limit", "5"]
     assert geotiff.main([*where, *few]) == 0
+
+
+def test_an_impossible_georeference_does_not_stop_the_planning(tmp_path: Path):
+    """PROJ raises errors of its own where it cannot say where an image lies: one image in a thousand ended the job."""
+    (tmp_path / "in/S1RTC").mkdir(parents=True)
+    power = np.random.default_rng(0).gamma(4.0, 0.02, (2, 24, 24)).astype(np.float32)
+    for name, left, top in (("good", LEFT, TOP), ("bad", 1e8, 1e8)):
+        (tmp_path / f"in/S1RTC/{name}.tif").write_bytes(tif(power, from_origin(left, top, 10, 10)))
+    where = ["--source", str(tmp_path / "in"), "--worldcover", "none", "--bands=s1=VV,VH", "--tile-size", "24"]
+    assert geotiff.main([*where, "--out", str(tmp_path / "out")]) == 3
+    assert (
+        "bad/p0,,\"coordinates lie outside of CRS 'EPSG:32632': x 100000000..100000240, y"
+        in (tmp_path / "out/rejected.csv").read_text()
+    )

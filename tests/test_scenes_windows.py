@@ -19,7 +19,9 @@ from terrafm_jax.scenes.errors import SceneError
 from terrafm_jax.scenes.grid import Grid, target_grid
 from terrafm_jax.scenes.inputs import Declared, resolve
 from terrafm_jax.scenes.masks import read_mask
+from terrafm_jax.scenes.points import to_grid
 from terrafm_jax.scenes.read import SceneReader
+from terrafm_jax.scenes.readback import place_of
 from terrafm_jax.sensors import SENSORS
 
 pytestmark = pytest.mark.usefixtures("loaded")
@@ -134,3 +136,28 @@ def test_a_mask_keeps_whatever_is_not_zero(tmp_path: Path, kind: type) -> None:
     found = SceneReader([date], target_grid([date]), masks=[read_mask(str(mask))]).read(0, 0, 32, 32)["s2_l2a"]
     kept = [bool(n) and n == n for n in numbers]
     np.testing.assert_array_equal(found.valid, np.repeat(kept, 8)[None].repeat(32, 0))
+
+
+def test_a_mask_of_the_whole_earth_holds_the_scene(tmp_path: Path) -> None:
+    """Its borders have no place in a UTM zone: it lay elsewhere for scenes west of the middle of theirs."""
+    path = tmp_path / "s.tif"
+    earth = rasterio.Affine(1.0, 0, -180, 0, -1.0, 90)
+    mask = write(tmp_path / "earth.tif", np.ones((1, 180, 360), np.uint8), crs="EPSG:4326", transform=earth)
+    for west in (300_000.0, 700_000.0):
+        grid = target_grid([date := resolve(f"s2_l2a={optical(path, 32, 32, west=west)}", Declared())])
+        reader = SceneReader([date], grid, masks=[read_mask(str(mask))])
+        assert reader.read(0, 0, 32, 32)["s2_l2a"].valid.all()
+        assert not reader.warnings
+
+
+def test_places_all_over_the_earth_are_outside() -> None:
+    """One that the projection of the scene cannot hold ended the command, and folded ones might lie in the scene."""
+    grid = Grid(rasterio.CRS.from_epsg(32632), 600_000.0, 5_100_000.0, 10.0, 1000, 1000)
+    lon, lat = (v.ravel() for v in np.meshgrid(np.linspace(-180, 180, 73), np.linspace(-90, 90, 37)))
+    x, y = to_grid(np.stack([np.append(lon, 10.35), np.append(lat, 46.0)], 1), grid).T
+    left, bottom, right, top = grid.bounds
+    inside = (x >= left) & (x <= right) & (y >= bottom) & (y <= top)
+    assert inside[-1]
+    assert not inside[:-1].any()
+    assert place_of(grid, 99.0, 0.0) is None
+    assert place_of(grid, 10.35, 46.0) is not None

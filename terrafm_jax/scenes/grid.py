@@ -51,6 +51,22 @@ class Grid:
         )
 
 
+def bounds_in(source: Any, grid: Grid) -> tuple[float, float, float, float]:
+    """left, bottom, right, top of a grid in the CRS of an open raster, degrees by whole turns to where its own lie."""
+    bounds = grid.bounds
+    if source.crs != grid.crs:
+        bounds = transform_bounds(grid.crs, source.crs, *bounds, densify_pts=21)
+    return _turned(bounds, source.bounds) if source.crs.is_geographic else bounds
+
+
+def _turned(bounds: Sequence[float], source: Sequence[float]) -> tuple[float, float, float, float]:
+    """Bounds in degrees by whole turns to where a raster's own lie: one across the antimeridian goes on beyond 180."""
+    left, bottom, right, top = bounds
+    right += 360.0 if right < left else 0.0
+    turn = 360.0 * round((source[0] + source[2] - left - right) / 720.0)
+    return left + turn, bottom, right + turn, top
+
+
 def target_grid(
     acquisitions: Sequence[Acquisition], gsd: float | None = None, crs: str = "", aoi: dict[str, Any] | None = None
 ) -> Grid:

@@ -20,12 +20,12 @@ import rasterio
 import rasterio.features
 from rasterio.enums import Resampling
 from rasterio.errors import RasterioError
-from rasterio.warp import reproject, transform_bounds
+from rasterio.warp import reproject
 from rasterio.windows import Window
 
 from terrafm_jax.scenes import area
 from terrafm_jax.scenes.errors import SceneError
-from terrafm_jax.scenes.grid import Grid
+from terrafm_jax.scenes.grid import Grid, bounds_in
 from terrafm_jax.scenes.layers import Acquisition, Layer, broken, open_raster
 from terrafm_jax.scenes.masks import SCL_INVALID, MaskFile, check_masks
 from terrafm_jax.scenes.measured import Part, Stored, measured, nothing
@@ -239,11 +239,7 @@ def _common_bands(dates: Sequence[Acquisition]) -> tuple[str, ...]:
 
 def _source_window(source: rasterio.DatasetReader, grid: Grid) -> Window:
     """Pixels of a raster that the kernel needs for a grid, clipped to the raster."""
-    bounds = grid.bounds
-    if source.crs != grid.crs:
-        bounds = transform_bounds(grid.crs, source.crs, *bounds, densify_pts=21)
-    if source.crs.is_geographic:
-        bounds = _turned(bounds, source.bounds)
+    bounds = bounds_in(source, grid)
     t = source.transform  # north up: no shear
     left, right = ((x - t.c) / t.a for x in (bounds[0], bounds[2]))
     top, bottom = ((y - t.f) / t.e for y in (bounds[3], bounds[1]))
@@ -252,14 +248,6 @@ def _source_window(source: rasterio.DatasetReader, grid: Grid) -> Window:
     left, top = max(int(np.floor(left)) - margin, 0), max(int(np.floor(top)) - margin, 0)
     right, bottom = min(int(np.ceil(right)) + margin, source.width), min(int(np.ceil(bottom)) + margin, source.height)
     return Window(left, top, max(right - left, 0), max(bottom - top, 0))  # rasterio refuses sides below zero
-
-
-def _turned(bounds: Sequence[float], source: Sequence[float]) -> tuple[float, float, float, float]:
-    """Bounds in degrees by whole turns to where a raster's own lie: one across the antimeridian goes on beyond 180."""
-    left, bottom, right, top = bounds
-    right += 360.0 if right < left else 0.0
-    turn = 360.0 * round((source[0] + source[2] - left - right) / 720.0)
-    return left + turn, bottom, right + turn, top
 
 
 def _on_grid(part: Part, data: np.ndarray, grid: Grid) -> np.ndarray:
