@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import heapq
 import itertools
+import math
 import re
 import sys
 from collections import Counter
@@ -75,11 +76,11 @@ def _row(
         product=text(str(product)),
         time=text(iso_time(time)),
         cloud=cloud,
-        lat=lat,
-        lon=lon,
+        lat=None if lat is None or math.isnan(lat) else lat,
+        lon=None if lon is None or math.isnan(lon) else lon,
         crs=text(normalize_crs(str(crs or ""))),
         file=text(str(file).rsplit("/", 1)[-1]),
-        row=int(row),
+        row=-1 if row is None or math.isnan(row) else int(row),  # there is none: its cell is rejected, not the job
         orbit=text(str(orbit or "")),
     )
 
