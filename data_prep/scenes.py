@@ -77,18 +77,26 @@ class Scene:
 
 
 def from_folder(root: Path) -> tuple[list[Scene], Counter[str]]:
-    """Scenes by the naming rule, and the files that it does not explain, by reason."""
+    """Scenes by the naming rule, and the files that it does not explain, by reason.
+
+    Raises:
+      ValueError: names are not UTF-8, as records and reports are; all are named.
+    """
     found: dict[str, list[SceneFile]] = defaultdict(list)
     skipped: Counter[str] = Counter()
-    for path in sorted(root.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and path.is_file():
+    paths = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in SUFFIXES]
+    odd = [ascii(str(path.relative_to(root))) for path in paths if re.search("[\ud800-\udfff]", str(path))]
+    if odd:
+        raise ValueError(f"{root}: names of files are not UTF-8: {', '.join(odd)}; rename them")
+    for path in paths:
+        if path.is_file():
             guess = by_name(path.relative_to(root))
             if isinstance(guess, str):
                 skipped[guess] += 1
             else:
                 cell, file = guess
                 found[cell].append(dataclasses.replace(file, path=str(path)))
-        elif path.suffix.lower() in SUFFIXES and path.is_symlink():
+        elif path.is_symlink():
             skipped["link that leads nowhere"] += 1
     return _scenes(found, {}, skipped), skipped
 

@@ -224,15 +224,25 @@ def grid_of_item(item: Mapping[str, Any]) -> Grid:
     if not code:
         raise BadInput(f"item {item['id']}: neither proj:code nor proj:epsg")
     crs = normalize_crs(str(code))
-    box = properties.get("proj:bbox") or next(
-        (a["proj:bbox"] for a in item["assets"].values() if "proj:bbox" in a), None
-    )
+    boxes = (_projected(part) for part in (properties, *item["assets"].values()))
+    box = next((found for found in boxes if found), None)
     left, bottom, right, top = box or transform_bounds("EPSG:4326", crs, *item["bbox"], densify_pts=21)
     size = 10 * UNIT
     # A given extent is exact; one from lon/lat is only shrunk to whole pixels, blocks at its rim may hold nodata.
     left, top = math.ceil(left / size - 1e-6) * size, math.floor(top / size + 1e-6) * size
     height, width = (int((top - bottom) / size + 1e-6) * UNIT, int((right - left) / size + 1e-6) * UNIT)
     return Grid(crs, (10.0, 0.0, float(left), 0.0, -10.0, float(top)), height, width)
+
+
+def _projected(part: Mapping[str, Any]) -> Sequence[float] | None:
+    """left, bottom, right, top in the item's CRS, as its properties or one of its assets states them; None if not."""
+    if part.get("proj:bbox"):
+        return part["proj:bbox"]
+    shape, affine = part.get("proj:shape"), part.get("proj:transform")
+    if not shape or not affine:
+        return None
+    (rows, columns), (a, _, left, _, e, top) = shape, affine[:6]
+    return left, top + rows * e, left + columns * a, top
 
 
 def blocks_of(grid: Grid, options: Options, bbox: Sequence[float] | None) -> Iterable[tuple[int, int, Grid]]:

@@ -1,13 +1,14 @@
-"""What a manifest says, and that it must not say two things at once."""
+"""What a manifest or a folder says, and that it must not say two things at once."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_prep.scenes import from_manifest
+from data_prep.scenes import from_folder, from_manifest
 from data_prep.units import stated_nodata, stated_unit
 
 
@@ -67,3 +68,15 @@ def test_sensors_without_times_are_joined_in_order(tmp_path: Path):
     one_day = [f"{row},2021-06-01" for row in rows[:2]]
     radar, _ = from_manifest(manifest(tmp_path, "file,location,sensor,date", *one_day), tmp_path, {})
     assert [[Path(f.path).stem for f in s.files] for s in radar] == [["s1_0"], ["s1_1"]]
+
+
+def test_names_that_no_record_can_hold_are_named(tmp_path: Path):
+    """They ended the planning with the words of a codec, which name no file."""
+    (tmp_path / "S1RTC").mkdir()
+    (tmp_path / "S1RTC" / "good.tif").touch()
+    try:
+        open(os.fsencode(tmp_path / "S1RTC") + b"/Gr\xf6n.tif", "wb").close()
+    except OSError:
+        pytest.skip("the file system takes UTF-8 alone")
+    with pytest.raises(ValueError, match=r"names of files are not UTF-8: 'S1RTC/Gr\\udcf6n.tif'; rename"):
+        from_folder(tmp_path)

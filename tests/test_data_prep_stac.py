@@ -169,6 +169,15 @@ def test_blocks_lie_on_the_lines_of_60_metres():
     assert all(b.gsd in (10, 20, 60) for b in S2_L1C.bands)
 
 
+def test_the_extent_of_an_item_comes_from_its_assets_before_its_lonlat_box():
+    """A box in degrees is larger than a tile of UTM: a rim of nodata; across the antimeridian it may span the Earth."""
+    asset = {"proj:shape": [10980, 10980], "proj:transform": [10, 0, 199_980, 0, -10, 8_200_020]}
+    lonlat = [-180.0, -17.3, 180.0, -16.2]
+    item = {"id": "x", "properties": {"proj:epsg": 32701}, "assets": {"thumbnail": {}, "B02": asset}, "bbox": lonlat}
+    grid = grid_of_item(item)
+    assert grid.bounds() == (199_980, 8_200_020 - 109_800, 199_980 + 109_800, 8_200_020)
+
+
 def test_radar_of_a_block_is_that_of_one_overpass():
     """Of an ascending and a descending pass on one day the nearer; of that all frames, also past midnight."""
     grid = Grid("EPSG:32632", (10.0, 0.0, LEFT, 0.0, -10.0, TOP), SIZE, SIZE)
