@@ -28,7 +28,7 @@ from rasterio.errors import RasterioError
 from rasterio.warp import transform_bounds
 from rasterio.windows import Window
 
-from data_prep import cli, ground
+from data_prep import cli, ground, tiling
 from data_prep.bands import named, unnamed
 from data_prep.cell import Options
 from data_prep.chunks import MOST_LAYOUTS, TOO_MANY_LAYOUTS, Source, Unit
@@ -47,13 +47,10 @@ from data_prep.scenes import (
     from_manifest,
     stated_orders,
 )
-from data_prep.tiling import UNIT
 from data_prep.units import delivered_units, unit_word
 from data_prep.worldcover import WorldCover, lonlat_outline, maps_under
 from terrafm_jax.data.tiles import EXTENT_ORDER
 from terrafm_jax.sensors import SENSORS
-
-BLOCK_TILES = 2  # tiles a side of the blocks that large scenes are read in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,15 +214,9 @@ def _finest_grid(scene: Scene) -> Grid:
 
 def blocks(grid: Grid, options: Options) -> list[tuple[int, int, int, int] | None]:
     """(row, column, height, width) of the blocks of a large scene; [None] where one read is enough."""
-    side = options.stride * (BLOCK_TILES - 1) + options.tile_size
-    if max(grid.shape) <= 2 * side:
+    if max(grid.shape) <= 2 * tiling.block_side(options.tile_size, options.stride):
         return [None]
-    step = options.stride * BLOCK_TILES
-    return [
-        (row, col, min(side, grid.height - row), min(side, grid.width - col))
-        for row in range(0, max(1, grid.height - options.tile_size + 1), step)
-        for col in range(0, max(1, grid.width - options.tile_size + 1), step)
-    ]
+    return [dataclasses.astuple(w) for w in tiling.blocks(*grid.shape, options.tile_size, options.stride)]
 
 
 def units_of(scene: Scene, options: Options, split: str | None) -> tuple[list[Unit], Place]:
@@ -293,9 +284,9 @@ def plan(args: argparse.Namespace, options: Options, cover: WorldCover) -> tuple
 
 def _check_shapes(grids: Sequence[Grid], size: int) -> None:
     """Raises ValueError where images smaller than a tile make too many shapes: now, and not after the last cell."""
-    shapes = {tuple(min(side, size) // UNIT for side in grid.shape) for grid in grids}
+    shapes = {tuple(min(side, size) // tiling.UNIT for side in grid.shape) for grid in grids}
     if len(shapes) > MOST_LAYOUTS:
-        common = max(1, min(min(grid.shape) for grid in grids) // UNIT) * UNIT
+        common = max(1, min(min(grid.shape) for grid in grids) // tiling.UNIT) * tiling.UNIT
         raise ValueError(f"{TOO_MANY_LAYOUTS} {size} or less; all images hold {common}")
 
 

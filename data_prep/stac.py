@@ -26,20 +26,18 @@ from typing import Any
 import numpy as np
 from rasterio.warp import transform_bounds
 
-from data_prep import cli, ground
+from data_prep import cli, ground, tiling
 from data_prep.cell import Options
 from data_prep.chunks import Source, SourceUnavailable, Unit
 from data_prep.delivered import Cell, SensorInput
 from data_prep.ground import Place
 from data_prep.raster import BadInput, Grid, Raster, first_line, normalize_crs
 from data_prep.scenes import kind_of
-from data_prep.tiling import UNIT
 from data_prep.times import iso_time
 from data_prep.worldcover import WorldCover, lonlat_outline, maps_under
 from terrafm_jax.sensors import SENSORS, SensorError, band_name
 from terrafm_jax.sensors import sensor as sensor_named
 
-BLOCK_TILES = 2
 PASS = 1200.0  # seconds: an overpass takes less, the next one comes after 98 minutes
 
 
@@ -227,10 +225,10 @@ def grid_of_item(item: Mapping[str, Any]) -> Grid:
     boxes = (_projected(part) for part in (properties, *item["assets"].values()))
     box = next((found for found in boxes if found), None)
     left, bottom, right, top = box or transform_bounds("EPSG:4326", crs, *item["bbox"], densify_pts=21)
-    size = 10 * UNIT
+    size = 10 * tiling.UNIT
     # A given extent is exact; one from lon/lat is only shrunk to whole pixels, blocks at its rim may hold nodata.
     left, top = math.ceil(left / size - 1e-6) * size, math.floor(top / size + 1e-6) * size
-    height, width = (int((top - bottom) / size + 1e-6) * UNIT, int((right - left) / size + 1e-6) * UNIT)
+    height, width = (int((top - bottom) / size + 1e-6) * tiling.UNIT, int((right - left) / size + 1e-6) * tiling.UNIT)
     return Grid(crs, (10.0, 0.0, float(left), 0.0, -10.0, float(top)), height, width)
 
 
@@ -247,14 +245,11 @@ def _projected(part: Mapping[str, Any]) -> Sequence[float] | None:
 
 def blocks_of(grid: Grid, options: Options, bbox: Sequence[float] | None) -> Iterable[tuple[int, int, Grid]]:
     """(row, column, grid) of the blocks whose center lies in ``bbox``."""
-    side = options.stride * (BLOCK_TILES - 1) + options.tile_size
-    step = options.stride * BLOCK_TILES
-    for row in range(0, max(1, grid.height - options.tile_size + 1), step):
-        for col in range(0, max(1, grid.width - options.tile_size + 1), step):
-            block = grid.window(row, col, min(side, grid.height - row), min(side, grid.width - col))
-            lon, lat = lonlat_outline(block)
-            if bbox is None or cli.in_bbox(bbox, float(lat.mean()), float(lon.mean())):
-                yield row, col, block
+    for window in tiling.blocks(*grid.shape, options.tile_size, options.stride):
+        block = grid.window(*dataclasses.astuple(window))
+        lon, lat = lonlat_outline(block)
+        if bbox is None or cli.in_bbox(bbox, float(lat.mean()), float(lon.mean())):
+            yield window.row, window.col, block
 
 
 def plan(args: argparse.Namespace, options: Options, cover: WorldCover) -> tuple[Source, list[Unit], dict[str, Any]]:
