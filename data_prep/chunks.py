@@ -26,7 +26,7 @@ from data_prep.cell import Options, Prepared, prepare
 from data_prep.delivered import Cell
 from data_prep.encode import encode_record
 from data_prep.ground import Rival
-from data_prep.harmonize import Offset
+from data_prep.harmonize import WITHOUT_ID, Offset
 from data_prep.raster import BadInput, first_line
 from data_prep.stats import Tally
 from data_prep.worldcover import WorldCover
@@ -281,8 +281,10 @@ def read(job: Job, unit: Unit) -> Cell:
     """The cell of a unit, with the offsets that were decided once per product."""
     cell = job.source.read(unit)
     for key, given in cell.sensors.items():
-        if given.unit != "reflectance":  # the offset of its product is no longer inside
-            given.offset = given.offset or job.offsets.get(unit.product_of(key))
+        decided = job.offsets.get(unit.product_of(key))
+        # The offset that the id of a product speaks of is no longer in its reflectance.
+        if decided is not None and (given.unit != "reflectance" or decided.source in WITHOUT_ID):
+            given.offset = given.offset or decided
     return cell
 
 

@@ -58,15 +58,18 @@ def test_radar_on_another_grid_has_no_seams(tmp_path: Path, step: int, shift: tu
         np.testing.assert_array_equal(pixels, expected[place])
 
 
-def test_one_offset_for_all_blocks_of_a_scene(tmp_path: Path):
+@pytest.mark.parametrize("unit", ["DN", "reflectance"])
+def test_one_offset_for_all_blocks_of_a_scene(tmp_path: Path, unit: str):
     """Ice in a corner cannot tell, the rest can: no file names a product that would hold the blocks together."""
     rng = np.random.default_rng(2)
     pixels = rng.integers(1010, 3000, (12, SIZE, SIZE)).astype(np.uint16)
     pixels[:, : SIZE // 2, : SIZE // 2] += 5000
+    if unit == "reflectance":
+        pixels = (pixels / 10_000).astype(np.float32)
     write(tmp_path / "in", pixels, "a/S2L2A.tif")
     write(tmp_path / "in", pixels[:, : SIZE // 2, : SIZE // 2], "b/S2L2A.tif")  # a scene of its own
     bands = "--bands=s2_l2a=" + ",".join(ORDER["s2_l2a"])
-    flags = ["--tile-size", "24", "--split-shares", "1,0,0", "--worldcover", "none", bands]
+    flags = ["--tile-size", "24", "--split-shares", "1,0,0", "--worldcover", "none", "--s2-unit", unit, bands]
     assert geotiff.main(["--source", str(tmp_path / "in"), "--out", str(tmp_path / "out"), *flags]) == 0
     import tensorflow_datasets as tfds
 
