@@ -51,19 +51,24 @@ def nothing(parts: Sequence[Part]) -> list[np.ndarray]:
     for i, part in enumerate(parts):
         for j, other in enumerate(parts):
             if i != j and result[i].any():
-                holds = np.zeros(result[i].shape, np.uint8)  # beyond the other's edge there is no value either
-                reproject(
-                    (~_grown(empty[j])).astype(np.uint8),
-                    holds,
-                    src_transform=other.transform,
-                    src_crs=other.crs,
-                    dst_transform=part.transform,
-                    dst_crs=part.crs,
-                    resampling=Resampling.min,
-                    tolerance=0.0,
-                )
-                result[i] &= holds == 0
+                result[i] &= _near(empty[j], other, part) if empty[j].any() else False
     return result
+
+
+def _near(empty: np.ndarray, other: Part, part: Part) -> np.ndarray:
+    """bool [rows, columns] of ``part``: an empty pixel of ``other`` lies there or beside it, or there is none at all."""
+    holds = np.zeros(part.data.shape[1:], np.uint8)
+    reproject(
+        (~_grown(empty)).astype(np.uint8),
+        holds,
+        src_transform=other.transform,
+        src_crs=other.crs,
+        dst_transform=part.transform,
+        dst_crs=part.crs,
+        resampling=Resampling.min,
+        tolerance=0.0,
+    )
+    return holds == 0
 
 
 def _grown(mask: np.ndarray) -> np.ndarray:
