@@ -56,7 +56,7 @@ def nothing(parts: Sequence[Part]) -> list[np.ndarray]:
 
 
 def _near(empty: np.ndarray, other: Part, part: Part) -> np.ndarray:
-    """bool [rows, columns] of ``part``: an empty pixel of ``other`` lies there or beside it, or there is none at all."""
+    """bool [rows, columns] of ``part``: an empty pixel of ``other`` lies there or beside it, or none at all."""
     holds = np.zeros(part.data.shape[1:], np.uint8)
     reproject(
         (~_grown(empty)).astype(np.uint8),
