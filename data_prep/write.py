@@ -50,13 +50,15 @@ def finalize(job: Job, chunks: int, plan: dict[str, Any]) -> dict[str, Any]:
     counts = {split: len(found) for split, found in merged.shards.items() if found}
     for split, total in counts.items():
         for number, chunk in enumerate(merged.shards[split]):
-            source = shard_path(job, chunk, split)
-            if source.exists():
-                source.replace(directory / f"{DATASET}-{split}.array_record-{number:05d}-of-{total:05d}")
+            shard = shard_path(job, chunk, split)
+            if shard.exists():
+                shard.replace(directory / f"{DATASET}-{split}.array_record-{number:05d}-of-{total:05d}")
     for split in counts:
         save_array(directory / f"index_{split}.npy", merged.index(split))
     write_text(directory / "layouts.json", json.dumps(merged.layouts))
-    statistics = merged.tally.to_json(merged.classes(), "computed over the train split")
+    trained = any(merged.tally.records.values())  # without, those who read it keep the published numbers
+    source = "computed over the train split" if trained else "published, as the train split holds no tile"
+    statistics = merged.tally.to_json(merged.classes(), source)
     write_text(directory / "statistics.json", statistics)
     write_text(directory / "rejected.csv", merged.rejected_csv())
     summary = merged.summary(plan) | {"looks_wrong": looks_wrong(json.loads(statistics))}
