@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import json
 import os
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -25,7 +26,7 @@ from data_prep.cell import Options, Prepared, prepare
 from data_prep.delivered import Cell
 from data_prep.encode import encode_record
 from data_prep.ground import Rival
-from data_prep.harmonize import Offset
+from data_prep.harmonize import WITHOUT_ID, Offset
 from data_prep.raster import BadInput, first_line
 from data_prep.stats import Tally
 from data_prep.worldcover import WorldCover
@@ -36,6 +37,8 @@ WORK = ".work"
 # Without compression by measurement: zstd:1 saves a quarter of the space and costs three times the CPU a read.
 COMPRESSIONS = ("uncompressed", "zstd:1", "zstd:3", "snappy")
 Report = Callable[[str], None]
+MOST_LAYOUTS = 1 << 8 * INDEX_DTYPE["layout"].itemsize
+TOO_MANY_LAYOUTS = f"more than {MOST_LAYOUTS} different shapes of tiles; cut them to a common --tile-size"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -54,7 +57,7 @@ class Unit:
     Attributes:
       cell, number: see ``cell.Cell``.
       where: what the source needs to read it (plain, picklable values).
-      products: (sensor, product id) pairs.
+      products: (sensor, product id) pairs; ``cell/p0/file`` for a scene in several units whose files have no id.
       split: the fixed split, or None.
       outlook: split that its position lets expect, ``mixed`` or ``unknown``; chunks do not mix them.
       rivals: cells of listed splits nearby that keep the ground they share with this one.
@@ -71,6 +74,10 @@ class Unit:
     @property
     def key(self) -> str:
         return f"{self.cell}/p{self.number}"
+
+    def product_of(self, sensor: str) -> tuple[str, str]:
+        """The first of ``products`` of a sensor, by which its offset is known; its id is "" if there is none."""
+        return next((pair for pair in self.products if pair[0] == sensor), (sensor, ""))
 
 
 class Source(Protocol):
@@ -110,6 +117,14 @@ def chunk_path(job: Job, chunk: int) -> Path:
 def shard_path(job: Job, chunk: int, split: str) -> Path:
     """The shard of one chunk before the data set is complete."""
     return job.work / f"chunk-{chunk:06d}.{split}.array_record"
+
+
+def _unfinished(path: Path) -> Path:
+    """A name for a file until it is whole: another one each time, since runners of Beam may do a chunk twice at once.
+
+    Numbers of processes would not do: threads share one, and so do containers.
+    """
+    return path.with_suffix(f".tmp-{uuid.uuid4().hex}")
 
 
 class Flusher:
@@ -157,7 +172,7 @@ class _Shards:
 
     def write(self, split: str, data: bytes) -> None:
         if split not in self._writers:
-            path = shard_path(self._job, self._chunk, split).with_suffix(f".tmp-{os.getpid()}")
+            path = _unfinished(shard_path(self._job, self._chunk, split))
             options = f"group_size:1,{self._job.compression}"
             self._writers[split] = (array_record_module.ArrayRecordWriter(str(path), options), path, Flusher(path))
         writer, _, flusher = self._writers[split]
@@ -213,6 +228,8 @@ class _Content:
         self.shared |= prepared.shared
         for tile in prepared.tiles:
             if tile.layout not in self.layouts:
+                if len(self.layouts) == MOST_LAYOUTS:
+                    raise ValueError(TOO_MANY_LAYOUTS)
                 self.layouts.append(tile.layout)
             tile.row["layout"] = self.layouts.index(tile.layout)
             if tile.split == SPLITS[0]:  # first, so that encoding finds the pixels in the processor's cache
@@ -264,8 +281,10 @@ def read(job: Job, unit: Unit) -> Cell:
     """The cell of a unit, with the offsets that were decided once per product."""
     cell = job.source.read(unit)
     for key, given in cell.sensors.items():
-        if given.unit != "reflectance":  # the offset of its product is no longer inside
-            given.offset = given.offset or job.offsets.get((key, given.product))
+        decided = job.offsets.get(unit.product_of(key))
+        # The offset that the id of a product speaks of is no longer in its reflectance.
+        if decided is not None and (given.unit != "reflectance" or decided.source in WITHOUT_ID):
+            given.offset = given.offset or decided
     return cell
 
 
@@ -305,7 +324,7 @@ def _check_space(error: BaseException, job: Job) -> None:
 
 def save(path: Path, **arrays: np.ndarray) -> None:
     """``numpy.savez`` that appears whole or not at all."""
-    temporary = path.with_suffix(f".tmp-{os.getpid()}")
+    temporary = _unfinished(path)
     try:
         with open(temporary, "wb") as file:
             np.savez(file, **arrays)

@@ -17,7 +17,7 @@ import dataclasses
 import math
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,10 @@ from rasterio.errors import RasterioError
 from rasterio.warp import transform_bounds
 from rasterio.windows import Window
 
-from data_prep import cli, ground
+from data_prep import cli, ground, tiling
+from data_prep.bands import named, unnamed
 from data_prep.cell import Options
-from data_prep.chunks import Source, Unit
+from data_prep.chunks import MOST_LAYOUTS, TOO_MANY_LAYOUTS, Source, Unit
 from data_prep.delivered import Cell, SensorInput
 from data_prep.ground import Place
 from data_prep.harmonize import Offset
@@ -49,9 +50,7 @@ from data_prep.scenes import (
 from data_prep.units import delivered_units, unit_word
 from data_prep.worldcover import WorldCover, lonlat_outline, maps_under
 from terrafm_jax.data.tiles import EXTENT_ORDER
-from terrafm_jax.sensors import SENSORS, band_name
-
-BLOCK_TILES = 2  # tiles a side of the blocks that large scenes are read in
+from terrafm_jax.sensors import SENSORS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,19 +83,21 @@ class GeoTiffs:
         target = _finest_grid(scene)
         if block is not None:
             target = target.window(*block)
-        sensors, beside = {}, []
-        for key in SENSORS:
+        sensors: dict[str, SensorInput] = {}
+        beside = []
+        for key in EXTENT_ORDER:  # Sentinel-1 last: with Sentinel-2 it will be warped, alone it is cut
             files = [f for f in scene.files if f.sensor == key]
             try:
                 if files:
-                    sensors[key] = self._sensor(key, files, target if block is not None else None)
+                    area = None if block is None else _Area(target, key == "s1" and bool(sensors))
+                    sensors[key] = self._sensor(key, files, area)
             except NotThere:  # swaths differ: a part of the scene has this sensor, another has not
                 beside.append(key)
         cover = [f for f in scene.files if f.sensor == LANDCOVER]
         codes = _landcover(cover, target) if cover else None
         return Cell(unit.cell, sensors, unit.number, unit.split, None, codes, unit.rivals, beside)
 
-    def _sensor(self, key: str, files: Sequence[SceneFile], area: Grid | None) -> SensorInput:
+    def _sensor(self, key: str, files: Sequence[SceneFile], area: _Area | None) -> SensorInput:
         rasters: dict[str, Raster] = {}
         for file in files:
             for name, raster in _bands(key, file, area, self.bands.get(key, ())).items():
@@ -139,13 +140,21 @@ def guess_unit(rasters: dict[str, Raster]) -> str:
     return "power"
 
 
-def _bands(key: str, file: SceneFile, area: Grid | None, order: Sequence[str]) -> dict[str, Raster]:
+@dataclasses.dataclass(frozen=True)
+class _Area:
+    """The block of a scene that is read; ``warped``: onto its grid, so that neighbors beyond its edge count, too."""
+
+    grid: Grid
+    warped: bool
+
+
+def _bands(key: str, file: SceneFile, area: _Area | None, order: Sequence[str]) -> dict[str, Raster]:
     """Bands of one file, all of it or what lies under ``area``; ``order`` if it names none. Raises BadInput."""
     with open_raster(file.path) as source:
         grid = grid_of(source, file.path)
         names = file.bands or named(key, source.descriptions) or tuple(order)
         if not names:
-            raise BadInput(_unnamed(key, source, file.path))
+            raise BadInput(unnamed(key, source, file.path))
         if len(names) != source.count:
             raise BadInput(f"{file.path}: {source.count} bands, but {len(names)} are named: {', '.join(names)}")
         window = None if area is None else _window(grid, area)
@@ -159,61 +168,25 @@ def _bands(key: str, file: SceneFile, area: Grid | None, order: Sequence[str]) -
         return {name: Raster(pixels[i], grid, nodata) for i, name in enumerate(names)}
 
 
-def named(key: str, descriptions: Sequence[str | None]) -> tuple[str, ...]:
-    """Band names from the descriptions, () unless all are known (junk counts as none). Their number says nothing.
+def _window(grid: Grid, area: _Area) -> Window:
+    """The pixels under ``area``: these alone where they are copied, with a margin of 8 where they are resampled.
 
-    Files without names hold bands in ESA's order, with B8A at the end (EuroSAT) or in the order of a script.
+    Raises NotThere.
     """
-    sensor = SENSORS[key]
-    known = [band_name(text, sensor) if text else None for text in descriptions]
-    return tuple(map(str, known)) if None not in known and len(set(known)) == len(known) else ()
-
-
-def _unnamed(key: str, source: rasterio.DatasetReader, what: str) -> str:
-    """Why a file is refused whose bands nobody names, with the flag that names them."""
-    usual = "VV,VH" if key == "s1" else f"B01..B08,B8A,B09{'..B12' if key == 's2_l1c' else ',B11,B12'}"
-    fits = f"in ESA's order --bands {key}={usual}"
-    if key == "s2_l2a" and (source.count == 13 or "B10" in [band_name(d) for d in source.descriptions if d]):
-        fits = "a 13th band is B10, and B10 means Level-1C: is the sensor s2_l1c?"
-    elif key == "s2_l1c" and source.count == 13:
-        dark = _cirrus_band(source)
-        order = {10: usual, 9: "B01..B12,B8A"}.get(dark)
-        fits = f"band {dark + 1} is dark as B10 is, so --bands {key}={order} may fit" if order else fits
-    found = [text for text in source.descriptions if text]
-    described = f", described as {found[:13]}" if found else ""
-    return (
-        f"{what}: bands without names ({source.count}{described}): state their order in the bands column of a manifest "
-        f"or with --bands; {fits}"
-    )
-
-
-def _cirrus_band(source: rasterio.DatasetReader) -> int:
-    """Number (from 0) of the band that is darkest by far, -1 if none is."""
-    try:
-        pixels = source.read(out_shape=(source.count, min(64, source.height), min(64, source.width)))
-    except RasterioError:
-        return -1
-    middle = np.median(pixels.reshape(source.count, -1).astype(np.float64), axis=1)
-    darkest, next_one = np.sort(middle)[:2] if source.count > 1 else (0, 0)
-    return int(middle.argmin()) if next_one - darkest > 200 else -1
-
-
-def _window(grid: Grid, area: Grid) -> Window:
-    """The pixels under ``area``: exact where both share a CRS, with a margin of 8 pixels otherwise."""
     a, _, c, _, e, f = grid.transform
-    if grid.crs == area.crs:
-        left, bottom, right, top = area.bounds()
-        col, row = round((left - c) / a), round((top - f) / e)
-        width, height = max(1, round((right - left) / a)), max(1, round((top - bottom) / -e))
+    same = grid.crs == area.grid.crs
+    bounds = area.grid.bounds()
+    left, bottom, right, top = bounds if same else transform_bounds(area.grid.crs, grid.crs, *bounds, densify_pts=21)
+    if same and not area.warped:
+        margin, col, row = 0, round((left - c) / a), round((top - f) / e)
+        end_col, end_row = col + max(1, round((right - left) / a)), row + max(1, round((top - bottom) / -e))
     else:
-        left, bottom, right, top = transform_bounds(area.crs, grid.crs, *area.bounds(), densify_pts=21)
-        col, row = math.floor((left - c) / a) - 8, math.floor((top - f) / e) - 8
-        width, height = math.ceil((right - left) / a) + 16, math.ceil((top - bottom) / -e) + 16
-    col0, row0 = max(0, col), max(0, row)
-    col1, row1 = min(grid.width, col + width), min(grid.height, row + height)
-    if col1 <= col0 or row1 <= row0:
-        raise NotThere(f"no pixel under {area.crs} {tuple(round(v, 5) for v in area.bounds())}")
-    return Window(col0, row0, col1 - col0, row1 - row0)
+        margin, col, row = 8, math.floor((left - c) / a), math.floor((top - f) / e)
+        end_col, end_row = math.ceil((right - c) / a), math.ceil((bottom - f) / e)
+    if min(grid.width, end_col) <= max(0, col) or min(grid.height, end_row) <= max(0, row):
+        raise NotThere(f"no pixel under {area.grid.crs} {tuple(round(v, 5) for v in bounds)}")
+    col, row = max(0, col - margin), max(0, row - margin)
+    return Window(col, row, min(grid.width, end_col + margin) - col, min(grid.height, end_row + margin) - row)
 
 
 def _landcover(files: Sequence[SceneFile], target: Grid) -> Raster:
@@ -241,15 +214,9 @@ def _finest_grid(scene: Scene) -> Grid:
 
 def blocks(grid: Grid, options: Options) -> list[tuple[int, int, int, int] | None]:
     """(row, column, height, width) of the blocks of a large scene; [None] where one read is enough."""
-    side = options.stride * (BLOCK_TILES - 1) + options.tile_size
-    if max(grid.shape) <= 2 * side:
+    if max(grid.shape) <= 2 * tiling.block_side(options.tile_size, options.stride):
         return [None]
-    step = options.stride * BLOCK_TILES
-    return [
-        (row, col, min(side, grid.height - row), min(side, grid.width - col))
-        for row in range(0, max(1, grid.height - options.tile_size + 1), step)
-        for col in range(0, max(1, grid.width - options.tile_size + 1), step)
-    ]
+    return [dataclasses.astuple(w) for w in tiling.blocks(*grid.shape, options.tile_size, options.stride)]
 
 
 def units_of(scene: Scene, options: Options, split: str | None) -> tuple[list[Unit], Place]:
@@ -262,7 +229,10 @@ def units_of(scene: Scene, options: Options, split: str | None) -> tuple[list[Un
         unit = Unit(scene.cell, scene.number, (scene, None), products, split, split or "unknown")
         return [unit], Place(scene.cell, split, None, 0.0, None)
     found = []
-    for block in blocks(grid, options):
+    parts = blocks(grid, options)
+    if len(parts) > 1:  # so that the offset is decided once for all of them
+        products += _without_id(scene, {key for key, _ in products})
+    for block in parts:
         name = scene.cell if block is None else f"{scene.cell}@r{block[0]}_c{block[1]}"
         area = lonlat_outline(grid if block is None else grid.window(*block))
         expected = options.blocks.splits(*area)
@@ -270,6 +240,15 @@ def units_of(scene: Scene, options: Options, split: str | None) -> tuple[list[Un
         found.append(Unit(name, scene.number, (scene, block), products, split, outlook))
     center = (float(lat.mean()), (float(lon.mean()) + 180.0) % 360.0 - 180.0)
     return found, Place(scene.cell, split, center, ground.radius(grid), grid)
+
+
+def _without_id(scene: Scene, known: Set[str]) -> tuple[tuple[str, str], ...]:
+    """What stands for the product of each optical sensor but those ``known``, whose files name none."""
+    first: dict[str, SceneFile] = {}
+    for file in scene.files:
+        if file.sensor not in (*known, "s1", LANDCOVER):
+            first.setdefault(file.sensor, file)
+    return tuple((key, f"{scene.cell}/p{scene.number}/{Path(file.path).stem}") for key, file in first.items())
 
 
 def _maps(unit: Unit, place: Place) -> list[str]:
@@ -293,6 +272,7 @@ def plan(args: argparse.Namespace, options: Options, cover: WorldCover) -> tuple
         for scene, (found, place), kept in zip(scenes, planned, keep, strict=True)
         if kept
     ]
+    _check_shapes([place.footprint for _, place in chosen if place.footprint], options.tile_size)
     units = []
     for (found, place), near in zip(chosen, ground.rivals([place for _, place in chosen]), strict=True):
         split = place.split
@@ -300,6 +280,14 @@ def plan(args: argparse.Namespace, options: Options, cover: WorldCover) -> tuple
     cli.check_maps(cover, {name for found, place in chosen for u in found for name in _maps(u, place)})
     counts: Counter[str] = Counter({f"files: {reason}": n for reason, n in skipped.items()})
     return source, units, {"scenes": len(scenes), "units": len(units), **counts}
+
+
+def _check_shapes(grids: Sequence[Grid], size: int) -> None:
+    """Raises ValueError where images smaller than a tile make too many shapes: now, and not after the last cell."""
+    shapes = {tuple(min(side, size) // tiling.UNIT for side in grid.shape) for grid in grids}
+    if len(shapes) > MOST_LAYOUTS:
+        common = max(1, min(min(grid.shape) for grid in grids) // tiling.UNIT) * tiling.UNIT
+        raise ValueError(f"{TOO_MANY_LAYOUTS} {size} or less; all images hold {common}")
 
 
 def _found(args: argparse.Namespace) -> tuple[list[Scene], Counter[str]]:

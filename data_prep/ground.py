@@ -88,18 +88,26 @@ def share_ground(grid: Grid, other: Grid) -> bool:
     slack = 0.5 * abs(grid.transform[0])
     if grid.crs == other.crs:
         west, south, east, north = other.bounds()
+        turn = _turn(grid, (west + east) / 2)
+        west, east = west + turn, east + turn
         return min(right, east) - max(left, west) > slack and min(top, north) - max(bottom, south) > slack
     try:
         x, y = project(grid.crs, *_ring(other))
     except BadInput:  # so far away that it has no place in this system
         return False
     box = np.array([(left, bottom), (right, bottom), (right, top), (left, top)])
-    ring = np.stack([x, y], axis=1)
+    ring = np.stack([x + _turn(grid, float(np.mean(x))), y], axis=1)
     edges = np.roll(ring, -1, axis=0) - ring
     normals = np.concatenate([np.eye(2), np.stack([-edges[:, 1], edges[:, 0]], axis=1)])
     normals /= np.linalg.norm(normals, axis=1, keepdims=True)
     a, b = box @ normals.T, ring @ normals.T
     return bool((np.minimum(a.max(0), b.max(0)) - np.maximum(a.min(0), b.min(0)) > slack).all())
+
+
+def _turn(grid: Grid, longitude: float) -> float:
+    """Degrees by which to turn a longitude to where a grid in degrees lies: 181 E is 179 W. 0 for grids in meters."""
+    left, _, right, _ = grid.bounds()
+    return 360.0 * round(((left + right) / 2 - longitude) / 360) if grid.crs == "EPSG:4326" else 0.0
 
 
 def _ring(grid: Grid, steps: int = 8) -> tuple[np.ndarray, np.ndarray]:

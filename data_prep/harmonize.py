@@ -22,6 +22,8 @@ from terrafm_jax.sensors import (
     baseline_offset,
 )
 
+WITHOUT_ID = ("pixels", "prior")  # sources of an offset that no product id has proposed
+
 
 @dataclasses.dataclass(frozen=True)
 class Offset:
@@ -80,8 +82,8 @@ def decide_offset(product: str, pixels: float | None) -> Offset:
     proposed = baseline_offset(product)
     if proposed is None:
         if pixels is not None:
-            return Offset(pixels, "pixels")
-        return Offset(0.0, "prior: N9999" if baseline(product) is not None else "prior")
+            return Offset(pixels, WITHOUT_ID[0])
+        return Offset(0.0, "prior: N9999" if baseline(product) is not None else WITHOUT_ID[1])
     if pixels is None:
         return Offset(proposed, "product id")
     if pixels == proposed:

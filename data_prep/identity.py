@@ -14,8 +14,9 @@ _FLAGS = {
     "tile_size": "--tile-size", "stride": "--stride", "require": "--require", "max_nodata": "--max-nodata",
     "sea_keep": "--sea-keep", "shares": "--split-shares", "degrees": "--block-degrees", "seed": "--seed",
     "keep_map": "land-cover map kept", "snap": "--snap-origin", "chunk_size": "--cells-per-shard",
-    "shards": "--compression",
+    "shards": "--compression", "worldcover": "--worldcover", "worldcover_missing": "--worldcover-missing",
 }  # fmt: skip
+_UNSAID = {"worldcover": "a folder of maps", "worldcover_missing": "error"}  # stand in no parts
 Parts = dict[str, str]
 
 
@@ -26,6 +27,10 @@ def parts_of(job: Job, units: Sequence[Unit], chunk_size: int) -> Parts:
     for unit in sorted(units, key=lambda u: (u.cell, u.number)):
         names.update(f"{unit.key}|{unit.products}|{unit.split}|{unit.outlook}\n".encode())
     parts = {"options": options, "cells": names.hexdigest(), "chunk_size": str(chunk_size), "shards": job.compression}
+    if job.cover.folder is None:  # another folder of the same maps is the same job
+        parts["worldcover"] = "none"
+    elif job.cover.missing_is_sea:
+        parts["worldcover_missing"] = "sea"
     stated = getattr(job.source, "stated", {})  # what the user says of the files decides about the content, too
     if stated:
         parts["source"] = json.dumps(stated, sort_keys=True)
@@ -44,7 +49,8 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, str]) -> list[str
         elif name == "manifest":
             texts.append("other statements in the manifest (bands, units, dates, offsets, nodata)")
         else:
-            texts.append(f"{_FLAGS.get(name, name)} {_shown(there.get(name))} there, {_shown(now.get(name))} now")
+            values = [_shown(flags.get(name, _UNSAID.get(name))) for flags in (there, now)]
+            texts.append(f"{_FLAGS.get(name, name)} {values[0]} there, {values[1]} now")
     return texts
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from data_prep.dataset import DataSet
 from data_prep.doubts import looks_wrong
+from data_prep.write import of_sensor
 from terrafm_jax import landcover
 from terrafm_jax.data.decode import parse_example
 from terrafm_jax.data.sampling import MODES
@@ -108,7 +109,10 @@ def _left_out(data: DataSet) -> str:
     summary = data.summary
     if not summary:
         return ""
-    lines = [f"left out: {n} tiles, {reason}" for reason, n in summary.get("left_out", {}).items()]
+    lines = [
+        f"left out: {n} {'times' if of_sensor(reason) else 'tiles'}, {reason}"
+        for reason, n in summary.get("left_out", {}).items()
+    ]
     lines.append(f"lost between splits: {summary.get('lost_between_splits', 0):.2%} of the tiles")
     lines.append(f"rejected cells: {summary.get('rejected', 0)}")
     lines += [f"  {n} x {reason}" for reason, n in summary.get("rejected_reasons", {}).items()]

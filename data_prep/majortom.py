@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import heapq
 import itertools
+import math
 import re
 import sys
 from collections import Counter
@@ -30,7 +31,7 @@ from data_prep.chunks import Source, Unit
 from data_prep.delivered import Cell, SensorInput
 from data_prep.ground import Place, Rival
 from data_prep.raster import BadInput, Grid, Raster, decode, normalize_crs
-from data_prep.times import iso_time
+from data_prep.times import days_apart, iso_time
 from data_prep.worldcover import WorldCover, lonlat_outline, maps_at
 from terrafm_jax.sensors import SENSOR_KEYS, SENSORS
 
@@ -75,11 +76,11 @@ def _row(
         product=text(str(product)),
         time=text(iso_time(time)),
         cloud=cloud,
-        lat=lat,
-        lon=lon,
+        lat=None if lat is None or math.isnan(lat) else lat,
+        lon=None if lon is None or math.isnan(lon) else lon,
         crs=text(normalize_crs(str(crs or ""))),
         file=text(str(file).rsplit("/", 1)[-1]),
-        row=int(row),
+        row=-1 if row is None or math.isnan(row) else int(row),  # there is none: its cell is rejected, not the job
         orbit=text(str(orbit or "")),
     )
 
@@ -230,7 +231,7 @@ def _acquisitions(found: dict[str, list[Row]]) -> Iterable[dict[str, Row]]:
     for unit in optical:
         if found["s1"]:
             anchor = next(iter(unit.values())).time
-            unit["s1"] = min(found["s1"], key=lambda r: (_days_apart(r.time, anchor), r.product))
+            unit["s1"] = min(found["s1"], key=lambda r: (days_apart(r.time, anchor), r.product))
     return optical
 
 
@@ -238,15 +239,6 @@ def sensing(product: str) -> str:
     """Sensing start in a Sentinel-2 product id (``20200223T032739``), or ""."""
     found = re.search(r"\d{8}T\d{6}", product)
     return found.group(0) if found else ""
-
-
-def _days_apart(time: str, other: str) -> float:
-    from datetime import date
-
-    try:
-        return abs((date.fromisoformat(time[:10]) - date.fromisoformat(other[:10])).days)
-    except ValueError:
-        return float("inf")
 
 
 def plan(args: argparse.Namespace, options: Options, cover: WorldCover) -> tuple[Source, list[Unit], dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any, TypeVar
 
 import fsspec
@@ -12,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.chunks import SourceUnavailable
-from data_prep.raster import BadInput, first_line
+from data_prep.raster import BadInput, PerThread, first_line
 
 T = TypeVar("T")
 _PAUSES = (1.0, 4.0, 15.0)  # seconds between tries of a remote read
@@ -72,8 +71,7 @@ def _value(scalar: pa.Scalar) -> Any:
     return scalar.as_py()
 
 
-@lru_cache(maxsize=8)
-def _open(url: str) -> tuple[pq.ParquetFile, list[int]]:
+def _open_file(url: str) -> tuple[pq.ParquetFile, list[int]]:
     """An open file (only its footer is read) and the first row of each row group, and of the end."""
     pa.set_memory_pool(pa.system_memory_pool())  # reuses pages (data.memory); Arrow's own asks for new ones every row
     if is_remote(url):
@@ -85,6 +83,9 @@ def _open(url: str) -> tuple[pq.ParquetFile, list[int]]:
     for group in range(file.metadata.num_row_groups):
         starts.append(starts[-1] + file.metadata.row_group(group).num_rows)
     return file, starts
+
+
+_open = PerThread(_open_file, keep=8)
 
 
 def _retried(read: Callable[[], T], url: str) -> T:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import threading
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import rasterio
 from rasterio.errors import RasterioError
 from rasterio.io import MemoryFile
 
+T = TypeVar("T")
 Affine6 = tuple[float, float, float, float, float, float]
 
 
@@ -115,6 +118,25 @@ def grid_of(source: rasterio.DatasetReader, what: str) -> Grid:
 @lru_cache(maxsize=256)
 def _crs_text(wkt: str) -> str:
     return normalize_crs(rasterio.CRS.from_wkt(wkt).to_string())
+
+
+class PerThread(Generic[T]):
+    """``open_file`` with a cache of the last ``keep`` files for each thread.
+
+    Neither GDAL's data sets nor Arrow's Parquet files may be read by two threads at once, and Beam's workers have many.
+    """
+
+    def __init__(self, open_file: Callable[[str], T], keep: int):
+        self._open_file, self._keep, self._local = open_file, keep, threading.local()
+
+    def __call__(self, path: str) -> T:
+        if not hasattr(self._local, "opened"):
+            self._local.opened = lru_cache(self._keep)(self._open_file)
+        return self._local.opened(path)
+
+    def cache_clear(self) -> None:
+        """Lets go of the files of this thread."""
+        self._local.__dict__.clear()
 
 
 def first_line(error: BaseException) -> str:

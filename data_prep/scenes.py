@@ -28,8 +28,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from data_prep.times import iso_time
-from data_prep.units import stated_unit
+from data_prep.times import days_apart, iso_time
+from data_prep.units import stated_nodata, stated_unit
 from terrafm_jax.data.tiles import SPLITS
 from terrafm_jax.sensors import BASELINE_OFFSET, SENSORS, SensorError, band_name, sensor
 from terrafm_jax.tables import read_csv
@@ -77,18 +77,26 @@ class Scene:
 
 
 def from_folder(root: Path) -> tuple[list[Scene], Counter[str]]:
-    """Scenes by the naming rule, and the files that it does not explain, by reason."""
+    """Scenes by the naming rule, and the files that it does not explain, by reason.
+
+    Raises:
+      ValueError: names are not UTF-8, as records and reports are; all are named.
+    """
     found: dict[str, list[SceneFile]] = defaultdict(list)
     skipped: Counter[str] = Counter()
-    for path in sorted(root.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and path.is_file():
+    paths = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in SUFFIXES]
+    odd = [ascii(str(path.relative_to(root))) for path in paths if re.search("[\ud800-\udfff]", str(path))]
+    if odd:
+        raise ValueError(f"{root}: names of files are not UTF-8: {', '.join(odd)}; rename them")
+    for path in paths:
+        if path.is_file():
             guess = by_name(path.relative_to(root))
             if isinstance(guess, str):
                 skipped[guess] += 1
             else:
                 cell, file = guess
                 found[cell].append(dataclasses.replace(file, path=str(path)))
-        elif path.suffix.lower() in SUFFIXES and path.is_symlink():
+        elif path.is_symlink():
             skipped["link that leads nowhere"] += 1
     return _scenes(found, {}, skipped), skipped
 
@@ -198,10 +206,11 @@ def from_manifest(path: Path, root: Path, select: Mapping[str, set[str]]) -> tup
             found[cell].append(_manifest_file(key, row, root))
         except ValueError as error:
             faults.append(f"line {line}: {error}")
-        if row.get("split"):
-            splits[cell] = row["split"]
-            if row["split"] not in SPLITS:
-                faults.append(f"line {line}: split {row['split']!r}, expected one of {list(SPLITS)}")
+        if split := row.get("split"):
+            if split not in SPLITS:
+                faults.append(f"line {line}: split {split!r}, expected one of {list(SPLITS)}")
+            elif splits.setdefault(cell, split) != split:
+                faults.append(f"line {line}: split {split!r}, but {row[place]!r} is in {splits[cell]!r} before")
     if faults:
         raise ValueError(f"{path}: " + "; ".join(faults))
     return _scenes(found, splits, skipped), skipped
@@ -227,13 +236,12 @@ def _manifest_file(key: str, row: Mapping[str, str], root: Path) -> SceneFile:
     """One row. Raises ValueError naming all of bands, units, dates, offsets and nodata that make no sense."""
     units = row.get("units", "")
     measured = key != LANDCOVER and row.get("bands") != CLOUD_MASK
-    declared = re.search(r"nodata\s*(-?\d+(?:\.\d+)?)", units)
     cells: dict[str, Callable[[], Any]] = {
         "bands": lambda: band_list(key, row["bands"], row["file"]) if key != LANDCOVER and row.get("bands") else (),
         "unit": lambda: stated_unit(key, units) if measured else "",
         "time": lambda: _stated_time(row.get("time") or row.get("date") or "") if key != LANDCOVER else "",
         "offset": lambda: _stated_offset(row["offset"]) if row.get("offset") else None,
-        "nodata": lambda: _number("nodata", row.get("nodata") or (declared.group(1) if declared else "")),
+        "nodata": lambda: _number("nodata", row.get("nodata") or stated_nodata(units)),
     }
     read, faults = {}, []
     for name, value in cells.items():
@@ -321,7 +329,7 @@ def facts(scenes: Iterable[Scene]) -> str:
 
 
 def _scenes(found: Mapping[str, Sequence[SceneFile]], splits: Mapping[str, str], skipped: Counter[str]) -> list[Scene]:
-    """One scene per acquisition of each cell; sensors are matched in order of time. Counts repeated files."""
+    """One scene per acquisition of each cell. Counts repeated files."""
     result = []
     for cell in sorted(found):
         sets: dict[str, list[list[SceneFile]]] = {}
@@ -330,15 +338,41 @@ def _scenes(found: Mapping[str, Sequence[SceneFile]], splits: Mapping[str, str],
             sets[key] = _once(_acquisitions(files))
             repeated = len(files) - sum(map(len, sets[key]))
             skipped.update({"same product of the cell again": repeated} if repeated else {})
-        count = max((len(group) for key, group in sets.items() if key != LANDCOVER), default=0)
-        optical = max(len(sets["s2_l1c"]), len(sets["s2_l2a"]))
-        for number in range(optical or count):
-            chosen: list[SceneFile] = []
-            for key, group in sets.items():
-                if group and (number < len(group) or key in ("s1", LANDCOVER)):
-                    chosen += group[min(number, len(group) - 1)]
-            result.append(Scene(cell, number, tuple(chosen), splits.get(cell)))
+        for number, files in enumerate(_joined(sets)):
+            result.append(Scene(cell, number, tuple(files), splits.get(cell)))
     return result
+
+
+def _joined(sets: Mapping[str, Sequence[list[SceneFile]]]) -> list[list[SceneFile]]:
+    """The files of each scene of a cell from the acquisitions of each sensor, which are in order of time.
+
+    Level 1C goes with the Level 2A of its time, what is left over in order; Sentinel-1 with each, the nearest in time.
+    """
+    left = list(sets["s2_l1c"])
+    partners: dict[int, list[SceneFile]] = {}
+    for i, files in enumerate(sets["s2_l2a"]):
+        same = next((other for other in left if _same_time(files[0].time, other[0].time)), None)
+        if same is not None:
+            partners[i] = same
+            left.remove(same)
+    for i in range(len(sets["s2_l2a"])):
+        if i not in partners and left:
+            partners[i] = left.pop(0)
+    optical = [[*partners.get(i, []), *files] for i, files in enumerate(sets["s2_l2a"])] + left
+    radar, cover = sets["s1"], sets[LANDCOVER]
+    result = []
+    for number, files in enumerate(optical or radar):
+        if radar and optical:  # of those as near, as where no times are known, the one in order
+            apart = [(days_apart(r[0].time, files[-1].time), abs(i - number)) for i, r in enumerate(radar)]
+            files = [*radar[apart.index(min(apart))], *files]
+        result.append([*files, *(cover[min(number, len(cover) - 1)] if cover else [])])
+    return result
+
+
+def _same_time(time: str, other: str) -> bool:
+    """Whether two times are equal as far as both are known: one may be a date alone."""
+    known = min(len(time), len(other))
+    return known > 0 and time[:known] == other[:known]
 
 
 def _acquisitions(files: Iterable[SceneFile]) -> list[list[SceneFile]]:

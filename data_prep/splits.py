@@ -29,7 +29,7 @@ class BlockSplit:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if len(self.shares) != len(SPLITS) or min(self.shares) < 0 or abs(sum(self.shares) - 1.0) > 1e-6:
+        if len(self.shares) != len(SPLITS) or not (min(self.shares) >= 0 and abs(sum(self.shares) - 1.0) <= 1e-6):
             raise ValueError(f"--split-shares {self.shares}: expected {len(SPLITS)} shares that sum to 1, for {SPLITS}")
         if not 0 < self.degrees <= 30:
             raise ValueError(f"--block-degrees {self.degrees}: expected above 0 and up to 30")

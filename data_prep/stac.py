@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime as dt
 import importlib
 import math
 import re
@@ -25,20 +26,19 @@ from typing import Any
 import numpy as np
 from rasterio.warp import transform_bounds
 
-from data_prep import cli, ground
+from data_prep import cli, ground, tiling
 from data_prep.cell import Options
 from data_prep.chunks import Source, SourceUnavailable, Unit
 from data_prep.delivered import Cell, SensorInput
 from data_prep.ground import Place
 from data_prep.raster import BadInput, Grid, Raster, first_line, normalize_crs
 from data_prep.scenes import kind_of
-from data_prep.tiling import UNIT
 from data_prep.times import iso_time
 from data_prep.worldcover import WorldCover, lonlat_outline, maps_under
 from terrafm_jax.sensors import SENSORS, SensorError, band_name
 from terrafm_jax.sensors import sensor as sensor_named
 
-BLOCK_TILES = 2
+PASS = 1200.0  # seconds: an overpass takes less, the next one comes after 98 minutes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,27 +222,34 @@ def grid_of_item(item: Mapping[str, Any]) -> Grid:
     if not code:
         raise BadInput(f"item {item['id']}: neither proj:code nor proj:epsg")
     crs = normalize_crs(str(code))
-    box = properties.get("proj:bbox") or next(
-        (a["proj:bbox"] for a in item["assets"].values() if "proj:bbox" in a), None
-    )
+    boxes = (_projected(part) for part in (properties, *item["assets"].values()))
+    box = next((found for found in boxes if found), None)
     left, bottom, right, top = box or transform_bounds("EPSG:4326", crs, *item["bbox"], densify_pts=21)
-    size = 10 * UNIT
+    size = 10 * tiling.UNIT
     # A given extent is exact; one from lon/lat is only shrunk to whole pixels, blocks at its rim may hold nodata.
     left, top = math.ceil(left / size - 1e-6) * size, math.floor(top / size + 1e-6) * size
-    height, width = (int((top - bottom) / size + 1e-6) * UNIT, int((right - left) / size + 1e-6) * UNIT)
+    height, width = (int((top - bottom) / size + 1e-6) * tiling.UNIT, int((right - left) / size + 1e-6) * tiling.UNIT)
     return Grid(crs, (10.0, 0.0, float(left), 0.0, -10.0, float(top)), height, width)
+
+
+def _projected(part: Mapping[str, Any]) -> Sequence[float] | None:
+    """left, bottom, right, top in the item's CRS, as its properties or one of its assets states them; None if not."""
+    if part.get("proj:bbox"):
+        return part["proj:bbox"]
+    shape, affine = part.get("proj:shape"), part.get("proj:transform")
+    if not shape or not affine:
+        return None
+    (rows, columns), (a, _, left, _, e, top) = shape, affine[:6]
+    return left, top + rows * e, left + columns * a, top
 
 
 def blocks_of(grid: Grid, options: Options, bbox: Sequence[float] | None) -> Iterable[tuple[int, int, Grid]]:
     """(row, column, grid) of the blocks whose center lies in ``bbox``."""
-    side = options.stride * (BLOCK_TILES - 1) + options.tile_size
-    step = options.stride * BLOCK_TILES
-    for row in range(0, max(1, grid.height - options.tile_size + 1), step):
-        for col in range(0, max(1, grid.width - options.tile_size + 1), step):
-            block = grid.window(row, col, min(side, grid.height - row), min(side, grid.width - col))
-            lon, lat = lonlat_outline(block)
-            if bbox is None or cli.in_bbox(bbox, float(lat.mean()), float(lon.mean())):
-                yield row, col, block
+    for window in tiling.blocks(*grid.shape, options.tile_size, options.stride):
+        block = grid.window(*dataclasses.astuple(window))
+        lon, lat = lonlat_outline(block)
+        if bbox is None or cli.in_bbox(bbox, float(lat.mean()), float(lon.mean())):
+            yield window.row, window.col, block
 
 
 def plan(args: argparse.Namespace, options: Options, cover: WorldCover) -> tuple[Source, list[Unit], dict[str, Any]]:
@@ -311,19 +318,24 @@ def _scene(item: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _radar_of(items: Mapping[str, Any], block: Grid, anchor: Mapping[str, Any]) -> list[str]:
-    """Ids of the Sentinel-1 items under the block that lie nearest in time: one day's frames, in order."""
+    """Ids of the Sentinel-1 items under the block of the overpass nearest in time, in order.
+
+    Not those of the whole day: it may hold an ascending and a descending pass, which look from opposite sides.
+    """
     lon, lat = lonlat_outline(block)
     area = (lon.min(), lat.min(), lon.max(), lat.max())
-    under = [
-        (name, iso_time(i["properties"].get("datetime"))[:10])
-        for name, i in sorted(items.items())
-        if _overlap(i["bbox"], area)
-    ]
+    under = {name: _seconds(i) for name, i in sorted(items.items()) if _overlap(i["bbox"], area)}
     if not under:
         return []
-    day = np.datetime64(iso_time(anchor["properties"].get("datetime"))[:10])
-    best = min(under, key=lambda entry: (abs(int((np.datetime64(entry[1]) - day).astype(int))), entry[0]))[1]
-    return [name for name, when in under if when == best]
+    wanted = _seconds(anchor)
+    best = min(under.values(), key=lambda when: abs(when - wanted))
+    return [name for name, when in under.items() if abs(when - best) < PASS]
+
+
+def _seconds(item: Mapping[str, Any]) -> float:
+    """Time of an item since 1970, 0 if it states none."""
+    text = iso_time(item["properties"].get("datetime") or item["properties"].get("start_datetime"))
+    return dt.datetime.fromisoformat(text).replace(tzinfo=dt.UTC).timestamp() if text else 0.0
 
 
 def parser() -> argparse.ArgumentParser:

@@ -20,8 +20,9 @@ from data_prep.write import write_text
 from terrafm_jax.data.source import read_json
 
 TRIES = 3  # cells of one product to look at before its id decides alone
+UNDECIDED = (None, True)
 Key = tuple[str, str]  # sensor, product id
-Verdicts = dict[Key, float | None]
+Verdicts = dict[Key, tuple[float | None, bool]]  # what the pixels suggest, and whether the product id has a say
 
 
 def look(job: Job, unit: Unit) -> Verdicts:
@@ -29,7 +30,7 @@ def look(job: Job, unit: Unit) -> Verdicts:
     try:
         cell = job.source.read(unit)
         return {
-            (key, given.product): optical(key, given, job.options.snap).verdict
+            unit.product_of(key): (optical(key, given, job.options.snap).verdict, given.unit != "reflectance")
             for key, given in cell.sensors.items()
             if key != "s1" and given.offset is None
         }
@@ -55,7 +56,7 @@ def survey(units: Sequence[Unit], run: Callable[[list[Unit]], Iterable[Verdicts]
     while True:
         chosen: dict[str, Unit] = {}
         for key, found in candidates.items():
-            if verdicts.get(key) is None and tries[key] < min(TRIES, len(found)):
+            if verdicts.get(key, UNDECIDED)[0] is None and tries[key] < min(TRIES, len(found)):
                 # Cells far apart in the list are rarely overcast together.
                 unit = found[tries[key] * (len(found) - 1) // max(1, min(TRIES, len(found)) - 1)]
                 chosen[unit.key] = unit
@@ -64,9 +65,13 @@ def survey(units: Sequence[Unit], run: Callable[[list[Unit]], Iterable[Verdicts]
             break
         for seen in run([chosen[name] for name in sorted(chosen)]):
             for key, verdict in seen.items():
-                if key in candidates and verdicts.get(key) is None:
+                if key in candidates and verdicts.get(key, UNDECIDED)[0] is None:
                     verdicts[key] = verdict
-    offsets = {key: decide_offset(key[1], verdicts.get(key)) for key in sorted(candidates)}
+    offsets = {}
+    for key in sorted(candidates):
+        verdict, has_say = verdicts.get(key, UNDECIDED)
+        # The file's name is what speaks for a scene without a product id (``Unit.products``).
+        offsets[key] = decide_offset(key[1].rpartition("/")[2] if has_say else "", verdict)
     write_text(record, json.dumps([[key, dataclasses.asdict(offset)] for key, offset in offsets.items()]))
     return offsets
 

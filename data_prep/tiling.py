@@ -10,6 +10,7 @@ import numpy as np
 from data_prep.raster import BadInput, Grid
 
 UNIT = 6  # ten-metre pixels a 60 m pixel
+BLOCK_TILES = 2  # tiles a side of the blocks that large scenes are read in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,21 @@ def _origins(length: int, size: int, stride: int) -> list[tuple[int, int]]:
     if length <= size:
         return [(0, length)]
     return [(start, size) for start in range(0, length - size + 1, stride)]
+
+
+def block_side(size: int, stride: int) -> int:
+    """Pixels a side of a block: of ``BLOCK_TILES`` tiles, whether they overlap or lie apart."""
+    return stride * (BLOCK_TILES - 1) + size
+
+
+def blocks(height: int, width: int, size: int, stride: int) -> list[Window]:
+    """Parts of a scene, row by row, whose :func:`windows` together are those of the scene."""
+    side, step = block_side(size, stride), stride * BLOCK_TILES
+    return [
+        Window(row, col, min(side, height - row), min(side, width - col))
+        for row in range(0, max(1, height - size + 1), step)
+        for col in range(0, max(1, width - size + 1), step)
+    ]
 
 
 def whole(length: int, native: bool) -> int:

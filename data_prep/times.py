@@ -1,4 +1,4 @@
-"""One spelling of times: ISO 8601, UTC."""
+"""One spelling of times: ISO 8601, UTC; and the days between them."""
 
 from __future__ import annotations
 
@@ -31,3 +31,11 @@ def iso_time(value: Any) -> str:
         sign = 1 if zone[0] == "+" else -1
         moment -= sign * dt.timedelta(hours=int(zone[1:3]), minutes=int(zone[-2:]))
     return moment.isoformat() + "Z"
+
+
+def days_apart(time: str, other: str) -> float:
+    """Days between two times as :func:`iso_time` spells them; infinite if one is unknown."""
+    try:
+        return abs((dt.date.fromisoformat(time[:10]) - dt.date.fromisoformat(other[:10])).days)
+    except ValueError:
+        return float("inf")

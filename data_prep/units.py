@@ -8,6 +8,8 @@ import re
 from terrafm_jax.sensors import SENSORS
 from terrafm_jax.units import SPELLINGS, UNITS
 
+_NODATA = re.compile(r"(?i)no-?data(?:\s*value)?\s*[:=]?\s*(nan\b|[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?)")
+
 
 def delivered_units(key: str) -> tuple[str, ...]:
     """The units that a sensor may be delivered in."""
@@ -25,7 +27,7 @@ def stated_unit(key: str, text: str) -> str:
     ``DN = reflectance*10000`` is DN. Raises ValueError on texts without a known word, with a word of the other
     sensor or with several units: a wrong unit is not seen again once tiles are cut.
     """
-    rest = re.sub(r"(?i)nodata\s*[-+]?\d+(?:\.\d+)?", "", text)
+    rest = _NODATA.sub("", text)
     words = re.findall(r"[a-z]+", rest.lower())
     if not words:
         return ""
@@ -35,6 +37,12 @@ def stated_unit(key: str, text: str) -> str:
     if len(found) != 1 or not found <= set(delivered_units(key)) or "amplitude" in words:
         raise ValueError(f"units {text!r}: expected {expected(key)} for {key}")
     return found.pop()
+
+
+def stated_nodata(text: str) -> str:
+    """The number (or ``nan``) of ``dB, nodata -99`` or ``dB; NoData = -3.4e38``, "" where the text names none."""
+    found = _NODATA.search(text)
+    return found.group(1) if found else ""
 
 
 def unit_word(key: str, text: str) -> str:

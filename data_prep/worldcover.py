@@ -19,7 +19,7 @@ from rasterio.warp import transform as transform_points
 
 from data_prep import tiling
 from data_prep.harmonize import connected
-from data_prep.raster import BadInput, Grid, first_line
+from data_prep.raster import BadInput, Grid, PerThread, first_line
 from terrafm_jax import landcover
 
 STEP = 3  # degrees a map
@@ -156,6 +156,8 @@ def lonlat(crs: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarr
         lon, lat = transform_points(_crs(crs), _crs("EPSG:4326"), list(x), list(y))
     except RasterioError as error:
         raise BadInput(f"CRS {crs!r} cannot be used ({first_line(error)})") from error
+    except Exception:  # PROJ's, of a class of their own, or infinity without any: where it cannot say where they lie
+        lon = lat = [np.inf]
     lon, lat = np.asarray(lon), np.asarray(lat)
     if not (np.isfinite(lon).all() and np.isfinite(lat).all()):
         raise BadInput(
@@ -172,6 +174,8 @@ def project(crs: str, lon: np.ndarray, lat: np.ndarray) -> tuple[np.ndarray, np.
         x, y = transform_points(_crs("EPSG:4326"), _crs(crs), list((lon + 180.0) % 360.0 - 180.0), list(lat))
     except RasterioError as error:
         raise BadInput(f"CRS {crs!r} cannot be used ({first_line(error)})") from error
+    except Exception:  # as above
+        x = y = [np.inf]
     x, y = np.asarray(x), np.asarray(y)
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise BadInput(f"{lon.mean():.2f} E {lat.mean():.2f} N lies outside of CRS {crs!r}")
@@ -183,9 +187,7 @@ def _crs(text: str) -> CRS:
     return CRS.from_user_input(text)
 
 
-@lru_cache(maxsize=16)
-def _open(path: str) -> rasterio.DatasetReader:
-    return rasterio.open(path)
+_open: PerThread[rasterio.DatasetReader] = PerThread(rasterio.open, keep=16)
 
 
 def codes_on(path: str, grid: Grid) -> np.ndarray:

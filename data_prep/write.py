@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.cell import SHARED
-from data_prep.chunks import WORK, Job, chunk_path, shard_path, sync
+from data_prep.chunks import MOST_LAYOUTS, TOO_MANY_LAYOUTS, WORK, Job, chunk_path, shard_path, sync
 from data_prep.doubts import looks_wrong
 from data_prep.stats import Tally
 from terrafm_jax import landcover
@@ -50,13 +50,15 @@ def finalize(job: Job, chunks: int, plan: dict[str, Any]) -> dict[str, Any]:
     counts = {split: len(found) for split, found in merged.shards.items() if found}
     for split, total in counts.items():
         for number, chunk in enumerate(merged.shards[split]):
-            source = shard_path(job, chunk, split)
-            if source.exists():
-                source.replace(directory / f"{DATASET}-{split}.array_record-{number:05d}-of-{total:05d}")
+            shard = shard_path(job, chunk, split)
+            if shard.exists():
+                shard.replace(directory / f"{DATASET}-{split}.array_record-{number:05d}-of-{total:05d}")
     for split in counts:
         save_array(directory / f"index_{split}.npy", merged.index(split))
     write_text(directory / "layouts.json", json.dumps(merged.layouts))
-    statistics = merged.tally.to_json(merged.classes(), "computed over the train split")
+    trained = any(merged.tally.records.values())  # without, those who read it keep the published numbers
+    source = "computed over the train split" if trained else "published, as the train split holds no tile"
+    statistics = merged.tally.to_json(merged.classes(), source)
     write_text(directory / "statistics.json", statistics)
     write_text(directory / "rejected.csv", merged.rejected_csv())
     summary = merged.summary(plan) | {"looks_wrong": looks_wrong(json.loads(statistics))}
@@ -115,8 +117,8 @@ class _Merged:
     def _layout(self, layout: dict[str, list[int]]) -> int:
         if layout not in self.layouts:
             self.layouts.append(layout)
-        if len(self.layouts) > 256:
-            raise ValueError("more than 256 different shapes of tiles; cut them to a common --tile-size")
+        if len(self.layouts) > MOST_LAYOUTS:
+            raise ValueError(TOO_MANY_LAYOUTS)
         return self.layouts.index(layout)
 
     def index(self, split: str) -> np.ndarray:
@@ -141,9 +143,8 @@ class _Merged:
 
     def summary(self, plan: dict[str, Any]) -> dict[str, Any]:
         """What was seen, kept, left out and why."""
-        tiles_seen = sum(self.count.values()) + sum(
-            n for reason, n in self.dropped.items() if " in a cell" not in reason
-        )
+        of_tiles = [n for reason, n in self.dropped.items() if not of_sensor(reason)]
+        tiles_seen = sum(self.count.values()) + sum(of_tiles)
         conflicts = sorted({note for _, note in self.notes})  # once per product
         straddling = self.dropped.get("straddles splits", 0) + self.dropped.get(SHARED, 0)
         return {
@@ -161,6 +162,11 @@ class _Merged:
             "offset_conflict_examples": conflicts[:20],
             "classes": self.classes(),
         }
+
+
+def of_sensor(reason: str) -> bool:
+    """Whether what was left out is one sensor of a cell, whose tiles are counted for themselves, and not a tile."""
+    return reason.endswith(" a cell")
 
 
 _KINDS = (  # the first that fits

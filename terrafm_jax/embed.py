@@ -231,10 +231,11 @@ def _points(args: argparse.Namespace, plan: Any, reader: Any, encoder: Any, tags
         return
     mark = run.signature(plan, reader, inside, tags=tags, places=zlib.crc32(where.tobytes()))
     this = finish.digest(mark, columns=columns)
+    unfinished = store.UnfinishedPlaces(args.out, encoder.width, mark)
     if finish.done_already(args.out, this, args.overwrite):
+        unfinished.remove_own()
         _say("done already -> %s", args.out)
         return
-    unfinished = store.UnfinishedPlaces(args.out, encoder.width, mark)
     with _Progress(len(where), "place") as progress:
         patches, cls = job.run(unfinished, progress=progress, threads=args.threads, save_seconds=args.save_seconds)
     finish.refuse_nothing(patches, unfinished, args.out)
@@ -268,10 +269,11 @@ def _whole(args: argparse.Namespace, kind: str, plan: Any, reader: Any, encoder:
 
     mark = run.signature(plan, reader, inside, tags=tags)
     this = finish.digest(mark, kind=kind, dtype=args.dtype)
+    unfinished = store.Unfinished(args.out, plan, encoder.width, mark)
     if finish.done_already(args.out, this, args.overwrite):
+        unfinished.remove_own()
         _say("done already -> %s", args.out)
         return
-    unfinished = store.Unfinished(args.out, plan, encoder.width, mark)
     with _Progress(plan.count(), "window") as progress:
         job = run.Job(encoder, reader, plan, encoder.width, unfinished, inside=inside, progress=progress)
         summary = job.run(threads=args.threads, save_seconds=args.save_seconds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import numpy as np
 import pytest
 from data_prep_cells import make_source
 
-from data_prep import beam_pipeline, majortom
+from data_prep import beam_pipeline, majortom, parquet, worldcover
 from data_prep.cell import Options
-from data_prep.chunks import Job, Unit
+from data_prep.chunks import Job, Unit, write_chunk
 from data_prep.harmonize import Offset
 from data_prep.worldcover import WorldCover
 
@@ -52,6 +53,39 @@ def test_elements_are_small_and_chunks_travel_with_their_offsets_alone(tmp_path:
     ((part, number, those, _, _),) = seen
     assert (number, those) == (77, units[770:780])
     assert part == dataclasses.replace(job, offsets={key: offsets[key] for key in keys[770:780]})
+
+
+def test_threads_have_open_files_of_their_own(tmp_path: Path):
+    """Two threads in one GDAL data set or one Parquet file end the process, or read nothing."""
+    source = make_source(tmp_path, 1)
+    table, cover = source / "Core-S2L2A/images/part_00000.parquet", next((source / "worldcover").glob("*.tif"))
+    for opened, path in ((parquet._open, str(table)), (worldcover._open, str(cover))):
+        with ThreadPoolExecutor(1) as pool:
+            theirs = pool.submit(opened, path).result()
+            assert pool.submit(opened, path).result() is theirs
+        assert opened(path) is opened(path)
+        assert opened(path) is not theirs
+
+
+def test_a_chunk_done_twice_at_once_is_whole(tmp_path: Path):
+    """Beam may start a bundle again while the first try still runs, in the same process or one of the same number."""
+    source, cover = make_source(tmp_path / "in", 3), WorldCover(None, {})
+    options = Options(tile_size=24, stride=24)
+    args = majortom.parser().parse_args(command(source, tmp_path))
+    cells, units, _ = majortom.plan(args, options, cover)
+    jobs = {name: Job(cells, cover, options, str(tmp_path / name)) for name in ("once", "twice")}
+    for job in jobs.values():
+        job.work.mkdir(parents=True)
+    write_chunk(jobs["once"], 0, units, (), lambda key: None)
+    again = iter([units])
+
+    def report(key: str) -> None:
+        if not key:  # after the first cell, the whole chunk is done elsewhere
+            for same in again:
+                write_chunk(jobs["twice"], 0, same, (), lambda key: None)
+
+    write_chunk(jobs["twice"], 0, units, (), report)
+    assert files(jobs["twice"].work) == files(jobs["once"].work)
 
 
 @pytest.mark.slow

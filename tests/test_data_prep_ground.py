@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from data_prep_cells import make_cells, product_id, scene, worldcover, write_majortom
 from rasterio.transform import from_origin
+from rasterio.warp import transform
 
 from data_prep import geotiff, majortom
 from data_prep.ground import Place, radius, rivals, share_ground
@@ -54,6 +55,22 @@ def test_footprints_across_systems_agree_with_their_points():
             found.append(depth > 0)
             assert share_ground(grid, other) == found[-1], (grid, other, depth)
     assert 10 < sum(found) < len(found) - 10
+
+
+def test_ground_across_the_antimeridian_is_shared_under_both_its_names():
+    """181 degrees east and 179 degrees west: tiles of two splits overlapped there."""
+    step = 1e-4
+    east = Grid("EPSG:4326", (step, 0.0, 179.99, 0.0, -step, -16.0), 200, 200)
+    west = Grid("EPSG:4326", (step, 0.0, -180.005, 0.0, -step, -16.0), 200, 200)
+    far = Grid("EPSG:4326", (step, 0.0, -179.98, 0.0, -step, -16.0), 200, 200)
+    (x,), (y,) = transform("EPSG:4326", "EPSG:32701", [180.0], [-16.01])
+    utm = Grid("EPSG:32701", (10.0, 0.0, x - 500, 0.0, -10.0, y + 500), 100, 100)
+    for one, other in ((east, west), (utm, west), (utm, east)):
+        assert share_ground(one, other)
+        assert share_ground(other, one)
+    for one in (east, utm):
+        assert not share_ground(one, far)
+        assert not share_ground(far, one)
 
 
 def test_rivals_are_near_and_outrank():

@@ -230,11 +230,26 @@ def test_offset_is_decided_once_per_product(tmp_path: Path):
     assert "pixels against product id" in summary["offset_conflict_examples"][0]
 
 
+def test_holes_in_the_metadata_cost_a_cell_at_most(tmp_path: Path):
+    """A missing latitude or row number ended the planning of all."""
+    rows, metadata = make_cells(3)
+    for key in rows:
+        metadata[key][0]["centre_lat"] = float("nan")
+        metadata[key][1]["centre_lon"] = None
+    metadata["s2_l2a"][2]["parquet_row"] = None
+    write_majortom(tmp_path, rows, metadata)
+    flags = ["--source", str(tmp_path), "--worldcover", "none", "--out", str(tmp_path / "out"), "--tile-size", "24"]
+    assert majortom.main([*flags, "--split-shares", "1,0,0"]) == 3
+    assert "502U_62R/p0" in (tmp_path / "out/rejected.csv").read_text()
+    assert {r["cell"].decode() for r in records(tmp_path / "out")} == {"500U_60R", "501U_61R"}
+
+
 def test_wrong_arguments_are_named_before_any_work(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for flags, message in (
         (["--tile-size", "224"], "nearest legal: 222 or 228"),
         (["--require", "s3"], "s3"),
         (["--split-shares", "0.5,0.1,0.1"], "sum to 1"),
+        (["--split-shares", "nan,0.1,0.1"], "sum to 1"),
         (["--workers", "0"], "--workers 0: expected at least 1"),
         (["--cells-per-shard", "-1"], "--cells-per-shard -1: expected at least 1"),
         (["--tolerate", "5"], "--tolerate 5.0: expected 0..1"),

@@ -13,8 +13,9 @@ from rasterio.warp import transform_bounds
 
 from data_prep import stac
 from data_prep.cell import Options
+from data_prep.raster import Grid
 from data_prep.scenes import kind_of
-from data_prep.stac import assets_of, blocks_of, collections_of, grid_of_item
+from data_prep.stac import _radar_of, assets_of, blocks_of, collections_of, grid_of_item
 from terrafm_jax.sensors import S2_L1C, SENSORS
 
 pytest.importorskip("odc.stac", reason="extra [stac] is not installed")
@@ -166,6 +167,33 @@ def test_blocks_lie_on_the_lines_of_60_metres():
         assert block.transform[2] % 60 == 0
         assert block.bounds()[2] <= 709_800
     assert all(b.gsd in (10, 20, 60) for b in S2_L1C.bands)
+
+
+def test_the_extent_of_an_item_comes_from_its_assets_before_its_lonlat_box():
+    """A box in degrees is larger than a tile of UTM: a rim of nodata; across the antimeridian it may span the Earth."""
+    asset = {"proj:shape": [10980, 10980], "proj:transform": [10, 0, 199_980, 0, -10, 8_200_020]}
+    lonlat = [-180.0, -17.3, 180.0, -16.2]
+    item = {"id": "x", "properties": {"proj:epsg": 32701}, "assets": {"thumbnail": {}, "B02": asset}, "bbox": lonlat}
+    grid = grid_of_item(item)
+    assert grid.bounds() == (199_980, 8_200_020 - 109_800, 199_980 + 109_800, 8_200_020)
+
+
+def test_radar_of_a_block_is_that_of_one_overpass():
+    """Of an ascending and a descending pass on one day the nearer; of that all frames, also past midnight."""
+    grid = Grid("EPSG:32632", (10.0, 0.0, LEFT, 0.0, -10.0, TOP), SIZE, SIZE)
+    here = list(transform_bounds("EPSG:32632", "EPSG:4326", *grid.bounds()))
+
+    def item(when: str | None, box: list[float] = here) -> dict[str, Any]:
+        return {"bbox": box, "properties": {"datetime": when}}
+
+    anchor = item("2021-06-11T10:30:21Z")
+    frames = {"b": item("2021-06-11T05:30:25Z"), "a": item("2021-06-11T05:30:00Z"), "c": item("2021-06-11T17:00:00Z")}
+    assert _radar_of(frames, grid, anchor) == ["a", "b"]
+    assert _radar_of(frames | {"d": item("2021-06-11T05:30:50Z", [0, 0, 1, 1])}, grid, anchor) == ["a", "b"]
+    night = {"x": item("2021-06-11T23:59:50Z"), "y": item("2021-06-12T00:00:15Z"), "z": item(None)}
+    assert _radar_of(night, grid, anchor) == ["x", "y"]
+    assert _radar_of({"z": item(None)}, grid, anchor) == ["z"]
+    assert _radar_of({}, grid, anchor) == []
 
 
 def test_boxes_overlap_across_the_antimeridian():

@@ -14,6 +14,8 @@ from rasterio.transform import from_origin
 from data_prep import geotiff
 from data_prep.optical import _as_dn
 from data_prep.raster import BadInput, Grid, Raster
+from terrafm_jax.data.pipeline import load_statistics
+from terrafm_jax.sensors import Statistics
 
 LEFT, TOP, SIZE = 600_000, 5_400_000, 120
 ORDER = "--bands=s2_l2a=B01..B08,B8A,B09,B11,B12"
@@ -46,6 +48,27 @@ def test_blocks_that_a_swath_does_not_reach_are_prepared_without_it(tmp_path: Pa
     assert summary["left_out"] == {"s1 does not reach a cell": 3}
     assert prepare(source, tmp_path / "strict", "--require", "s1") == 3
     assert "s1 does not reach this part of the scene" in (tmp_path / "strict/rejected.csv").read_text()
+
+
+def test_statistics_without_a_train_split_are_not_called_computed(tmp_path: Path):
+    """Training and model cards took the published numbers and said that they were computed."""
+    source = write(tmp_path / "in", size=SIZE, width=SIZE // 2)
+    assert prepare(source, tmp_path / "out", "--split-shares", "0,0,1") == 0
+    found = load_statistics(tmp_path / "out")
+    assert found.mean == Statistics.published().mean
+    assert found.source == "published, as the train split holds no tile"
+    assert prepare(source, tmp_path / "train") == 0
+    assert load_statistics(tmp_path / "train").source == "computed over the train split"
+
+
+def test_a_sensor_left_out_of_a_cell_is_no_tile_left_out(tmp_path: Path):
+    """Cells without radar counted as tiles seen, so that fewer seemed to be lost between splits."""
+    source = write(tmp_path / "in", size=SIZE, width=SIZE // 2)
+    assert prepare(source, tmp_path / "out", "--block-degrees", "0.004", "--split-shares", "0.5,0.25,0.25") == 0
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    lost, kept = summary["left_out"]["straddles splits"], sum(summary["tiles"].values())
+    assert (lost + kept, summary["left_out"]["s1 does not reach a cell"]) == (25, 3)
+    assert summary["lost_between_splits"] == pytest.approx(lost / 25)
 
 
 def test_radar_of_another_place_is_not_called_black(tmp_path: Path):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from data_prep_cells import worldcover
+from data_prep_cells import make_source, worldcover
 from rasterio.warp import transform
 
+from data_prep import majortom
 from data_prep.raster import BadInput, Grid
 from data_prep.tiling import cut, windows
 from data_prep.worldcover import (
@@ -110,6 +112,28 @@ def test_no_maps_at_all(tmp_path: Path):
         WorldCover.open(tmp_path / "nowhere")
     grid = grid_at(9.0, 46.5, "EPSG:32632")
     assert (WorldCover.open("none").overlay(grid) == landcover.UNKNOWN).all()
+
+
+def test_a_job_does_not_go_on_with_other_land_cover(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Half of the tiles would know their land cover, and nothing would say so."""
+    source = make_source(tmp_path, 1)
+
+    def run(out: str, cover: str, *flags: str) -> int:
+        places = ["--source", str(source), "--worldcover", cover, "--out", str(tmp_path / out)]
+        return majortom.main([*places, "--tile-size", "48", "--split-shares", "1,0,0", *flags])
+
+    maps = str(source / "worldcover")
+    assert run("known", maps) == 0
+    assert run("known", "none") == 1
+    assert "--worldcover a folder of maps there, none now" in capsys.readouterr().err
+    assert run("known", maps, "--worldcover-missing", "sea") == 1
+    assert "--worldcover-missing error there, sea now" in capsys.readouterr().err
+    moved = shutil.move(maps, tmp_path / "moved")
+    assert run("known", str(moved)) == 0, "the same maps in another folder"
+    assert run("unknown", "none") == 0
+    assert run("unknown", "none") == 0
+    assert run("unknown", str(moved)) == 1
+    assert "--worldcover none there, a folder of maps now" in capsys.readouterr().err
 
 
 def test_landmark_of_the_real_map(real_data: Path):

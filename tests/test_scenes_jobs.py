@@ -108,6 +108,20 @@ def test_progress(
     assert words in (capsys.readouterr().err if terminal else caplog.text)
 
 
+def test_what_a_finished_job_left_goes_with_the_next_start(
+    l2a_scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the output was in place: the unfinished result stayed for good, larger than the output."""
+    out, left = tmp_path / "e.tif", tmp_path / "e.tif.partial"
+    with monkeypatch.context() as killed:
+        killed.setattr(store.Unfinished, "remove", lambda self: None)
+        assert call(out=out, sensors={"s2_l2a": l2a_scene}) == 0
+    assert left.is_dir()
+    made = out.read_bytes()
+    assert call(out=out, sensors={"s2_l2a": l2a_scene}) == 0
+    assert (left.exists(), out.read_bytes()) == (False, made)
+
+
 def test_other_settings_do_not_resume(l2a_scene: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "e.tif"
     acquisition = inputs.resolve(f"s2_l2a={l2a_scene}", inputs.Declared())

@@ -22,6 +22,7 @@ from terrafm_jax.sensors import SENSOR_KEYS
 
 MODES = ("uniform", "paper", "balanced")
 _ROUNDS = 6
+_ROUNDS_A_BATCH = 64  # each takes some 0.1 ms, so only batches of many tiny epochs mix these
 _SHIFT = 20  # fractional bits of rates, which are fixed-point integers so that rounding never depends on the step
 
 
@@ -138,7 +139,7 @@ class Mixture:
       rates: float64 [G], draws per round.
     """
 
-    def __init__(self, rates: np.ndarray, key: np.ndarray | int, min_round: int = 1024):
+    def __init__(self, rates: np.ndarray, key: np.ndarray | int, min_round: int = 1):
         rates = np.asarray(rates, np.float64)
         total = float(rates.sum())
         self.rates = rates * max(1, int(np.ceil(min_round / total)))
@@ -250,11 +251,11 @@ class Order:
         self.buckets = np.unique(bucket[alive])
         self._groups = [np.flatnonzero(alive & (bucket == b)) for b in self.buckets]
         self._streams = [
-            Mixture(rates[g], derive_key(self.seed, 1, int(b)), max(1024, self.batch_size))
+            Mixture(rates[g], derive_key(self.seed, 1, int(b)), -(-self.batch_size // _ROUNDS_A_BATCH))
             for b, g in zip(self.buckets, self._groups, strict=True)
         ]
         shares = np.array([rates[g].sum() for g in self._groups]) / self.batch_size
-        self._schedule = Mixture(shares, derive_key(self.seed, 2), 64)
+        self._schedule = Mixture(shares, derive_key(self.seed, 2))
         self._histograms(index)
 
     def _histograms(self, index: np.ndarray) -> None:

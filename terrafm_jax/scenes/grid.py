@@ -51,6 +51,22 @@ class Grid:
         )
 
 
+def bounds_in(source: Any, grid: Grid) -> tuple[float, float, float, float]:
+    """left, bottom, right, top of a grid in the CRS of an open raster, degrees by whole turns to where its own lie."""
+    bounds = grid.bounds
+    if source.crs != grid.crs:
+        bounds = transform_bounds(grid.crs, source.crs, *bounds, densify_pts=21)
+    return _turned(bounds, source.bounds) if source.crs.is_geographic else bounds
+
+
+def _turned(bounds: Sequence[float], source: Sequence[float]) -> tuple[float, float, float, float]:
+    """Bounds in degrees by whole turns to where a raster's own lie: one across the antimeridian goes on beyond 180."""
+    left, bottom, right, top = bounds
+    right += 360.0 if right < left else 0.0
+    turn = 360.0 * round((source[0] + source[2] - left - right) / 720.0)
+    return left + turn, bottom, right + turn, top
+
+
 def target_grid(
     acquisitions: Sequence[Acquisition], gsd: float | None = None, crs: str = "", aoi: dict[str, Any] | None = None
 ) -> Grid:
@@ -135,6 +151,7 @@ def _stretch(crs: CRS, box: Sequence[float]) -> float:
 
 def _utm(crs: CRS, bounds: Any) -> CRS:
     left, bottom, right, top = transform_bounds(crs, "EPSG:4326", *bounds)
+    right += 360.0 if right < left else 0.0  # across the antimeridian
     lon, lat = (left + right) / 2, (bottom + top) / 2
     zone = int((lon + 180) // 6) % 60 + 1
     return CRS.from_epsg((32600 if lat >= 0 else 32700) + zone)
@@ -151,7 +168,10 @@ def _common_extent(acquisitions: Sequence[Acquisition], target: CRS, aoi: dict[s
     for acquisition in acquisitions:
         for path in acquisition.paths:
             with open_raster(path) as source:
-                box = transform_bounds(source.crs, target, *source.bounds) if source.crs != target else source.bounds
+                box = source.bounds
+                if source.crs != target:
+                    _refuse_beyond_the_end(path, source.crs, box)
+                    box = transform_bounds(source.crs, target, *box)
             boxes.setdefault(acquisition.sensor, []).append(tuple(box))
     extents = {
         key: (min(b[0] for b in found), min(b[1] for b in found), max(b[2] for b in found), max(b[3] for b in found))
@@ -165,6 +185,18 @@ def _common_extent(acquisitions: Sequence[Acquisition], target: CRS, aoi: dict[s
     if found is None:
         raise SceneError(f"{first}: --aoi lies elsewhere; give longitudes and latitudes of the scene")
     return _meeting({**extents, "--aoi": found}, target, first)
+
+
+def _refuse_beyond_the_end(path: str, crs: CRS, box: Sequence[float]) -> None:
+    """Raises SceneError where a projection such as Web Mercator ends within a raster: at the antimeridian."""
+    if not crs.is_projected:
+        return
+    ends, middle = [box[0], box[2]], (box[1] + box[3]) / 2
+    there = transform(crs, "EPSG:4326", ends, [middle, middle])
+    back, _ = transform("EPSG:4326", crs, *there)
+    if max(abs(a - b) for a, b in zip(ends, back, strict=True)) > (box[2] - box[0]) / 100:
+        utm = _utm(crs, box).to_string()
+        raise SceneError(f"{path}: crosses the antimeridian, where {crs.to_string()} ends; gdalwarp it to {utm} first")
 
 
 def _meeting(extents: dict[str, tuple[float, float, float, float]], target: CRS, first: str) -> tuple[float, ...]:

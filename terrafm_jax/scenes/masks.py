@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
-from rasterio.warp import transform_bounds
-
 from terrafm_jax.scenes.errors import SceneError
-from terrafm_jax.scenes.grid import Grid
+from terrafm_jax.scenes.grid import Grid, bounds_in
 from terrafm_jax.scenes.layers import Acquisition, open_raster
 
 # Scene classification of Level 2A: no data, saturated, cloud shadow, medium and high cloud, cirrus, snow stays.
@@ -54,11 +52,10 @@ def check_masks(
         if use_classes and not date.classes:
             yield f"{date.paths[0]}: has no scene classification, --use-scl leaves nothing out of it"
     for path in [mask.path for mask in masks] + classes:
-        with open_raster(path) as source:
-            left, bottom, right, top = transform_bounds(source.crs, grid.crs, *source.bounds, densify_pts=21)
-        x0, y0, x1, y1 = grid.bounds
+        with open_raster(path) as source:  # the grid in the mask's system: one of the whole Earth has no place in UTM
+            (left, bottom, right, top), (x0, y0, x1, y1) = source.bounds, bounds_in(source, grid)
         if not (left < x1 and x0 < right and bottom < y1 and y0 < top):
             raise SceneError(f"{path}: lies elsewhere than the scene; give the mask or classification of this place")
-        edge = grid.gsd * _COARSE
-        if left > x0 + edge or bottom > y0 + edge or right < x1 - edge or top < y1 - edge:
+        across, down = _COARSE * (x1 - x0) / grid.width, _COARSE * (y1 - y0) / grid.height
+        if left > x0 + across or bottom > y0 + down or right < x1 - across or top < y1 - down:
             yield f"{path}: covers a part of the scene only, the rest counts as its value 0"

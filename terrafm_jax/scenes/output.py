@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import rasterio
+import shapely
 from affine import Affine
 from rasterio.errors import RasterioError
 from rasterio.shutil import copy as raster_copy
@@ -273,8 +274,10 @@ def write_parquet(out: Path, columns: Mapping[str, Any], tags: Mapping[str, str]
     table = pa.table({k: _vectors(v) if isinstance(v, np.ndarray) and v.ndim == 2 else v for k, v in columns.items()})
     metadata = {k: str(v) for k, v in tags.items()}
     if geometry:
-        kinds = {"encoding": "WKB", "geometry_types": ["Polygon"] if geometry == "geometry" else ["Point"]}
-        geo = {"version": "1.1.0", "primary_column": geometry, "columns": {geometry: kinds}}
+        names = {1: "Point", 3: "Polygon", 6: "MultiPolygon"}
+        kinds = sorted({names[struct.unpack_from("<I", shape, 1)[0]] for shape in table[geometry].to_pylist()})
+        described = {geometry: {"encoding": "WKB", "geometry_types": kinds}}
+        geo = {"version": "1.1.0", "primary_column": geometry, "columns": described}
         metadata["geo"] = json.dumps(geo)
     temporary = out.with_name(out.name + ".tmp")
     try:
@@ -318,8 +321,14 @@ def window_row(
 
 
 def wkb_polygon(ring: Sequence[tuple[float, float]]) -> bytes:
-    """Little-endian well-known binary of a polygon without holes."""
-    return struct.pack("<BIII", 1, 3, 1, len(ring)) + b"".join(struct.pack("<dd", x, y) for x, y in ring)
+    """Little-endian well-known binary of a polygon in degrees; across the antimeridian it is cut into two there."""
+    lon, lat = np.array(ring).T
+    if np.ptp(lon) <= 180:
+        return struct.pack("<BIII", 1, 3, 1, len(ring)) + b"".join(struct.pack("<dd", x, y) for x, y in ring)
+    turned = shapely.make_valid(shapely.Polygon(np.stack([lon % 360, lat], 1)))
+    halves = [shapely.intersection(turned, shapely.box(west, -90, west + 180, 90)) for west in (0, 180)]
+    halves[1] = shapely.transform(halves[1], lambda places: places - (360, 0))
+    return shapely.to_wkb(shapely.union_all(halves), byte_order=1)
 
 
 def majortom_cell(lat: float, lon: float) -> tuple[str, str]:

@@ -50,8 +50,8 @@ class Places:
         wanted = ((self._at >= 0) & (self._at <= limits)).all(1)
         if inside is not None:
             out = plan.output
-            cells = np.stack([out.y - points[:, 1], points[:, 0] - out.x], 1) // out.gsd
-            rows, columns = np.clip(cells.astype(int), 0, np.array(inside.shape) - 1).T
+            cells = np.floor(np.stack([out.y - points[:, 1], points[:, 0] - out.x], 1) / out.gsd)
+            rows, columns = np.clip(cells, 0, np.array(inside.shape) - 1).astype(int).T
             wanted &= inside[rows, columns]
         self.wanted = np.flatnonzero(wanted)
         corners = np.clip(np.round(self._at[self.wanted]).astype(int) - self._side // 2, 0, limits - self._side)

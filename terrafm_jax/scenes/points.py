@@ -18,6 +18,7 @@ from terrafm_jax.scenes.grid import Grid
 from terrafm_jax.tables import read_csv
 
 _log = logging.getLogger(__name__)
+_NEAR = np.cos(np.radians(45.0))  # of the angle between two places; no scene is as wide
 _NAMES = (("lon", "lat"), ("longitude", "latitude"), ("x", "y"))
 
 
@@ -66,9 +67,18 @@ def _columns(path: Path) -> dict[str, list[Any]]:
 
 
 def to_grid(places: np.ndarray, grid: Grid) -> np.ndarray:
-    """Longitude, latitude -> x, y in the CRS of a grid; float64 [N, 2]."""
-    xs, ys = transform_points("EPSG:4326", grid.crs, places[:, 0].tolist(), places[:, 1].tolist())
-    return np.array([xs, ys]).T
+    """Longitude, latitude -> x, y in the CRS of a grid; float64 [N, 2], infinite for places far from the grid."""
+    left, bottom, right, top = grid.bounds
+    (lon,), (lat,) = transform_points(grid.crs, "EPSG:4326", [(left + right) / 2], [(bottom + top) / 2])
+    turn, own = np.radians(places[:, 0] - lon), np.radians(places[:, 1])
+    north = np.radians(lat)
+    # A projection folds, or fails for all places, where one lies a quarter of the Earth away.
+    near = np.sin(own) * np.sin(north) + np.cos(own) * np.cos(north) * np.cos(turn) > _NEAR
+    found = np.full(places.shape, np.inf)
+    if near.any():
+        xs, ys = transform_points("EPSG:4326", grid.crs, places[near, 0].tolist(), places[near, 1].tolist())
+        found[near] = np.array([xs, ys]).T
+    return found
 
 
 def outside(path: Path, places: np.ndarray, wanted: np.ndarray, grid: Grid) -> list[str]:

@@ -7,11 +7,12 @@ kernel when it shrinks), renormalized over valid pixels; Sentinel-1 in linear po
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,23 +20,23 @@ import rasterio
 import rasterio.features
 from rasterio.enums import Resampling
 from rasterio.errors import RasterioError
-from rasterio.warp import reproject, transform_bounds
+from rasterio.warp import reproject
 from rasterio.windows import Window
 
 from terrafm_jax.scenes import area
 from terrafm_jax.scenes.errors import SceneError
-from terrafm_jax.scenes.grid import Grid
+from terrafm_jax.scenes.grid import Grid, bounds_in
 from terrafm_jax.scenes.layers import Acquisition, Layer, broken, open_raster
 from terrafm_jax.scenes.masks import SCL_INVALID, MaskFile, check_masks
+from terrafm_jax.scenes.measured import Part, Stored, measured, nothing
 from terrafm_jax.scenes.resample import resample
 from terrafm_jax.sensors import SENSORS
-from terrafm_jax.units import DN_PER_REFLECTANCE, MAX_DN, MAX_POWER
 
 _log = logging.getLogger(__name__)
 
 COMPOSITES = ("first", "median", "mean")
 _POWER_FLOOR = 1e-6  # -60 dB
-_LARGEST = {"s1": (MAX_POWER, "power"), "s2_l1c": (MAX_DN, "DN"), "s2_l2a": (MAX_DN, "DN")}
+_OPEN_FILES = 100  # a thread: a year of dates has a thousand, as many as a process may open on most machines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Pixels:
 
 
 class SceneReader:
-    """Reads parts of a scene. Opens every file once per thread.
+    """Reads parts of a scene. Every thread opens files of its own and keeps some open.
 
     Args:
       acquisitions: one or several dates per sensor, in order of preference.
@@ -144,44 +145,24 @@ class SceneReader:
             if layer.band in self.bands[date.sensor]:
                 source = self._open(layer.path)
                 groups[(source.crs, tuple(source.transform), source.shape)].append(layer)
-        out = np.empty((len(self.bands[date.sensor]), grid.height, grid.width), np.float32)
-        for layers in groups.values():
-            rows = [self.bands[date.sensor].index(layer.band) for layer in layers]
-            out[rows] = self._group(date, layers, grid)
+        out = np.full((len(self.bands[date.sensor]), grid.height, grid.width), np.nan, np.float32)
+        parts = [part for layers in groups.values() if (part := self._part(layers, grid))]
+        for part, empty in zip(parts, nothing(parts), strict=True):
+            rows = [self.bands[date.sensor].index(layer.band) for layer in part.layers]
+            stored = [Stored.of(self._open(layer.path), layer.index) for layer in part.layers]
+            out[rows] = _on_grid(part, measured(part.data, date, stored, empty, self._note), grid)
         if self._classes and date.classes:
             scl = self._classes_on(date.classes, grid)
             out[:, np.isin(scl, SCL_INVALID)] = np.nan
         return out
 
-    def _group(self, date: Acquisition, layers: Sequence[Layer], grid: Grid) -> np.ndarray:
-        """Bands of one resolution on the grid; float32 [bands, H, W] with NaN."""
+    def _part(self, layers: Sequence[Layer], grid: Grid) -> Part | None:
+        """The pixels of bands of one resolution that a grid needs, None if there are none."""
         source = self._open(layers[0].path)
         window = _source_window(source, grid)
         if window.width <= 0 or window.height <= 0:
-            return np.full((len(layers), grid.height, grid.width), np.nan, np.float32)
-        data = self._pixels(layers, window)
-        stored = [_Stored.of(self._open(layer.path), layer.index) for layer in layers]
-        data = _measured(data, date, stored, self._note)
-        transform = source.window_transform(window)
-        aligned = source.crs == grid.crs and _offset(transform, grid)
-        if aligned:
-            return _shift(data, aligned, grid)
-        if source.crs == grid.crs:
-            return resample(data, transform, grid)
-        out = np.full((len(layers), grid.height, grid.width), np.nan, np.float32)
-        reproject(
-            data,
-            out,
-            src_transform=transform,
-            src_crs=source.crs,
-            dst_transform=grid.transform,
-            dst_crs=grid.crs,
-            src_nodata=np.nan,
-            dst_nodata=np.nan,
-            resampling=Resampling.bilinear,
-            tolerance=0.0,  # GDAL's approximate transformer would depend on where the window lies
-        )
-        return out
+            return None
+        return Part(tuple(layers), self._pixels(layers, window), source.crs, source.window_transform(window))
 
     def _pixels(self, layers: Sequence[Layer], window: Window) -> np.ndarray:
         """float32 [layers, rows, columns] as stored; bands of one file in one call, and GDAL converts."""
@@ -197,12 +178,12 @@ class SceneReader:
         return data
 
     def _open(self, path: str) -> rasterio.DatasetReader:
-        files = self._local.__dict__.setdefault("files", {})
-        if path not in files:
-            files[path] = open_raster(path)
-        return files[path]
+        if not hasattr(self._local, "opened"):
+            self._local.opened = functools.lru_cache(_OPEN_FILES)(open_raster)
+        return self._local.opened(path)
 
-    def _classes_on(self, path: str, grid: Grid) -> np.ndarray:
+    def _classes_on(self, path: str, grid: Grid, zero_or_not: bool = False) -> np.ndarray:
+        """uint8 [H, W]: classes of a raster on the grid, 0 beyond it; ``zero_or_not``: 1 for any other number."""
         source = self._open(path)
         out = np.zeros((grid.height, grid.width), np.uint8)
         window = _source_window(source, grid)
@@ -212,7 +193,7 @@ class SceneReader:
             except (RasterioError, OSError) as error:
                 raise SceneError(f"{path}: {broken(error)}") from None
             reproject(
-                data,
+                (np.nan_to_num(data) != 0).astype(np.uint8) if zero_or_not else data,
                 out,
                 src_transform=source.window_transform(window),
                 src_crs=source.crs,
@@ -226,7 +207,7 @@ class SceneReader:
     def _kept(self, grid: Grid) -> np.ndarray:
         keep = np.ones((grid.height, grid.width), bool)
         for mask in self._masks:
-            found = self._classes_on(mask.path, grid)
+            found = self._classes_on(mask.path, grid, zero_or_not=not mask.classes)
             keep &= ~np.isin(found, mask.classes) if mask.classes else found != 0
         return keep
 
@@ -258,11 +239,7 @@ def _common_bands(dates: Sequence[Acquisition]) -> tuple[str, ...]:
 
 def _source_window(source: rasterio.DatasetReader, grid: Grid) -> Window:
     """Pixels of a raster that the kernel needs for a grid, clipped to the raster."""
-    bounds = grid.bounds
-    if source.crs != grid.crs:
-        bounds = transform_bounds(grid.crs, source.crs, *bounds, densify_pts=21)
-    if source.crs.is_geographic:
-        bounds = _turned(bounds, source.bounds)
+    bounds = bounds_in(source, grid)
     t = source.transform  # north up: no shear
     left, right = ((x - t.c) / t.a for x in (bounds[0], bounds[2]))
     top, bottom = ((y - t.f) / t.e for y in (bounds[3], bounds[1]))
@@ -273,67 +250,25 @@ def _source_window(source: rasterio.DatasetReader, grid: Grid) -> Window:
     return Window(left, top, max(right - left, 0), max(bottom - top, 0))  # rasterio refuses sides below zero
 
 
-def _turned(bounds: Sequence[float], source: Sequence[float]) -> tuple[float, float, float, float]:
-    """Bounds in degrees by whole turns to where a raster's own lie: one across the antimeridian goes on beyond 180."""
-    left, bottom, right, top = bounds
-    right += 360.0 if right < left else 0.0
-    turn = 360.0 * round((source[0] + source[2] - left - right) / 720.0)
-    return left + turn, bottom, right + turn, top
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stored:
-    """What a file says of one band: its nodata (as stored), and how stored numbers become values."""
-
-    nodata: float | None
-    scale: float = 1.0
-    shift: float = 0.0
-
-    @classmethod
-    def of(cls, source: rasterio.DatasetReader, index: int) -> _Stored:
-        return cls(source.nodatavals[index - 1], source.scales[index - 1], source.offsets[index - 1])
-
-
-def _measured(
-    data: np.ndarray, date: Acquisition, stored: Sequence[_Stored], note: Callable[[str], None]
-) -> np.ndarray:
-    """Harmonized DN or linear power, NaN where nothing was measured; ``data`` float32 [bands, H, W] may be changed.
-
-    Sentinel-2: nodata is zero (or the declared value) in all bands at once; zero in some bands is dark
-    ground. Sentinel-1: any band without a finite, positive power. Values that the unit cannot hold are no
-    measurement either: a job of hours should not end over one.
-    """
-    bad = np.zeros(data.shape[1:], bool)
-    if not np.isfinite(data.sum(dtype=np.float64)):  # NaN and infinity survive every sum
-        bad |= ~np.isfinite(data).all(0)
-    for band, file in zip(data, stored, strict=True):
-        for v in (file.nodata, date.nodata):
-            if v is not None and not np.isnan(v) and (v != 0 or date.sensor == "s1"):
-                bad |= band == np.float32(v)
-    if date.sensor != "s1":
-        bad |= ~data.any(0)
-    for band, file in zip(data, stored, strict=True):
-        if (file.scale, file.shift) != (1.0, 0.0):
-            band *= np.float32(file.scale)
-            band += np.float32(file.shift)
-    if date.sensor == "s1":
-        with np.errstate(over="ignore", invalid="ignore"):
-            data = 10.0 ** (data / 10.0) if date.unit == "db" else data
-        bad |= ~(data > 0).all(0)
-    else:
-        if date.unit == "reflectance":
-            data *= DN_PER_REFLECTANCE
-        if date.offset:
-            data -= date.offset
-    limit, unit = _LARGEST[date.sensor]
-    if not (-limit <= data.min() and data.max() <= limit):  # NaN, too, makes us look closer
-        impossible = ~bad & (np.abs(data) > limit).any(0)
-        if impossible.any():
-            note(f"{date.paths[0]}: holds values beyond {limit:g}, which cannot be {unit}; they count as nodata")
-        bad |= impossible
-    if bad.any():
-        data[:, bad] = np.nan
-    return data
+def _on_grid(part: Part, data: np.ndarray, grid: Grid) -> np.ndarray:
+    """Measurements with NaN on the pixels of ``part`` -> float32 [layers, H, W] with NaN on a grid."""
+    if part.crs == grid.crs:
+        aligned = _offset(part.transform, grid)
+        return _shift(data, aligned, grid) if aligned else resample(data, part.transform, grid)
+    out = np.full((len(data), grid.height, grid.width), np.nan, np.float32)
+    reproject(
+        data,
+        out,
+        src_transform=part.transform,
+        src_crs=part.crs,
+        dst_transform=grid.transform,
+        dst_crs=grid.crs,
+        src_nodata=np.nan,
+        dst_nodata=np.nan,
+        resampling=Resampling.bilinear,
+        tolerance=0.0,  # GDAL's approximate transformer would depend on where the window lies
+    )
+    return out
 
 
 def _offset(transform: Any, grid: Grid) -> tuple[int, int] | None:

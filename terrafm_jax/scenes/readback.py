@@ -18,6 +18,7 @@ from terrafm_jax.scenes import output
 from terrafm_jax.scenes.errors import SceneError, first_line
 from terrafm_jax.scenes.grid import Grid
 from terrafm_jax.scenes.layers import broken, open_raster
+from terrafm_jax.scenes.points import to_grid
 
 WEIGHTS_TAG = "TERRAFM_WEIGHTS"
 Block = tuple[slice, slice]  # rows and columns
@@ -69,7 +70,9 @@ def whole(found: Embedding) -> np.ndarray:
 
 def place_of(grid: Grid, lon: float, lat: float) -> tuple[int, int] | None:
     """Row and column of the pixel at a place, None outside."""
-    (x,), (y,) = transform_points("EPSG:4326", grid.crs, [lon], [lat])
+    x, y = to_grid(np.array([[lon, lat]]), grid)[0]
+    if not np.isfinite([x, y]).all():
+        return None
     row, column = int((grid.y - y) // grid.gsd), int((x - grid.x) // grid.gsd)
     return (row, column) if 0 <= row < grid.height and 0 <= column < grid.width else None
 

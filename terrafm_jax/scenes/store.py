@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,6 +102,13 @@ class _Partial:
         for path in self.folder.iterdir():
             path.unlink()
         self.folder.rmdir()
+
+    def remove_own(self) -> None:
+        """Deletes the folder if it is of this very job: killed when its output was in place already."""
+        if (self.folder / "snapshot.npz").exists():
+            with contextlib.suppress(SceneError):  # of another job, which may want to go on
+                self._open()
+                self.remove()
 
 
 class Unfinished(_Partial):

@@ -1,0 +1,50 @@
+"""Names of the bands in a file that holds several, and what to say of one that names none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import rasterio
+from rasterio.errors import RasterioError
+
+from terrafm_jax.sensors import SENSORS, band_name
+
+
+def named(key: str, descriptions: Sequence[str | None]) -> tuple[str, ...]:
+    """Band names from the descriptions, () unless all are known (junk counts as none). Their number says nothing.
+
+    Files without names hold bands in ESA's order, with B8A at the end (EuroSAT) or in the order of a script.
+    """
+    sensor = SENSORS[key]
+    known = [band_name(text, sensor) if text else None for text in descriptions]
+    return tuple(map(str, known)) if None not in known and len(set(known)) == len(known) else ()
+
+
+def unnamed(key: str, source: rasterio.DatasetReader, what: str) -> str:
+    """Why a file is refused whose bands nobody names, with the flag that names them."""
+    usual = "VV,VH" if key == "s1" else f"B01..B08,B8A,B09{'..B12' if key == 's2_l1c' else ',B11,B12'}"
+    fits = f"in ESA's order --bands {key}={usual}"
+    if key == "s2_l2a" and (source.count == 13 or "B10" in [band_name(d) for d in source.descriptions if d]):
+        fits = "a 13th band is B10, and B10 means Level-1C: is the sensor s2_l1c?"
+    elif key == "s2_l1c" and source.count == 13:
+        dark = _cirrus_band(source)
+        order = {10: usual, 9: "B01..B12,B8A"}.get(dark)
+        fits = f"band {dark + 1} is dark as B10 is, so --bands {key}={order} may fit" if order else fits
+    found = [text for text in source.descriptions if text]
+    described = f", described as {found[:13]}" if found else ""
+    return (
+        f"{what}: bands without names ({source.count}{described}): state their order in the bands column of a manifest "
+        f"or with --bands; {fits}"
+    )
+
+
+def _cirrus_band(source: rasterio.DatasetReader) -> int:
+    """Number (from 0) of the band that is darkest by far, -1 if none is."""
+    try:
+        pixels = source.read(out_shape=(source.count, min(64, source.height), min(64, source.width)))
+    except RasterioError:
+        return -1
+    middle = np.median(pixels.reshape(source.count, -1).astype(np.float64), axis=1)
+    darkest, next_one = np.sort(middle)[:2] if source.count > 1 else (0, 0)
+    return int(middle.argmin()) if next_one - darkest > 200 else -1
