@@ -356,6 +356,8 @@ def test_bad_configs_are_named(folder, tmp_path):
         ({"data__dir": ""}, "config.data.dir: empty"),
         ({"head": "upernet"}, "'upernet' does not do classification"),
         ({"mixup": -1.0}, "config.mixup: found -1.0, expected 0"),
+        ({"stop_at_epoch": -1}, "config.stop_at_epoch: found -1, expected 0"),  # would stop after the first one
+        ({"patience": -1}, "config.patience: found -1, expected 0"),
     ):
         c = config(folder, **overrides)
         with pytest.raises((ConfigError, ValueError), match=message):
@@ -365,7 +367,7 @@ def test_bad_configs_are_named(folder, tmp_path):
     with c.ignore_type():
         c.epochs = "10"
     with pytest.raises(
-        ConfigError, match=r"(?s)config.epochs: found '10', expected int.*config.leraning_rate: unknown"
+        ConfigError, match=r"(?s)config.epochs: found '10' \(str\), expected int.*config.leraning_rate: unknown"
     ):
         Job(c, str(tmp_path / "run"), quiet)
 
