@@ -200,6 +200,23 @@ def test_dense_store_and_rows(tmp_path, encoder):
     np.testing.assert_array_equal(parts[1:4], [[2, 3], [4, 5], [6, 7]])
 
 
+@pytest.mark.parametrize("others", [4, store.CHUNK])
+def test_images_of_several_sizes_are_told_to_be_cut(others):
+    """Whether they meet in one chunk or not, and whether or not the network sees one size."""
+    info = DatasetInfo("mixed", "segmentation", ("a", "b"), {"s1": Input("s1", ("VV", "VH"))})
+
+    def read(i):
+        side = 32 if i < others else 48
+        return Sample(str(i), {"s1": np.full((side, side, 2), -10.0)}, np.zeros((side, side), int))
+
+    split = Split([str(i) for i in range(others + 2)], read)
+    for image_size in (0, 32):
+        with pytest.raises(DatasetError, match="mixed: images differ in size; cut them with --tile"):
+            store.extract(
+                RawStatistics(image_size), Dataset(info, {"test": split}), "test", store.Request(("s1",), True)
+            )
+
+
 def test_cutting_pads_with_nodata_and_ignore():
     info = DatasetInfo("x", "segmentation", ("a", "b"), {"s1": Input("s1", ("VV", "VH"))})
     sample = Sample("p", {"s1": np.full((10, 7, 2), -10, np.float32)}, np.ones((10, 7), int))

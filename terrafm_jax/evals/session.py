@@ -248,7 +248,7 @@ class Session:
 
     def _append(self, row: dict[str, Any]) -> None:
         with self.rows_file.open("a") as f:
-            f.write(json.dumps(row, default=store._plain) + "\n")
+            f.write(json.dumps(row, default=store.plain) + "\n")
 
     # --- report ---
 

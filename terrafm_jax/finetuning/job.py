@@ -62,7 +62,7 @@ class Job:
             splits["train"], splits["val"] = _hold_out(splits["train"], c.seed)
             self.say(f"no validation split: {len(splits['val'])} train samples are held out")
         if c.data.limit:
-            splits = {k: s.subset(store._spread(len(s), min(c.data.limit, len(s)))) for k, s in splits.items()}
+            splits = {k: s.subset(store.spread(len(s), min(c.data.limit, len(s)))) for k, s in splits.items()}
         cache = c.data.cache == "ram"
         return {k: Source(self.dataset.info, s, self.inputs, c.data.threads, cache) for k, s in splits.items()}
 
@@ -147,7 +147,7 @@ class Job:
             "settings": result.settings | {"split": split, "rates": list(c.rates)}, "note": info.note,
         }  # fmt: skip
         shutil.copytree(Path(str(best.folder)) / "best", self.folder / "best", dirs_exist_ok=True)
-        (self.folder / "results.jsonl").write_text(json.dumps(row, default=store._plain) + "\n")
+        (self.folder / "results.jsonl").write_text(json.dumps(row, default=store.plain) + "\n")
         (self.folder / "results.md").write_text(report.markdown([row]))
         if row["confusion"] is not None:
             charts.confusion_figure(row, self.folder / "figures" / "confusion.png")
