@@ -129,10 +129,9 @@ def run(
     else:
         result = _whole_image(protocol, splits, info, options, rows, scale)
     settings = result.settings | {"fraction": options.fraction, "shots": options.shots, "seed": options.seed}
-    label = result.protocol + (
-        f" (epochs={options.epochs})" if options.epochs and protocol not in knn.PROTOCOLS else ""
-    )
-    return dataclasses.replace(result, settings=settings, protocol=label)
+    trained = protocol in linear.PROBES or protocol in segmentation.DENSE
+    epochs = f" (epochs={options.epochs})" if options.epochs and trained else ""
+    return dataclasses.replace(result, settings=settings, protocol=result.protocol + epochs)
 
 
 def run_folds(
@@ -154,13 +153,17 @@ def run_folds(
     if info.task != "classification":
         raise ProtocolError(f"--folds: needs one class per sample, {info.name} is {info.task}")
     inner = dataclasses.replace(options, resamples=0, runs=1)
+    label = protocol
 
     def classify(train: np.ndarray, test: np.ndarray) -> np.ndarray:
+        nonlocal label
         parts = {k: Extracted(whole.cls[r], whole.targets[r], []) for k, r in (("train", train), ("test", test))}
-        return run(protocol, parts, info, inner, scale=scale).predictions
+        found = run(protocol, parts, info, inner, scale=scale)
+        label = found.protocol
+        return found.predictions
 
     predictions = crossval.cross_validate(classify, whole.targets, folds=folds, repeats=repeats, seed=options.seed)
-    label = f"{protocol}/1, {folds}-fold x {repeats}"
+    label += f", {folds}-fold x {repeats}"
     settings = {"folds": folds}
     return crossval.result(label, predictions, whole.targets, len(info.classes), settings, options.resamples)
 
