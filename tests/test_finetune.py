@@ -327,7 +327,8 @@ def test_upstream_stem_of_level_2a_needs_no_flag_afterwards(folder, tmp_path, mo
     write_state(sample(head=False), path)
     monkeypatch.setattr(job_lib, "open_encoder", encoders.open_encoder)
     overrides = {"mode": "frozen", "epochs": 1, "data__limit": 8, "upstream_l2a_stem": True, "init_from": str(path)}
-    Job(config(folder, **overrides), str(tmp_path / "run"), quiet).run()
+    row = Job(config(folder, **overrides), str(tmp_path / "run"), quiet).run()
+    assert row["note"].endswith("at most 8 samples per split")
     released, tuned = terrafm_jax.load(path), terrafm_jax.load(tmp_path / "run/best")
     x = images((32, 32), sensors=("s2_l2a",))
     plain = released.encode(**x).cls
@@ -390,3 +391,16 @@ def test_shipped_configs_fit_the_schema(name):
     assert job.protocol() == named.get(name, f"finetune: {job.config.mode}, {job.config.epochs} epochs")
     with pytest.raises(ConfigError, match="unknown argument 'x'"):
         module.get_config("x")
+
+
+@pytest.mark.parametrize(
+    "change", [{"label_smoothing": 0.1}, {"head_norm": True}, {"flips": False}, {"drop_path": 0.0}, {"epochs": 10}]
+)
+def test_a_published_name_is_for_its_own_settings(change):
+    """Beside the published numbers nothing may stand that was trained otherwise."""
+    from configs.finetune.classification import get_config
+
+    job = object.__new__(Job)
+    job.config = get_config()
+    job.config.update(change)
+    assert job.protocol() == f"finetune: full, {job.config.epochs} epochs"

@@ -91,6 +91,17 @@ def combinations(encoder: AnyEncoder, dataset: Dataset, wanted: tuple[str, ...])
     return list(dict.fromkeys(found))
 
 
+def note(dataset: Dataset, keys: Sequence[str], doubts: Sequence[str], limit: int) -> str:
+    """What stands beside the numbers of a data set: its traps, what was doubted, bands it lacks, how much was cut."""
+    parts = [dataset.info.note] if dataset.info.note else []
+    parts += doubts
+    for k in keys:
+        missing = dataset.info.inputs[k].missing
+        parts += [f"{k} lacks {', '.join(missing)}"] if missing else []
+    parts += [f"at most {limit} samples per split"] if limit else []
+    return "; ".join(parts)
+
+
 def _takes(encoder: AnyEncoder, keys: Sequence[str]) -> bool:
     try:
         return bool(encoder.check(keys))
@@ -204,8 +215,8 @@ class Session:
             "protocol": result.protocol, "fraction": info.share * options.fraction, "shots": options.shots,
             "seed": options.seed, "samples": {k: min(len(v), limit or len(v)) for k, v in dataset.splits.items()},
             "metrics": report.as_entry(result.metrics), "per_class": result.per_class, "classes": list(info.classes),
-            "confusion": result.confusion, "settings": result.settings, "note": self._note(dataset, keys),
-            "seconds": round(seconds, 2),
+            "confusion": result.confusion, "settings": result.settings,
+            "note": note(dataset, keys, self._doubts[info.name], limit), "seconds": round(seconds, 2),
         }  # fmt: skip
         if result.predictions.size:
             folder = self.out / "predictions"
@@ -222,15 +233,6 @@ class Session:
             drawn = f", {report.amount(options.fraction, options.shots)}, draw {options.seed}"
         shown = f"{info.name} {'+'.join(keys)} {result.protocol} {encoder.name}{drawn}"
         self.say(f"{shown}: {headline} {result.metrics[headline]}")
-
-    def _note(self, dataset: Dataset, keys: tuple[str, ...]) -> str:
-        parts = [dataset.info.note] if dataset.info.note else []
-        parts += self._doubts[dataset.info.name]
-        for k in keys:
-            missing = dataset.info.inputs[k].missing
-            parts += [f"{k} lacks {', '.join(missing)}"] if missing else []
-        parts += [f"at most {self.settings.limit} samples per split"] if self.settings.limit else []
-        return "; ".join(parts)
 
     def _fail(
         self, encoder: AnyEncoder, dataset: Dataset, keys: tuple[str, ...], protocol: str, options: Options,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from terrafm_jax.evals.datasets.doubts import doubts, unseen
 from terrafm_jax.evals.encoders import open_encoder
 from terrafm_jax.evals.features import Encoder, FeatureError
 from terrafm_jax.evals.linear import task_of
+from terrafm_jax.evals.session import note
 from terrafm_jax.finetuning import config as schema
 from terrafm_jax.finetuning.data import Source, class_weights, steps_per_epoch
 from terrafm_jax.finetuning.network import Adam, TuneSpec
@@ -107,32 +109,28 @@ class Job:
         with recipe.unlocked():
             del recipe.stop_at_epoch  # says how far to go now, not what the run is
         workdir_lib.claim(self.workdir, recipe, write=True)
-        sources, stop = self.sources(), StopRequest()
+        sources = self.sources()
         shown = ", ".join(f"{k} {len(s)}" for k, s in sources.items())
         self.say(f"{self.dataset.info.name} ({self.dataset.info.task}): {shown}; inputs {'+'.join(self.inputs)}")
         info, splits = self.dataset.info, {key: source.split for key, source in sources.items()}
-        for text in doubts(self.dataset) + unseen(info.name, info.classes, splits):
+        doubted = doubts(self.dataset) + unseen(info.name, info.classes, splits)
+        for text in doubted:
             self.say(f"WARNING {text}")
-        finished: list[tuple[float, Run]] = []
-        try:
+        with contextlib.ExitStack() as stack:
+            stop = stack.enter_context(contextlib.closing(StopRequest()))
+            for source in sources.values():
+                stack.callback(source.close)
+            runs: list[Run] = []
             for rate in self.config.rates:
                 run = Run(self.plan(sources, rate), self.folder / f"lr_{rate:g}", sources,
                           tensorboard=self.config.tensorboard, say=self.say)  # fmt: skip
+                runs.append(stack.enter_context(contextlib.closing(run)))
                 if not run.train(self.encoder.params, self.config.stop_at_epoch, stop):
-                    run.close()
                     self.say(f"stopped; start again with --workdir={self.workdir} to continue")
                     return None
-                finished.append((run.best[0], run))
-            best = max(finished, key=lambda f: f[0])[1]
-            return self._finish(best, sources)
-        finally:
-            stop.close()
-            for _, run in finished:
-                run.close()
-            for source in sources.values():
-                source.close()
+            return self._finish(max(runs, key=lambda run: run.best[0]), sources, doubted)
 
-    def _finish(self, best: Run, sources: dict[str, Source]) -> dict[str, Any]:
+    def _finish(self, best: Run, sources: dict[str, Source], doubted: Sequence[str]) -> dict[str, Any]:
         state = best.best_state(self.encoder.params)
         split = "test" if "test" in sources else "val"
         result = best.evaluate(state, split)
@@ -144,7 +142,8 @@ class Job:
             "shots": c.data.shots, "seed": c.seed, "samples": {k: len(s) for k, s in sources.items()},
             "metrics": report.as_entry(result.metrics),
             "per_class": result.per_class, "classes": list(info.classes), "confusion": result.confusion,
-            "settings": result.settings | {"split": split, "rates": list(c.rates)}, "note": info.note,
+            "settings": result.settings | {"split": split, "rates": list(c.rates)},
+            "note": note(self.dataset, self.inputs, doubted, c.data.limit),
         }  # fmt: skip
         shutil.copytree(Path(str(best.folder)) / "best", self.folder / "best", dirs_exist_ok=True)
         (self.folder / "results.jsonl").write_text(json.dumps(row, default=store.plain) + "\n")
@@ -173,7 +172,8 @@ class Job:
 
 GALILEO_FINETUNE_RATES = (1e-5, 3e-5, 6e-5, 1e-4, 3e-4, 6e-4, 1e-3, 3e-3, 6e-3)
 _DEFINING = ("epochs", "batch_size", "warmup", "weight_decay", "clip", "layer_decay", "min_rate", "mode", "mixup",
-             "class_weights", "patience")  # fmt: skip
+             "class_weights", "patience", "label_smoothing", "flips", "drop_path", "head_norm",
+             "upernet_channels")  # fmt: skip
 # What a config must be to carry a name: these fields, all others of _DEFINING as in config.base().
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "galileo-finetune/1": {"rates": GALILEO_FINETUNE_RATES},
