@@ -17,6 +17,7 @@ import terrafm_jax
 from terrafm_jax import weights
 from terrafm_jax.config import ConfigError
 from terrafm_jax.evals import encoders, heads
+from terrafm_jax.evals.datasets.base import Sample, Split
 from terrafm_jax.evals.features import ImageBatch
 from terrafm_jax.export.formats import write_state
 from terrafm_jax.finetuning import config as schema
@@ -347,6 +348,15 @@ def test_batches_cover_every_epoch_once(folder):
     np.testing.assert_array_equal(source.rows(5, 8, 1), source.rows(5, 8, 1))
     np.testing.assert_allclose(class_weights(source, 3, -1), 1.0, atol=0.2)
     source.close()
+
+
+def test_windows_of_an_image_are_held_out_together():
+    windows = Split([f"image{i}/r{r}_c0" for i in range(10) for r in range(4)],
+                    lambda i: Sample(str(i), {}, np.zeros((4, 4), int)))  # fmt: skip
+    rest, held = job_lib._hold_out(windows, 0)
+    assert sorted(rest.ids + held.ids) == sorted(windows.ids)
+    assert len(held) == 8
+    assert {i.split("/")[0] for i in rest.ids}.isdisjoint(i.split("/")[0] for i in held.ids)
 
 
 def test_bad_configs_are_named(folder, tmp_path):

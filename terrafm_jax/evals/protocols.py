@@ -203,7 +203,7 @@ def _dense(
     protocol: str, splits: Mapping[str, Extracted], info: DatasetInfo, options: Options, rows: np.ndarray, patch: int,
     scale: bool,
 ) -> Result:  # fmt: skip
-    parts = {k: DenseSplit(e.maps, e.targets) for k, e in splits.items()}
+    parts = {k: DenseSplit(e.maps, e.targets, e.ids) for k, e in splits.items()}
     train = parts["train"].take(rows)
     if scale:
         mean = tuple(m.astype(np.float32).mean((0, 1, 2)) for m in train.maps)
@@ -219,7 +219,7 @@ def _dense(
 
 def _scaled(split: DenseSplit, mean: tuple, std: tuple) -> DenseSplit:
     maps = zip(split.maps, mean, std, strict=True)
-    return DenseSplit(tuple((m[slice(None)] - a) / b for m, a, b in maps), split.targets)
+    return dataclasses.replace(split, maps=tuple((m[slice(None)] - a) / b for m, a, b in maps))
 
 
 def _change(splits: Mapping[str, Extracted], info: DatasetInfo, options: Options, rows: np.ndarray) -> Result:

@@ -14,6 +14,7 @@ import optax
 from jax import Array
 
 from terrafm_jax.evals import heads, metrics
+from terrafm_jax.evals.datasets.base import by_image
 from terrafm_jax.evals.linear import GALILEO_RATES
 from terrafm_jax.evals.metrics import Result
 from terrafm_jax.evals.store import Rows
@@ -60,17 +61,19 @@ DENSE: dict[str, DenseProtocol] = {
 
 @dataclasses.dataclass(frozen=True)
 class DenseSplit:
-    """maps: one [N, h, w, d] array (may lie on disk, any float type) per layer; targets int [N, H, W]."""
+    """maps: one [N, h, w, d] array (may lie on disk, any float type) per layer; targets int [N, H, W]; ids of both."""
 
     maps: tuple[np.ndarray | Rows, ...]
     targets: np.ndarray
+    ids: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def take(self, rows: Sequence[int]) -> DenseSplit:
         rows = np.asarray(rows, int)
-        return DenseSplit(tuple(m[rows] for m in self.maps), self.targets[rows])
+        ids = [self.ids[i] for i in rows] if self.ids else ()
+        return DenseSplit(tuple(m[rows] for m in self.maps), self.targets[rows], ids)
 
 
 def make_head(protocol: DenseProtocol, width: int, classes: int, patch: int) -> heads.Head:
@@ -155,9 +158,13 @@ def dense_probe(
     """Trains heads on frozen maps, chooses the learning rate on ``val``, reports mIoU of ``test`` (mean over runs)."""
     chosen_from = "val"
     if val is None or not len(val):
-        rows = np.random.default_rng(seed).permutation(len(train))
-        held = max(1, len(rows) // 5)
-        val, train, chosen_from = train.take(np.sort(rows[:held])), train.take(np.sort(rows[held:])), "a fifth of train"
+        images = by_image(train.ids or [str(i) for i in range(len(train))])
+        order = np.random.default_rng(seed).permutation(len(images))
+        held = max(1, len(images) // 5)
+        val, train = (
+            train.take(np.sort(np.concatenate([images[i] for i in part]))) for part in (order[:held], order[held:])
+        )
+        chosen_from = "a fifth of train"
     head = make_head(protocol, train.maps[-1].shape[-1], classes, patch)
     batch = min(protocol.batch, len(train))
     steps = -(-len(train) // batch) * protocol.epochs

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from terrafm_jax.config import ConfigError
 from terrafm_jax.evals import charts, protocols, report, store
 from terrafm_jax.evals.datasets import open_suite
-from terrafm_jax.evals.datasets.base import Dataset, Split, few_shot, held_out, label_fraction
+from terrafm_jax.evals.datasets.base import Dataset, Split, by_image, few_shot, held_out, label_fraction
 from terrafm_jax.evals.datasets.doubts import doubts, unseen
 from terrafm_jax.evals.encoders import open_encoder
 from terrafm_jax.evals.features import Encoder, FeatureError
@@ -230,5 +230,8 @@ def _subset(split: Split, fraction: float, shots: int, seed: int) -> Split:
 
 
 def _hold_out(split: Split, seed: int) -> tuple[Split, Split]:
-    rest, held = held_out(_targets(split), 0.2, seed)
-    return split.subset(rest), split.subset(held)
+    images = by_image(split.ids)
+    whole = len(images) == len(split)
+    parts = held_out(_targets(split) if whole else np.zeros((len(images), 1)), 0.2, seed)
+    rest, held = (split.subset(np.sort(np.concatenate([images[i] for i in part]))) for part in parts)
+    return rest, held
