@@ -151,6 +151,7 @@ class Comparison:
         from terrafm_jax.data import pipeline
         from terrafm_jax.evals.features import tile_patches
         from terrafm_jax.models.terrafm import encode
+        from terrafm_jax.sensors import SENSOR_KEYS
 
         labels = np.asarray(pipeline.load_index(self.data, "holdout")["landcover"])
         chosen = np.unique(labels, return_index=True)[1][:tiles]
@@ -158,7 +159,7 @@ class Comparison:
             self.data, "holdout", len(chosen), sensors=self.spec.sensors, canvases=1, records=chosen
         )
         dn = batch["s2_l2a"]["10m"]["dn"][..., [2, 1, 0]].astype(np.float32)
-        dn -= batch["offset"][:, list(self.spec.sensors).index("s2_l2a"), None, None, None]
+        dn -= batch["offset"][:, SENSOR_KEYS.index("s2_l2a"), None, None, None]
         images = np.clip(dn / np.percentile(dn, 98, axis=(1, 2, 3), keepdims=True), 0, 1)
         size = 4 * self.config.views.global_size  # a finer grid of patches than in training: prettier maps
         found = {}
