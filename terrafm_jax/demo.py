@@ -175,9 +175,7 @@ def without_mask(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 def evaluate(data: Path, run: Path, out: Path) -> None:
     """Majority class, raw band statistics, random init and the trained teacher side by side; tables and pictures."""
-    from terrafm_jax import config as config_lib
     from terrafm_jax import figures
-    from terrafm_jax.data import pipeline
 
     compared = Comparison.of(data, run)
     results, count, classes = compared.knn()
@@ -189,16 +187,12 @@ def evaluate(data: Path, run: Path, out: Path) -> None:
     plain = {name: (value.value, value.low, value.high) for name, value in results.items()}
     (out / "results.json").write_text(json.dumps({"protocol": PROTOCOL, "tiles": count, "top1": plain}, indent=2))
 
-    pictures, config = out / "pictures", compared.config
+    pictures = out / "pictures"
     pictures.mkdir(exist_ok=True)
-    (pictures / "views.png").write_bytes((run / "views.png").read_bytes())
+    for name in ("views.png", "landcover.png"):
+        shutil.copyfile(run / name, pictures / name)
     figures.learning_curves(pictures / "curves.png", run)
     figures.comparison(pictures / "knn.png", plain, f"kNN on held-out tiles ({PROTOCOL}, top-1, 95 % interval)")
-    order = pipeline.make_order(
-        data, "train", config_lib.sampling_spec(config), batch_size=config.batch_size, seed=config.seed,
-        sensors=compared.spec.sensors, canvases=config.data.canvases,
-    )  # fmt: skip
-    figures.sampling_histogram(pictures / "landcover.png", order.natural_histogram(), order.expected_histogram())
     figures.features_beside_images(pictures / "features.png", *compared.patch_features())
 
 
