@@ -178,9 +178,9 @@ def _whole_image(
     parts = {k: Split(e.cls, e.targets) for k, e in splits.items()}
     parts["train"] = Split(parts["train"].features[rows], parts["train"].targets[rows])
     if scale:
-        scaled = standardize(parts["train"].features, *(p.features for k, p in parts.items() if k != "train"))
-        others = dict(zip((k for k in parts if k != "train"), scaled[1:], strict=True))
-        parts = {k: Split(scaled[0] if k == "train" else others[k], p.targets) for k, p in parts.items()}
+        names = ["train", *(k for k in parts if k != "train")]
+        scaled = standardize(*(parts[k].features for k in names))
+        parts = {k: Split(rows, parts[k].targets) for k, rows in zip(names, scaled, strict=True)}
     train, val, test = parts["train"], parts.get("val"), parts["test"]
     classes = len(info.classes)
     if protocol in knn.PROTOCOLS:

@@ -210,18 +210,11 @@ def _train(fitted: _Fitted, train: DenseSplit, batch: int, epochs: int, seed: in
 def score_segmentation(label: str, runs: Sequence[np.ndarray], settings: dict, resamples: int = 1000) -> Result:
     """Result of per-image confusion matrices [N, C, C] of one or several runs."""
     parts = [metrics.segmentation_metric(c.astype(np.float64)) for c in runs]
-    ones = np.ones(len(runs[0]))
-
-    def metric(weights: np.ndarray) -> dict[str, float]:
-        found = [p(weights) for p in parts]
-        return {k: float(np.mean([f[k] for f in found])) for k in found[0]}
-
-    total = runs[0].sum(0)
-    spread = {k: metrics.summarize_seeds([p(ones)[k] for p in parts])[1] for k in parts[0](ones)}
+    count = len(runs[0])
     per_class = np.mean([metrics.ious(c.sum(0)) for c in runs], axis=0)
-    found = metrics.bootstrap(metric, len(ones), resamples=resamples)
-    settings = settings | {"sd over runs": spread}
-    return Result(label, "segmentation", found, per_class, np.array([]), total, None, settings)
+    found = metrics.bootstrap(metrics.mean_metric(parts), count, resamples=resamples)
+    settings = settings | {"sd over runs": metrics.spread(parts, count)}
+    return Result(label, "segmentation", found, per_class, np.array([]), runs[0].sum(0), None, settings)
 
 
 # --- change by feature difference -----------------------------------------------------------------------------
@@ -255,10 +248,11 @@ def change_detection(
     )
 
     def metric(weights: np.ndarray) -> dict[str, float]:
-        (_, fp), (fn, tp) = np.tensordot(weights, matrices.astype(np.float64), 1)
-        iou = metrics.from_confusion(np.tensordot(weights, matrices.astype(np.float64), 1))["miou"]
+        matrix = np.tensordot(weights, matrices.astype(np.float64), 1)
+        (_, fp), (fn, tp) = matrix
         f1 = 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else float("nan")
-        return {"f1_change": f1, "iou_change": tp / max(tp + fp + fn, 1e-9), "miou": iou}
+        iou = tp / max(tp + fp + fn, 1e-9)
+        return {"f1_change": f1, "iou_change": iou, "miou": metrics.from_confusion(matrix)["miou"]}
 
     found = metrics.bootstrap(metric, len(matrices), resamples=resamples)
     counted = test[1] != ignore
