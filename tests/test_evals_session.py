@@ -308,6 +308,14 @@ def test_session_writes_resumes_and_compares(tmp_path):
     assert len((out / "results.jsonl").read_text().splitlines()) == 3
 
 
+def test_a_row_cut_short_costs_no_other(tmp_path):
+    fake.eurosat_like(tmp_path / "tiny", per_class=8)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.jsonl").write_text('{"key": "a", "mo')
+    (row,) = Session(settings(tmp_path, checkpoints=("raw",), figures=False), say=lambda text: None).run()
+    assert row["protocol"] == "torchgeo-bench-knn5/1"
+
+
 def test_a_failing_data_set_does_not_stop_the_others(tmp_path):
     fake.eurosat_like(tmp_path / "tiny", per_class=8)
     (tmp_path / "tiny/class_1/class_1_3.tif").write_bytes(b"broken")

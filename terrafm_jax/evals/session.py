@@ -22,6 +22,7 @@ from terrafm_jax.evals.features import FeatureError
 from terrafm_jax.evals.metrics import Result
 from terrafm_jax.evals.protocols import Options, ProtocolError
 from terrafm_jax.evals.store import Extracted
+from terrafm_jax.paths import append_line
 
 log = logging.getLogger(__name__)
 
@@ -249,8 +250,7 @@ class Session:
         })  # fmt: skip
 
     def _append(self, row: dict[str, Any]) -> None:
-        with self.rows_file.open("a") as f:
-            f.write(json.dumps(row, default=store.plain) + "\n")
+        append_line(self.rows_file, json.dumps(row, default=store.plain))
 
     # --- report ---
 
