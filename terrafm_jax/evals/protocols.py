@@ -74,7 +74,7 @@ def check(protocol: str, task: str = "") -> None:
         raise ProtocolError(f"protocol {protocol} does not do {task}; these do: {fits}")
 
 
-def headline(protocol: str, task: str, dataset: str = "") -> str:
+def headline(protocol: str, task: str) -> str:
     """The metric that the protocol's tables print."""
     if task == "multilabel":
         if protocol in knn.PROTOCOLS:

@@ -98,7 +98,7 @@ class _Fitted:
         adam, decay = optax.scale_by_adam(), protocol.weight_decay
         self.rates = jnp.asarray(rates, jnp.float32)
 
-        def start(rate: Array, key: Array) -> Carry:
+        def start(_rate: Array, key: Array) -> Carry:
             params, state = head.init(key)
             return params, state, adam.init(params)
 

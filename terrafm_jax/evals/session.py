@@ -155,7 +155,7 @@ class Session:
             for protocol in self.settings.protocols or protocols.DEFAULTS[info.task]:
                 if info.task not in protocols.TASKS_OF[protocol]:
                     continue
-                for options in self._options(protocol):
+                for options in self._options():
                     key = self._key(encoder, dataset, keys, protocol, options)
                     if key in done:
                         self.say(f"{info.name} {'+'.join(keys)} {protocol}: already there")
@@ -167,7 +167,7 @@ class Session:
                         self._fail(encoder, dataset, keys, protocol, options, e)
         return None
 
-    def _options(self, protocol: str) -> Iterator[Options]:
+    def _options(self) -> Iterator[Options]:
         s = self.settings
         amounts = [(f, 0) for f in s.fractions] + [(1.0, k) for k in s.shots]
         for fraction, shots in amounts:

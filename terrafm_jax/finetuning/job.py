@@ -76,8 +76,9 @@ class Job:
             head = "patch_linear" if info.task == "segmentation" else "linear"
         model = dataclasses.replace(self.encoder.spec, drop_path=c.drop_path)
         spec = TuneSpec(
-            model, self.inputs, info.task, outputs, head, c.mode, c.last_blocks, c.lora_rank, c.lora_alpha,
-            c.image_size, info.ignore, c.head_norm, c.upernet_channels,
+            model=model, inputs=self.inputs, task=info.task, outputs=outputs, head=head, mode=c.mode,
+            last_blocks=c.last_blocks, lora_rank=c.lora_rank, lora_alpha=c.lora_alpha, image_size=c.image_size,
+            ignore=info.ignore, head_norm=c.head_norm, upernet_channels=c.upernet_channels,
         )  # fmt: skip
         mesh = make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
         check_batch(mesh, c.batch_size, c.microbatches)
@@ -95,9 +96,10 @@ class Job:
             values = np.array([float(sources["train"].read(i).target) for i in range(len(sources["train"]))])
             scale = (float(values.mean()), float(values.std()) or 1.0)
         return Plan(
-            spec, adam, rate, self.encoder.statistics, mesh, c.batch_size, c.microbatches, c.eval_batch_size, c.epochs,
-            c.seed, c.flips, c.mixup, c.label_smoothing, c.patience, weights, scale, tuple(info.classes),
-            c.resamples, c.name or self.encoder.name,
+            spec=spec, adam=adam, rate=rate, stats=self.encoder.statistics, mesh=mesh, batch_size=c.batch_size,
+            microbatches=c.microbatches, eval_batch_size=c.eval_batch_size, epochs=c.epochs, seed=c.seed, flips=c.flips,
+            mixup=c.mixup, smoothing=c.label_smoothing, patience=c.patience, class_weights=weights, scale=scale,
+            classes=tuple(info.classes), resamples=c.resamples, name=c.name or self.encoder.name,
         )  # fmt: skip
 
     def run(self) -> dict[str, Any] | None:
