@@ -232,6 +232,15 @@ def test_non_finite_loss_is_one_clear_error(folder, tmp_path):
         Job(config(folder, rates=(1e30,), clip=0.0), str(tmp_path / "run"), quiet).run()
 
 
+@pytest.mark.slow
+def test_a_rate_that_diverges_does_not_end_the_sweep(folder, tmp_path):
+    said = []
+    row = Job(config(folder, rates=(1e30, 3e-3), clip=0.0, epochs=1), str(tmp_path / "run"), said.append).run()
+    assert row["settings"]["rate"] == 3e-3
+    assert row["settings"]["diverged"] == [1e30]
+    assert any(text.startswith("left out: ") and "lr_1e+30: loss is " in text for text in said)
+
+
 # --- other tasks ---
 
 

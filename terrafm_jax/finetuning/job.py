@@ -26,7 +26,7 @@ from terrafm_jax.evals.session import note
 from terrafm_jax.finetuning import config as schema
 from terrafm_jax.finetuning.data import Source, class_weights, steps_per_epoch
 from terrafm_jax.finetuning.network import Adam, TuneSpec
-from terrafm_jax.finetuning.trainer import Plan, Run
+from terrafm_jax.finetuning.trainer import Plan, Run, TuningError
 from terrafm_jax.training import workdir as workdir_lib
 from terrafm_jax.training.preemption import StopRequest
 from terrafm_jax.training.sharding import check_batch, make_mesh
@@ -105,7 +105,8 @@ class Job:
     def run(self) -> dict[str, Any] | None:
         """Trains every rate, tests the best and writes ``best/``, ``results.*`` and ``predictions/``.
 
-        Returns the row of results.jsonl, or None when it was stopped early (start again to continue).
+        Returns the row of results.jsonl, or None when it was stopped early (start again to continue). A rate that
+        diverges is left out; raises TuningError when all do.
         """
         recipe = self.config.copy_and_resolve_references()
         with recipe.unlocked():
@@ -123,20 +124,34 @@ class Job:
             for source in sources.values():
                 stack.callback(source.close)
             runs: list[Run] = []
+            diverged: dict[float, TuningError] = {}
             for rate in self.config.rates:
                 run = Run(self.plan(sources, rate), self.folder / f"lr_{rate:g}", sources,
                           tensorboard=self.config.tensorboard, say=self.say)  # fmt: skip
-                runs.append(stack.enter_context(contextlib.closing(run)))
-                if not run.train(self.encoder.params, self.config.stop_at_epoch, stop):
+                stack.enter_context(contextlib.closing(run))
+                try:
+                    complete = run.train(self.encoder.params, self.config.stop_at_epoch, stop)
+                except TuningError as error:  # a sweep goes beyond the rates that work
+                    self.say(f"left out: {error}")
+                    diverged[rate] = error
+                    continue
+                if not complete:
                     self.say(f"stopped; start again with --workdir={self.workdir} to continue")
                     return None
-            return self._finish(max(runs, key=lambda run: run.best[0]), sources, doubted)
+                runs.append(run)
+            if not runs:
+                raise next(iter(diverged.values()))
+            return self._finish(max(runs, key=lambda run: run.best[0]), sources, doubted, list(diverged))
 
-    def _finish(self, best: Run, sources: dict[str, Source], doubted: Sequence[str]) -> dict[str, Any]:
+    def _finish(
+        self, best: Run, sources: dict[str, Source], doubted: Sequence[str], diverged: Sequence[float]
+    ) -> dict[str, Any]:
         state = best.best_state(self.encoder.params)
         split = "test" if "test" in sources else "val"
         result = best.evaluate(state, split)
         c, info = self.config, self.dataset.info
+        settings = result.settings | {"split": split, "rates": list(c.rates)}
+        settings |= {"diverged": list(diverged)} if diverged else {}
         row = {
             "key": f"finetune-{Path(self.workdir).name}", "model": best.plan.name, "weights": self.encoder.weights_hash,
             "suite": c.data.suite, "dataset": info.name, "task": info.task, "inputs": list(self.inputs),
@@ -144,7 +159,7 @@ class Job:
             "shots": c.data.shots, "seed": c.seed, "samples": {k: len(s) for k, s in sources.items()},
             "metrics": report.as_entry(result.metrics),
             "per_class": result.per_class, "classes": list(info.classes), "confusion": result.confusion,
-            "settings": result.settings | {"split": split, "rates": list(c.rates)},
+            "settings": settings,
             "note": note(self.dataset, self.inputs, doubted, c.data.limit),
         }  # fmt: skip
         shutil.copytree(Path(str(best.folder)) / "best", self.folder / "best", dirs_exist_ok=True)
