@@ -316,6 +316,22 @@ def test_a_row_cut_short_costs_no_other(tmp_path):
     assert row["protocol"] == "torchgeo-bench-knn5/1"
 
 
+def test_rows_of_windows_and_of_whole_images_lie_in_one_folder(tmp_path):
+    """The pictures of the first run's windows cannot be drawn from whole images any more; the tables have both."""
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        fake.tiff(tmp_path / f"tiny/images/{i}.tif", rng.normal(-12, 3, (64, 64, 2)).astype(np.float32))
+        fake.tiff(tmp_path / f"tiny/masks/{i}.tif", rng.integers(0, 2, (64, 64), np.uint8))
+    (tmp_path / "tiny/dataset.yaml").write_text(
+        "task: segmentation\nclasses: [dry, water]\nmasks: masks\n"
+        "inputs: {s1: {bands: [VV, VH], folder: images}}\nsplits: {train: 0.5, test: 0.5}\n"
+    )
+    how = {"checkpoints": ("raw",), "protocols": ("segmentation-linear",), "runs": 1, "epochs": 1}
+    for tile, count in ((32, 1), (0, 2)):
+        rows = Session(settings(tmp_path, tile=tile, **how), say=lambda text: None).run()
+        assert [r.get("error") for r in rows] == [None] * count
+
+
 def test_a_failing_data_set_does_not_stop_the_others(tmp_path):
     fake.eurosat_like(tmp_path / "tiny", per_class=8)
     (tmp_path / "tiny/class_1/class_1_3.tif").write_bytes(b"broken")

@@ -293,7 +293,8 @@ class Session:
         title = f"{row['dataset']}: {row['model']}, {row['protocol']}"
         if row["task"] == "segmentation":
             rows = [i for i, sample in enumerate(ids) if sample in place][:6]
-            charts.mask_sheet(info, [(test[place[ids[i]]], predictions[i]) for i in rows], path, title)
+            if rows:  # none where the row comes from an earlier call that cut the images otherwise
+                charts.mask_sheet(info, [(test[place[ids[i]]], predictions[i]) for i in rows], path, title)
         elif row["task"] == "classification":
             wrong = [i for i in np.nonzero(predictions != targets)[0] if ids[i] in place]
             shown = [
