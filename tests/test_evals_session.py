@@ -316,6 +316,18 @@ def test_a_row_cut_short_costs_no_other(tmp_path):
     assert row["protocol"] == "torchgeo-bench-knn5/1"
 
 
+def test_mistakes_of_an_earlier_call_are_named_by_its_classes(tmp_path, monkeypatch):
+    """A class that the data set has lost since is no reason to fail."""
+    shown = []
+    monkeypatch.setattr(charts, "error_sheet", lambda info, samples, path, title: shown.extend(t for _, t in samples))
+    whole = two_sensor_set(12)
+    fewer = dataclasses.replace(whole, info=dataclasses.replace(whole.info, classes=("a", "b")))
+    ids, labels = whole.split("test").ids, whole.split("test").labels
+    row = {"dataset": "pair", "model": "m", "protocol": "p/1", "task": "classification", "classes": ["a", "b", "c"]}
+    Session(settings(tmp_path))._errors(row, fewer, np.full(len(ids), 2), labels, ids, "name")
+    assert set(shown) == {"a\n→ c", "b\n→ c"}
+
+
 def test_rows_of_windows_and_of_whole_images_lie_in_one_folder(tmp_path):
     """The pictures of the first run's windows cannot be drawn from whole images any more; the tables have both."""
     rng = np.random.default_rng(0)

@@ -278,27 +278,23 @@ class Session:
         path = self.out / "predictions" / f"{row['key']}.npz"
         if path.exists():
             with np.load(path, allow_pickle=False) as f:
-                self._errors(row, dataset, f["predictions"], f["targets"], f["ids"].tolist(), name)
+                if "right" not in f:  # of folds: samples come from all splits, each tested several times
+                    self._errors(row, dataset, f["predictions"], f["targets"], f["ids"].tolist(), name)
 
     def _errors(
         self, row: Mapping[str, Any], dataset: Dataset, predictions: np.ndarray, targets: np.ndarray, ids: list[str],
         name: str,
     ) -> None:  # fmt: skip
-        """Pictures of what went wrong; reads only the samples it shows."""
-        if self.settings.folds:
-            return  # samples come from all splits, each tested several times
-        test, info = dataset.split("test"), dataset.info
+        """Pictures of what went wrong; reads only the samples it shows, of rows of earlier calls those still there."""
+        test, info, classes = dataset.split("test"), dataset.info, row["classes"]
         place = {sample: i for i, sample in enumerate(test.ids)}
         path = self.out / "figures" / f"errors-{name}.png"
         title = f"{row['dataset']}: {row['model']}, {row['protocol']}"
         if row["task"] == "segmentation":
             rows = [i for i, sample in enumerate(ids) if sample in place][:6]
-            if rows:  # none where the row comes from an earlier call that cut the images otherwise
+            if rows:  # none where an earlier call cut the images otherwise
                 charts.mask_sheet(info, [(test[place[ids[i]]], predictions[i]) for i in rows], path, title)
         elif row["task"] == "classification":
             wrong = [i for i in np.nonzero(predictions != targets)[0] if ids[i] in place]
-            shown = [
-                (test[place[ids[i]]], f"{info.classes[targets[i]]}\n→ {info.classes[predictions[i]]}")
-                for i in wrong[:24]
-            ]
+            shown = [(test[place[ids[i]]], f"{classes[targets[i]]}\n→ {classes[predictions[i]]}") for i in wrong[:24]]
             charts.error_sheet(info, shown, path, f"{title}: {len(wrong)} of {len(ids)} wrong")
