@@ -17,7 +17,7 @@ from terrafm_jax.evals.datasets import open_suite
 from terrafm_jax.evals.features import Encoder, FeatureError, ImageBatch, LocalDevices, tile_encoder
 from terrafm_jax.evals.landcover_knn import TileSets
 from terrafm_jax.landcover import NAMES
-from terrafm_jax.training.checkpoint import to_host
+from terrafm_jax.processes import to_host
 
 if TYPE_CHECKING:
     from terrafm_jax.training.plan import Plan

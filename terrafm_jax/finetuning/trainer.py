@@ -24,8 +24,9 @@ from terrafm_jax.evals.metrics import Result
 from terrafm_jax.finetuning import network
 from terrafm_jax.finetuning.data import Source, steps_per_epoch
 from terrafm_jax.finetuning.network import Adam, Batch, Flat, TuneSpec
+from terrafm_jax.processes import to_host
 from terrafm_jax.sensors import SENSORS, Statistics
-from terrafm_jax.training.checkpoint import Checkpointer, to_host
+from terrafm_jax.training.checkpoint import Checkpointer
 from terrafm_jax.training.compiler import CPU_OPTIONS
 from terrafm_jax.training.metrics import MetricWriter
 from terrafm_jax.training.preemption import StopRequest
