@@ -25,6 +25,7 @@ from typing import Any
 
 from benchmarks import timing
 from benchmarks.timing import Contender, ContenderFailed, Turn
+from terrafm_jax.paths import write_atomically
 
 # Cores per contender for compiling all of them at once; with fewer they are started one after the other.
 CORES_EACH = 4
@@ -150,11 +151,9 @@ def summary(args: argparse.Namespace, field: Field, rounds: int, results: dict[s
 
 
 def write(path: str, found: dict[str, Any]) -> None:
-    """Writes atomically: whoever ends this process finds the JSON of the last complete round."""
+    """Whoever ends this process finds the JSON of the last complete round."""
     if path:
-        half = Path(f"{path}.half")
-        half.write_text(json.dumps(found, indent=1), encoding="utf-8")
-        half.replace(path)
+        write_atomically(Path(path), json.dumps(found, indent=1).encode())
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from types import FrameType
 from typing import Any
 
 from benchmarks import kernels, timing
+from terrafm_jax.paths import write_atomically
 
 LARGEST = 15 * 2**20  # bytes of an archive, since some machines return small files only
 SHORTEST = 45  # seconds that must be left for another entry to start
@@ -181,9 +182,7 @@ class Results:
             self.entries[f"{name}_before"] = self.entries.pop(name)
         self.entries[name] = result
         text = json.dumps({**self._about, "entries": self.entries}, indent=1)
-        half = self.out / ".everything.json"
-        half.write_text(text, encoding="utf-8")
-        half.replace(self.out / "everything.json")
+        write_atomically(self.out / "everything.json", text.encode())
         self._pack("logs")
         if (self.scratch / "trace").exists() and not self._traced:
             self._traced = True

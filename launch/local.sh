@@ -4,7 +4,8 @@
 #   launch/local.sh --processes 2 --devices 4 -- --config=configs/demo.py --workdir=RUN --config.data.dir=DATA
 #
 # --processes N   processes (default 2)
-# --devices D     fake CPU devices in each (default 1; 0: the GPUs of this machine, one process each)
+# --devices D     fake CPU devices in each (default 1; 0: the GPUs of this machine, one process each, or
+#                 those that CUDA_VISIBLE_DEVICES names)
 # --module M      Python module to run (default terrafm_jax.main)
 # --dry-run       print the commands
 # A process that dies takes the others down (SIGTERM, after GRACE seconds SIGKILL: 20), and the last line of the job
@@ -27,6 +28,11 @@ while [ $# -gt 0 ]; do
   esac
 done
 python=${PYTHON:-python}
+# Where CUDA_VISIBLE_DEVICES names this machine's GPUs that are ours, each process gets one of them.
+IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-}"
+if [ "$devices" = 0 ] && [ "${#gpus[@]}" -gt 0 ] && [ "${#gpus[@]}" -lt "$processes" ]; then
+  die "--processes $processes, but CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names ${#gpus[@]}"
+fi
 
 free_port() {
   "$python" -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])'
@@ -42,7 +48,7 @@ start_process() {
   if [ "$devices" -gt 0 ]; then
     "${how[@]}" env JAX_PLATFORMS=cpu "$python" -m "$module" "$@" "${flags[@]}" --cpu_devices="$devices"
   else
-    "${how[@]}" env CUDA_VISIBLE_DEVICES="$index" "$python" -m "$module" "$@" "${flags[@]}"
+    "${how[@]}" env CUDA_VISIBLE_DEVICES="${gpus[index]:-$index}" "$python" -m "$module" "$@" "${flags[@]}"
   fi
 }
 

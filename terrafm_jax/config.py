@@ -205,6 +205,8 @@ _CHOICES = {
     "compute.dtype": ("float32", "bfloat16"),
     "compute.reduce_dtype": ("float32", "bfloat16"),
 }
+_SIGNED = ("seed", "mesh.data", "mesh.fsdp", "mesh.tensor")  # of a mesh -1 is what is left
+_PAIRS = ("views.global_scale", "views.local_scale", "views.aspect")
 _DURATIONS = (
     "total_steps", "objective.teacher_temp_warmup", "optim.warmup", "optim.freeze_last", "checkpoint.every",
     "checkpoint.keep_every", "checkpoint.teacher_every", "log.every", "knn.every",
@@ -222,9 +224,8 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check(config: ConfigDict) -> None:
-    """Raises ConfigError that lists every unknown, missing, mistyped or impossible key."""
-    want, have = flatten(base()), flatten(config)
+def schema_faults(want: Mapping[str, Any], have: Mapping[str, Any], choices: Mapping[str, Sequence[str]]) -> list[str]:
+    """What is wrong with a flat config against ``want``, the flat defaults; ``choices``: key -> values it may have."""
     faults = []
     for key in have.keys() - want.keys():
         near = difflib.get_close_matches(key, want, 1, 0.5)
@@ -232,17 +233,35 @@ def check(config: ConfigDict) -> None:
     faults += [f"config.{key}: missing" for key in want.keys() - have.keys()]
     for key in want.keys() & have.keys():
         value, default = have[key], want[key]
-        number = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
-        if type(value) is not type(default) and not number:
+        whole_for_float = isinstance(default, float) and type(value) is int
+        if type(value) is not type(default) and not whole_for_float:
             faults.append(f"config.{key}: found {value!r} ({type(value).__name__}), expected {type(default).__name__}")
-        elif key in _CHOICES and value not in _CHOICES[key]:
-            faults.append(f"config.{key}: found {value!r}, expected one of {list(_CHOICES[key])}")
-        elif key in _DURATIONS:
+        elif key in choices and value not in choices[key]:
+            faults.append(f"config.{key}: found {value!r}, expected one of {list(choices[key])}")
+        elif isinstance(value, int | float) and value < 0 and key not in _SIGNED:
+            faults.append(f"config.{key}: found {value!r}, expected 0 or more")
+    return faults
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ConfigError that lists every unknown, missing, mistyped or impossible key."""
+    want, have = flatten(base()), flatten(config)
+    faults = schema_faults(want, have, _CHOICES)
+    for key in want.keys() & have.keys():
+        value = have[key]
+        if key in _DURATIONS and isinstance(value, str):
             faults += [f"config.{key}: {e}" for e in Duration.faults(value)]
+        elif key in _PAIRS and isinstance(value, tuple) and [type(v) in (int, float) for v in value] != [True, True]:
+            faults.append(f"config.{key}: found {value!r}, expected two numbers, such as {want[key]}")
     faults += [f"config.model.sensors: unknown {s!r}, expected some of {list(SENSOR_KEYS)}"
                for s in have.get("model.sensors", ()) if s not in SENSOR_KEYS]  # fmt: skip
     faults += [f"config.objective.frequent: unknown {n!r}, expected some of {list(landcover.NAMES)}"
                for n in have.get("objective.frequent", ()) if n not in landcover.NAMES]  # fmt: skip
+    refuse(faults)
+
+
+def refuse(faults: Sequence[str]) -> None:
+    """Raises ConfigError that lists the faults, if there are any."""
     if faults:
         raise ConfigError("\n  ".join([f"{len(faults)} faults in the config:", *sorted(faults)]))
 

@@ -9,15 +9,18 @@ same folds, with paired intervals. Several ``--checkpoint`` of one name (``NAME=
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import app, flags
 
+from terrafm_jax.paths import write_atomically
 from terrafm_jax.startup import begin, list_flag, one_line, parse_flags
 
 _CHECKPOINT = flags.DEFINE_multi_string("checkpoint", None, "[NAME=]PATH, one per seed; default name: pretrained")
@@ -82,10 +85,10 @@ class Experiment:
     def arms(self) -> Iterator[tuple[str, int, Any]]:
         """(arm, seed, encoder): raw, untrained, then the checkpoints by name."""
         from terrafm_jax.evals.arms import RANDOM, RAW
-        from terrafm_jax.evals.encoders import open_encoder
+        from terrafm_jax.evals.encoders import open_encoder, split_name
 
         yield RAW, 0, open_encoder("raw", self.image_size)
-        named = [(text.rpartition("=")[0] or "pretrained", text.rpartition("=")[2]) for text in self.checkpoints]
+        named = [(name or "pretrained", path) for name, path in map(split_name, self.checkpoints)]
         for seed in range(self.random_seeds):
             yield RANDOM, seed, open_encoder(f"random@{named[seed % len(named)][1]}:{seed}", self.image_size)
         counts: dict[str, int] = {}
@@ -127,15 +130,16 @@ class Experiment:
         if protocol == PROTOCOL:
             label = f"{self.recipe.label}, {self.folds}-fold x {self.tune_repeats}"
             return label, self._tuned(encoder, keys, seed) if hasattr(encoder, "spec") else None
-        file = self._file(encoder, keys, protocol, self.repeats)
-        if not file.exists():
-            whole = self._features(encoder, keys)
-            options = protocols.Options(resamples=0)
+
+        def shares() -> np.ndarray:
             found = protocols.run_folds(
-                protocol, whole, self.info, options, self.folds, self.repeats, scale=encoder.standardize
-            )
-            np.save(file, found.scores[:, 0])
-        return f"{protocol}/1, {self.folds}-fold x {self.repeats}", np.load(file)
+                protocol, self._features(encoder, keys), self.info, protocols.Options(resamples=0), self.folds,
+                self.repeats, scale=encoder.standardize,
+            )  # fmt: skip
+            return found.scores[:, 0]
+
+        found = self._once(self._file(encoder, keys, protocol, self.repeats), shares)
+        return f"{protocol}/1, {self.folds}-fold x {self.repeats}", found
 
     def _features(self, encoder: Any, keys: tuple[str, ...]) -> Any:
         from terrafm_jax.evals import store
@@ -148,17 +152,29 @@ class Experiment:
         from terrafm_jax.evals import crossval
         from terrafm_jax.finetuning.folds import Tuner
 
-        tuner, parts = Tuner(encoder, self.images, self.labels, keys, self.info, self.recipe), []
+        tuner = Tuner(encoder, self.images, self.labels, keys, self.info, self.recipe)
+
+        def right(repeat: int) -> np.ndarray:
+            (found,) = crossval.cross_validate(
+                lambda train, test: tuner.classify(train, test, seed), self.labels, folds=self.folds, repeats=1,
+                seed=repeat,
+            )  # fmt: skip
+            return found == self.labels
+
+        parts = []
         for repeat in range(self.tune_repeats):
             file = self._file(encoder, keys, repr(self.recipe), ("seed", seed, "repeat", repeat))
-            if not file.exists():
-                (found,) = crossval.cross_validate(
-                    lambda train, test: tuner.classify(train, test, seed), self.labels, folds=self.folds, repeats=1,
-                    seed=repeat,
-                )  # fmt: skip
-                np.save(file, found == self.labels)
-            parts.append(np.load(file))
+            parts.append(self._once(file, functools.partial(right, repeat)))
         return np.mean(parts, axis=0)
+
+    @staticmethod
+    def _once(file: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """The array in a file, made if it is not there; what cuts the writing short leaves no half of one."""
+        if not file.exists():
+            buffer = io.BytesIO()
+            np.save(buffer, make())
+            write_atomically(file, buffer.getvalue())
+        return np.load(file)
 
     def _file(self, encoder: Any, keys: tuple[str, ...], *settings: Any) -> Path:
         prints = [self.dataset.fingerprint(s, keys) for s in self.dataset.splits]

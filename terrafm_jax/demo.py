@@ -151,6 +151,7 @@ class Comparison:
         from terrafm_jax.data import pipeline
         from terrafm_jax.evals.features import tile_patches
         from terrafm_jax.models.terrafm import encode
+        from terrafm_jax.sensors import SENSOR_KEYS
 
         labels = np.asarray(pipeline.load_index(self.data, "holdout")["landcover"])
         chosen = np.unique(labels, return_index=True)[1][:tiles]
@@ -158,7 +159,7 @@ class Comparison:
             self.data, "holdout", len(chosen), sensors=self.spec.sensors, canvases=1, records=chosen
         )
         dn = batch["s2_l2a"]["10m"]["dn"][..., [2, 1, 0]].astype(np.float32)
-        dn -= batch["offset"][:, list(self.spec.sensors).index("s2_l2a"), None, None, None]
+        dn -= batch["offset"][:, SENSOR_KEYS.index("s2_l2a"), None, None, None]
         images = np.clip(dn / np.percentile(dn, 98, axis=(1, 2, 3), keepdims=True), 0, 1)
         size = 4 * self.config.views.global_size  # a finer grid of patches than in training: prettier maps
         found = {}
@@ -174,9 +175,7 @@ def without_mask(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 def evaluate(data: Path, run: Path, out: Path) -> None:
     """Majority class, raw band statistics, random init and the trained teacher side by side; tables and pictures."""
-    from terrafm_jax import config as config_lib
     from terrafm_jax import figures
-    from terrafm_jax.data import pipeline
 
     compared = Comparison.of(data, run)
     results, count, classes = compared.knn()
@@ -188,16 +187,12 @@ def evaluate(data: Path, run: Path, out: Path) -> None:
     plain = {name: (value.value, value.low, value.high) for name, value in results.items()}
     (out / "results.json").write_text(json.dumps({"protocol": PROTOCOL, "tiles": count, "top1": plain}, indent=2))
 
-    pictures, config = out / "pictures", compared.config
+    pictures = out / "pictures"
     pictures.mkdir(exist_ok=True)
-    (pictures / "views.png").write_bytes((run / "views.png").read_bytes())
+    for name in ("views.png", "landcover.png"):
+        shutil.copyfile(run / name, pictures / name)
     figures.learning_curves(pictures / "curves.png", run)
     figures.comparison(pictures / "knn.png", plain, f"kNN on held-out tiles ({PROTOCOL}, top-1, 95 % interval)")
-    order = pipeline.make_order(
-        data, "train", config_lib.sampling_spec(config), batch_size=config.batch_size, seed=config.seed,
-        sensors=compared.spec.sensors, canvases=config.data.canvases,
-    )  # fmt: skip
-    figures.sampling_histogram(pictures / "landcover.png", order.natural_histogram(), order.expected_histogram())
     figures.features_beside_images(pictures / "features.png", *compared.patch_features())
 
 

@@ -1,18 +1,17 @@
-"""Pictures of a run: learning curves, land cover before and after sampling, features as colors, comparisons.
+"""Pictures of a run: learning curves, features as colors, comparisons.
 
 matplotlib is imported inside the functions: a training host does not need it.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from terrafm_jax import landcover
+from terrafm_jax.evals.charts import pyplot
+from terrafm_jax.training import report
 
 CURVES = (  # name, title, unit
     ("loss", "loss", "nats"),
@@ -25,25 +24,14 @@ CURVES = (  # name, title, unit
 _FROM_ZERO = ("teacher_entropy", "feature_std")  # monitors of a collapse: how far above zero has to be seen
 
 
-def read_metrics(workdir: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """``metrics.jsonl`` as name -> (steps, values); rows of a repeated step keep the last one."""
-    series: dict[str, dict[int, float]] = {}
-    for line in (Path(workdir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        for name, value in row.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                series.setdefault(name, {})[row["step"]] = float(value)
-    return {name: (np.array(sorted(s)), np.array([s[k] for k in sorted(s)])) for name, s in series.items()}
-
-
 def learning_curves(path: Any, workdir: Any) -> None:
     """Loss and collapse monitors over the steps of a run, as a PNG."""
-    plt = _pyplot()
-    series = read_metrics(workdir)
+    plt = pyplot()
+    rows = report.read_rows(workdir)
     figure, axes = plt.subplots(2, 3, figsize=(12, 5.6), constrained_layout=True)
     for axis, (name, title, unit) in zip(axes.flat, CURVES, strict=True):
-        if name in series:
-            steps, values = series[name]
+        if points := report.series(rows, name):
+            steps, values = np.array(points).T
             factor = 100 if unit == "%" else 1
             axis.plot(steps, factor * values, color="#0b6e4f", marker="o" if len(steps) < 12 else None)
             axis.set_ylabel(unit, fontsize=8)
@@ -58,24 +46,10 @@ def learning_curves(path: Any, workdir: Any) -> None:
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.grid(alpha=0.3)
-    if "loss" in series:  # the loss of a student that has learnt nothing from the teacher is no lower than its entropy
-        axes[0, 0].plot(*series.get("teacher_entropy", ([], [])), color="#888888", linewidth=1, label="teacher entropy")
+    # The loss of a student that has learnt nothing from the teacher is no lower than its entropy.
+    if entropy := report.series(rows, "teacher_entropy"):
+        axes[0, 0].plot(*zip(*entropy, strict=True), color="#888888", linewidth=1, label="teacher entropy")
         axes[0, 0].legend(fontsize=8)
-    _save(figure, path)
-
-
-def sampling_histogram(path: Any, before: Sequence[float], after: Sequence[float]) -> None:
-    """Share of each land-cover category before sampling and among what training draws, [NUM_CATEGORIES] each."""
-    plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(9, 3.6), constrained_layout=True)
-    place = np.arange(landcover.NUM_CATEGORIES)
-    colors = [c.color for c in landcover.CATEGORIES]
-    axis.bar(place - 0.2, before, 0.4, color=colors, edgecolor="black", linewidth=0.5, alpha=0.45, label="before")
-    axis.bar(place + 0.2, after, 0.4, color=colors, edgecolor="black", linewidth=0.5, label="drawn for training")
-    axis.set_xticks(place, [c.title for c in landcover.CATEGORIES], rotation=35, ha="right", fontsize=8)
-    axis.set_ylabel("share")
-    axis.legend(fontsize=8)
-    axis.set_title("Land cover before (pale) and after sampling", fontsize=10)
     _save(figure, path)
 
 
@@ -94,7 +68,7 @@ def features_beside_images(
     path: Any, images: np.ndarray, patches: Mapping[str, np.ndarray], titles: Sequence[str]
 ) -> None:
     """Tiles [N, H, W, 3] in 0..1 in the first row, below them the PCA of the patch features of each encoder."""
-    plt = _pyplot()
+    plt = pyplot()
     rows = [("image", images), *((name, principal_colors(p)) for name, p in patches.items())]
     figure, axes = plt.subplots(
         len(rows), len(images), figsize=(1.5 * len(images), 1.6 * len(rows) + 0.3), squeeze=False
@@ -113,7 +87,7 @@ def features_beside_images(
 
 def comparison(path: Any, results: Mapping[str, Any], title: str) -> None:
     """Horizontal bars of (value, low, high) per name: point estimates with their 95 % intervals."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 0.5 * len(results) + 1.3), constrained_layout=True)
     names = list(results)
     for i, name in enumerate(names):
@@ -128,15 +102,6 @@ def comparison(path: Any, results: Mapping[str, Any], title: str) -> None:
     _save(figure, path)
 
 
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 def _save(figure: Any, path: Any) -> None:
     figure.savefig(path, dpi=110)
-    _pyplot().close(figure)
+    pyplot().close(figure)

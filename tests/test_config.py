@@ -54,6 +54,23 @@ def test_wrong_type_names_the_expected_one() -> None:
         check(config)
 
 
+def test_numbers_below_zero_and_broken_pairs_are_named() -> None:
+    """Minus one stopped a run at once, as a step, or left one record out of a gallery, as a count; neither was said."""
+    config = base()
+    config.stop_at_step, config.knn.train_examples, config.data.max_skipped = -1, -5, -0.1
+    config.views.aspect, config.views.local_scale = (0.75,), ("a", "b")
+    config.mesh.data, config.seed = -1, -1  # these may be
+    with pytest.raises(ConfigError) as caught:
+        check(config)
+    text = str(caught.value)
+    assert "5 faults" in text
+    assert "config.stop_at_step: found -1, expected 0 or more" in text
+    assert "config.knn.train_examples: found -5" in text
+    assert "config.data.max_skipped: found -0.1" in text
+    assert "config.views.aspect: found (0.75,), expected two numbers, such as (0.75, 1.33" in text
+    assert "config.views.local_scale: found ('a', 'b'), expected two numbers" in text
+
+
 def test_an_integer_serves_for_a_float() -> None:
     config = base()
     config.objective.alpha = 1

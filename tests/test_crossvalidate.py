@@ -77,6 +77,35 @@ def test_tuning_learns_and_never_sees_the_labels_it_is_tested_on(folder):
     np.testing.assert_array_equal(blind.classify(train, test), predicted)
 
 
+def test_a_run_cut_short_while_it_writes_goes_on(folder, checkpoint, tmp_path, monkeypatch):
+    def cut_short(target, array):
+        (target.write_bytes if isinstance(target, Path) else target.write)(b"\x93NUM")
+        raise KeyboardInterrupt
+
+    found = experiment(folder, checkpoint, tmp_path, protocols=("torchgeo-bench-knn5",))
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "save", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            found.run(lambda text: None)
+    assert len(found.run(lambda text: None)) == 3
+
+
+def test_a_name_before_a_path_that_has_an_equals_sign(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "lr=0.1").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for text, expected in (
+        ("runs/lr=0.1", ("", "runs/lr=0.1")),
+        ("ours=runs/lr=0.1", ("ours", "runs/lr=0.1")),
+        ("a=b=runs", ("a=b", "runs")),
+        ("ours=raw", ("ours", "raw")),
+        ("ours=random@runs/lr=0.1:3", ("ours", "random@runs/lr=0.1:3")),
+        ("ours=hf://owner/name", ("ours", "hf://owner/name")),
+        ("gs://bucket/lr=0.1", ("", "gs://bucket/lr=0.1")),
+        ("gone=not/there", ("gone", "not/there")),
+    ):
+        assert encoders.split_name(text) == expected
+
+
 def test_scores_pairs_and_tables():
     rng = np.random.default_rng(0)
     base = (rng.random(200) < 0.5).astype(float)

@@ -6,8 +6,10 @@ import labelled_fake as fake
 import numpy as np
 import pytest
 
-from terrafm_jax.evals import crossval
+from terrafm_jax.evals import crossval, protocols
+from terrafm_jax.evals.datasets.base import DatasetInfo, Input
 from terrafm_jax.evals.session import Session, Settings
+from terrafm_jax.evals.store import Extracted
 
 
 def test_folds_are_stratified_and_cover_everything():
@@ -55,3 +57,21 @@ def test_session_cross_validates_all_splits(tmp_path):
     assert row["protocol"] == "torchgeo-bench-knn5/1, 4-fold x 2"
     assert np.sum(row["confusion"]) == 2 * 24
     assert row["settings"]["samples"] == 24
+
+
+def test_other_epochs_than_published_are_said():
+    """Also over folds; not by what has no epochs."""
+    info = DatasetInfo("x", "classification", ("a", "b"), {"s1": Input("s1", ("VV", "VH"))})
+    labels = np.arange(24) % 2
+    rows = (np.random.default_rng(0).normal(size=(24, 4)) + labels[:, None]).astype(np.float32)
+    whole, short = Extracted(rows, labels, []), protocols.Options(resamples=0, epochs=2)
+
+    def label(protocol, folds):
+        if folds:
+            return protocols.run_folds(protocol, whole, info, short, folds, 1).protocol
+        return protocols.run(protocol, {"train": whole, "test": whole}, info, short).protocol
+
+    assert label("copernicus-linear", 0) == "copernicus-linear/1 (epochs=2)"
+    assert label("copernicus-linear", 2) == "copernicus-linear/1 (epochs=2), 2-fold x 1"
+    assert label("logreg", 0) == "logreg/1"
+    assert label("galileo-knn20", 2) == "galileo-knn20/1, 2-fold x 1"

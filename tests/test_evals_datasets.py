@@ -15,6 +15,7 @@ from terrafm_jax.evals.datasets.base import (
     Sample,
     Split,
     batches,
+    by_image,
     canonical,
     collate,
     few_shot,
@@ -80,6 +81,12 @@ def test_what_is_held_out_leaves_every_class_to_learn_from():
     for few in (np.arange(4), np.array([7]), np.zeros((1, 3), bool)):  # nothing to spare: chosen by what is learned
         for part in held_out(few, 0.2, seed=0):
             np.testing.assert_array_equal(part, np.arange(len(few)))
+
+
+def test_windows_are_told_by_their_image():
+    ids = ["a/r0_c0", "b/r0c1", "a/r0_c64", "c.tif", "b/r1c0"]
+    assert [rows.tolist() for rows in by_image(ids)] == [[0, 2], [1, 4], [3]]
+    assert [rows.tolist() for rows in by_image(ids[:1] + ids[2:3])] == [[0], [1]], "one image has to be parted"
 
 
 def test_batches_split_where_sizes_change():

@@ -220,6 +220,30 @@ def test_upernet_probe_learns():
     assert result.settings["rate chosen on"] == "a fifth of train"
 
 
+def test_windows_of_an_image_are_not_parted_between_training_and_choosing(monkeypatch):
+    shown = {"trained": [], "judged": []}
+    train, judge = segmentation._train, segmentation.confusions
+
+    def spy_train(fitted, split, *rest):
+        shown["trained"] += split.ids
+        train(fitted, split, *rest)
+
+    def spy_judge(fitted, split, **how):
+        shown["judged"] += split.ids
+        return judge(fitted, split, **how)
+
+    monkeypatch.setattr(segmentation, "_train", spy_train)
+    monkeypatch.setattr(segmentation, "confusions", spy_judge)
+    windows = [f"image{i}/r{r}_c{c}" for i in range(5) for r in (0, 16) for c in (0, 16)]
+    protocol = dataclasses.replace(DENSE["segmentation-linear"], rates=(1e-2,), epochs=1, runs=1)
+    cut = dataclasses.replace(fields(20, 0), ids=windows)
+    segmentation.dense_probe(protocol, cut, None, fields(4, 1), classes=3, patch=4, resamples=0)
+    assert sorted(shown["trained"] + shown["judged"]) == sorted(windows)
+    images = {k: {w.split("/")[0] for w in v} for k, v in shown.items()}
+    assert len(images["judged"]) == 1
+    assert images["judged"].isdisjoint(images["trained"])
+
+
 def test_change_by_feature_difference():
     rng = np.random.default_rng(0)
 

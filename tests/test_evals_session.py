@@ -200,6 +200,23 @@ def test_dense_store_and_rows(tmp_path, encoder):
     np.testing.assert_array_equal(parts[1:4], [[2, 3], [4, 5], [6, 7]])
 
 
+@pytest.mark.parametrize("others", [4, store.CHUNK])
+def test_images_of_several_sizes_are_told_to_be_cut(others):
+    """Whether they meet in one chunk or not, and whether or not the network sees one size."""
+    info = DatasetInfo("mixed", "segmentation", ("a", "b"), {"s1": Input("s1", ("VV", "VH"))})
+
+    def read(i):
+        side = 32 if i < others else 48
+        return Sample(str(i), {"s1": np.full((side, side, 2), -10.0)}, np.zeros((side, side), int))
+
+    split = Split([str(i) for i in range(others + 2)], read)
+    for image_size in (0, 32):
+        with pytest.raises(DatasetError, match="mixed: images differ in size; cut them with --tile"):
+            store.extract(
+                RawStatistics(image_size), Dataset(info, {"test": split}), "test", store.Request(("s1",), True)
+            )
+
+
 def test_cutting_pads_with_nodata_and_ignore():
     info = DatasetInfo("x", "segmentation", ("a", "b"), {"s1": Input("s1", ("VV", "VH"))})
     sample = Sample("p", {"s1": np.full((10, 7, 2), -10, np.float32)}, np.ones((10, 7), int))
@@ -289,6 +306,42 @@ def test_session_writes_resumes_and_compares(tmp_path):
     assert len(again) == 3
     assert all("already there" in s for s in said)
     assert len((out / "results.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_row_cut_short_costs_no_other(tmp_path):
+    fake.eurosat_like(tmp_path / "tiny", per_class=8)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.jsonl").write_text('{"key": "a", "mo')
+    (row,) = Session(settings(tmp_path, checkpoints=("raw",), figures=False), say=lambda text: None).run()
+    assert row["protocol"] == "torchgeo-bench-knn5/1"
+
+
+def test_mistakes_of_an_earlier_call_are_named_by_its_classes(tmp_path, monkeypatch):
+    """A class that the data set has lost since is no reason to fail."""
+    shown = []
+    monkeypatch.setattr(charts, "error_sheet", lambda info, samples, path, title: shown.extend(t for _, t in samples))
+    whole = two_sensor_set(12)
+    fewer = dataclasses.replace(whole, info=dataclasses.replace(whole.info, classes=("a", "b")))
+    ids, labels = whole.split("test").ids, whole.split("test").labels
+    row = {"dataset": "pair", "model": "m", "protocol": "p/1", "task": "classification", "classes": ["a", "b", "c"]}
+    Session(settings(tmp_path))._errors(row, fewer, np.full(len(ids), 2), labels, ids, "name")
+    assert set(shown) == {"a\n→ c", "b\n→ c"}
+
+
+def test_rows_of_windows_and_of_whole_images_lie_in_one_folder(tmp_path):
+    """The pictures of the first run's windows cannot be drawn from whole images any more; the tables have both."""
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        fake.tiff(tmp_path / f"tiny/images/{i}.tif", rng.normal(-12, 3, (64, 64, 2)).astype(np.float32))
+        fake.tiff(tmp_path / f"tiny/masks/{i}.tif", rng.integers(0, 2, (64, 64), np.uint8))
+    (tmp_path / "tiny/dataset.yaml").write_text(
+        "task: segmentation\nclasses: [dry, water]\nmasks: masks\n"
+        "inputs: {s1: {bands: [VV, VH], folder: images}}\nsplits: {train: 0.5, test: 0.5}\n"
+    )
+    how = {"checkpoints": ("raw",), "protocols": ("segmentation-linear",), "runs": 1, "epochs": 1}
+    for tile, count in ((32, 1), (0, 2)):
+        rows = Session(settings(tmp_path, tile=tile, **how), say=lambda text: None).run()
+        assert [r.get("error") for r in rows] == [None] * count
 
 
 def test_a_failing_data_set_does_not_stop_the_others(tmp_path):

@@ -17,6 +17,7 @@ import terrafm_jax
 from terrafm_jax import weights
 from terrafm_jax.config import ConfigError
 from terrafm_jax.evals import encoders, heads
+from terrafm_jax.evals.datasets.base import Sample, Split
 from terrafm_jax.evals.features import ImageBatch
 from terrafm_jax.export.formats import write_state
 from terrafm_jax.finetuning import config as schema
@@ -231,6 +232,15 @@ def test_non_finite_loss_is_one_clear_error(folder, tmp_path):
         Job(config(folder, rates=(1e30,), clip=0.0), str(tmp_path / "run"), quiet).run()
 
 
+@pytest.mark.slow
+def test_a_rate_that_diverges_does_not_end_the_sweep(folder, tmp_path):
+    said = []
+    row = Job(config(folder, rates=(1e30, 3e-3), clip=0.0, epochs=1), str(tmp_path / "run"), said.append).run()
+    assert row["settings"]["rate"] == 3e-3
+    assert row["settings"]["diverged"] == [1e30]
+    assert any(text.startswith("left out: ") and "lr_1e+30: loss is " in text for text in said)
+
+
 # --- other tasks ---
 
 
@@ -327,7 +337,8 @@ def test_upstream_stem_of_level_2a_needs_no_flag_afterwards(folder, tmp_path, mo
     write_state(sample(head=False), path)
     monkeypatch.setattr(job_lib, "open_encoder", encoders.open_encoder)
     overrides = {"mode": "frozen", "epochs": 1, "data__limit": 8, "upstream_l2a_stem": True, "init_from": str(path)}
-    Job(config(folder, **overrides), str(tmp_path / "run"), quiet).run()
+    row = Job(config(folder, **overrides), str(tmp_path / "run"), quiet).run()
+    assert row["note"].endswith("at most 8 samples per split")
     released, tuned = terrafm_jax.load(path), terrafm_jax.load(tmp_path / "run/best")
     x = images((32, 32), sensors=("s2_l2a",))
     plain = released.encode(**x).cls
@@ -348,6 +359,15 @@ def test_batches_cover_every_epoch_once(folder):
     source.close()
 
 
+def test_windows_of_an_image_are_held_out_together():
+    windows = Split([f"image{i}/r{r}_c0" for i in range(10) for r in range(4)],
+                    lambda i: Sample(str(i), {}, np.zeros((4, 4), int)))  # fmt: skip
+    rest, held = job_lib._hold_out(windows, 0)
+    assert sorted(rest.ids + held.ids) == sorted(windows.ids)
+    assert len(held) == 8
+    assert {i.split("/")[0] for i in rest.ids}.isdisjoint(i.split("/")[0] for i in held.ids)
+
+
 def test_bad_configs_are_named(folder, tmp_path):
     for overrides, message in (
         ({"mode": "half"}, "config.mode: found 'half', expected one of"),
@@ -356,6 +376,8 @@ def test_bad_configs_are_named(folder, tmp_path):
         ({"data__dir": ""}, "config.data.dir: empty"),
         ({"head": "upernet"}, "'upernet' does not do classification"),
         ({"mixup": -1.0}, "config.mixup: found -1.0, expected 0"),
+        ({"stop_at_epoch": -1}, "config.stop_at_epoch: found -1, expected 0"),  # would stop after the first one
+        ({"patience": -1}, "config.patience: found -1, expected 0"),
     ):
         c = config(folder, **overrides)
         with pytest.raises((ConfigError, ValueError), match=message):
@@ -365,7 +387,7 @@ def test_bad_configs_are_named(folder, tmp_path):
     with c.ignore_type():
         c.epochs = "10"
     with pytest.raises(
-        ConfigError, match=r"(?s)config.epochs: found '10', expected int.*config.leraning_rate: unknown"
+        ConfigError, match=r"(?s)config.epochs: found '10' \(str\), expected int.*config.leraning_rate: unknown"
     ):
         Job(c, str(tmp_path / "run"), quiet)
 
@@ -388,3 +410,16 @@ def test_shipped_configs_fit_the_schema(name):
     assert job.protocol() == named.get(name, f"finetune: {job.config.mode}, {job.config.epochs} epochs")
     with pytest.raises(ConfigError, match="unknown argument 'x'"):
         module.get_config("x")
+
+
+@pytest.mark.parametrize(
+    "change", [{"label_smoothing": 0.1}, {"head_norm": True}, {"flips": False}, {"drop_path": 0.0}, {"epochs": 10}]
+)
+def test_a_published_name_is_for_its_own_settings(change):
+    """Beside the published numbers nothing may stand that was trained otherwise."""
+    from configs.finetune.classification import get_config
+
+    job = object.__new__(Job)
+    job.config = get_config()
+    job.config.update(change)
+    assert job.protocol() == f"finetune: full, {job.config.epochs} epochs"

@@ -95,3 +95,15 @@ def test_table_of_the_docs(root: Path, size: str) -> None:
     numbers = (found.total, found.embedding, found.blocks, found.head)
     row = f"| {size.upper()} | " + " | ".join(f"{n / 1e9:.1f}" for n in numbers) + " |"
     assert row in (root / "docs/performance.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("kind", "bf16"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA L4", 121e12), ("NVIDIA L40", 181e12), ("NVIDIA L40S", 362e12), ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12), ("cpu", 0.0),
+    ],
+)  # fmt: skip
+def test_names_of_devices_that_begin_alike_are_told_apart(kind: str, bf16: float) -> None:
+    assert flops.peak_flops(kind) == bf16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 import sys
@@ -64,6 +65,7 @@ def test_tpu_pod_with_two_slices_runs_on_both(root):
         ("gke.sh", ["render"], {**GKE, "NAME": "a" * 41}, "at most 40"),
         ("docker.sh", ["--extra", "rocm", "--"], {}, "expected cuda, tpu or nothing"),
         ("local.sh", ["--config=x"], {}, "come after --"),
+        ("local.sh", ["--devices", "0", "--"], {"CUDA_VISIBLE_DEVICES": "4"}, "CUDA_VISIBLE_DEVICES=4 names 1"),
     ],
 )
 def test_wrong_settings_are_named(root, script, arguments, env, message):
@@ -75,6 +77,11 @@ def test_wrong_settings_are_named(root, script, arguments, env, message):
 def test_other_dry_runs(root):
     local = call(root, "launch/local.sh", "--dry-run", "--processes", 2, "--devices", 4, "--", *FLAGS)
     assert [f"--process={i} --cpu_devices=4" in local.stdout for i in range(2)] == [True, True]
+    for given, used in (("", ["0", "1"]), ("4,6,7", ["4", "6"])):
+        on_gpus = call(
+            root, "launch/local.sh", "--dry-run", "--devices", 0, "--", *FLAGS, env={"CUDA_VISIBLE_DEVICES": given}
+        )
+        assert re.findall(r"CUDA_VISIBLE_DEVICES=(\S+)", on_gpus.stdout) == used, "those that are ours"
     slurm = call(root, "bash", "launch/slurm.sbatch", *FLAGS, env={"DRY_RUN": "1"})
     assert slurm.stdout.startswith("srun ")
     assert "scontrol requeue" in slurm.stdout

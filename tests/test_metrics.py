@@ -14,7 +14,7 @@ from etils import epath
 from terrafm_jax.config import base
 from terrafm_jax.models.spec import ModelSpec
 from terrafm_jax.sensors import Statistics
-from terrafm_jax.training import loop, metrics
+from terrafm_jax.training import loop, metrics, report
 from terrafm_jax.training.metrics import MetricWriter
 from terrafm_jax.training.tools import Tools
 
@@ -69,6 +69,21 @@ def test_on_a_disk_every_row_is_there_at_once(tmp_path: Path) -> None:
     for step in range(3):
         writer.write(step, {"loss": 1.0})
         assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == step + 1
+
+
+def test_a_row_cut_short_costs_no_other(tmp_path: Path) -> None:
+    """The next start's event was joined to it, and with the event the start was lost to the report."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "time": 1.0, "event": "start"}\n{"step": 1, "lo')
+    writer = MetricWriter(str(tmp_path), True, tensorboard=False)
+    writer.write(0, {"event": "start"})
+    writer.write(1, {"loss": 2.0})
+    assert [len(run) for run in report.runs(report.read_rows(tmp_path))] == [1, 2]
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/metrics\.jsonl'"):
+        MetricWriter(str(tmp_path), True, tensorboard=False).write(1, {"loss": 1.0})
 
 
 def test_in_a_bucket_a_long_run_is_not_written_at_every_line(store, clock, monkeypatch) -> None:

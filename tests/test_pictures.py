@@ -67,7 +67,8 @@ def test_class_chart_draws_shares_before_and_after() -> None:
 
 def test_curves_show_the_last_value_of_a_step_and_say_what_was_not_measured(tmp_path, monkeypatch) -> None:
     rows = [{"step": 0, "loss": 6.0}, {"step": 10, "loss": 5.0}, {"step": 10, "loss": 4.0, "teacher_entropy": 2.0}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    lines = [json.dumps({"time": 1.0, **row}) for row in rows]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 20, "lo']))  # the last one cut short by a kill
     kept = []
     monkeypatch.setattr(figures, "_save", lambda figure, path: kept.append(figure))
     figures.learning_curves(tmp_path / "curves.png", tmp_path)

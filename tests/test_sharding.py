@@ -181,3 +181,5 @@ def test_batch_must_divide() -> None:
     check_batch(mesh, 16, 2)
     with pytest.raises(ShardingError, match=r"batch_size = 24 is not a multiple .* 4 x 2 x 2 = 16"):
         check_batch(mesh, 24, 2)
+    with pytest.raises(ShardingError, match=r"not a multiple .* 4 x 2 x 0 = 0"):
+        check_batch(mesh, 16, 0)

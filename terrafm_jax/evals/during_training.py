@@ -17,6 +17,7 @@ from terrafm_jax.evals.datasets import open_suite
 from terrafm_jax.evals.features import Encoder, FeatureError, ImageBatch, LocalDevices, tile_encoder
 from terrafm_jax.evals.landcover_knn import TileSets
 from terrafm_jax.landcover import NAMES
+from terrafm_jax.processes import to_host
 
 if TYPE_CHECKING:
     from terrafm_jax.training.plan import Plan
@@ -155,8 +156,4 @@ def _arrays(batch: Any) -> Any:
 
 def _whole(params: Any) -> Any:
     """The parameters whole in this process, wherever in the job they lie (a collective on several processes)."""
-    if jax.process_count() == 1:
-        return params
-    from jax.experimental import multihost_utils
-
-    return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), params)
+    return params if jax.process_count() == 1 else to_host(params)

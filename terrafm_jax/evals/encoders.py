@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +67,16 @@ def random_encoder(spec: ModelSpec, seed: int, image_size: int, stats: Statistic
 AnyEncoder = Encoder | RawStatistics
 
 
+def split_name(text: str) -> tuple[str, str]:
+    """(name, what it names) of ``[NAME=]WHAT``; a path may have an "=" itself, as folders of runs do (``lr=0.001``)."""
+    for i in (0, *(match.end() for match in re.finditer("=", text))):
+        what = text[i:]
+        if re.match(r"raw$|random[:@]|[a-z]+://", what) or (what and Path(what).exists()):
+            return text[: max(0, i - 1)], what
+    name, _, what = text.rpartition("=")
+    return name, what
+
+
 def open_encoder(text: str, image_size: int = 224, dtype: str = "", upstream_l2a_stem: bool = False) -> AnyEncoder:
     """Opens what a user typed after ``--checkpoint``.
 
@@ -73,7 +85,7 @@ def open_encoder(text: str, image_size: int = 224, dtype: str = "", upstream_l2a
     gives the name in the tables. ``upstream_l2a_stem`` sends L2A through the L1C stem, the fault of the released code
     under which the published numbers were measured.
     """
-    name, _, rest = text.rpartition("=")
+    name, rest = split_name(text)
     if rest == "raw":
         return RawStatistics(image_size)
     if rest.startswith("random:"):

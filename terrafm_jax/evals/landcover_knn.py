@@ -18,6 +18,7 @@ from terrafm_jax.data import pipeline
 from terrafm_jax.evals.features import TileFeatures, tile_features
 from terrafm_jax.evals.knn import knn_classify
 from terrafm_jax.evals.raw import batch_statistics, standardize
+from terrafm_jax.processes import rows_of_all
 from terrafm_jax.sensors import SENSOR_KEYS
 
 
@@ -71,22 +72,13 @@ class TileSets:
 
 
 def _gather(found: TileFeatures) -> TileFeatures:
+    """The rows of all processes, in the order of the records."""
+    parts = (np.concatenate(rows_of_all(rows)) for rows in (found.cls, found.landcover, found.index))
+    whole = TileFeatures(*parts)
     if jax.process_count() == 1:
-        return found
-    from jax.experimental import multihost_utils
-
-    counts = multihost_utils.process_allgather(np.asarray(len(found.index)))
-    longest = int(counts.max())
-
-    def together(rows: np.ndarray) -> np.ndarray:
-        padded = np.zeros((longest, *rows.shape[1:]), rows.dtype)
-        padded[: len(rows)] = rows
-        parts = multihost_utils.process_allgather(padded)
-        return np.concatenate([part[:n] for part, n in zip(parts, counts, strict=True)])
-
-    rows = TileFeatures(*(together(x) for x in (found.cls, found.landcover, found.index)))
-    order = np.argsort(rows.index, kind="stable")
-    return TileFeatures(rows.cls[order], rows.landcover[order], rows.index[order])
+        return whole
+    order = np.argsort(whole.index, kind="stable")
+    return TileFeatures(whole.cls[order], whole.landcover[order], whole.index[order])
 
 
 def score(gallery: TileFeatures, queries: TileFeatures, protocol: str) -> Any:

@@ -87,6 +87,13 @@ def task_of(targets: np.ndarray) -> str:
     return "classification" if np.issubdtype(targets.dtype, np.integer) else "regression"
 
 
+def _classes(told: int, *splits: Split) -> int:
+    """Columns of multilabel targets; else what the caller told, or what the labels show."""
+    if splits[0].targets.ndim == 2:
+        return splits[0].targets.shape[1]
+    return told or int(max(split.targets.max() for split in splits)) + 1
+
+
 def _loss(task: str, logits: Array, targets: Array) -> Array:
     if task == "multilabel":
         return heads.binary_cross_entropy(logits, targets)
@@ -192,9 +199,7 @@ def linear_probe(
     center, scale = 0.0, 1.0
     if task == "regression":
         center, scale = float(np.mean(train.targets)), float(np.std(train.targets)) or 1.0
-    outputs = {"multilabel": lambda: train.targets.shape[1], "regression": lambda: 1}.get(
-        task, lambda: classes or int(max(s.targets.max() for s in (train, val, test))) + 1
-    )()
+    outputs = 1 if task == "regression" else _classes(classes, train, val, test)
     rates = protocol.multilabel_rates if task == "multilabel" and protocol.multilabel_rates else protocol.rates
     seeds = [seed + i for i in range(runs or protocol.runs)]
     scaled = Split(train.features, (train.targets - center) / scale) if task == "regression" else train
@@ -216,7 +221,7 @@ def mean_of_runs(
     targets = np.asarray(targets)
     if task == "regression":
         parts = [metrics.regression_metric(targets, s[:, 0]) for s in runs]
-        found = metrics.bootstrap(_mean_metric(parts), len(targets), resamples=resamples)
+        found = metrics.bootstrap(metrics.mean_metric(parts), len(targets), resamples=resamples)
         mean = np.mean([s[:, 0] for s in runs], axis=0)
         return Result(label, task, found, np.array([]), mean, None, None, settings)
     first = score_classification(label, runs[0], targets, settings, resamples=0)
@@ -225,18 +230,9 @@ def mean_of_runs(
     else:
         parts = [metrics.classification_metric(targets, s.argmax(1), s.shape[1]) for s in runs]
     draws = resamples // 5 if task == "multilabel" else resamples
-    found = metrics.bootstrap(_mean_metric(parts), len(targets), resamples=draws)
-    spread = [p(np.ones(len(targets))) for p in parts]
-    settings = settings | {"sd over runs": {k: metrics.summarize_seeds([s[k] for s in spread])[1] for k in spread[0]}}
+    found = metrics.bootstrap(metrics.mean_metric(parts), len(targets), resamples=draws)
+    settings = settings | {"sd over runs": metrics.spread(parts, len(targets))}
     return dataclasses.replace(first, metrics=found, settings=settings)
-
-
-def _mean_metric(parts: Sequence[metrics.Metric]) -> metrics.Metric:
-    def metric(weights: np.ndarray) -> dict[str, float]:
-        found = [p(weights) for p in parts]
-        return {k: float(np.mean([f[k] for f in found])) for k in found[0]}
-
-    return metric
 
 
 LOGREG_C = tuple(10.0**e for e in range(-6, 5))
@@ -268,9 +264,7 @@ def logistic_regression(
         label += " (fitted on train alone)"
     else:
         whole = Split(*(np.concatenate([getattr(train, f), getattr(val, f)]) for f in ("features", "targets")))
-    outputs = train.targets.shape[1] if task == "multilabel" else classes or int(
-        max(s.targets.max() for s in (whole, val, test))
-    ) + 1  # fmt: skip
+    outputs = _classes(classes, whole, val, test)
 
     def fitted(c: float, on: Split) -> Pipeline:
         model = LogisticRegression(C=c, max_iter=1000)

@@ -210,6 +210,22 @@ def regression_metric(targets: np.ndarray, values: np.ndarray) -> Metric:
     return lambda weights: regression_metrics(np.asarray(targets, np.float64), values, weights)
 
 
+def mean_metric(parts: Sequence[Metric]) -> Metric:
+    """Means of the same metrics over several runs."""
+
+    def metric(weights: np.ndarray) -> dict[str, float]:
+        found = [part(weights) for part in parts]
+        return {k: float(np.mean([f[k] for f in found])) for k in found[0]}
+
+    return metric
+
+
+def spread(parts: Sequence[Metric], n: int) -> dict[str, float]:
+    """Standard deviation of each metric over runs on the same n samples."""
+    found = [part(np.ones(n)) for part in parts]
+    return {k: summarize_seeds([f[k] for f in found])[1] for k in found[0]}
+
+
 def _draws(n: int, resamples: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1.0 / n), size=resamples).astype(np.float64)
 

@@ -74,7 +74,7 @@ def check(protocol: str, task: str = "") -> None:
         raise ProtocolError(f"protocol {protocol} does not do {task}; these do: {fits}")
 
 
-def headline(protocol: str, task: str, dataset: str = "") -> str:
+def headline(protocol: str, task: str) -> str:
     """The metric that the protocol's tables print."""
     if task == "multilabel":
         if protocol in knn.PROTOCOLS:
@@ -129,10 +129,9 @@ def run(
     else:
         result = _whole_image(protocol, splits, info, options, rows, scale)
     settings = result.settings | {"fraction": options.fraction, "shots": options.shots, "seed": options.seed}
-    label = result.protocol + (
-        f" (epochs={options.epochs})" if options.epochs and protocol not in knn.PROTOCOLS else ""
-    )
-    return dataclasses.replace(result, settings=settings, protocol=label)
+    trained = protocol in linear.PROBES or protocol in segmentation.DENSE
+    epochs = f" (epochs={options.epochs})" if options.epochs and trained else ""
+    return dataclasses.replace(result, settings=settings, protocol=result.protocol + epochs)
 
 
 def run_folds(
@@ -154,13 +153,17 @@ def run_folds(
     if info.task != "classification":
         raise ProtocolError(f"--folds: needs one class per sample, {info.name} is {info.task}")
     inner = dataclasses.replace(options, resamples=0, runs=1)
+    label = protocol
 
     def classify(train: np.ndarray, test: np.ndarray) -> np.ndarray:
+        nonlocal label
         parts = {k: Extracted(whole.cls[r], whole.targets[r], []) for k, r in (("train", train), ("test", test))}
-        return run(protocol, parts, info, inner, scale=scale).predictions
+        found = run(protocol, parts, info, inner, scale=scale)
+        label = found.protocol
+        return found.predictions
 
     predictions = crossval.cross_validate(classify, whole.targets, folds=folds, repeats=repeats, seed=options.seed)
-    label = f"{protocol}/1, {folds}-fold x {repeats}"
+    label += f", {folds}-fold x {repeats}"
     settings = {"folds": folds}
     return crossval.result(label, predictions, whole.targets, len(info.classes), settings, options.resamples)
 
@@ -175,9 +178,9 @@ def _whole_image(
     parts = {k: Split(e.cls, e.targets) for k, e in splits.items()}
     parts["train"] = Split(parts["train"].features[rows], parts["train"].targets[rows])
     if scale:
-        scaled = standardize(parts["train"].features, *(p.features for k, p in parts.items() if k != "train"))
-        others = dict(zip((k for k in parts if k != "train"), scaled[1:], strict=True))
-        parts = {k: Split(scaled[0] if k == "train" else others[k], p.targets) for k, p in parts.items()}
+        names = ["train", *(k for k in parts if k != "train")]
+        scaled = standardize(*(parts[k].features for k in names))
+        parts = {k: Split(rows, parts[k].targets) for k, rows in zip(names, scaled, strict=True)}
     train, val, test = parts["train"], parts.get("val"), parts["test"]
     classes = len(info.classes)
     if protocol in knn.PROTOCOLS:
@@ -200,7 +203,7 @@ def _dense(
     protocol: str, splits: Mapping[str, Extracted], info: DatasetInfo, options: Options, rows: np.ndarray, patch: int,
     scale: bool,
 ) -> Result:  # fmt: skip
-    parts = {k: DenseSplit(e.maps, e.targets) for k, e in splits.items()}
+    parts = {k: DenseSplit(e.maps, e.targets, e.ids) for k, e in splits.items()}
     train = parts["train"].take(rows)
     if scale:
         mean = tuple(m.astype(np.float32).mean((0, 1, 2)) for m in train.maps)
@@ -216,7 +219,7 @@ def _dense(
 
 def _scaled(split: DenseSplit, mean: tuple, std: tuple) -> DenseSplit:
     maps = zip(split.maps, mean, std, strict=True)
-    return DenseSplit(tuple((m[slice(None)] - a) / b for m, a, b in maps), split.targets)
+    return dataclasses.replace(split, maps=tuple((m[slice(None)] - a) / b for m, a, b in maps))
 
 
 def _change(splits: Mapping[str, Extracted], info: DatasetInfo, options: Options, rows: np.ndarray) -> Result:

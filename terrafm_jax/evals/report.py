@@ -202,8 +202,8 @@ def _paired_metrics(a: Sequence[Row], b: Sequence[Row], folder: Path) -> tuple[s
     if not first or None in first + second or len({count for _, count in first + second}) > 1:
         return None
     name = "top1" if a[0]["task"] == "classification" else "f1_micro"
-    mean = [lambda w, parts=parts: {name: float(np.mean([p(w)[name] for p, _ in parts]))} for parts in (second, first)]
-    found, ones = metrics.paired_difference(*mean, first[0][1], resamples=500)[name], np.ones(first[0][1])
+    means = (metrics.mean_metric([p for p, _ in parts]) for parts in (second, first))
+    found, ones = metrics.paired_difference(*means, first[0][1], resamples=500)[name], np.ones(first[0][1])
     return name, _over_draws(
         [p(ones)[name] - q(ones)[name] for (p, _), (q, _) in zip(first, second, strict=True)], found
     )

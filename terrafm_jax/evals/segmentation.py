@@ -14,6 +14,7 @@ import optax
 from jax import Array
 
 from terrafm_jax.evals import heads, metrics
+from terrafm_jax.evals.datasets.base import by_image
 from terrafm_jax.evals.linear import GALILEO_RATES
 from terrafm_jax.evals.metrics import Result
 from terrafm_jax.evals.store import Rows
@@ -60,17 +61,19 @@ DENSE: dict[str, DenseProtocol] = {
 
 @dataclasses.dataclass(frozen=True)
 class DenseSplit:
-    """maps: one [N, h, w, d] array (may lie on disk, any float type) per layer; targets int [N, H, W]."""
+    """maps: one [N, h, w, d] array (may lie on disk, any float type) per layer; targets int [N, H, W]; ids of both."""
 
     maps: tuple[np.ndarray | Rows, ...]
     targets: np.ndarray
+    ids: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def take(self, rows: Sequence[int]) -> DenseSplit:
         rows = np.asarray(rows, int)
-        return DenseSplit(tuple(m[rows] for m in self.maps), self.targets[rows])
+        ids = [self.ids[i] for i in rows] if self.ids else ()
+        return DenseSplit(tuple(m[rows] for m in self.maps), self.targets[rows], ids)
 
 
 def make_head(protocol: DenseProtocol, width: int, classes: int, patch: int) -> heads.Head:
@@ -95,7 +98,7 @@ class _Fitted:
         adam, decay = optax.scale_by_adam(), protocol.weight_decay
         self.rates = jnp.asarray(rates, jnp.float32)
 
-        def start(rate: Array, key: Array) -> Carry:
+        def start(_rate: Array, key: Array) -> Carry:
             params, state = head.init(key)
             return params, state, adam.init(params)
 
@@ -155,9 +158,13 @@ def dense_probe(
     """Trains heads on frozen maps, chooses the learning rate on ``val``, reports mIoU of ``test`` (mean over runs)."""
     chosen_from = "val"
     if val is None or not len(val):
-        rows = np.random.default_rng(seed).permutation(len(train))
-        held = max(1, len(rows) // 5)
-        val, train, chosen_from = train.take(np.sort(rows[:held])), train.take(np.sort(rows[held:])), "a fifth of train"
+        images = by_image(train.ids or [str(i) for i in range(len(train))])
+        order = np.random.default_rng(seed).permutation(len(images))
+        held = max(1, len(images) // 5)
+        val, train = (
+            train.take(np.sort(np.concatenate([images[i] for i in part]))) for part in (order[:held], order[held:])
+        )
+        chosen_from = "a fifth of train"
     head = make_head(protocol, train.maps[-1].shape[-1], classes, patch)
     batch = min(protocol.batch, len(train))
     steps = -(-len(train) // batch) * protocol.epochs
@@ -203,18 +210,11 @@ def _train(fitted: _Fitted, train: DenseSplit, batch: int, epochs: int, seed: in
 def score_segmentation(label: str, runs: Sequence[np.ndarray], settings: dict, resamples: int = 1000) -> Result:
     """Result of per-image confusion matrices [N, C, C] of one or several runs."""
     parts = [metrics.segmentation_metric(c.astype(np.float64)) for c in runs]
-    ones = np.ones(len(runs[0]))
-
-    def metric(weights: np.ndarray) -> dict[str, float]:
-        found = [p(weights) for p in parts]
-        return {k: float(np.mean([f[k] for f in found])) for k in found[0]}
-
-    total = runs[0].sum(0)
-    spread = {k: metrics.summarize_seeds([p(ones)[k] for p in parts])[1] for k in parts[0](ones)}
+    count = len(runs[0])
     per_class = np.mean([metrics.ious(c.sum(0)) for c in runs], axis=0)
-    found = metrics.bootstrap(metric, len(ones), resamples=resamples)
-    settings = settings | {"sd over runs": spread}
-    return Result(label, "segmentation", found, per_class, np.array([]), total, None, settings)
+    found = metrics.bootstrap(metrics.mean_metric(parts), count, resamples=resamples)
+    settings = settings | {"sd over runs": metrics.spread(parts, count)}
+    return Result(label, "segmentation", found, per_class, np.array([]), runs[0].sum(0), None, settings)
 
 
 # --- change by feature difference -----------------------------------------------------------------------------
@@ -248,10 +248,11 @@ def change_detection(
     )
 
     def metric(weights: np.ndarray) -> dict[str, float]:
-        (_, fp), (fn, tp) = np.tensordot(weights, matrices.astype(np.float64), 1)
-        iou = metrics.from_confusion(np.tensordot(weights, matrices.astype(np.float64), 1))["miou"]
+        matrix = np.tensordot(weights, matrices.astype(np.float64), 1)
+        (_, fp), (fn, tp) = matrix
         f1 = 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else float("nan")
-        return {"f1_change": f1, "iou_change": tp / max(tp + fp + fn, 1e-9), "miou": iou}
+        iou = tp / max(tp + fp + fn, 1e-9)
+        return {"f1_change": f1, "iou_change": iou, "miou": metrics.from_confusion(matrix)["miou"]}
 
     found = metrics.bootstrap(metric, len(matrices), resamples=resamples)
     counted = test[1] != ignore

@@ -22,6 +22,7 @@ from terrafm_jax.evals.features import FeatureError
 from terrafm_jax.evals.metrics import Result
 from terrafm_jax.evals.protocols import Options, ProtocolError
 from terrafm_jax.evals.store import Extracted
+from terrafm_jax.paths import append_line
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +92,17 @@ def combinations(encoder: AnyEncoder, dataset: Dataset, wanted: tuple[str, ...])
     return list(dict.fromkeys(found))
 
 
+def note(dataset: Dataset, keys: Sequence[str], doubts: Sequence[str], limit: int) -> str:
+    """What stands beside the numbers of a data set: its traps, what was doubted, bands it lacks, how much was cut."""
+    parts = [dataset.info.note] if dataset.info.note else []
+    parts += doubts
+    for k in keys:
+        missing = dataset.info.inputs[k].missing
+        parts += [f"{k} lacks {', '.join(missing)}"] if missing else []
+    parts += [f"at most {limit} samples per split"] if limit else []
+    return "; ".join(parts)
+
+
 def _takes(encoder: AnyEncoder, keys: Sequence[str]) -> bool:
     try:
         return bool(encoder.check(keys))
@@ -143,7 +155,7 @@ class Session:
             for protocol in self.settings.protocols or protocols.DEFAULTS[info.task]:
                 if info.task not in protocols.TASKS_OF[protocol]:
                     continue
-                for options in self._options(protocol):
+                for options in self._options():
                     key = self._key(encoder, dataset, keys, protocol, options)
                     if key in done:
                         self.say(f"{info.name} {'+'.join(keys)} {protocol}: already there")
@@ -155,7 +167,7 @@ class Session:
                         self._fail(encoder, dataset, keys, protocol, options, e)
         return None
 
-    def _options(self, protocol: str) -> Iterator[Options]:
+    def _options(self) -> Iterator[Options]:
         s = self.settings
         amounts = [(f, 0) for f in s.fractions] + [(1.0, k) for k in s.shots]
         for fraction, shots in amounts:
@@ -204,8 +216,8 @@ class Session:
             "protocol": result.protocol, "fraction": info.share * options.fraction, "shots": options.shots,
             "seed": options.seed, "samples": {k: min(len(v), limit or len(v)) for k, v in dataset.splits.items()},
             "metrics": report.as_entry(result.metrics), "per_class": result.per_class, "classes": list(info.classes),
-            "confusion": result.confusion, "settings": result.settings, "note": self._note(dataset, keys),
-            "seconds": round(seconds, 2),
+            "confusion": result.confusion, "settings": result.settings,
+            "note": note(dataset, keys, self._doubts[info.name], limit), "seconds": round(seconds, 2),
         }  # fmt: skip
         if result.predictions.size:
             folder = self.out / "predictions"
@@ -223,15 +235,6 @@ class Session:
         shown = f"{info.name} {'+'.join(keys)} {result.protocol} {encoder.name}{drawn}"
         self.say(f"{shown}: {headline} {result.metrics[headline]}")
 
-    def _note(self, dataset: Dataset, keys: tuple[str, ...]) -> str:
-        parts = [dataset.info.note] if dataset.info.note else []
-        parts += self._doubts[dataset.info.name]
-        for k in keys:
-            missing = dataset.info.inputs[k].missing
-            parts += [f"{k} lacks {', '.join(missing)}"] if missing else []
-        parts += [f"at most {self.settings.limit} samples per split"] if self.settings.limit else []
-        return "; ".join(parts)
-
     def _fail(
         self, encoder: AnyEncoder, dataset: Dataset, keys: tuple[str, ...], protocol: str, options: Options,
         error: Exception,
@@ -247,8 +250,7 @@ class Session:
         })  # fmt: skip
 
     def _append(self, row: dict[str, Any]) -> None:
-        with self.rows_file.open("a") as f:
-            f.write(json.dumps(row, default=store._plain) + "\n")
+        append_line(self.rows_file, json.dumps(row, default=store.plain))
 
     # --- report ---
 
@@ -276,26 +278,23 @@ class Session:
         path = self.out / "predictions" / f"{row['key']}.npz"
         if path.exists():
             with np.load(path, allow_pickle=False) as f:
-                self._errors(row, dataset, f["predictions"], f["targets"], f["ids"].tolist(), name)
+                if "right" not in f:  # of folds: samples come from all splits, each tested several times
+                    self._errors(row, dataset, f["predictions"], f["targets"], f["ids"].tolist(), name)
 
     def _errors(
         self, row: Mapping[str, Any], dataset: Dataset, predictions: np.ndarray, targets: np.ndarray, ids: list[str],
         name: str,
     ) -> None:  # fmt: skip
-        """Pictures of what went wrong; reads only the samples it shows."""
-        if self.settings.folds:
-            return  # samples come from all splits, each tested several times
-        test, info = dataset.split("test"), dataset.info
+        """Pictures of what went wrong; reads only the samples it shows, of rows of earlier calls those still there."""
+        test, info, classes = dataset.split("test"), dataset.info, row["classes"]
         place = {sample: i for i, sample in enumerate(test.ids)}
         path = self.out / "figures" / f"errors-{name}.png"
         title = f"{row['dataset']}: {row['model']}, {row['protocol']}"
         if row["task"] == "segmentation":
             rows = [i for i, sample in enumerate(ids) if sample in place][:6]
-            charts.mask_sheet(info, [(test[place[ids[i]]], predictions[i]) for i in rows], path, title)
+            if rows:  # none where an earlier call cut the images otherwise
+                charts.mask_sheet(info, [(test[place[ids[i]]], predictions[i]) for i in rows], path, title)
         elif row["task"] == "classification":
             wrong = [i for i in np.nonzero(predictions != targets)[0] if ids[i] in place]
-            shown = [
-                (test[place[ids[i]]], f"{info.classes[targets[i]]}\n→ {info.classes[predictions[i]]}")
-                for i in wrong[:24]
-            ]
+            shown = [(test[place[ids[i]]], f"{classes[targets[i]]}\n→ {classes[predictions[i]]}") for i in wrong[:24]]
             charts.error_sheet(info, shown, path, f"{title}: {len(wrong)} of {len(ids)} wrong")

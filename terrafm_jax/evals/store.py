@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,16 +14,23 @@ import numpy as np
 
 from terrafm_jax.evals.datasets.base import Dataset, DatasetError, Sample, batches, collate
 from terrafm_jax.evals.features import ImageBatch
+from terrafm_jax.paths import write_atomically
 
 VERSION = 2  # raise when features change for the same weights and inputs: old caches are then not used
 CHUNK = 256
 
 
 class Rows:
-    """Arrays of chunks as one array along the first axis, without loading them (memory maps stay on disk)."""
+    """Arrays of chunks as one array along the first axis, without loading them (memory maps stay on disk).
+
+    Raises ValueError for parts of several shapes.
+    """
 
     def __init__(self, parts: Sequence[np.ndarray]):
         self.parts = list(parts)
+        shapes = {p.shape[1:] for p in self.parts}
+        if len(shapes) > 1:
+            raise ValueError(f"rows of shapes {sorted(shapes)}")
         self._ends = np.cumsum([len(p) for p in self.parts])
         self.shape, self.dtype = (int(self._ends[-1]), *self.parts[0].shape[1:]), self.parts[0].dtype
 
@@ -102,7 +109,7 @@ def extract(
     dataset.info.select(request.inputs)
     samples = dataset.split(split)
     if request.limit and len(samples) > request.limit:
-        samples = samples.subset(_spread(len(samples), request.limit))
+        samples = samples.subset(spread(len(samples), request.limit))
     if not len(samples):
         raise DatasetError(f"{dataset.info.name}: split {split!r} is empty")
     folder = None if cache is None else cache / _key(encoder, dataset, split, request)
@@ -115,7 +122,8 @@ def extract(
     return _assemble(dataset, samples.ids, chunks)
 
 
-def _spread(count: int, limit: int) -> np.ndarray:
+def spread(count: int, limit: int) -> np.ndarray:
+    """Indices of ``limit`` of ``count`` samples, evenly spread."""
     return np.unique(np.linspace(0, count - 1, limit).astype(int))
 
 
@@ -169,22 +177,27 @@ def _compute(
             for i, m in enumerate(maps or ()):
                 found.setdefault(f"{kind}{i}", []).append(m.astype(np.float16))
         found["targets"] += [np.asarray(s.target)[None] for s in group]
-    try:
+    with _one_size(dataset):
         return {k: np.concatenate(v) for k, v in found.items()}
-    except ValueError as e:
-        raise DatasetError(f"{dataset.info.name}: images differ in size; cut them with --tile ({e})") from e
 
 
 def _assemble(dataset: Dataset, ids: list[str], chunks: list[dict[str, np.ndarray]]) -> Extracted:
     def rows(kind: str) -> tuple[Rows, ...]:
         names = sorted(k for k in chunks[0] if k.startswith(kind))
-        try:
-            return tuple(Rows([c[n] for c in chunks]) for n in names)
-        except ValueError as e:
-            raise DatasetError(f"{dataset.info.name}: images differ in size; cut them with --tile") from e
+        return tuple(Rows([c[n] for c in chunks]) for n in names)
 
-    targets = np.concatenate([c["targets"] for c in chunks])
-    return Extracted(np.concatenate([c["cls"] for c in chunks]), targets, ids, rows("maps"), rows("after"))
+    with _one_size(dataset):
+        cls, targets = (np.concatenate([c[name] for c in chunks]) for name in ("cls", "targets"))
+        return Extracted(cls, targets, ids, rows("maps"), rows("after"))
+
+
+@contextlib.contextmanager
+def _one_size(dataset: Dataset) -> Iterator[None]:
+    """What cannot be joined is a DatasetError that says why."""
+    try:
+        yield
+    except ValueError as e:
+        raise DatasetError(f"{dataset.info.name}: images differ in size; cut them with --tile ({e})") from e
 
 
 def joined(parts: Sequence[Extracted]) -> Extracted:
@@ -241,14 +254,11 @@ def _window(sample: Sample, name: str, r: int, c: int, size: int, ignore: int) -
 
 def write_json(path: Path, value: Any) -> None:
     """JSON that appears whole or not at all."""
-    buffer = io.StringIO()
-    json.dump(value, buffer, indent=2, default=_plain)
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(buffer.getvalue())
-    partial.replace(path)
+    write_atomically(path, json.dumps(value, indent=2, default=plain).encode())
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """For ``json.dumps(default=)``: NumPy's arrays and numbers as Python's, anything else as text."""
     if isinstance(value, np.ndarray):
         return value.tolist()
     if isinstance(value, np.generic):

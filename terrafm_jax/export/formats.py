@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import shutil
 from collections import OrderedDict
@@ -167,7 +166,7 @@ def write_onnx(loaded: Loaded, path: Path, size: tuple[int, int], sensors: Seque
     import torch
 
     chosen = _chosen(loaded, sensors)
-    module = _OnnxForm(torch_module(loaded), chosen, size).eval()
+    module = _positional(torch_module(loaded), chosen, size).eval()
     images = tuple(torch.zeros(2, len(SENSORS[k].bands), *size) for k in chosen)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.onnx.export(
@@ -187,26 +186,20 @@ def _gigabytes(module: Any) -> float:
     return sum(p.numel() for p in module.parameters()) * 4 / 1e9
 
 
-@functools.cache
-def _onnx_form() -> type:
+def _positional(net: Any, sensors: tuple[str, ...], size: tuple[int, int]) -> Any:
+    """The module for images by position, with positions interpolated beforehand: runtimes disagree on bicubic edges."""
     import torch
 
-    class OnnxForm(torch.nn.Module):
-        """Positional images, and positions interpolated beforehand: runtimes disagree on bicubic edges."""
-
-        def __init__(self, net: Any, sensors: tuple[str, ...], size: tuple[int, int]):
+    class Positional(torch.nn.Module):
+        def __init__(self) -> None:
             super().__init__()
-            self.net, self.sensors = net, sensors
+            self.net = net
             rows, columns = (n // net.config["patch"] for n in size)
             self.register_buffer("table", net.positions(rows, columns).detach().clone())
             net.positions = lambda *_: self.table
 
         def forward(self, *images: Any) -> tuple[Any, Any]:
-            found = self.net(dict(zip(self.sensors, images, strict=True)))
+            found = self.net(dict(zip(sensors, images, strict=True)))
             return found.cls, found.patches
 
-    return OnnxForm
-
-
-def _OnnxForm(*args: Any) -> Any:
-    return _onnx_form()(*args)
+    return Positional()

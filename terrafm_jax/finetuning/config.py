@@ -6,12 +6,9 @@ Source tags: [Galileo] the fine-tuning protocol behind the published GEO-Bench t
 
 from __future__ import annotations
 
-import difflib
-from typing import Any
-
 from ml_collections import ConfigDict
 
-from terrafm_jax.config import ConfigError, flatten
+from terrafm_jax.config import ConfigError, flatten, refuse, schema_faults
 
 CHOICES = {
     "mode": ("full", "frozen", "last", "lora"),
@@ -102,20 +99,8 @@ def get(c: ConfigDict, argument: str | None) -> ConfigDict:
 
 def check(config: ConfigDict) -> None:
     """Raises ConfigError that lists every unknown, missing, mistyped or impossible key."""
-    want, have = flatten(base()), flatten(config)
-    faults = [f"config.{k}: unknown{_near(k, want)}" for k in have.keys() - want.keys()]
-    faults += [f"config.{k}: missing" for k in want.keys() - have.keys()]
-    for key in want.keys() & have.keys():
-        value, default = have[key], want[key]
-        number = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
-        if type(value) is not type(default) and not number:
-            faults.append(f"config.{key}: found {value!r}, expected {type(default).__name__}")
-        elif key in CHOICES and value not in CHOICES[key]:
-            faults.append(f"config.{key}: found {value!r}, expected one of {list(CHOICES[key])}")
-    if not faults:
-        faults = [text for wrong, text in _values(config) if wrong]
-    if faults:
-        raise ConfigError("\n  ".join([f"{len(faults)} faults in the config:", *sorted(faults)]))
+    faults = schema_faults(flatten(base()), flatten(config), CHOICES)
+    refuse(faults or [text for wrong, text in _values(config) if wrong])
 
 
 def _values(c: ConfigDict) -> list[tuple[bool, str]]:
@@ -129,12 +114,6 @@ def _values(c: ConfigDict) -> list[tuple[bool, str]]:
             f"config.microbatches: {c.microbatches} does not divide batch_size {c.batch_size}",
         ),
         (not 0 < c.layer_decay <= 1, f"config.layer_decay: found {c.layer_decay}, expected above 0, at most 1"),
-        (c.mixup < 0, f"config.mixup: found {c.mixup}, expected 0 (off) or above"),
         (not 0 <= c.warmup < 1, f"config.warmup: found {c.warmup}, expected 0..1"),
         (c.mode == "lora" and c.lora_rank < 1, f"config.lora_rank: found {c.lora_rank}, expected at least 1"),
     ]
-
-
-def _near(key: str, want: dict[str, Any]) -> str:
-    found = difflib.get_close_matches(key, want, 1, 0.5)
-    return f"; did you mean config.{found[0]}?" if found else ""

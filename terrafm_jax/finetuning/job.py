@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,16 @@ from ml_collections import ConfigDict
 from terrafm_jax.config import ConfigError
 from terrafm_jax.evals import charts, protocols, report, store
 from terrafm_jax.evals.datasets import open_suite
-from terrafm_jax.evals.datasets.base import Dataset, Split, few_shot, held_out, label_fraction
+from terrafm_jax.evals.datasets.base import Dataset, Split, by_image, few_shot, held_out, label_fraction
 from terrafm_jax.evals.datasets.doubts import doubts, unseen
 from terrafm_jax.evals.encoders import open_encoder
 from terrafm_jax.evals.features import Encoder, FeatureError
 from terrafm_jax.evals.linear import task_of
+from terrafm_jax.evals.session import note
 from terrafm_jax.finetuning import config as schema
 from terrafm_jax.finetuning.data import Source, class_weights, steps_per_epoch
 from terrafm_jax.finetuning.network import Adam, TuneSpec
-from terrafm_jax.finetuning.trainer import Plan, Run
+from terrafm_jax.finetuning.trainer import Plan, Run, TuningError
 from terrafm_jax.training import workdir as workdir_lib
 from terrafm_jax.training.preemption import StopRequest
 from terrafm_jax.training.sharding import check_batch, make_mesh
@@ -62,7 +64,7 @@ class Job:
             splits["train"], splits["val"] = _hold_out(splits["train"], c.seed)
             self.say(f"no validation split: {len(splits['val'])} train samples are held out")
         if c.data.limit:
-            splits = {k: s.subset(store._spread(len(s), min(c.data.limit, len(s)))) for k, s in splits.items()}
+            splits = {k: s.subset(store.spread(len(s), min(c.data.limit, len(s)))) for k, s in splits.items()}
         cache = c.data.cache == "ram"
         return {k: Source(self.dataset.info, s, self.inputs, c.data.threads, cache) for k, s in splits.items()}
 
@@ -74,8 +76,9 @@ class Job:
             head = "patch_linear" if info.task == "segmentation" else "linear"
         model = dataclasses.replace(self.encoder.spec, drop_path=c.drop_path)
         spec = TuneSpec(
-            model, self.inputs, info.task, outputs, head, c.mode, c.last_blocks, c.lora_rank, c.lora_alpha,
-            c.image_size, info.ignore, c.head_norm, c.upernet_channels,
+            model=model, inputs=self.inputs, task=info.task, outputs=outputs, head=head, mode=c.mode,
+            last_blocks=c.last_blocks, lora_rank=c.lora_rank, lora_alpha=c.lora_alpha, image_size=c.image_size,
+            ignore=info.ignore, head_norm=c.head_norm, upernet_channels=c.upernet_channels,
         )  # fmt: skip
         mesh = make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
         check_batch(mesh, c.batch_size, c.microbatches)
@@ -93,50 +96,62 @@ class Job:
             values = np.array([float(sources["train"].read(i).target) for i in range(len(sources["train"]))])
             scale = (float(values.mean()), float(values.std()) or 1.0)
         return Plan(
-            spec, adam, rate, self.encoder.statistics, mesh, c.batch_size, c.microbatches, c.eval_batch_size, c.epochs,
-            c.seed, c.flips, c.mixup, c.label_smoothing, c.patience, weights, scale, tuple(info.classes),
-            c.resamples, c.name or self.encoder.name,
+            spec=spec, adam=adam, rate=rate, stats=self.encoder.statistics, mesh=mesh, batch_size=c.batch_size,
+            microbatches=c.microbatches, eval_batch_size=c.eval_batch_size, epochs=c.epochs, seed=c.seed, flips=c.flips,
+            mixup=c.mixup, smoothing=c.label_smoothing, patience=c.patience, class_weights=weights, scale=scale,
+            classes=tuple(info.classes), resamples=c.resamples, name=c.name or self.encoder.name,
         )  # fmt: skip
 
     def run(self) -> dict[str, Any] | None:
         """Trains every rate, tests the best and writes ``best/``, ``results.*`` and ``predictions/``.
 
-        Returns the row of results.jsonl, or None when it was stopped early (start again to continue).
+        Returns the row of results.jsonl, or None when it was stopped early (start again to continue). A rate that
+        diverges is left out; raises TuningError when all do.
         """
         recipe = self.config.copy_and_resolve_references()
         with recipe.unlocked():
             del recipe.stop_at_epoch  # says how far to go now, not what the run is
         workdir_lib.claim(self.workdir, recipe, write=True)
-        sources, stop = self.sources(), StopRequest()
+        sources = self.sources()
         shown = ", ".join(f"{k} {len(s)}" for k, s in sources.items())
         self.say(f"{self.dataset.info.name} ({self.dataset.info.task}): {shown}; inputs {'+'.join(self.inputs)}")
         info, splits = self.dataset.info, {key: source.split for key, source in sources.items()}
-        for text in doubts(self.dataset) + unseen(info.name, info.classes, splits):
+        doubted = doubts(self.dataset) + unseen(info.name, info.classes, splits)
+        for text in doubted:
             self.say(f"WARNING {text}")
-        finished: list[tuple[float, Run]] = []
-        try:
+        with contextlib.ExitStack() as stack:
+            stop = stack.enter_context(contextlib.closing(StopRequest()))
+            for source in sources.values():
+                stack.callback(source.close)
+            runs: list[Run] = []
+            diverged: dict[float, TuningError] = {}
             for rate in self.config.rates:
                 run = Run(self.plan(sources, rate), self.folder / f"lr_{rate:g}", sources,
                           tensorboard=self.config.tensorboard, say=self.say)  # fmt: skip
-                if not run.train(self.encoder.params, self.config.stop_at_epoch, stop):
-                    run.close()
+                stack.enter_context(contextlib.closing(run))
+                try:
+                    complete = run.train(self.encoder.params, self.config.stop_at_epoch, stop)
+                except TuningError as error:  # a sweep goes beyond the rates that work
+                    self.say(f"left out: {error}")
+                    diverged[rate] = error
+                    continue
+                if not complete:
                     self.say(f"stopped; start again with --workdir={self.workdir} to continue")
                     return None
-                finished.append((run.best[0], run))
-            best = max(finished, key=lambda f: f[0])[1]
-            return self._finish(best, sources)
-        finally:
-            stop.close()
-            for _, run in finished:
-                run.close()
-            for source in sources.values():
-                source.close()
+                runs.append(run)
+            if not runs:
+                raise next(iter(diverged.values()))
+            return self._finish(max(runs, key=lambda run: run.best[0]), sources, doubted, list(diverged))
 
-    def _finish(self, best: Run, sources: dict[str, Source]) -> dict[str, Any]:
+    def _finish(
+        self, best: Run, sources: dict[str, Source], doubted: Sequence[str], diverged: Sequence[float]
+    ) -> dict[str, Any]:
         state = best.best_state(self.encoder.params)
         split = "test" if "test" in sources else "val"
         result = best.evaluate(state, split)
         c, info = self.config, self.dataset.info
+        settings = result.settings | {"split": split, "rates": list(c.rates)}
+        settings |= {"diverged": list(diverged)} if diverged else {}
         row = {
             "key": f"finetune-{Path(self.workdir).name}", "model": best.plan.name, "weights": self.encoder.weights_hash,
             "suite": c.data.suite, "dataset": info.name, "task": info.task, "inputs": list(self.inputs),
@@ -144,10 +159,11 @@ class Job:
             "shots": c.data.shots, "seed": c.seed, "samples": {k: len(s) for k, s in sources.items()},
             "metrics": report.as_entry(result.metrics),
             "per_class": result.per_class, "classes": list(info.classes), "confusion": result.confusion,
-            "settings": result.settings | {"split": split, "rates": list(c.rates)}, "note": info.note,
+            "settings": settings,
+            "note": note(self.dataset, self.inputs, doubted, c.data.limit),
         }  # fmt: skip
         shutil.copytree(Path(str(best.folder)) / "best", self.folder / "best", dirs_exist_ok=True)
-        (self.folder / "results.jsonl").write_text(json.dumps(row, default=store._plain) + "\n")
+        (self.folder / "results.jsonl").write_text(json.dumps(row, default=store.plain) + "\n")
         (self.folder / "results.md").write_text(report.markdown([row]))
         if row["confusion"] is not None:
             charts.confusion_figure(row, self.folder / "figures" / "confusion.png")
@@ -173,7 +189,8 @@ class Job:
 
 GALILEO_FINETUNE_RATES = (1e-5, 3e-5, 6e-5, 1e-4, 3e-4, 6e-4, 1e-3, 3e-3, 6e-3)
 _DEFINING = ("epochs", "batch_size", "warmup", "weight_decay", "clip", "layer_decay", "min_rate", "mode", "mixup",
-             "class_weights", "patience")  # fmt: skip
+             "class_weights", "patience", "label_smoothing", "flips", "drop_path", "head_norm",
+             "upernet_channels")  # fmt: skip
 # What a config must be to carry a name: these fields, all others of _DEFINING as in config.base().
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "galileo-finetune/1": {"rates": GALILEO_FINETUNE_RATES},
@@ -230,5 +247,8 @@ def _subset(split: Split, fraction: float, shots: int, seed: int) -> Split:
 
 
 def _hold_out(split: Split, seed: int) -> tuple[Split, Split]:
-    rest, held = held_out(_targets(split), 0.2, seed)
-    return split.subset(rest), split.subset(held)
+    images = by_image(split.ids)
+    whole = len(images) == len(split)
+    parts = held_out(_targets(split) if whole else np.zeros((len(images), 1)), 0.2, seed)
+    rest, held = (split.subset(np.sort(np.concatenate([images[i] for i in part]))) for part in parts)
+    return rest, held

@@ -24,8 +24,9 @@ from terrafm_jax.evals.metrics import Result
 from terrafm_jax.finetuning import network
 from terrafm_jax.finetuning.data import Source, steps_per_epoch
 from terrafm_jax.finetuning.network import Adam, Batch, Flat, TuneSpec
+from terrafm_jax.processes import to_host
 from terrafm_jax.sensors import SENSORS, Statistics
-from terrafm_jax.training.checkpoint import Checkpointer, to_host
+from terrafm_jax.training.checkpoint import Checkpointer
 from terrafm_jax.training.compiler import CPU_OPTIONS
 from terrafm_jax.training.metrics import MetricWriter
 from terrafm_jax.training.preemption import StopRequest
@@ -33,7 +34,7 @@ from terrafm_jax.training.sharding import RULES, make_batch, param_shardings
 
 # The encoder lies as in pretraining; heads and LoRA factors are small and replicated.
 TUNE_RULES = ((r"(head|lora)/.*", P()), *RULES)
-Carry = tuple[dict, Array | float, Flat]  # the head's running statistics, sums of loss and gradients
+Carry = tuple[dict, Array, Flat]  # the head's running statistics, sums of loss and gradients
 
 
 class TuningError(RuntimeError):
@@ -120,26 +121,21 @@ def make_step(plan: Plan) -> Callable[[TuneState, Any], tuple[TuneState, dict[st
         key = jax.random.fold_in(jax.random.key(plan.seed), state.step)
         grad = jax.value_and_grad(loss_of, has_aux=True)
 
+        count, bands = plan.microbatches, batch["bands"]
+        parts = {k: jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), v)
+                 for k, v in batch.items() if k != "bands"}  # fmt: skip
+
         def micro(carry: Carry, part: tuple[Array | int, Batch]) -> tuple[Carry, None]:
-            head, total, sums = carry
-            i, rows = part
+            (head, total, sums), (i, rows) = carry, part
+            rows = {**rows, "bands": bands}
             (value, head), grads = grad(state.trainable, state.frozen, head, rows, jax.random.fold_in(key, i))
             return (head, total + value, jax.tree.map(jnp.add, sums, grads)), None
 
-        count = plan.microbatches
-        bands = batch["bands"]
-        parts = {k: jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), v)
-                 for k, v in batch.items() if k != "bands"}  # fmt: skip
-        zero = jax.tree.map(jnp.zeros_like, state.trainable)
-
-        def body(carry: Carry, part: tuple[Array | int, Batch]) -> tuple[Carry, None]:
-            return micro(carry, (part[0], {**part[1], "bands": bands}))
-
+        start = (state.head, jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trainable))
         if count == 1:
-            (head, value, grads), _ = body((state.head, 0.0, zero), (0, jax.tree.map(lambda x: x[0], parts)))
+            (head, value, grads), _ = micro(start, (0, jax.tree.map(lambda x: x[0], parts)))
         else:
-            start = (state.head, jnp.zeros(()), zero)
-            (head, value, grads), _ = jax.lax.scan(body, start, (jnp.arange(count), parts))
+            (head, value, grads), _ = jax.lax.scan(micro, start, (jnp.arange(count), parts))
         grads = jax.tree.map(lambda g: g / count, grads)
         trainable, mu, nu, norm = plan.adam.update(spec, state.trainable, grads, state.mu, state.nu, state.step, rate)
         new = TuneState(state.step + 1, trainable, state.frozen, mu, nu, head)

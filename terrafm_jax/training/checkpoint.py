@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -128,12 +127,3 @@ def _disk_full(error: BaseException | None) -> bool:
             return True
         error, seen = error.__cause__ or error.__context__, seen + 1
     return False
-
-
-def to_host(tree: Any) -> Any:
-    """Sharded arrays -> full NumPy arrays on every process (a collective on several processes)."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    from jax.experimental import multihost_utils
-
-    return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)

@@ -24,9 +24,9 @@ from terrafm_jax.training.meter import Compiled, Meter, due
 from terrafm_jax.training.metrics import MetricWriter, Progress, timed
 from terrafm_jax.training.plan import Plan, describe, make_plan
 from terrafm_jax.training.preemption import Interrupted, StopRequest
-from terrafm_jax.training.sharding import local_rows
+from terrafm_jax.training.sharding import local_rows, make_batch
 from terrafm_jax.training.state import TrainState, with_weights
-from terrafm_jax.training.step import abstract_state, init_state, make_batch, views_of_step
+from terrafm_jax.training.step import abstract_state, init_state, views_of_step
 from terrafm_jax.training.tools import Evaluator, Tools, TrainingError, skipped_before
 from terrafm_jax.training.trace import Trace
 

@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from terrafm_jax.paths import is_remote
+from terrafm_jax.paths import append_line, is_remote
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +73,7 @@ class MetricWriter:
             if time.monotonic() >= self._due:
                 self.flush()
         else:
-            with open(self._path, "a", encoding="utf-8") as f:
-                f.write(line + "\n")
+            append_line(self._path, line)
         numbers = {k: v for k, v in plain.items() if isinstance(v, int | float) and not isinstance(v, bool)}
         if self._board is not None:
             for name, value in numbers.items():

@@ -110,10 +110,8 @@ def dino_rules(freeze_last_steps: int = 0) -> Rules:
 
 def paths(tree: Params) -> list[str]:
     """Paths of the leaves of a nested dict, in the order of ``jax.tree.leaves``."""
-    return [
-        "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
-        for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]
-    ]
+    found, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found]
 
 
 def match(rules: Sequence[tuple[str, Any]], tree: Params, kind: str = "optimizer") -> Any:

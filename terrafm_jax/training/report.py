@@ -314,8 +314,8 @@ def _pictures(workdir: Any) -> list[str]:
         kind = "jpeg" if path.suffix.lower() == ".jpg" else "png"
         data = base64.b64encode(path.read_bytes()).decode()
         name = html.escape(path.name)
-        found.append(f'<figure><img alt="{name}" src="data:image/{kind};base64,{data}"><figcaption>{name}</figcaption>')
-        found.append("</figure>")
+        image = f'<img alt="{name}" src="data:image/{kind};base64,{data}">'
+        found.append(f"<figure>{image}<figcaption>{name}</figcaption></figure>")
     return ["<h2>Pictures</h2>", *found] if found else []
 
 

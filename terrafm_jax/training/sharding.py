@@ -115,7 +115,7 @@ def batch_shards(mesh: Mesh) -> int:
 def check_batch(mesh: Mesh, batch_size: int, microbatches: int = 1) -> None:
     """Raises ShardingError unless the global batch divides over the mesh, the microbatches and the processes."""
     shards = batch_shards(mesh)
-    if batch_size % (shards * microbatches):
+    if microbatches < 1 or batch_size % (shards * microbatches):
         raise ShardingError(
             f"batch_size = {batch_size} is not a multiple of data x fsdp x microbatches = "
             f"{shards // mesh.shape['fsdp']} x {mesh.shape['fsdp']} x {microbatches} = {shards * microbatches}"

@@ -45,25 +45,10 @@ from terrafm_jax.training.sharding import (
     check_batch,
     describe_parameters,
     gather_params,
-    make_batch,
     state_shardings,
     sums_whole,
 )
 from terrafm_jax.training.state import TrainState
-
-__all__ = [
-    "ObjectiveSpec",
-    "OptimSpec",
-    "TrainSpec",
-    "TrainState",
-    "abstract_state",
-    "init_state",
-    "make_batch",
-    "make_step",
-    "parameter_table",
-    "train_step",
-    "views_of_step",
-]
 
 Metrics = dict[str, jax.Array]
 

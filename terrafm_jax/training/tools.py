@@ -15,8 +15,9 @@ from etils import epath
 from terrafm_jax import config as config_lib
 from terrafm_jax import weights
 from terrafm_jax.data.pipeline import Loader
+from terrafm_jax.processes import rows_of_all, to_host
 from terrafm_jax.provenance import portable
-from terrafm_jax.training.checkpoint import Checkpointer, to_host
+from terrafm_jax.training.checkpoint import Checkpointer
 from terrafm_jax.training.metrics import MetricWriter, Progress
 from terrafm_jax.training.plan import Plan
 from terrafm_jax.training.preemption import StopRequest
@@ -115,16 +116,8 @@ def all_finite(tree: Any) -> jax.Array:
 
 def _of_all_processes(skipped: Mapping[str, int]) -> dict[str, dict[str, int]]:
     """What each process skipped, by its index (a collective on several processes)."""
-    if jax.process_count() == 1:
-        return {"0": dict(skipped)}
-    from jax.experimental import multihost_utils
-
     text = np.frombuffer(json.dumps(dict(skipped)).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(len(text)))
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: len(text)] = text
-    rows = multihost_utils.process_allgather(padded)
-    return {str(p): json.loads(row[:n].tobytes()) for p, (row, n) in enumerate(zip(rows, sizes, strict=True))}
+    return {str(process): json.loads(found.tobytes()) for process, found in enumerate(rows_of_all(text))}
 
 
 def skipped_before(meta: Mapping[str, Any]) -> dict[str, int]:

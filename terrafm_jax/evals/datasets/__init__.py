@@ -3,60 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from terrafm_jax.evals.datasets import published
 from terrafm_jax.evals.datasets.base import Dataset, DatasetError
+from terrafm_jax.evals.datasets.copernicus import open_copernicus
+from terrafm_jax.evals.datasets.folder import open_folder
+from terrafm_jax.evals.datasets.geobench import open_geobench
+from terrafm_jax.evals.datasets.geobench2 import open_geobench2
+from terrafm_jax.evals.datasets.tfds_sets import open_tfds
 
-
-def _geobench(root: Path, names: Sequence[str], options: dict[str, Any]) -> list[Dataset]:
-    from terrafm_jax.evals.datasets.geobench import open_geobench
-
-    return open_geobench(root, names, **options)
-
-
-def _geobench2(root: Path, names: Sequence[str], options: dict[str, Any]) -> list[Dataset]:
-    from terrafm_jax.evals.datasets.geobench2 import open_geobench2
-
-    return open_geobench2(root, names, **options)
-
-
-def _copernicus(root: Path, names: Sequence[str], options: dict[str, Any]) -> list[Dataset]:
-    from terrafm_jax.evals.datasets.copernicus import open_copernicus
-
-    return open_copernicus(root, names, **options)
-
-
-def _tfds(root: Path, names: Sequence[str], options: dict[str, Any]) -> list[Dataset]:
-    from terrafm_jax.evals.datasets.tfds_sets import open_tfds
-
-    return open_tfds(root, names, **options)
-
-
-def _folder(root: Path, names: Sequence[str], options: dict[str, Any]) -> list[Dataset]:
-    from terrafm_jax.evals.datasets.folder import open_folder
-
-    return open_folder(root, **options)
-
-
-def _published(name: str) -> Callable[[Path, Sequence[str], dict[str, Any]], list[Dataset]]:
-    def read(root: Path, names: Sequence[str], options: dict[str, Any]) -> list[Dataset]:
-        from terrafm_jax.evals.datasets.published import open_published
-
-        return open_published(name, root, **options)
-
-    return read
-
-
-PUBLISHED = ("landslide4sense", "sen1floods11", "bigearthnet", "pastis", "oscd", "cloudsen12")
-SUITES: dict[str, Callable[[Path, Sequence[str], dict[str, Any]], list[Dataset]]] = {
-    "geobench": _geobench,
-    "geobench2": _geobench2,
-    "copernicus": _copernicus,
-    "tfds": _tfds,
-    "folder": _folder,
-    **{name: _published(name) for name in PUBLISHED},
+SUITES: dict[str, Callable[..., list[Dataset]]] = {
+    "geobench": open_geobench,
+    "geobench2": open_geobench2,
+    "copernicus": open_copernicus,
+    "tfds": open_tfds,
+    "folder": open_folder,
+    **{name: partial(published.open_published, name) for name in published.DATASETS},
 }
+_ALONE = ("folder", *published.DATASETS)  # hold one data set, so there is no name to choose by
 _OPTIONS = {"geobench": {"bands", "partition"}, "tfds": {"seed"}}
 
 
@@ -75,4 +42,5 @@ def open_suite(suite: str, data: str | Path, names: Sequence[str] = (), **option
     strange = sorted(set(options) - _OPTIONS.get(suite, set()))
     if strange:
         raise DatasetError(f"suite {suite}: options {strange}, expected some of {sorted(_OPTIONS.get(suite, ()))}")
-    return SUITES[suite](Path(data), list(names), options)
+    which = [] if suite in _ALONE else [list(names)]
+    return SUITES[suite](Path(data), *which, **options)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -293,6 +294,18 @@ def held_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, n
     everything = np.arange(len(labels))
     rest = np.setdiff1d(everything, held)
     return (rest, held) if rest.size and held.size else (everything, everything)
+
+
+def by_image(ids: Sequence[str]) -> list[np.ndarray]:
+    """Rows that belong together: windows cut from one image, told by their ids, else each sample by itself.
+
+    Neighboring windows look alike, so choosing by some of an image's while training on others would flatter. Windows
+    of a single image have to be parted.
+    """
+    rows: dict[str, list[int]] = {}
+    for i, sample in enumerate(ids):
+        rows.setdefault(re.sub(r"/r\d+_?c\d+$", "", sample), []).append(i)
+    return [np.array(found) for found in rows.values()] if len(rows) > 1 else list(np.arange(len(ids))[:, None])
 
 
 def few_shot(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:

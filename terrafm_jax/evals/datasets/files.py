@@ -46,8 +46,8 @@ def read_tiff(path: Path | str, at: tuple[int, int] | None = None) -> np.ndarray
         raise DatasetError(f"{path}: cannot be read as a raster ({str(e).splitlines()[0]})") from e
 
 
-def tiff_size(path: Path, bands: Sequence[str]) -> dict[str, Any]:
-    """Shape, band descriptions and tags of a raster without its pixels."""
+def tiff_header(path: Path) -> dict[str, Any]:
+    """Shape, count and descriptions of the bands, and tags of a raster without its pixels."""
     import rasterio
 
     try:

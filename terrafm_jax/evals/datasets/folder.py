@@ -178,7 +178,7 @@ class _Reader:
         for key, declared in self.inputs.items():
             suffix = self.declared[key].get("suffix", "")
             file = files.need(self._folder(key) / (self._relative(path) + suffix), f"the {key} image of {path.name}")
-            found = files.tiff_size(file, declared.bands)
+            found = files.tiff_header(file)
             self._check_count(file, key, found["count"])
             names = [band_name(d, SENSORS[declared.sensor]) if d else None for d in found["descriptions"]]
             wanted = [band_name(b, SENSORS[declared.sensor]) for b in declared.bands]
@@ -243,7 +243,7 @@ class _Reader:
         return kept, [classes.index(split[p][0]) for p in kept], classes
 
     def _tag(self, path: Path, tag: str) -> Any:
-        text = files.tiff_size(path, ())["tags"].get(tag)
+        text = files.tiff_header(path)["tags"].get(tag)
         if text is None:
             raise DatasetError(f"{path}: no tag {tag!r}")
         try:
