@@ -74,14 +74,14 @@ def plan(batch: int, scratch: Path, compare_batch: int | None = None) -> list[En
         words = ("--size", size, "--out", str(scratch / f"{name}.json"), "--peers", "peer", "peer_folded")
         return Entry(name, "benchmarks.compare", each, words, 300)
 
-    cudnn = ("--set", "attention=cudnn")
+    xla = ("--set", "attention=xla")
     return [
         ours("b", "b"),  # alone on the device, so that the compiler's own measurements are not disturbed
         against("compare_b", "b", shared),
         ours("b_profile", "b", "--repeats", "1", "--trace", str(scratch / "trace"), limit=150),  # compiled by now
         ours("l", "l", each=half),
-        ours("b_cudnn", "b", *cudnn),
-        ours("l_cudnn", "l", *cudnn, each=half),
+        ours("b_xla", "b", *xla),
+        ours("l_xla", "l", *xla, each=half),
         Entry("b_end_to_end", "benchmarks.end_to_end", batch, ("--size", "b", "--workers", "8")),
         ours("b_twice_the_batch", "b", each=2 * batch),
         ours("b_scan", "b", "--set", "scan=true"),

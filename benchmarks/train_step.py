@@ -24,6 +24,7 @@ import jax
 
 from benchmarks import timing
 from terrafm_jax import landcover
+from terrafm_jax.models import attention
 from terrafm_jax.models.spec import ModelSpec
 from terrafm_jax.sensors import Statistics
 from terrafm_jax.ssl.views import ViewSpec
@@ -164,6 +165,7 @@ def describe(spec: TrainSpec, args: argparse.Namespace, bench: Bench) -> dict[st
         **{k: v for k, v in vars(args).items() if k not in ("turns", "trace")},
         "model": dataclasses.asdict(spec.model),
         "views": dataclasses.asdict(spec.views),
+        "attention": attention.resolve(spec.model, (spec.views.global_size // spec.views.patch) ** 2 + 1),
         "hardware": device.device_kind,
         "platform": device.platform,
         "devices": jax.device_count(),
