@@ -142,11 +142,12 @@ def layer_norm(x: Array, scale: Array, bias: Array, eps: float, spec: ModelSpec)
     """LayerNorm over the last axis with moments in ``stat_dtype``; returns the compute dtype."""
     if spec.backend == "gpu":
         return _norm_in_passes(x, scale, bias, eps, spec)
-    return _affine(x, scale, bias, *_moments(x.astype(spec.stat_dtype), eps, spec), spec)
+    x = x.astype(spec.stat_dtype)
+    return _affine(x, scale, bias, *_moments(x, eps, spec), spec)
 
 
 def _affine(x: Array, scale: Array, bias: Array, mean: Array, inverse: Array, spec: ModelSpec) -> Array:
-    y = (x.astype(spec.stat_dtype) - mean) * inverse * expand(scale, x.ndim) + expand(bias, x.ndim)
+    y = (x - mean) * inverse * expand(scale, x.ndim) + expand(bias, x.ndim)
     return y.astype(spec.compute_dtype)
 
 
@@ -161,8 +162,9 @@ def _norm_in_passes(x: Array, scale: Array, bias: Array, eps: float, spec: Model
 
 
 def _norm_in_passes_fwd(x: Array, scale: Array, bias: Array, eps: float, spec: ModelSpec) -> tuple:
-    moments = lax.optimization_barrier(_moments(x.astype(spec.stat_dtype), eps, spec))
-    return _affine(x, scale, bias, *moments, spec), (x, scale, bias, *moments)
+    wide = x.astype(spec.stat_dtype)
+    moments = lax.optimization_barrier(_moments(wide, eps, spec))
+    return _affine(wide, scale, bias, *moments, spec), (x, scale, bias, *moments)
 
 
 def _norm_in_passes_bwd(eps: float, spec: ModelSpec, saved: tuple, g: Array) -> tuple[Array, Array, Array]:
