@@ -196,6 +196,19 @@ def test_pairs_put_the_checkpoint_named_first_before_the_others_and_join_draws(t
     assert "ours − raw" in lonely
 
 
+def test_pairs_of_probes_compare_the_means_over_their_runs(tmp_path):
+    """As the table does: the first of five runs alone may be 20 points off."""
+    targets = np.arange(20) % 2
+    (tmp_path / "predictions").mkdir()
+    rows = []
+    for model, wrong in (("ours", (0, 10)), ("raw", (10, 10))):
+        runs = np.stack([np.where(np.arange(20) < k, 1 - targets, targets) for k in wrong])
+        file = tmp_path / "predictions" / f"{model}.npz"
+        np.savez(file, predictions=runs[0], runs=runs, targets=targets, ids=np.arange(20))
+        rows.append(row(model, "x", 0.5, key=model, seed=0, weights=model, classes=["a", "b"]))
+    assert "| top1 +25.0 [" in report.paired_table(rows, tmp_path)
+
+
 def test_batch_jobs_see_a_line_now_and_then(capsys, monkeypatch):
     clock = iter([0.0, 1.0, 31.0, 32.0, 62.0])
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))

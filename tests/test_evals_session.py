@@ -237,6 +237,8 @@ def test_every_protocol_takes_fused_inputs(encoder, protocol, inputs):
     few = protocols.run(protocol, splits, dataset.info, protocols.Options(shots=4, resamples=0), scale=True)
     assert few.settings["train"] == 12
     assert few.top1 > 0.6
+    short = protocols.run(protocol, splits, dataset.info, protocols.Options(epochs=2, resamples=0))
+    assert "epochs" not in short.protocol  # it has none to shorten
 
 
 def test_protocols_that_do_not_fit_say_which_do():

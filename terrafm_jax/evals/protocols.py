@@ -129,9 +129,8 @@ def run(
     else:
         result = _whole_image(protocol, splits, info, options, rows, scale)
     settings = result.settings | {"fraction": options.fraction, "shots": options.shots, "seed": options.seed}
-    label = result.protocol + (
-        f" (epochs={options.epochs})" if options.epochs and protocol not in knn.PROTOCOLS else ""
-    )
+    counts_epochs = protocol in linear.PROBES or protocol in segmentation.DENSE
+    label = result.protocol + (f" (epochs={options.epochs})" if options.epochs and counts_epochs else "")
     return dataclasses.replace(result, settings=settings, protocol=label)
 
 

@@ -211,9 +211,11 @@ class Session:
             folder = self.out / "predictions"
             folder.mkdir(exist_ok=True)
             count = len(result.predictions)
+            more = {"right": result.scores} if self.settings.folds else {}
+            more |= {} if result.runs is None else {"runs": result.runs}
             np.savez_compressed(
                 folder / f"{key}.npz", predictions=result.predictions, targets=test.targets[:count],
-                ids=np.array(test.ids[:count]), **({"right": result.scores} if self.settings.folds else {}),
+                ids=np.array(test.ids[:count]), **more,
             )  # fmt: skip
         self._append(row)
         headline = protocols.headline(result.protocol.split("/")[0], info.task)
@@ -298,4 +300,5 @@ class Session:
                 (test[place[ids[i]]], f"{info.classes[targets[i]]}\n→ {info.classes[predictions[i]]}")
                 for i in wrong[:24]
             ]
-            charts.error_sheet(info, shown, path, f"{title}: {len(wrong)} of {len(ids)} wrong")
+            first = f", first of {runs} runs" if (runs := row["settings"].get("runs", 1)) > 1 else ""
+            charts.error_sheet(info, shown, path, f"{title}{first}: {len(wrong)} of {len(ids)} wrong")
