@@ -206,6 +206,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (DataError, RecordError) as error:
         print(f"data_prep.inspect: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # a folder that cannot be written, a full disk
+        print(f"data_prep.inspect: {args.out or args.directory}: {error}", file=sys.stderr)
+        return 1
     _say(f"\npage with pictures: {page}")
     return 0
 

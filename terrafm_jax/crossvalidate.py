@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
+from terrafm_jax.paths import save_array
 from terrafm_jax.startup import begin, list_flag, one_line, parse_flags
 
 _CHECKPOINT = flags.DEFINE_multi_string("checkpoint", None, "[NAME=]PATH, one per seed; default name: pretrained")
@@ -134,7 +135,7 @@ class Experiment:
             found = protocols.run_folds(
                 protocol, whole, self.info, options, self.folds, self.repeats, scale=encoder.standardize
             )
-            np.save(file, found.scores[:, 0])
+            save_array(file, found.scores[:, 0])
         return f"{protocol}/1, {self.folds}-fold x {self.repeats}", np.load(file)
 
     def _features(self, encoder: Any, keys: tuple[str, ...]) -> Any:
@@ -156,7 +157,7 @@ class Experiment:
                     lambda train, test: tuner.classify(train, test, seed), self.labels, folds=self.folds, repeats=1,
                     seed=repeat,
                 )  # fmt: skip
-                np.save(file, found == self.labels)
+                save_array(file, found == self.labels)
             parts.append(np.load(file))
         return np.mean(parts, axis=0)
 

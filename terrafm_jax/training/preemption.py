@@ -15,7 +15,8 @@ class Interrupted(Exception):
 class StopRequest:
     """Turns signals into a flag that every process reads the same at the same step.
 
-    One process: SIGTERM and SIGINT set the flag; a second SIGINT interrupts at once. Several
+    One process: SIGTERM and SIGINT set the flag, and the first SIGINT says so, as a step may take long; a second
+    SIGINT interrupts at once. Several
     processes: the preemption service of ``jax.distributed`` catches SIGTERM on any of them and lets
     all agree on one of the next calls of :meth:`reached`; SIGINT is passed on to it as SIGTERM. So every
     process has to make the same calls in the same order, at every step and at every batch of an evaluation.
