@@ -177,9 +177,10 @@ def predict_scene(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; bad input, or a signal, ends in one line and exit code 1."""
-    from terrafm_jax.scenes.flags import add_declarations, declared
+    from terrafm_jax.scenes.flags import add_declarations, declared, quiet_libraries
     from terrafm_jax.scenes.run import Stopped
 
+    quiet_libraries()
     parser = argparse.ArgumentParser("python -m terrafm_jax.finetuning.map", description=__doc__)
     parser.add_argument("--workdir", required=True, help="of terrafm_jax.finetune")
     parser.add_argument("--sensor", action="append", required=True, metavar="NAME=FILE")
