@@ -84,7 +84,7 @@ class GeoTiffs:
         target = _finest_grid(scene)
         if block is not None:
             target = target.window(*block)
-        sensors, beside = {}, []
+        sensors, beside, unnamed = {}, [], []
         for key in SENSORS:
             files = [f for f in scene.files if f.sensor == key]
             try:
@@ -92,6 +92,10 @@ class GeoTiffs:
                     sensors[key] = self._sensor(key, files, target if block is not None else None)
             except NotThere:  # swaths differ: a part of the scene has this sensor, another has not
                 beside.append(key)
+            except Unnamed as error:  # all of them at once: else every sensor costs another start
+                unnamed.append((key, error))
+        if unnamed:
+            raise _together(unnamed)
         cover = [f for f in scene.files if f.sensor == LANDCOVER]
         codes = _landcover(cover, target) if cover else None
         return Cell(unit.cell, sensors, unit.number, unit.split, None, codes, unit.rivals, beside)
@@ -121,6 +125,25 @@ class GeoTiffs:
         )
 
 
+class Unnamed(BadInput):
+    """A file whose bands nobody names; ``fits`` says which flag may."""
+
+    def __init__(self, what: str, found: str, fits: str):
+        super().__init__(f"{what}: bands without names{found}{_STATE}; {fits}")
+        self.fits = fits
+
+
+_STATE = ": state their order in the bands column of a manifest or with --bands"
+
+
+def _together(unnamed: Sequence[tuple[str, Unnamed]]) -> BadInput:
+    """One error of all sensors of a scene whose bands nobody names, short enough for rejected.csv."""
+    if len(unnamed) == 1:
+        return BadInput(str(unnamed[0][1]))  # of the plain kind, which travels between processes
+    sensors, fits = ", ".join(key for key, _ in unnamed), "; ".join(error.fits for _, error in unnamed)
+    return BadInput(f"{sensors}: bands without names{_STATE}; {fits}")
+
+
 def _common(key: str, what: str, stated: Sequence[Any]) -> Any:
     """What the files of one sensor say with one voice, None if none says anything. Raises BadInput."""
     found = sorted({value for value in stated if value not in (None, "")})
@@ -145,7 +168,7 @@ def _bands(key: str, file: SceneFile, area: Grid | None, order: Sequence[str]) -
         grid = grid_of(source, file.path)
         names = file.bands or named(key, source.descriptions) or tuple(order)
         if not names:
-            raise BadInput(_unnamed(key, source, file.path))
+            raise _unnamed(key, source, file.path)
         if len(names) != source.count:
             raise BadInput(f"{file.path}: {source.count} bands, but {len(names)} are named: {', '.join(names)}")
         window = None if area is None else _window(grid, area)
@@ -169,7 +192,7 @@ def named(key: str, descriptions: Sequence[str | None]) -> tuple[str, ...]:
     return tuple(map(str, known)) if None not in known and len(set(known)) == len(known) else ()
 
 
-def _unnamed(key: str, source: rasterio.DatasetReader, what: str) -> str:
+def _unnamed(key: str, source: rasterio.DatasetReader, what: str) -> Unnamed:
     """Why a file is refused whose bands nobody names, with the flag that names them."""
     usual = "VV,VH" if key == "s1" else f"B01..B08,B8A,B09{'..B12' if key == 's2_l1c' else ',B11,B12'}"
     fits = f"in ESA's order --bands {key}={usual}"
@@ -181,10 +204,7 @@ def _unnamed(key: str, source: rasterio.DatasetReader, what: str) -> str:
         fits = f"band {dark + 1} is dark as B10 is, so --bands {key}={order} may fit" if order else fits
     found = [text for text in source.descriptions if text]
     described = f", described as {found[:13]}" if found else ""
-    return (
-        f"{what}: bands without names ({source.count}{described}): state their order in the bands column of a manifest "
-        f"or with --bands; {fits}"
-    )
+    return Unnamed(what, f" ({source.count}{described})", fits)
 
 
 def _cirrus_band(source: rasterio.DatasetReader) -> int:
@@ -346,7 +366,7 @@ def _nothing(args: argparse.Namespace, skipped: Mapping[str, int]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser("data_prep.geotiff", description=__doc__, formatter_class=cli.Formatter)
+    result = argparse.ArgumentParser("python -m data_prep.geotiff", description=__doc__, formatter_class=cli.Formatter)
     result.add_argument("--source", required=True, help="folder with the files")
     result.add_argument("--manifest", default=None, help="CSV; without it the naming rule applies")
     result.add_argument("--select", action="append", default=[], metavar="COLUMN=VALUE[,VALUE]", help="rows to use")

@@ -180,7 +180,7 @@ def find(data: DataSet, name: str) -> dict[str, Any]:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
-        "data_prep.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m data_prep.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     result.add_argument("directory", type=Path, help="prepared data set")
     result.add_argument("--out", type=Path, default=None, help="folder of the page (default DIR/inspect)")
