@@ -104,7 +104,7 @@ def _read_folder(path: Any, which: str) -> Loaded:
         return _from_meta(params, meta, str(step))
     inside = sorted(child.name for child in path.iterdir())[:8]
     if (path / "best" / weights.PARAMS_FILE).exists():
-        raise WeightsError(f"{path}: is a workdir of terrafm_jax.finetune, its weights are {path / 'best'}: give that")
+        raise WeightsError(f"{path}: is a workdir of terrafm_jax.finetune, its weights are {path / 'best'}: give it")
     raise WeightsError(
         f"{path}: no weights found (it holds {', '.join(inside) or 'nothing'}); expected a workdir with teacher/ or "
         f"checkpoints/, one of their steps, or a hub folder with {CONFIG_FILE} and {SAFETENSORS_FILE}"

@@ -293,6 +293,16 @@ def test_session_writes_resumes_and_compares(tmp_path):
     assert len((out / "results.jsonl").read_text().splitlines()) == 3
 
 
+def test_notes_name_their_data_set_once(tmp_path):
+    fake.eurosat_like(tmp_path / "tiny", classes=3, per_class=4, yaml="splits: split.csv\n")
+    rows = [f"class_{c}_{i}.tif,{'test' if c == 2 else ('train', 'val')[i % 2]}" for c in range(3) for i in range(4)]
+    (tmp_path / "tiny" / "split.csv").write_text("file,split\n" + "\n".join(rows) + "\n")
+    said: list[str] = []
+    Session(settings(tmp_path, figures=False), say=said.append).run()
+    assert any(line.startswith("WARNING tiny: train has no sample of class_2") for line in said)
+    assert "\n- tiny: train has no sample of class_2" in (tmp_path / "out" / "results.md").read_text()
+
+
 def test_a_failing_data_set_does_not_stop_the_others(tmp_path):
     fake.eurosat_like(tmp_path / "tiny", per_class=8)
     (tmp_path / "tiny/class_1/class_1_3.tif").write_bytes(b"broken")

@@ -227,7 +227,8 @@ class Session:
 
     def _note(self, dataset: Dataset, keys: tuple[str, ...]) -> str:
         parts = [dataset.info.note] if dataset.info.note else []
-        parts += self._doubts[dataset.info.name]
+        name = dataset.info.name  # which the table of notes says already
+        parts += [t.removeprefix(f"{name}: ").removeprefix(f"{name}, ") for t in self._doubts[name]]
         for k in keys:
             missing = dataset.info.inputs[k].missing
             parts += [f"{k} lacks {', '.join(missing)}"] if missing else []
