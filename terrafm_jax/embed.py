@@ -50,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (SceneError, Stopped) as error:
         print(f"terrafm_jax.embed: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # the second one: the first waits for a snapshot
+        from terrafm_jax.startup import interrupted
+
+        interrupted()
     return 0
 
 

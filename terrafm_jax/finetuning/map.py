@@ -204,6 +204,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, Stopped) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # the second one: the first waits for a snapshot
+        from terrafm_jax.startup import interrupted
+
+        interrupted()
     print(said)
     return 0
 
