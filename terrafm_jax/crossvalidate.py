@@ -3,7 +3,8 @@
 Repeated stratified cross-validation of a small labelled data set (one class per image, a few hundred images), for
 raw band statistics, the checkpoint's network untrained, and the checkpoint: kNN, linear probes and fine-tuning on the
 same folds, with paired intervals. Several ``--checkpoint`` of one name (``NAME=PATH``) are seeds of one arm. Writes
-``results.md``, ``results.json`` and ``results.png``; a second call continues. Exit codes: 0, 1 an error, 2 wrong flags.
+``results.md``, ``results.json`` and ``results.png``; a second call continues. Exit codes: 0, 1 an error, 2 wrong flags,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from absl import app, flags
 
 from terrafm_jax.paths import save_array
 from terrafm_jax.startup import begin, list_flag, one_line, parse_flags
+
+Progress = Callable[[int, int], None]  # (folds done, folds in all)
 
 _CHECKPOINT = flags.DEFINE_multi_string("checkpoint", None, "[NAME=]PATH, one per seed; default name: pretrained")
 _SUITE = flags.DEFINE_string("suite", "folder", "as evaluate's")
@@ -102,8 +105,8 @@ class Experiment:
         found = combinations(encoder, self.dataset, ("+".join(wanted),) if wanted else ())
         return found[-1]
 
-    def run(self, say: Any = print) -> list[Any]:
-        """All scores; writes the report."""
+    def run(self, say: Any = print, progress: Callable[[str], Progress | None] = lambda text: None) -> list[Any]:
+        """All scores; writes the report. ``progress``: what is computed -> a function of (folds done, in all)."""
         from terrafm_jax.evals.arms import Score
         from terrafm_jax.evals.datasets.doubts import doubts
 
@@ -113,7 +116,8 @@ class Experiment:
         for arm, seed, encoder in self.arms():
             keys = self.keys(encoder)
             for protocol in self.protocols:
-                label, right = self._one(encoder, protocol, keys, seed)
+                shown = progress(f"{arm}, seed {seed}, {protocol}, folds")
+                label, right = self._one(encoder, protocol, keys, seed, shown)
                 if right is not None:
                     rows.setdefault((arm, label), []).append(right)
                     say(f"{arm}, seed {seed}, {'+'.join(keys)}, {label}: {100 * right.mean():.1f}")
@@ -121,19 +125,28 @@ class Experiment:
         self._report(scores)
         return scores
 
-    def _one(self, encoder: Any, protocol: str, keys: tuple[str, ...], seed: int) -> tuple[str, np.ndarray | None]:
+    def _one(
+        self, encoder: Any, protocol: str, keys: tuple[str, ...], seed: int, progress: Progress | None
+    ) -> tuple[str, np.ndarray | None]:
         from terrafm_jax.evals import protocols
         from terrafm_jax.finetuning.folds import PROTOCOL
 
         if protocol == PROTOCOL:
             label = f"{self.recipe.label}, {self.folds}-fold x {self.tune_repeats}"
-            return label, self._tuned(encoder, keys, seed) if hasattr(encoder, "spec") else None
+            return label, self._tuned(encoder, keys, seed, progress) if hasattr(encoder, "spec") else None
         file = self._file(encoder, keys, protocol, self.repeats)
         if not file.exists():
             whole = self._features(encoder, keys)
             options = protocols.Options(resamples=0)
             found = protocols.run_folds(
-                protocol, whole, self.info, options, self.folds, self.repeats, scale=encoder.standardize
+                protocol,
+                whole,
+                self.info,
+                options,
+                self.folds,
+                self.repeats,
+                scale=encoder.standardize,
+                progress=progress,
             )
             save_array(file, found.scores[:, 0])
         return f"{protocol}/1, {self.folds}-fold x {self.repeats}", np.load(file)
@@ -144,7 +157,7 @@ class Experiment:
         request = store.Request(keys)
         return store.joined([store.extract(encoder, self.dataset, s, request) for s in self.dataset.splits])
 
-    def _tuned(self, encoder: Any, keys: tuple[str, ...], seed: int) -> np.ndarray:
+    def _tuned(self, encoder: Any, keys: tuple[str, ...], seed: int, progress: Progress | None) -> np.ndarray:
         """One file per repetition: an interrupted run loses at most one."""
         from terrafm_jax.evals import crossval
         from terrafm_jax.finetuning.folds import Tuner
@@ -156,6 +169,7 @@ class Experiment:
                 (found,) = crossval.cross_validate(
                     lambda train, test: tuner.classify(train, test, seed), self.labels, folds=self.folds, repeats=1,
                     seed=repeat,
+                    progress=progress and (lambda k, n, r=repeat: progress(r * n + k, self.tune_repeats * n)),
                 )  # fmt: skip
                 save_array(file, found == self.labels)
             parts.append(np.load(file))
@@ -192,6 +206,7 @@ def main(_argv: list[str]) -> None:
 
     from terrafm_jax.evals.datasets.base import DatasetError
     from terrafm_jax.evals.features import FeatureError
+    from terrafm_jax.evals.progress import bar
     from terrafm_jax.evals.protocols import ProtocolError
     from terrafm_jax.weights import WeightsError
 
@@ -201,7 +216,7 @@ def main(_argv: list[str]) -> None:
             tuple(_PROTOCOL.value), _FOLDS.value, _REPEATS.value, _TUNE_REPEATS.value, _RANDOM.value,
             _IMAGE_SIZE.value, tuple(float(r) for r in _RATES.value or ()), _EPOCHS.value,
         )  # fmt: skip
-        experiment.run(lambda text: print(text, flush=True))
+        experiment.run(lambda text: print(text, flush=True), bar)
     print((experiment.out / "results.md").read_text())
     print(f"written to {experiment.out}: results.md, results.json, results.png")
 

@@ -55,3 +55,11 @@ def test_session_cross_validates_all_splits(tmp_path):
     assert row["protocol"] == "torchgeo-bench-knn5/1, 4-fold x 2"
     assert np.sum(row["confusion"]) == 2 * 24
     assert row["settings"]["samples"] == 24
+
+
+def test_progress_counts_the_folds_of_all_repetitions():
+    labels, seen = np.arange(20) % 2, []
+    crossval.cross_validate(
+        lambda train, test: labels[test], labels, folds=4, repeats=2, progress=lambda *at: seen.append(at)
+    )
+    assert seen == [(k, 8) for k in range(1, 9)]
