@@ -1,4 +1,4 @@
-"""Names of the bands in a file that holds several, and what to say of one that names none."""
+"""Names of the bands in a file that holds several, and what to say of files that name none."""
 
 from __future__ import annotations
 
@@ -8,7 +8,18 @@ import numpy as np
 import rasterio
 from rasterio.errors import RasterioError
 
+from data_prep.raster import BadInput
 from terrafm_jax.sensors import SENSORS, band_name
+
+_STATE = ": state their order in the bands column of a manifest or with --bands"
+
+
+class Unnamed(BadInput):
+    """A file whose bands nobody names; ``fits`` says which flag may."""
+
+    def __init__(self, what: str, found: str, fits: str):
+        super().__init__(f"{what}: bands without names{found}{_STATE}; {fits}")
+        self.fits = fits
 
 
 def named(key: str, descriptions: Sequence[str | None]) -> tuple[str, ...]:
@@ -21,7 +32,7 @@ def named(key: str, descriptions: Sequence[str | None]) -> tuple[str, ...]:
     return tuple(map(str, known)) if None not in known and len(set(known)) == len(known) else ()
 
 
-def unnamed(key: str, source: rasterio.DatasetReader, what: str) -> str:
+def unnamed(key: str, source: rasterio.DatasetReader, what: str) -> Unnamed:
     """Why a file is refused whose bands nobody names, with the flag that names them."""
     usual = "VV,VH" if key == "s1" else f"B01..B08,B8A,B09{'..B12' if key == 's2_l1c' else ',B11,B12'}"
     fits = f"in ESA's order --bands {key}={usual}"
@@ -33,10 +44,15 @@ def unnamed(key: str, source: rasterio.DatasetReader, what: str) -> str:
         fits = f"band {dark + 1} is dark as B10 is, so --bands {key}={order} may fit" if order else fits
     found = [text for text in source.descriptions if text]
     described = f", described as {found[:13]}" if found else ""
-    return (
-        f"{what}: bands without names ({source.count}{described}): state their order in the bands column of a manifest "
-        f"or with --bands; {fits}"
-    )
+    return Unnamed(what, f" ({source.count}{described})", fits)
+
+
+def together(nameless: Sequence[tuple[str, Unnamed]]) -> BadInput:
+    """One error of all sensors of a scene whose bands nobody names, short enough for rejected.csv."""
+    if len(nameless) == 1:
+        return BadInput(str(nameless[0][1]))  # of the plain kind, which travels between processes
+    sensors, fits = ", ".join(key for key, _ in nameless), "; ".join(error.fits for _, error in nameless)
+    return BadInput(f"{sensors}: bands without names{_STATE}; {fits}")
 
 
 def _cirrus_band(source: rasterio.DatasetReader) -> int:

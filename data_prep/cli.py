@@ -24,7 +24,7 @@ from terrafm_jax.sensors import SensorError, sensor
 # Exit codes; 2 is argparse's.
 OK, FAILED, SOME_REJECTED, DISK_FULL, UNAVAILABLE, STOPPED = 0, 1, 3, 4, 5, 130
 EXIT_CODES = """exit codes: 0 all cells prepared; 3 prepared, but some cells rejected (rejected.csv; see --tolerate);
-1 nothing prepared or wrong arguments; 4 disk full; 5 source not available; 130 stopped.
+1 nothing prepared or wrong arguments; 2 unknown or malformed flags; 4 disk full; 5 source not available; 130 stopped.
 After 4, 5 and 130 the same command continues where it stopped."""
 RUNNERS = ("local", "DirectRunner", "FlinkRunner", "SparkRunner", "DataflowRunner")
 
@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser, *, require: str, snap: str, s
     """Adds the flags that do not depend on the source."""
     parser.add_argument("--out", required=True, type=_folder, help="folder of the prepared data set, local or mounted")
     parser.add_argument("--worldcover", required=True, help="folder of ESA WorldCover maps, or 'none'")
-    parser.add_argument("--worldcover-missing", choices=("error", "sea"), default="error")
+    parser.add_argument(
+        "--worldcover-missing", choices=("error", "sea"), default="error", help="what a map that is not there means"
+    )
     parser.add_argument("--tile-size", type=int, default=534, help="pixels at 10 m, a multiple of 6 (default 534)")
     parser.add_argument("--stride", type=int, default=None, help="pixels at 10 m, a multiple of 6 (default: tile size)")
     parser.add_argument("--require", default=require, help="sensors a cell must have, by comma")
@@ -43,16 +45,19 @@ def add_arguments(parser: argparse.ArgumentParser, *, require: str, snap: str, s
     parser.add_argument("--split-shares", default="0.9,0.05,0.05", help="train,validation,holdout share of the blocks")
     parser.add_argument("--block-degrees", type=float, default=1.0, help="height of the blocks that splits are made of")
     parser.add_argument("--seed", type=int, default=0, help="of the draw of blocks")
-    parser.add_argument("--snap-origin", choices=("on", "off", "auto"), default=snap)
+    parser.add_argument(
+        "--snap-origin", choices=("on", "off", "auto"), default=snap,
+        help="move the bands' origins to multiples of their pixel size; auto: where Major-TOM's defect shows",
+    )  # fmt: skip
     parser.add_argument("--no-landcover-map", action="store_true", help="do not store the land-cover map of each tile")
     parser.add_argument("--workers", type=int, default=1, help="processes (1: this one)")
-    parser.add_argument("--cells-per-shard", type=int, default=32)
+    parser.add_argument("--cells-per-shard", type=int, default=32, help="cells in one file of the result")
     parser.add_argument("--compression", choices=COMPRESSIONS, default=COMPRESSIONS[0], help="of the shards")
     parser.add_argument(
         "--tolerate", type=float, default=0.0, help="share of cells that may be rejected with exit code 0"
     )
     parser.add_argument("--limit", type=int, default=None, help="only the first so many cells, by name")
-    parser.add_argument("--bbox", type=float, nargs=4, metavar=("W", "S", "E", "N"), default=None)
+    parser.add_argument("--bbox", type=float, nargs=4, metavar=("W", "S", "E", "N"), default=None, help="degrees")
     parser.add_argument("--runner", choices=RUNNERS, default="local", help="local processes or an Apache Beam runner")
     parser.epilog = EXIT_CODES
 
@@ -127,11 +132,15 @@ def main(args: argparse.Namespace, plan: Planner, beam_options: Sequence[str] = 
 def _main(args: argparse.Namespace, plan: Planner, beam_options: Sequence[str]) -> int:
     try:
         options = options_of(args)
+        source = str(getattr(args, "source", ""))
+        if source and "://" not in source and Path(source).resolve() == args.out.resolve():
+            raise ValueError(f"--out {args.out}: is the folder of the source, whose files stay apart; give another one")
         cover = WorldCover.open(args.worldcover, args.worldcover_missing)
         source, units, seen = plan(options, cover)
         if not units:
             counts = ", ".join(f"{n} {what}" for what, n in seen.items())
-            raise ValueError(f"no cell to prepare: {counts}; is it --require, --bbox, --splits or --limit?")
+            also = "--collection, --datetime, " if hasattr(args, "datetime") else ""
+            raise ValueError(f"no cell to prepare: {counts}; is it {also}--require, --bbox, --splits or --limit?")
         job = Job(source, cover, options, str(args.out), args.compression)
         summary = prepare_all(
             job, units, workers=args.workers, chunk_size=args.cells_per_shard, plan=seen, runner=args.runner,

@@ -29,7 +29,7 @@ from rasterio.warp import transform_bounds
 from rasterio.windows import Window
 
 from data_prep import cli, ground, tiling
-from data_prep.bands import named, unnamed
+from data_prep.bands import Unnamed, named, together, unnamed
 from data_prep.cell import Options
 from data_prep.chunks import MOST_LAYOUTS, TOO_MANY_LAYOUTS, Source, Unit
 from data_prep.delivered import Cell, SensorInput
@@ -84,7 +84,7 @@ class GeoTiffs:
         if block is not None:
             target = target.window(*block)
         sensors: dict[str, SensorInput] = {}
-        beside = []
+        beside, nameless = [], []
         for key in EXTENT_ORDER:  # Sentinel-1 last: with Sentinel-2 it will be warped, alone it is cut
             files = [f for f in scene.files if f.sensor == key]
             try:
@@ -93,6 +93,10 @@ class GeoTiffs:
                     sensors[key] = self._sensor(key, files, area)
             except NotThere:  # swaths differ: a part of the scene has this sensor, another has not
                 beside.append(key)
+            except Unnamed as error:  # all of them at once: else every sensor costs another start
+                nameless.append((key, error))
+        if nameless:
+            raise together(nameless)
         cover = [f for f in scene.files if f.sensor == LANDCOVER]
         codes = _landcover(cover, target) if cover else None
         return Cell(unit.cell, sensors, unit.number, unit.split, None, codes, unit.rivals, beside)
@@ -154,7 +158,7 @@ def _bands(key: str, file: SceneFile, area: _Area | None, order: Sequence[str]) 
         grid = grid_of(source, file.path)
         names = file.bands or named(key, source.descriptions) or tuple(order)
         if not names:
-            raise BadInput(unnamed(key, source, file.path))
+            raise unnamed(key, source, file.path)
         if len(names) != source.count:
             raise BadInput(f"{file.path}: {source.count} bands, but {len(names)} are named: {', '.join(names)}")
         window = None if area is None else _window(grid, area)
@@ -334,7 +338,7 @@ def _nothing(args: argparse.Namespace, skipped: Mapping[str, int]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser("data_prep.geotiff", description=__doc__, formatter_class=cli.Formatter)
+    result = argparse.ArgumentParser("python -m data_prep.geotiff", description=__doc__, formatter_class=cli.Formatter)
     result.add_argument("--source", required=True, help="folder with the files")
     result.add_argument("--manifest", default=None, help="CSV; without it the naming rule applies")
     result.add_argument("--select", action="append", default=[], metavar="COLUMN=VALUE[,VALUE]", help="rows to use")

@@ -184,7 +184,7 @@ def find(data: DataSet, name: str) -> dict[str, Any]:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
-        "data_prep.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m data_prep.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     result.add_argument("directory", type=Path, help="prepared data set")
     result.add_argument("--out", type=Path, default=None, help="folder of the page (default DIR/inspect)")
@@ -209,6 +209,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         page = write_page(data, args.out or args.directory / "inspect", text, args.tiles)
     except (DataError, RecordError) as error:
         print(f"data_prep.inspect: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # a folder that cannot be written, a full disk
+        print(f"data_prep.inspect: {args.out or args.directory}: {error}", file=sys.stderr)
         return 1
     _say(f"\npage with pictures: {page}")
     return 0

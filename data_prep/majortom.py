@@ -304,7 +304,7 @@ def _maps(source: MajorTom, picked: Sequence[tuple[dict[str, Row], Row, Any, int
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser("data_prep.majortom", description=__doc__, formatter_class=cli.Formatter)
+    result = argparse.ArgumentParser("python -m data_prep.majortom", description=__doc__, formatter_class=cli.Formatter)
     result.add_argument("--source", required=True, help="folder or URL with Core-S2L2A, Core-S2L1C, Core-S1RTC")
     cli.add_arguments(result, require="s2_l2a", snap="on")
     return result

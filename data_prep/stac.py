@@ -19,6 +19,7 @@ import importlib
 import math
 import re
 import sys
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -115,7 +116,10 @@ def _signer(text: str) -> Callable[[str], str] | None:
     if not text:
         return None
     module, _, name = text.partition(":")
-    return getattr(importlib.import_module(module), name)
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise ValueError(f"--sign {text}: expected MODULE:FUNCTION that can be imported ({error})") from error
 
 
 def _coarser(grid: Grid, step: int) -> Grid:
@@ -168,7 +172,14 @@ def search(
         import pystac_client
     except ImportError as error:
         raise ValueError(f"STAC needs pystac-client and odc-stac: pip install 'terrafm_jax[stac]' ({error})") from error
-    client = pystac_client.Client.open(catalog)
+    with warnings.catch_warnings():  # a static catalog is no API, as pystac-client says for each of its folders
+        warnings.filterwarnings("ignore", category=pystac_client.warnings.PystacClientWarning)
+        return _found(pystac_client.Client.open(catalog), collections, bbox, when)
+
+
+def _found(
+    client: Any, collections: Mapping[str, str], bbox: Sequence[float] | None, when: str
+) -> dict[str, list[Any]]:
     if client.conforms_to("ITEM_SEARCH"):
         return {
             key: list(client.search(collections=[name], bbox=bbox, datetime=when or None).items())
@@ -201,12 +212,26 @@ def collections_of(texts: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def days_of(text: str) -> tuple[str, str]:
+    """First and last day of ``--datetime``; "" and ``..`` leave an end open. Raises ValueError."""
+    first, slash, last = text.partition("/")
+    ends = [("" if end == ".." else end) for end in (first, last if slash else first)]
+    for end in filter(None, ends):
+        try:
+            dt.date.fromisoformat(end[:10])
+        except ValueError as error:
+            raise ValueError(
+                f"--datetime {text}: {end!r} is no day; expected 2021-06-01 or 2021-06-01/2021-06-30 ({error})"
+            ) from None
+    return ends[0], ends[1]
+
+
 def _wanted(item: Any, bbox: Sequence[float] | None, when: str) -> bool:
     if bbox is not None and not _overlap(item.bbox, bbox):
         return False
-    first, _, last = when.partition("/")
-    day = iso_time(item.datetime)[:10]
-    return not when or ((first or "0") <= day and (day <= (last or "9") if "/" in when else day == first))
+    first, last = days_of(when)
+    day = iso_time(item.datetime or item.properties.get("start_datetime"))[:10]
+    return not when or (first[:10] or "0") <= day <= (last[:10] or "9")
 
 
 def _overlap(box: Sequence[float], other: Sequence[float]) -> bool:
@@ -255,6 +280,8 @@ def blocks_of(grid: Grid, options: Options, bbox: Sequence[float] | None) -> Ite
 def plan(args: argparse.Namespace, options: Options, cover: WorldCover) -> tuple[Source, list[Unit], dict[str, Any]]:
     """Units of a catalog. Raises ValueError."""
     collections = collections_of(args.collection)
+    days_of(args.datetime)  # before the catalog is asked, and the signer before work starts
+    _signer(args.sign)
     found = search(args.catalog, collections, args.bbox, args.datetime)
     items = {key: {i.id: i.to_dict() for i in sorted(group, key=lambda i: i.id)} for key, group in found.items()}
     units: list[Unit] = []
@@ -340,10 +367,10 @@ def _seconds(item: Mapping[str, Any]) -> float:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser("data_prep.stac", description=__doc__, formatter_class=cli.Formatter)
+    result = argparse.ArgumentParser("python -m data_prep.stac", description=__doc__, formatter_class=cli.Formatter)
     result.add_argument("--catalog", required=True, help="URL of a STAC API, or URL or file of a catalog.json")
     result.add_argument("--collection", action="append", required=True, metavar="[SENSOR=]NAME", help="once per sensor")
-    result.add_argument("--datetime", default="", help="day or first/last day")
+    result.add_argument("--datetime", default="", help="day or first/last day, as in 2021-06-01/2021-06-30")
     result.add_argument("--sign", default="", metavar="MODULE:FUNCTION", help="signs asset URLs")
     cli.add_arguments(result, require="", snap="off")
     return result

@@ -12,6 +12,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/lib.sh
 source "$here/lib.sh"
 
+asked_for_help "$@"
 extra="" image="" build=1 mounts=()
 while [ $# -gt 0 ]; do
   case $1 in
@@ -32,6 +33,7 @@ case $extra in
   "") ;;
   *) die "--extra $extra: expected cuda, tpu or nothing" ;;
 esac
+flags_given "$@"
 
 [ "$build" = 0 ] || run docker build -f "$here/Dockerfile" --build-arg EXTRA="$extra" -t "$image" "$here/.."
 # Input workers hand batches over through shared memory; the default 64 MB are too few.

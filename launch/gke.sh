@@ -11,6 +11,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/lib.sh
 source "$here/lib.sh"
 
+asked_for_help "$@"
 if [ "${1:-}" = --dry-run ]; then
   DRY_RUN=1
   shift
@@ -68,6 +69,7 @@ xpk() {
     --restart-on-exit-codes="$PREEMPTED" --command="$command"
 }
 
+case $action in render | apply | xpk) flags_given "$@" ;; esac
 case $action in
   render) render "$@" ;;
   apply)

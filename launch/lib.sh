@@ -10,12 +10,29 @@
 : "${MAX_EARLY:=10}"
 : "${DRY_RUN:=0}"
 readonly TERMINATED=143
+# Training's exit code for wrong flags: they are as wrong the next time.
+readonly WRONG_FLAGS=2
 
 log() { printf '%s %s\n' "$(date +%H:%M:%S)" "$*" >&2; }
 
 die() {
   printf 'error: %s\n' "$*" >&2
   exit 2
+}
+
+# asked_for_help WORD: prints the comment at the top of the calling script, and ends, if the word asks for it.
+asked_for_help() {
+  case ${1:-} in
+    -h | --help)
+      awk 'NR > 1 && !/^#( |$)/ { exit } NR > 1 { sub(/^# ?/, ""); print }' "$0"
+      exit 0
+      ;;
+  esac
+}
+
+# flags_given FLAGS...: stops before anything is built, or costs money, where training would refuse to start.
+flags_given() {
+  [ $# -gt 0 ] || die "no flags of training (--config=... --workdir=...); --help shows an example"
 }
 
 # run COMMAND...: prints the command in a dry run, else runs it.
@@ -68,6 +85,9 @@ again() {
       return 1
     fi
     log "told to stop before it could save (exit code $1): starting again"
+  elif [ "$1" = "$WRONG_FLAGS" ]; then
+    log "exit code $1: wrong flags, which another start does not mend"
+    return 1
   else
     early=0
     failures=$((failures + 1))

@@ -8,6 +8,7 @@
 #                 those that CUDA_VISIBLE_DEVICES names)
 # --module M      Python module to run (default terrafm_jax.main)
 # --dry-run       print the commands
+# PYTHON is the interpreter (default python): PYTHON=.venv/bin/python where no environment is active.
 # A process that dies takes the others down (SIGTERM, after GRACE seconds SIGKILL: 20), and the last line of the job
 # names it; the job is started again on exit code 42 (preempted), on 143 (SIGTERM came before it could save) and, up
 # to MAX_RESTARTS times, on any other failure. SIGTERM and SIGINT are passed on and end the restarting.
@@ -16,6 +17,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/lib.sh
 source "$here/lib.sh"
 
+asked_for_help "$@"
 processes=2 devices=1 module=terrafm_jax.main
 while [ $# -gt 0 ]; do
   case $1 in
@@ -27,6 +29,7 @@ while [ $# -gt 0 ]; do
     *) die "unknown option $1; options of training come after --" ;;
   esac
 done
+[ "$module" != terrafm_jax.main ] || flags_given "$@"
 python=${PYTHON:-python}
 # Where CUDA_VISIBLE_DEVICES names this machine's GPUs that are ours, each process gets one of them.
 IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-}"

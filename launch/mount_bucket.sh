@@ -7,9 +7,11 @@
 # would have every worker copy all of them (docs/input.md). Does nothing where FOLDER is a mount already. Installs
 # gcsfuse where it is missing. launch/tpu_pod.sh calls it on all workers: SETUP="launch/mount_bucket.sh BUCKET FOLDER".
 set -euo pipefail
+# shellcheck source=launch/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+asked_for_help "$@"
 if [ $# -lt 2 ] || [ $# -gt 3 ]; then
-  echo "error: expected BUCKET FOLDER [CACHE_MB]" >&2
-  exit 2
+  die "expected BUCKET FOLDER [CACHE_MB]"
 fi
 bucket=${1#gs://} folder=$2 cache_mb=${3:-50000}
 

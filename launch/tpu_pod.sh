@@ -16,6 +16,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/lib.sh
 source "$here/lib.sh"
 
+asked_for_help "$@"
 if [ "${1:-}" = --dry-run ]; then
   DRY_RUN=1
   shift
@@ -208,6 +209,7 @@ up() {
 }
 
 mapfile -t place < <(where)
+case $action in up | run) flags_given "$@" ;; esac
 case $action in
   up)
     [ "$DRY_RUN" = 1 ] || command -v gcloud >/dev/null || die "gcloud is not installed here"

@@ -200,6 +200,9 @@ def _baseline(
         text = f"{where}, as if the baseline offset of 1000 were still inside; if so, pass {thousand}"
         if said.unit == "reflectance":
             text = f"{where} in reflectance x 10000, as if the baseline offset (0.1) were still inside; subtract it"
+        darkest = min(levels, key=levels.__getitem__)
+        if name == "B10" and levels[darkest] < L1C_CIRRUS_THRESHOLD:  # with the offset inside no band is so dark
+            text = f"{where}, those of {darkest} at {levels[darkest]:.0f}: the bands are in another order than stated"
         if said.offset_said:  # the user has looked: only B10 is worth a contradiction
             return [Finding(f"{text}; taken as declared", False)] if sure else []
         return [Finding(f"{text} (else {none})", sure)]

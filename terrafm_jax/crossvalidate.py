@@ -3,7 +3,8 @@
 Repeated stratified cross-validation of a small labelled data set (one class per image, a few hundred images), for
 raw band statistics, the checkpoint's network untrained, and the checkpoint: kNN, linear probes and fine-tuning on the
 same folds, with paired intervals. Several ``--checkpoint`` of one name (``NAME=PATH``) are seeds of one arm. Writes
-``results.md``, ``results.json`` and ``results.png``; a second call continues. Exit codes: 0, 1 an error, 2 wrong flags.
+``results.md``, ``results.json`` and ``results.png``; a second call continues. Exit codes: 0, 1 an error, 2 wrong flags,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from terrafm_jax.paths import write_atomically
+from terrafm_jax.paths import save_array
 from terrafm_jax.startup import begin, list_flag, one_line, parse_flags
+
+Progress = Callable[[int, int], None]  # (folds done, folds in all)
 
 _CHECKPOINT = flags.DEFINE_multi_string("checkpoint", None, "[NAME=]PATH, one per seed; default name: pretrained")
 _SUITE = flags.DEFINE_string("suite", "folder", "as evaluate's")
@@ -104,8 +106,8 @@ class Experiment:
         found = combinations(encoder, self.dataset, ("+".join(wanted),) if wanted else ())
         return found[-1]
 
-    def run(self, say: Any = print) -> list[Any]:
-        """All scores; writes the report."""
+    def run(self, say: Any = print, progress: Callable[[str], Progress | None] = lambda text: None) -> list[Any]:
+        """All scores; writes the report. ``progress``: what is computed -> a function of (folds done, in all)."""
         from terrafm_jax.evals.arms import Score
         from terrafm_jax.evals.datasets.doubts import doubts
 
@@ -115,7 +117,8 @@ class Experiment:
         for arm, seed, encoder in self.arms():
             keys = self.keys(encoder)
             for protocol in self.protocols:
-                label, right = self._one(encoder, protocol, keys, seed)
+                shown = progress(f"{arm}, seed {seed}, {protocol}, folds")
+                label, right = self._one(encoder, protocol, keys, seed, shown)
                 if right is not None:
                     rows.setdefault((arm, label), []).append(right)
                     say(f"{arm}, seed {seed}, {'+'.join(keys)}, {label}: {100 * right.mean():.1f}")
@@ -123,18 +126,20 @@ class Experiment:
         self._report(scores)
         return scores
 
-    def _one(self, encoder: Any, protocol: str, keys: tuple[str, ...], seed: int) -> tuple[str, np.ndarray | None]:
+    def _one(
+        self, encoder: Any, protocol: str, keys: tuple[str, ...], seed: int, progress: Progress | None
+    ) -> tuple[str, np.ndarray | None]:
         from terrafm_jax.evals import protocols
         from terrafm_jax.finetuning.folds import PROTOCOL
 
         if protocol == PROTOCOL:
             label = f"{self.recipe.label}, {self.folds}-fold x {self.tune_repeats}"
-            return label, self._tuned(encoder, keys, seed) if hasattr(encoder, "spec") else None
+            return label, self._tuned(encoder, keys, seed, progress) if hasattr(encoder, "spec") else None
 
         def shares() -> np.ndarray:
             found = protocols.run_folds(
                 protocol, self._features(encoder, keys), self.info, protocols.Options(resamples=0), self.folds,
-                self.repeats, scale=encoder.standardize,
+                self.repeats, scale=encoder.standardize, progress=progress,
             )  # fmt: skip
             return found.scores[:, 0]
 
@@ -147,7 +152,7 @@ class Experiment:
         request = store.Request(keys)
         return store.joined([store.extract(encoder, self.dataset, s, request) for s in self.dataset.splits])
 
-    def _tuned(self, encoder: Any, keys: tuple[str, ...], seed: int) -> np.ndarray:
+    def _tuned(self, encoder: Any, keys: tuple[str, ...], seed: int, progress: Progress | None) -> np.ndarray:
         """One file per repetition: an interrupted run loses at most one."""
         from terrafm_jax.evals import crossval
         from terrafm_jax.finetuning.folds import Tuner
@@ -158,6 +163,7 @@ class Experiment:
             (found,) = crossval.cross_validate(
                 lambda train, test: tuner.classify(train, test, seed), self.labels, folds=self.folds, repeats=1,
                 seed=repeat,
+                progress=progress and (lambda done, n: progress(repeat * n + done, self.tune_repeats * n)),
             )  # fmt: skip
             return found == self.labels
 
@@ -169,11 +175,9 @@ class Experiment:
 
     @staticmethod
     def _once(file: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """The array in a file, made if it is not there; what cuts the writing short leaves no half of one."""
+        """The array in a file, made if it is not there."""
         if not file.exists():
-            buffer = io.BytesIO()
-            np.save(buffer, make())
-            write_atomically(file, buffer.getvalue())
+            save_array(file, make())
         return np.load(file)
 
     def _file(self, encoder: Any, keys: tuple[str, ...], *settings: Any) -> Path:
@@ -207,6 +211,7 @@ def main(_argv: list[str]) -> None:
 
     from terrafm_jax.evals.datasets.base import DatasetError
     from terrafm_jax.evals.features import FeatureError
+    from terrafm_jax.evals.progress import bar
     from terrafm_jax.evals.protocols import ProtocolError
     from terrafm_jax.weights import WeightsError
 
@@ -216,7 +221,7 @@ def main(_argv: list[str]) -> None:
             tuple(_PROTOCOL.value), _FOLDS.value, _REPEATS.value, _TUNE_REPEATS.value, _RANDOM.value,
             _IMAGE_SIZE.value, tuple(float(r) for r in _RATES.value or ()), _EPOCHS.value,
         )  # fmt: skip
-        experiment.run(lambda text: print(text, flush=True))
+        experiment.run(lambda text: print(text, flush=True), bar)
     print((experiment.out / "results.md").read_text())
     print(f"written to {experiment.out}: results.md, results.json, results.png")
 

@@ -20,10 +20,8 @@ import contextlib
 import importlib.metadata
 import json
 import logging
-import os
 import sys
 import time
-import warnings
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +31,7 @@ import numpy as np
 
 from terrafm_jax.provenance import place, portable
 from terrafm_jax.scenes.errors import SceneError
-from terrafm_jax.scenes.flags import declared, parse
+from terrafm_jax.scenes.flags import declared, parse, quiet_libraries
 
 _say = logging.getLogger("terrafm_jax.embed").info
 
@@ -43,11 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("terrafm_jax").setLevel(logging.INFO)
-    logging.getLogger("rasterio").setLevel(logging.CRITICAL)
-    logging.getLogger("jax").setLevel(logging.WARNING)  # it tells of every accelerator that is not there
-    os.environ.setdefault("GDAL_CACHEMAX", "256")  # MB; by itself GDAL takes a twentieth of the machine's memory
-    # rasterio warns about the arrays that it warps; files without a georeference are an error of ours.
-    warnings.filterwarnings("ignore", message="Dataset has no geotransform")
+    quiet_libraries()
     command, args = parse(argv, __doc__)
     from terrafm_jax.scenes.run import Stopped
 
@@ -56,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (SceneError, Stopped) as error:
         print(f"terrafm_jax.embed: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # the second one: the first waits for a snapshot
+        from terrafm_jax.startup import interrupted
+
+        interrupted()
     return 0
 
 
@@ -340,10 +338,13 @@ def run_picture(args: argparse.Namespace) -> None:
 
     make_folder(args.out)
     if args.similar_to:
-        analyze.similarity_picture(args.file, *args.similar_to, args.out)
-    elif not analyze.change_picture(args.file, args.out):
+        black, white = analyze.similarity_picture(args.file, *args.similar_to, args.out)
+        _say("cosine similarity, black: %.3g or less, white: %.3g -> %s", black, white, args.out)
+    elif ends := analyze.change_picture(args.file, args.out):
+        _say("change (1 - cosine), black: %.3g, white: %.3g or more -> %s", *ends, args.out)
+    else:
         shares = analyze.pca_picture(args.file, args.out)
-        _say("variance of the three components: %s", np.round(shares, 3).tolist())
+        _say("variance of the three components: %s -> %s", np.round(shares, 3).tolist(), args.out)
 
 
 class _Progress:

@@ -2,7 +2,7 @@
 
 Features are computed once and cached by weights hash; a second call continues. Writes ``results.jsonl``,
 ``results.md`` (published rows beside ours), ``figures/`` and ``predictions/`` to ``--out``. Several ``--checkpoint``
-compare side by side. Exit codes: 0 all rows there, 1 an error or a failed row, 2 wrong flags.
+compare side by side. Exit codes: 0 all rows there, 1 an error or a failed row, 2 wrong flags, 130 interrupted.
 """
 
 from __future__ import annotations

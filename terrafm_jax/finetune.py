@@ -1,7 +1,7 @@
 """Fine-tuning: ``python -m terrafm_jax.finetune --config=configs/finetune/classification.py --workdir=DIR``.
 
 Give ``--config.init_from=PATH --config.data.dir=DIR``. Resumes by itself. Exit codes: 0 complete or stopped on
-request, 1 an error, with one line that says what to do, 2 wrong flags.
+request, 1 an error, with one line that says what to do, 2 wrong flags, 130 a second Ctrl-C.
 """
 
 from __future__ import annotations

@@ -103,6 +103,8 @@ def _read_folder(path: Any, which: str) -> Loaded:
             meta = {**(weights.load_npz(newest)[1] if newest is not None else {}), **meta}
         return _from_meta(params, meta, str(step))
     inside = sorted(child.name for child in path.iterdir())[:8]
+    if (path / "best" / weights.PARAMS_FILE).exists():
+        raise WeightsError(f"{path}: is a workdir of terrafm_jax.finetune, its weights are {path / 'best'}: give it")
     raise WeightsError(
         f"{path}: no weights found (it holds {', '.join(inside) or 'nothing'}); expected a workdir with teacher/ or "
         f"checkpoints/, one of their steps, or a hub folder with {CONFIG_FILE} and {SAFETENSORS_FILE}"

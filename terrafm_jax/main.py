@@ -2,7 +2,7 @@
 
 Resumes by itself. Exit codes: 0 complete, stopped at ``config.stop_at_step`` or interrupted by a
 person; ``config.exit_code_preempted`` after SIGTERM with a checkpoint (a launcher requeues on it);
-1 an error, with one line that says what to do; 2 wrong flags.
+1 an error, with one line that says what to do; 2 wrong flags; 130 interrupted twice, and nothing saved since.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 
 from absl import app, flags
 
-from terrafm_jax.startup import config_flag, fail, parse_flags, start_logging
+from terrafm_jax.startup import config_flag, fail, interrupted, parse_flags, start_logging
 from terrafm_jax.xla import cache_compilations
 
 # Seconds without a sign of life after which a process counts as dead and the others end, too. JAX waits for 100.
@@ -69,6 +69,8 @@ def main(_argv: list[str]) -> None:
         if os.environ.get("TERRAFM_TRACEBACK"):
             raise
         fail(str(e))
+    except KeyboardInterrupt:  # the second one: the first asks for a checkpoint
+        interrupted()
     except jax.errors.JaxRuntimeError as e:
         if jax.process_count() == 1:
             raise

@@ -10,9 +10,10 @@ import importlib.util
 import inspect
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +26,7 @@ from terrafm_jax.xla import cache_compilations
 flags.disclaim_key_flags()  # --help shows the flags defined below as those of the command that asks for them
 
 SHIPPED = Path(__file__).resolve().parents[1]  # holds configs/, in a checkout and in site-packages alike
+_NOT_GIVEN = re.compile(r"flag (--\w+)=None: Flag --\w+ must have a value other than None\.")  # absl's words
 # What other projects call a field, where spelling alone does not lead to ours.
 _ELSEWHERE = {
     "lr": ("optim.base_lr", "rates"),
@@ -125,7 +127,7 @@ def parse_flags(arguments: list[str]) -> list[str]:
     except (KeyError, AttributeError) as e:  # ml_collections: a key that the config does not have
         refuse(_wrong_keys(arguments) or str(e))
     except (flags.Error, TypeError, ValueError) as e:
-        refuse(str(e))
+        refuse(_NOT_GIVEN.sub(r"\1 is missing", str(e)))
     if len(rest) > 1:
         refuse(f"unknown arguments {rest[1:]}")
     return rest
@@ -176,12 +178,28 @@ def begin() -> None:
 
 @contextmanager
 def one_line(*known: type[Exception]) -> Iterator[None]:
-    """Errors that say what to do end in that line and exit code 1; all others keep their traceback."""
+    """Errors that say what to do end in that line and exit code 1, Ctrl-C in one with code 130.
+
+    OSErrors name the file. All others keep their traceback; TERRAFM_TRACEBACK=1 keeps it for all. Ctrl-C is for work
+    that the same command continues.
+    """
     try:
         yield
-    except known as error:
+    except (*known, OSError) as error:
+        if os.environ.get("TERRAFM_TRACEBACK"):
+            raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        interrupted()
+
+
+def interrupted() -> NoReturn:
+    """Ctrl-C: one line, and out at once; an orderly exit crashes where a thread still compiles."""
+    print("interrupted; the same command continues with what is on disk", file=sys.stderr, flush=True)
+    with suppress(OSError):
+        sys.stdout.flush()
+    os._exit(130)
 
 
 def fail(message: str) -> NoReturn:

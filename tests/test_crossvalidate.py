@@ -78,7 +78,7 @@ def test_tuning_learns_and_never_sees_the_labels_it_is_tested_on(folder):
 
 
 def test_a_run_cut_short_while_it_writes_goes_on(folder, checkpoint, tmp_path, monkeypatch):
-    def cut_short(target, array):
+    def cut_short(target, array, **_):
         (target.write_bytes if isinstance(target, Path) else target.write)(b"\x93NUM")
         raise KeyboardInterrupt
 
@@ -199,8 +199,11 @@ def test_several_sensors_are_fused_in_probes_and_fine_tuning(checkpoint, tmp_pat
     (root / "dataset.yaml").write_text(f"name: pairs\ninputs:\n{inputs}")
     said: list[str] = []
     chosen = {"protocols": ("galileo-linear", "fold-finetune"), "repeats": 1, "epochs": 30}
-    scores = experiment(root, checkpoint, tmp_path / "out", **chosen).run(said.append)
-    assert len(said) == 5
+    shown: dict[str, list[tuple[int, int]]] = {}
+    whole = experiment(root, checkpoint, tmp_path / "out", **chosen)
+    scores = whole.run(said.append, lambda text: lambda *at: shown.setdefault(text, []).append(at))
+    assert len(said) == len(shown) == 5
+    assert all(at == [(k, len(at)) for k in range(1, len(at) + 1)] for at in shown.values()), shown
     assert all(", s1+s2_l2a, " in text for text in said)
     assert all(s.right.mean() > 0.7 for s in scores if s.arm != RANDOM), [
         (s.arm, s.protocol, s.by_seed) for s in scores

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -119,6 +121,33 @@ def test_search_by_place_and_day(catalog: tuple[Path, dict], tmp_path: Path, cap
     assert "no cell to prepare" in capsys.readouterr().err
     assert prepare(path, tmp_path / "b", "--bbox", "0", "0", "1", "1") == 1
     assert prepare(path, tmp_path / "c", "--datetime", "2021-06-11") == 0
+    assert "Warning" not in capsys.readouterr().err, "a static catalog is nothing to warn of"
+    assert prepare(path, tmp_path / "d", "--datetime", "2021-06-11/..", "--limit", "1") == 0
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--datetime", "2021-13-01", r"'2021-13-01' is no day; expected 2021-06-01 or 2021-06-01/2021-06-30"),
+        ("--datetime", "2021-06-01/June", r"'June' is no day"),
+        ("--sign", "no_such_module:sign", r"--sign no_such_module:sign: expected MODULE:FUNCTION .*no_such_module"),
+        ("--sign", "math", r"--sign math: expected MODULE:FUNCTION"),
+    ],
+)
+def test_wrong_flags_are_said_before_the_catalog_is_asked(tmp_path: Path, capsys: Any, flag, value, message):
+    assert prepare(tmp_path / "nowhere.json", tmp_path / "out", flag, value) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_items_that_state_when_they_begin_are_found_by_that_day():
+    """A mosaic has no datetime of its own; without --datetime none is left out for that."""
+    start = "2021-06-11T10:30:21Z"
+    given = {"start_datetime": start, "end_datetime": start}
+    for properties, days in ((given, ["", "2021-06-11", "2021-06-01/..", "../2021-06-11"]), ({}, [""])):
+        item = SimpleNamespace(datetime=None, bbox=[11, 48, 12, 49], properties=properties)
+        asked = ["", "2021-06-11", "2021-06-01/..", "../2021-06-11", "2021-06-12", "2021-06-12/.."]
+        assert [when for when in asked if stac._wanted(item, None, when)] == days
 
 
 def test_names_of_collections(catalog: tuple[Path, dict], tmp_path: Path, capsys: pytest.CaptureFixture[str]):

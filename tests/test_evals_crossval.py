@@ -75,3 +75,11 @@ def test_other_epochs_than_published_are_said():
     assert label("copernicus-linear", 2) == "copernicus-linear/1 (epochs=2), 2-fold x 1"
     assert label("logreg", 0) == "logreg/1"
     assert label("galileo-knn20", 2) == "galileo-knn20/1, 2-fold x 1"
+
+
+def test_progress_counts_the_folds_of_all_repetitions():
+    labels, seen = np.arange(20) % 2, []
+    crossval.cross_validate(
+        lambda train, test: labels[test], labels, folds=4, repeats=2, progress=lambda *at: seen.append(at)
+    )
+    assert seen == [(k, 8) for k in range(1, 9)]

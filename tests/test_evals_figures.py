@@ -9,6 +9,7 @@ import labelled_fake as fake
 import numpy as np
 import pytest
 
+from terrafm_jax import palette
 from terrafm_jax.evals import charts, progress, report
 from terrafm_jax.evals.datasets import open_suite
 from terrafm_jax.evals.datasets.base import DatasetInfo, Input, Sample
@@ -169,6 +170,19 @@ def test_mask_sheet_puts_image_labels_and_prediction_side_by_side(drawn, tmp_pat
     assert [a.get_title() for a in drawn["masks.png"].axes] == ["image", "labels", "prediction"]
 
 
+def test_mask_sheet_has_a_legend_in_the_colors_of_maps(drawn, tmp_path):
+    info = DatasetInfo("x", "segmentation", ("Tree cover", "Built-up"), {"s2_l1c": S2}, ignore=255)
+    sample = Sample("a", {"s2_l1c": np.full((2, 2, 3), 900, np.uint16)}, np.array([[0, 1], [255, 1]]))
+    charts.mask_sheet(info, [(sample, np.zeros((2, 2), int))] * 2, tmp_path / "masks.png", "title")
+    (shown,) = drawn["masks.png"].legends
+    assert [text.get_text() for text in shown.get_texts()] == ["Tree cover", "Built-up"]
+    wanted = [tuple(v / 255 for v in color) for color in palette.colors(info.classes)]
+    assert [patch.get_facecolor()[:3] for patch in shown.get_patches()] == wanted
+    predicted = drawn["masks.png"].axes[2].images[0]
+    assert tuple(predicted.to_rgba(predicted.get_array())[0, 0, :3]) == pytest.approx(wanted[0])
+    assert [a.get_title() for a in drawn["masks.png"].axes] == ["image", "labels", "prediction", "", "", ""]
+
+
 def test_pairs_put_the_checkpoint_named_first_before_the_others_and_join_draws(tmp_path):
     rng = np.random.default_rng(0)
     targets, rows = np.arange(60) % 2, []
@@ -194,6 +208,19 @@ def test_pairs_put_the_checkpoint_named_first_before_the_others_and_join_draws(t
     lonely = report.paired_table(rows[:3], tmp_path)  # only one draw in common
     assert "draws" not in lonely
     assert "ours − raw" in lonely
+
+
+def test_pairs_of_probes_compare_the_means_over_their_runs(tmp_path):
+    """As the table does: the first of five runs alone may be 20 points off."""
+    targets = np.arange(20) % 2
+    (tmp_path / "predictions").mkdir()
+    rows = []
+    for model, wrong in (("ours", (0, 10)), ("raw", (10, 10))):
+        runs = np.stack([np.where(np.arange(20) < k, 1 - targets, targets) for k in wrong])
+        file = tmp_path / "predictions" / f"{model}.npz"
+        np.savez(file, predictions=runs[0], runs=runs, targets=targets, ids=np.arange(20))
+        rows.append(row(model, "x", 0.5, key=model, seed=0, weights=model, classes=["a", "b"]))
+    assert "| top1 +25.0 [" in report.paired_table(rows, tmp_path)
 
 
 def test_batch_jobs_see_a_line_now_and_then(capsys, monkeypatch):

@@ -55,6 +55,20 @@ def test_linear_probe_learns_and_chooses_on_validation():
     assert 155 <= lonely.settings["train"] <= 165
 
 
+def test_confusion_and_classes_are_over_the_same_runs_as_the_number():
+    test = blobs(40, 2)
+    rng = np.random.default_rng(0)
+    runs = [np.eye(4)[test.targets], rng.random((40, 4))]
+    result = linear.mean_of_runs("x/1", "classification", runs, test.targets, {}, resamples=0)
+    assert result.confusion.sum() == 80
+    assert result.confusion.trace() / 80 == pytest.approx(result.top1)
+    assert np.nanmean(result.per_class) == pytest.approx(result.macro)
+    np.testing.assert_array_equal(result.runs, [s.argmax(1) for s in runs])
+    several = np.eye(4, dtype=bool)[test.targets]
+    result = linear.mean_of_runs("x/1", "multilabel", runs, several, {}, resamples=0)
+    assert np.mean(result.per_class) == pytest.approx(result.metrics["f1_macro"].value)
+
+
 def test_copernicus_probe_multilabel_and_regression():
     train, val, test = blobs(300, 0), blobs(80, 1), blobs(150, 2)
     protocol = dataclasses.replace(PROBES["copernicus-linear"], epochs=10)

@@ -96,6 +96,20 @@ def test_state_dicts_carry_size_and_statistics(tmp_path, loaded, suffix):
     assert_same_features(Model(flat).encode(**x), Model(ours).encode(**x))
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_full_disk_leaves_no_half_file_of_weights(tmp_path, loaded, suffix, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("terrafm_jax.paths.write_atomically", full)
+    monkeypatch.setattr("terrafm_jax.export.formats.write_atomically", full, raising=False)
+    monkeypatch.setattr("terrafm_jax.export.safetensors_file.write_atomically", full, raising=False)
+    path = tmp_path / f"x{suffix}"
+    with pytest.raises(OSError, match="No space"):
+        formats.write_state(loaded, path, full=True)
+    assert not path.exists()
+
+
 def test_the_command_says_what_a_plain_state_dict_leaves_out(tmp_path, loaded, capsys):
     formats.write_folder(loaded, tmp_path / "hub")
     assert export_main(["--checkpoint", str(tmp_path / "hub"), "--out", str(tmp_path / "x.pth")]) == 0

@@ -88,6 +88,10 @@ def test_pytorch_export_equals_ours(tmp_path, head, task, size, inputs):
     }
     model = FineTuned.from_pretrained(tmp_path / "out")
     assert model.classes == tuned.classes
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"## Fine-tuned for {task}" in card
+    assert "FineTuned.from_pretrained" in card
+    assert all(", ".join(names) in card for names in (*tuned.bands.values(), tuned.classes))
     radar = np.random.default_rng(1).normal(-12, 3, (2, size, size, 2)).astype(np.float32)
     images = {k: x for k, x in (("s1", radar), ("s2_l2a", pixels(size))) if k in inputs}
     given = {k: torch.tensor(x[..., tuned.mask(k)]).permute(0, 3, 1, 2) for k, x in images.items()}

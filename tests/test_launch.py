@@ -65,13 +65,29 @@ def test_tpu_pod_with_two_slices_runs_on_both(root):
         ("gke.sh", ["render"], {**GKE, "NAME": "a" * 41}, "at most 40"),
         ("docker.sh", ["--extra", "rocm", "--"], {}, "expected cuda, tpu or nothing"),
         ("local.sh", ["--config=x"], {}, "come after --"),
-        ("local.sh", ["--devices", "0", "--"], {"CUDA_VISIBLE_DEVICES": "4"}, "CUDA_VISIBLE_DEVICES=4 names 1"),
+        ("local.sh", ["--devices", 0, "--", *FLAGS], {"CUDA_VISIBLE_DEVICES": "4"}, "CUDA_VISIBLE_DEVICES=4 names 1"),
+        ("local.sh", ["--processes", "2"], {}, "no flags of training"),
+        ("tpu_pod.sh", ["up"], POD, "no flags of training"),
+        ("gke.sh", ["apply"], GKE, "no flags of training"),
+        ("docker.sh", [], {}, "no flags of training"),
+        ("mount_bucket.sh", ["bucket"], {}, "expected BUCKET FOLDER"),
+        ("slurm.sbatch", ["--config=x"], {}, "not in a Slurm job: sbatch launch/slurm.sbatch"),
     ],
 )
 def test_wrong_settings_are_named(root, script, arguments, env, message):
-    found = call(root, f"launch/{script}", *arguments, env=env)
+    found = call(root, "bash", f"launch/{script}", *arguments, env=env)
     assert found.returncode == 2
     assert message in found.stderr
+
+
+@pytest.mark.parametrize("script", ["tpu_pod.sh", "gke.sh", "docker.sh", "local.sh", "slurm.sbatch", "mount_bucket.sh"])
+def test_help_is_the_comment_at_the_top(root, script):
+    found = call(root, "bash", f"launch/{script}", "--help")
+    assert found.returncode == 0, found.stderr
+    assert f"  launch/{script}" in found.stdout or f"sbatch --nodes=8 --partition=gpu launch/{script}" in found.stdout
+    assert "set -euo" not in found.stdout
+    assert "SBATCH" not in found.stdout
+    assert found.stderr == ""
 
 
 def test_other_dry_runs(root):

@@ -45,6 +45,17 @@ def test_local_gives_up_after_max_restarts_and_stops_the_others(root, worker):
     assert len([n for n in started(worker) if n.startswith("start_0")]) == 2
 
 
+def test_wrong_flags_are_not_tried_again(root, tmp_path):
+    (tmp_path / "refuses.py").write_text("raise SystemExit(2)")
+    found = call(
+        root, "launch/local.sh", "--processes", "1", "--module", "refuses", "--", "--config=x",
+        env={**FAST, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert found.returncode == 2
+    assert "wrong flags, which another start does not mend" in found.stderr
+    assert "restart" not in found.stderr
+
+
 @pytest.mark.slow
 def test_local_passes_sigterm_on_and_ends_with_the_preemption_code(root, worker):
     command = ["launch/local.sh", "--processes", "2", "--module", "fake_training", "--"]

@@ -213,6 +213,14 @@ def test_paths_without_weights(tmp_path):
         read(tmp_path / "hub")
 
 
+def test_a_workdir_of_fine_tuning_says_where_its_weights_are(tmp_path):
+    tuned = sample(seed=1)
+    weights.save_npz(tmp_path / "best", tuned.params, meta_of(tuned))
+    with pytest.raises(WeightsError, match=r"a workdir of terrafm_jax.finetune, its weights are .*/best: give it"):
+        read(tmp_path)
+    assert_same(read(tmp_path / "best"), tuned)
+
+
 def test_load_refuses_to_change_the_network(tmp_path):
     loaded = sample()
     weights.save_npz(tmp_path / "teacher" / "1", loaded.params, meta_of(loaded))

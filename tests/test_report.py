@@ -103,6 +103,37 @@ def test_chart_of_one_point_and_of_a_constant():
     assert report.chart({"a": []}) == ""
 
 
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ((0.0, 1.0), ["0", "0.2", "0.4", "0.6", "0.8", "1"]),
+        ((6.2, 7.2), ["6.2", "6.4", "6.6", "6.8", "7", "7.2"]),
+        ((-1.0, 1.0), ["-1", "-0.5", "0", "0.5", "1"]),
+        ((100.0, 9000.0), ["0", "2,000", "4,000", "6,000", "8,000"]),
+    ],
+)
+def test_a_chart_has_round_numbers_on_its_axis_and_none_that_cannot_be(values, shown):
+    found = ET.fromstring(report.chart({"a": list(enumerate(values))}))
+    assert [text.text for text in found.iter("text")][:-2] == shown
+    heights = [float(line.get("y1")) for line in found.iter("line")]
+    assert all(9 <= y <= 167 for y in heights), "within the chart"
+
+
+def test_the_learning_rate_has_a_chart_of_its_own():
+    """Beside a weight decay of 0.04 its curve is a straight line at the bottom."""
+    assert [names for _, names in report.CHARTS if "lr" in names] == [("lr",)]
+
+
+def test_the_command_refuses_a_folder_that_is_no_run(tmp_path, capsys):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        assert report.main([str(folder)]) == 1
+        assert f"error: {folder}: no metrics.jsonl" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    write(tmp_path, [start(0, 0), row(1, 1)])
+    assert report.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/report.html\n"
+
+
 def test_warnings_name_the_config_key():
     rows = [row(k, k, 1.0, data_share=0.3, feature_std=0.01) for k in range(1, 5)]
     first, second = report.warnings(rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,8 @@ def test_places_without_data_are_said(tmp_path: Path, tokens: np.ndarray, capsys
     for (lon, lat), words in ((lonlat(1, 1), "no data at"), ((0.0, 0.0), "lies outside")):
         arguments = ["search", f"--query={path}", f"--point={lon},{lat}", f"--out={tmp_path / 'h.csv'}", str(path)]
         assert embed.main(arguments) == 1
-        assert words in capsys.readouterr().err
+        assert words in (said := capsys.readouterr().err)
+    assert re.search(r"outside of longitudes [-\d.]+ to [-\d.]+, latitudes [-\d.]+ to [-\d.]+; give", said), said
 
 
 @pytest.mark.parametrize("kind", ["tif", "zarr"])
@@ -215,6 +217,28 @@ def test_pictures(tmp_path: Path, tokens: np.ndarray, kind: str) -> None:
     assert embed.main(["picture", str(path), f"--out={out}", f"--similar-to={lon},{lat}"]) == 0
     near = np.asarray(Image.open(out))
     assert near[20 * factor + 1, 30 * factor + 1, :3].tolist() == [255, 0, 0]
+
+
+def test_a_picture_says_its_file_and_what_its_grays_mean(tmp_path: Path, tokens: np.ndarray, caplog: Any) -> None:
+    first, second = stored(tmp_path / "a.tif", tokens), stored(tmp_path / "b.tif", tokens + 0.1)
+    out, change, (lon, lat) = tmp_path / "p.png", tmp_path / "c.tif", lonlat(20, 30)
+    assert embed.main(["change", str(first), str(second), f"--out={change}"]) == 0
+    for file, flag, words in (
+        (change, [], r"change \(1 - cosine\), black: [-\d.e]+, white: [-\d.e]+ or more -> .*p.png"),
+        (first, [f"--similar-to={lon},{lat}"], r"cosine similarity, black: [-\d.e]+ or less, white: 1 -> .*p.png"),
+        (first, [], r"variance of the three components: .* -> .*p.png"),
+    ):
+        caplog.clear()
+        assert embed.main(["picture", str(file), f"--out={out}", *flag]) == 0
+        assert re.search(words, caplog.text), caplog.text
+
+
+def test_what_is_no_picture_is_refused_and_leaves_no_file(tmp_path: Path, tokens: np.ndarray, capsys: Any) -> None:
+    path = stored(tmp_path / "a.tif", tokens)
+    for name in ("p.jpg", "p.gif2", "p"):
+        assert embed.main(["picture", str(path), f"--out={tmp_path / name}"]) == 1
+        assert "give a .png" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["a.tif"]
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,15 @@ def test_an_offset_that_was_never_inside(tmp_path: Path, caplog: pytest.LogCaptu
     assert "never 900" in caplog.text
 
 
+def test_b10_that_is_another_band_tells_a_wrong_order_and_no_offset(tmp_path: Path) -> None:
+    """EuroSAT's files, whose B8A is last, read in ESA's order: B10 is elsewhere, and dark."""
+    delivered = surface(64, 64, 13) + 1500
+    delivered[9] = 12
+    path = write(tmp_path / "eurosat.tif", delivered.astype(np.uint16))
+    with pytest.raises(SceneError, match=r"B10 stand at \d+ DN, those of B09 at 12: the bands are in another order"):
+        resolve(f"s2_l1c={path}", Declared(bands={"s2_l1c": THIRTEEN}))
+
+
 def test_b10_tells_the_offset_of_level_1c(tmp_path: Path) -> None:
     bright = np.insert(surface(64, 64, 12) + 2000, 10, 1012, axis=0)  # too bright for any other evidence
     path = write(tmp_path / "late.tif", bright.astype(np.uint16), names=THIRTEEN)

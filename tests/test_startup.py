@@ -94,7 +94,7 @@ WRONG = [
     (f"{QUICK} --config.lr=0.1", r"config.lr: no such config key; did you mean config.rates\?"),
     (f"{QUICK} --config.epoch=3", r"did you mean config.epochs\?"),
     (f"{QUICK} stray", r"unknown arguments \['stray'\]"),
-    ("main --config=configs/demo.py", "--workdir"),
+    ("main --config=configs/demo.py", "--workdir is missing"),
     ("evaluate --checkpoint x", "give --suite, --data"),
     (f"evaluate {DATA} --shots few", "--shots=few: expected whole numbers"),
     (f"evaluate {DATA} --config=typo.py", r"unknown fields \['protocol'\]"),
@@ -125,6 +125,28 @@ def test_configs_are_found_from_anywhere_own_ones_first_and_their_bugs_keep_the_
     assert shipped[1] == "1"
     assert wrong[1] == "RuntimeError: bug.py failed: KeyError: 'x'"
     assert mine == ("error: flag --config=configs/demo.py:runlocal: mine\n", "2")
+
+
+def test_what_a_disk_refuses_is_one_line_and_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, startup.one_line(KeyError):
+        raise OSError(28, "No space left on device", "out/results.md")
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device: 'out/results.md'\n"
+
+
+@pytest.mark.parametrize("where", ["startup.one_line()", "main"])
+def test_ctrl_c_is_one_line_and_code_130(where: str, tmp_path: Path) -> None:
+    """The second one, in pretraining: the first saves."""
+    body = {
+        "startup.one_line()": "with startup.one_line():\n    raise KeyboardInterrupt",
+        "main": "import terrafm_jax.training.loop as loop\nfrom terrafm_jax import main\n"
+        "def train(*_):\n    raise KeyboardInterrupt\nloop.train = train\n"
+        "flags.FLAGS(['x', '--workdir=w'])\nmain.main([])",
+    }[where]
+    code = f"from absl import flags\nfrom terrafm_jax import startup\n{body}\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr == "interrupted; the same command continues with what is on disk\n"
 
 
 def test_lists_given_twice_hold_both_and_replace_the_default() -> None:

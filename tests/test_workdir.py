@@ -34,6 +34,7 @@ def test_what_may_change_between_starts(tmp_path: Path, config: ConfigDict) -> N
 
 def test_another_recipe_is_refused_with_every_difference(tmp_path: Path, config: ConfigDict) -> None:
     workdir.claim(str(tmp_path), config, write=True)
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
     config.objective.alpha, config.batch_size = 1.0, 512
     with pytest.raises(ConfigError, match=r"(?s)batch_size: 1024 there, 512 here.*alpha: 0.8 there, 1.0 here"):
         workdir.claim(str(tmp_path), config, write=True)
@@ -41,8 +42,25 @@ def test_another_recipe_is_refused_with_every_difference(tmp_path: Path, config:
     workdir.claim(str(tmp_path), config, write=True)
 
 
+@pytest.mark.parametrize("place", [".", "lr_0.001"])
+def test_a_start_that_failed_before_its_first_step_binds_nobody(tmp_path: Path, config: ConfigDict, place: str) -> None:
+    """Say on a wrong --config.knn.split: the next start has it right, and more steps perhaps."""
+    workdir.claim(str(tmp_path), config, write=True)
+    metrics, start = tmp_path / place / "metrics.jsonl", '{"step": 0, "time": 1.0, "event": "start"}\n'
+    metrics.parent.mkdir(exist_ok=True)
+    metrics.write_text(start)
+    config.total_steps = "77"
+    workdir.claim(str(tmp_path), config, write=True)
+    assert json.loads((tmp_path / "config.json").read_text())["total_steps"] == "77"
+    metrics.write_text(start + '{"step": 1, "time": 2.0, "loss": 1.0}\n')
+    config.total_steps = "78"
+    with pytest.raises(ConfigError, match="total_steps: '77' there, '78' here"):
+        workdir.claim(str(tmp_path), config, write=True)
+
+
 def test_a_run_of_a_version_that_lacked_a_field_goes_on_with_its_default(tmp_path: Path, config: ConfigDict) -> None:
     workdir.claim(str(tmp_path), config, write=True)
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
     record = tmp_path / "config.json"
     found = json.loads(record.read_text())
     del found["views.aspect"]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from terrafm_jax import palette
 from terrafm_jax.evals import report
 from terrafm_jax.evals.datasets.base import DatasetInfo, Sample, canonical
 from terrafm_jax.evals.protocols import headline
@@ -170,17 +171,25 @@ def error_sheet(info: DatasetInfo, samples: Iterable[tuple[Sample, str]], path: 
 
 
 def mask_sheet(info: DatasetInfo, samples: Sequence[tuple[Sample, np.ndarray]], path: Path, title: str) -> None:
-    """Image, labels and prediction side by side; ignored pixels are white."""
+    """Image, labels and prediction side by side, in the colors that maps have; ignored pixels are white."""
     plt = pyplot()
-    figure, axes = plt.subplots(len(samples), 3, figsize=(6, 2.05 * len(samples) + 0.4), squeeze=False)
+    from matplotlib.colors import ListedColormap
+
+    paints = [tuple(v / 255 for v in color) for color in palette.colors(info.classes)]
+    how = {"cmap": ListedColormap(paints), "vmin": -0.5, "vmax": len(paints) - 0.5, "interpolation": "nearest"}
+    lines = -(-len(paints) // 4)
+    size = (6, 2.05 * len(samples) + 0.4 + 0.16 * lines)
+    figure, axes = plt.subplots(len(samples), 3, figsize=size, squeeze=False, constrained_layout=True)
     for row, (sample, prediction) in zip(axes, samples, strict=True):
         labels = np.ma.masked_equal(np.asarray(sample.target), info.ignore)
         row[0].imshow(thumbnail(info, sample))
         for axis, values in ((row[1], labels), (row[2], prediction)):
-            axis.imshow(values, cmap="tab20", vmin=0, vmax=max(len(info.classes) - 1, 1), interpolation="nearest")
-        for axis, name in zip(row, ("image", "labels", "prediction"), strict=True):
-            axis.set_title(name, fontsize=7)
+            axis.imshow(values, **how)
+        for axis in row:
             axis.axis("off")
+    for axis, name in zip(axes[0], ("image", "labels", "prediction"), strict=True):
+        axis.set_title(name, fontsize=7)
     figure.suptitle(title, fontsize=8)
-    figure.tight_layout()
+    patches = [plt.Rectangle((0, 0), 1, 1, facecolor=p, edgecolor="#555555", linewidth=0.4) for p in paints]
+    figure.legend(patches, info.classes, loc="outside lower center", ncols=4, fontsize=6, frameon=False)
     save(figure, path)

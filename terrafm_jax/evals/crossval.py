@@ -40,12 +40,17 @@ def splits(labels: np.ndarray, folds: int, repeats: int, seed: int = 0) -> Itera
 
 def cross_validate(
     classify: Callable[[np.ndarray, np.ndarray], np.ndarray], labels: np.ndarray, *, folds: int = 5, repeats: int = 10,
-    seed: int = 0,
+    seed: int = 0, progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:  # fmt: skip
-    """Predicted classes int [repeats, N]; ``classify(train rows, test rows)`` returns those of the test rows."""
+    """Predicted classes int [repeats, N]; ``classify(train rows, test rows)`` returns those of the test rows.
+
+    ``progress`` is called with (folds done, folds in all).
+    """
     predictions = np.full((repeats, len(labels)), -1)
-    for r, train, test in splits(labels, folds, repeats, seed):
+    for done, (r, train, test) in enumerate(splits(labels, folds, repeats, seed), 1):
         predictions[r, test] = classify(train, test)
+        if progress:
+            progress(done, folds * repeats)
     return predictions
 
 

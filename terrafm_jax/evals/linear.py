@@ -217,14 +217,17 @@ def linear_probe(
 def mean_of_runs(
     label: str, task: str, runs: Sequence[np.ndarray], targets: np.ndarray, settings: dict, resamples: int = 1000
 ) -> Result:
-    """Result whose metrics are means over runs (scores [n, C] each), with intervals over the test samples."""
+    """Result whose metrics are means over runs (scores [n, C] each), with intervals over the test samples.
+
+    Confusion and values by class are over all runs as well: the figure of a row must show what its number says.
+    """
     targets = np.asarray(targets)
     if task == "regression":
         parts = [metrics.regression_metric(targets, s[:, 0]) for s in runs]
         found = metrics.bootstrap(metrics.mean_metric(parts), len(targets), resamples=resamples)
         mean = np.mean([s[:, 0] for s in runs], axis=0)
         return Result(label, task, found, np.array([]), mean, None, None, settings)
-    first = score_classification(label, runs[0], targets, settings, resamples=0)
+    each = [score_classification(label, s, targets, settings, resamples=0) for s in runs]
     if task == "multilabel":
         parts = [metrics.multilabel_metric(targets, s > 0.5, s) for s in runs]
     else:
@@ -232,7 +235,11 @@ def mean_of_runs(
     draws = resamples // 5 if task == "multilabel" else resamples
     found = metrics.bootstrap(metrics.mean_metric(parts), len(targets), resamples=draws)
     settings = settings | {"sd over runs": metrics.spread(parts, len(targets))}
-    return dataclasses.replace(first, metrics=found, settings=settings)
+    whole = {"metrics": found, "settings": settings, "runs": np.stack([r.predictions for r in each])}
+    if task == "classification":
+        matrix = np.sum([r.confusion for r in each], axis=0)
+        return dataclasses.replace(each[0], confusion=matrix, per_class=metrics.recalls(matrix), **whole)
+    return dataclasses.replace(each[0], per_class=np.mean([r.per_class for r in each], axis=0), **whole)
 
 
 LOGREG_C = tuple(10.0**e for e in range(-6, 5))

@@ -41,10 +41,11 @@ class Result:
       protocol: name and version, for example ``galileo-knn20/1``; printed beside every number.
       metrics: name -> value with 95 % interval, shares in 0..1.
       per_class: accuracy (recall), F1, average precision or IoU by class, NaN where a class has no sample.
-      predictions: class [N], scores thresholded bool [N, C], or value [N].
-      confusion: int64 [C, C] rows true, columns predicted; None where it has no meaning.
+      predictions: class [N], scores thresholded bool [N, C], or value [N]; of several runs those of the first.
+      confusion: int64 [C, C] rows true, columns predicted, added up over runs; None where it has no meaning.
       scores: float [N, C] where the protocol gives any.
       settings: what the protocol chose (learning rate, C, k used, ...).
+      runs: predictions of every run [R, N] or [R, N, C], where the metrics are means over several.
     """
 
     protocol: str
@@ -55,6 +56,7 @@ class Result:
     confusion: np.ndarray | None = None
     scores: np.ndarray | None = None
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    runs: np.ndarray | None = None
 
     @property
     def top1(self) -> float:
@@ -211,7 +213,7 @@ def regression_metric(targets: np.ndarray, values: np.ndarray) -> Metric:
 
 
 def mean_metric(parts: Sequence[Metric]) -> Metric:
-    """Means of the same metrics over several runs."""
+    """The mean over several runs, as one metric of the test samples' weights."""
 
     def metric(weights: np.ndarray) -> dict[str, float]:
         found = [part(weights) for part in parts]

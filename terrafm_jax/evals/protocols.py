@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -143,6 +143,7 @@ def run_folds(
     repeats: int,
     *,
     scale: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Result:
     """Repeated stratified cross-validation of a protocol over all samples of a data set.
 
@@ -162,7 +163,9 @@ def run_folds(
         label = found.protocol
         return found.predictions
 
-    predictions = crossval.cross_validate(classify, whole.targets, folds=folds, repeats=repeats, seed=options.seed)
+    predictions = crossval.cross_validate(
+        classify, whole.targets, folds=folds, repeats=repeats, seed=options.seed, progress=progress
+    )
     label += f", {folds}-fold x {repeats}"
     settings = {"folds": folds}
     return crossval.result(label, predictions, whole.targets, len(info.classes), settings, options.resamples)

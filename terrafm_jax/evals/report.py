@@ -218,13 +218,16 @@ def _stored(row: Row, folder: Path) -> dict[str, np.ndarray] | None:
 
 
 def _metric(row: Row, folder: Path) -> tuple[metrics.Metric, int] | None:
+    """(metric, test samples) of the stored predictions; of several runs the mean, as the row's own value is."""
     found = _stored(row, folder)
     if found is None or found["predictions"].shape != found["targets"].shape:
         return None
-    predictions, targets = found["predictions"], found["targets"]
+    targets, runs = found["targets"], found.get("runs", found["predictions"][None])
     if row["task"] == "multilabel":
-        return metrics.multilabel_metric(targets, predictions, None), len(targets)
-    return metrics.classification_metric(targets, predictions, len(row["classes"])), len(targets)
+        parts = [metrics.multilabel_metric(targets, p, None) for p in runs]
+    else:
+        parts = [metrics.classification_metric(targets, p, len(row["classes"])) for p in runs]
+    return metrics.mean_metric(parts), len(targets)
 
 
 def as_entry(found: Mapping[str, metrics.Interval]) -> dict[str, dict[str, float | None]]:

@@ -95,7 +95,8 @@ def combinations(encoder: AnyEncoder, dataset: Dataset, wanted: tuple[str, ...])
 def note(dataset: Dataset, keys: Sequence[str], doubts: Sequence[str], limit: int) -> str:
     """What stands beside the numbers of a data set: its traps, what was doubted, bands it lacks, how much was cut."""
     parts = [dataset.info.note] if dataset.info.note else []
-    parts += doubts
+    name = dataset.info.name  # which the table of notes says already
+    parts += [text.removeprefix(f"{name}: ").removeprefix(f"{name}, ") for text in doubts]
     for k in keys:
         missing = dataset.info.inputs[k].missing
         parts += [f"{k} lacks {', '.join(missing)}"] if missing else []
@@ -223,9 +224,11 @@ class Session:
             folder = self.out / "predictions"
             folder.mkdir(exist_ok=True)
             count = len(result.predictions)
+            more = {"right": result.scores} if self.settings.folds else {}
+            more |= {} if result.runs is None else {"runs": result.runs}
             np.savez_compressed(
                 folder / f"{key}.npz", predictions=result.predictions, targets=test.targets[:count],
-                ids=np.array(test.ids[:count]), **({"right": result.scores} if self.settings.folds else {}),
+                ids=np.array(test.ids[:count]), **more,
             )  # fmt: skip
         self._append(row)
         headline = protocols.headline(result.protocol.split("/")[0], info.task)
@@ -297,4 +300,5 @@ class Session:
         elif row["task"] == "classification":
             wrong = [i for i in np.nonzero(predictions != targets)[0] if ids[i] in place]
             shown = [(test[place[ids[i]]], f"{classes[targets[i]]}\n→ {classes[predictions[i]]}") for i in wrong[:24]]
-            charts.error_sheet(info, shown, path, f"{title}: {len(wrong)} of {len(ids)} wrong")
+            first = f", first of {runs} runs" if (runs := row["settings"].get("runs", 1)) > 1 else ""
+            charts.error_sheet(info, shown, path, f"{title}{first}: {len(wrong)} of {len(ids)} wrong")

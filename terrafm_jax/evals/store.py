@@ -14,7 +14,7 @@ import numpy as np
 
 from terrafm_jax.evals.datasets.base import Dataset, DatasetError, Sample, batches, collate
 from terrafm_jax.evals.features import ImageBatch
-from terrafm_jax.paths import write_atomically
+from terrafm_jax.paths import save_array, write_atomically
 
 VERSION = 2  # raise when features change for the same weights and inputs: old caches are then not used
 CHUNK = 256
@@ -152,7 +152,7 @@ def _chunk(
         found = _compute(encoder, dataset, samples, request)
         folder.mkdir(parents=True, exist_ok=True)
         for name, path in paths.items():
-            np.save(path, found[name], allow_pickle=False)
+            save_array(path, found[name])
         done.write_bytes(b"")  # written last: a chunk that was cut short is computed again
     return {n: np.load(p, mmap_mode="r" if n[:4] in ("maps", "afte") else None) for n, p in paths.items()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import shutil
 from collections import OrderedDict
@@ -20,6 +21,7 @@ from terrafm_jax.export.safetensors_file import write_safetensors
 from terrafm_jax.inference import FILL
 from terrafm_jax.loader import CONFIG_FILE, SAFETENSORS_FILE, Loaded
 from terrafm_jax.models import encode, patchify
+from terrafm_jax.paths import write_atomically
 from terrafm_jax.provenance import portable
 from terrafm_jax.sensors import SENSOR_KEYS, SENSORS, normalize
 
@@ -58,7 +60,9 @@ def write_state(loaded: Loaded, path: Path, *, full: bool = False) -> None:
     tensors = OrderedDict((name, torch.from_numpy(value.copy())) for name, value in state.items())
     # PyTorch keeps what a state dict says beside its tensors, and a module looks up nothing there but its own parts.
     tensors._metadata = {"terrafm": {"description": json.dumps(description(loaded, full=full))}}
-    torch.save(tensors, path)
+    buffer = io.BytesIO()  # PyTorch itself leaves half a file on a full disk, and words its end as a bug
+    torch.save(tensors, buffer)
+    write_atomically(path, buffer.getvalue())
 
 
 def description(loaded: Loaded, *, full: bool = True) -> dict[str, Any]:
@@ -158,7 +162,7 @@ def stablehlo(loaded: Loaded, size: tuple[int, int], sensors: Sequence[str] = ()
 
 def write_stablehlo(loaded: Loaded, path: Path, size: tuple[int, int], sensors: Sequence[str] = ()) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(stablehlo(loaded, size, sensors))
+    write_atomically(path, stablehlo(loaded, size, sensors))
 
 
 def write_onnx(loaded: Loaded, path: Path, size: tuple[int, int], sensors: Sequence[str] = ()) -> None:
@@ -169,17 +173,20 @@ def write_onnx(loaded: Loaded, path: Path, size: tuple[int, int], sensors: Seque
     module = _positional(torch_module(loaded), chosen, size).eval()
     images = tuple(torch.zeros(2, len(SENSORS[k].bands), *size) for k in chosen)
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.onnx.export(
+    large = _gigabytes(module) > 1.5  # protobuf ends at 2 GB
+    program = torch.onnx.export(
         module,
         images,
-        str(path),
         input_names=list(chosen),
         output_names=["cls", "patches"],
         dynamic_shapes={"images": tuple({0: torch.export.Dim("batch")} for _ in chosen)},
         dynamo=True,
-        external_data=_gigabytes(module) > 1.5,  # protobuf ends at 2 GB
         verbose=False,
     )
+    if large:  # a second file beside it, whose name stands in the first
+        program.save(str(path), external_data=True)
+    else:
+        write_atomically(path, program.model_proto.SerializeToString())
 
 
 def _gigabytes(module: Any) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from terrafm_jax.paths import write_atomically
 from terrafm_jax.weights import WeightsError
 
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1", "BOOL": "?"}
@@ -65,4 +66,4 @@ def write_safetensors(path: Any, state: Mapping[str, np.ndarray], metadata: Mapp
         position += len(raw)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # values start aligned
-    path.write_bytes(b"".join([struct.pack("<Q", len(text)), text, *parts]))
+    write_atomically(path, b"".join([struct.pack("<Q", len(text)), text, *parts]))

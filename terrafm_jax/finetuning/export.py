@@ -9,7 +9,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def _double(name: str, p: dict[str, Any]) -> dict[str, np.ndarray]:
 
 def export(workdir: str | Path, out: Path) -> None:
     """Writes the folder. Raises WeightsError when ``workdir`` holds no fine-tuned network."""
-    from terrafm_jax.export.formats import write_folder
+    from terrafm_jax.export.formats import CARD_FILE, write_folder
     from terrafm_jax.export.safetensors_file import write_safetensors
 
     tuned = Tuned(workdir)
@@ -74,6 +74,31 @@ def export(workdir: str | Path, out: Path) -> None:
     _, recorded = weights.load_npz(tuned.folder / "head")
     (out / TASK_FILE).write_text(json.dumps({**recorded, "layers": list(tuned.spec.layers)}, indent=2) + "\n")
     shutil.copyfile(Path(__file__).with_name("torch_task.py"), out / MODULE_FILE)
+    card = out / CARD_FILE
+    card.write_text(card.read_text(encoding="utf-8").replace("\n## Use\n", _card(tuned, recorded) + "\n## Use\n", 1))
+
+
+def _card(tuned: Tuned, recorded: Mapping[str, Any]) -> str:
+    """The section of the model card on the task: what goes in, what comes out."""
+    task = recorded["task"]
+    comes = {
+        "classification": "probabilities [B, classes] that add up to one",
+        "multilabel": "a probability of each class [B, classes]",
+        "segmentation": "probabilities [B, classes, H, W]",
+        "regression": "values [B, 1]",
+    }[task]
+    size = f"at {recorded['image_size']} px, to which images are resized" if recorded["image_size"] else "at any size"
+    given = ", ".join(f'"{k}": {k}' for k in tuned.spec.inputs)
+    bands = "\n".join(f"* `{k}`: {', '.join(names)}" for k, names in tuned.bands.items())
+    classes = f"\nClasses, in this order: {', '.join(tuned.classes)}.\n" if tuned.classes else ""
+    return (
+        f"\n## Fine-tuned for {task}\n\n"
+        "The encoder of this folder was tuned for a task, whose head is in `head.safetensors`. With PyTorch alone:\n\n"
+        "```python\nfrom finetuned_terrafm import FineTuned\n\n"
+        f'model = FineTuned.from_pretrained(".")\nout = model({{{given}}})  # {comes}\n```\n\n'
+        f"Images are float tensors [B, bands, H, W] in harmonized DN and dB, {size}. Bands:\n\n{bands}\n{classes}\n"
+        "The following is about the encoder alone.\n"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

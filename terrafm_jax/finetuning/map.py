@@ -177,9 +177,10 @@ def predict_scene(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; bad input, or a signal, ends in one line and exit code 1."""
-    from terrafm_jax.scenes.flags import add_declarations, declared
+    from terrafm_jax.scenes.flags import add_declarations, declared, quiet_libraries
     from terrafm_jax.scenes.run import Stopped
 
+    quiet_libraries()
     parser = argparse.ArgumentParser("python -m terrafm_jax.finetuning.map", description=__doc__)
     parser.add_argument("--workdir", required=True, help="of terrafm_jax.finetune")
     parser.add_argument("--sensor", action="append", required=True, metavar="NAME=FILE")
@@ -203,6 +204,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, Stopped) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # the second one: the first waits for a snapshot
+        from terrafm_jax.startup import interrupted
+
+        interrupted()
     print(said)
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import heapq
+import io
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,10 +15,19 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from terrafm_jax.paths import write_atomically
 from terrafm_jax.scenes import compare, output
 from terrafm_jax.scenes.errors import SceneError, first_line
 from terrafm_jax.scenes.finish import JOB_TAG, WARNINGS_TAG
-from terrafm_jax.scenes.readback import WEIGHTS_TAG, Embedding, lonlat, open_embedding, place_of, whole
+from terrafm_jax.scenes.readback import (
+    WEIGHTS_TAG,
+    Embedding,
+    lonlat,
+    lonlat_bounds,
+    open_embedding,
+    place_of,
+    whole,
+)  # fmt: skip
 
 _log = logging.getLogger(__name__)
 _CHANGE_TAG = "TERRAFM_CHANGE"  # of what change() writes: it has the weights' tag, but holds no features
@@ -72,7 +82,11 @@ def vector_at(found: Embedding, lon: float, lat: float) -> np.ndarray:
     _features(found)
     place = place_of(found.grid, lon, lat)
     if place is None:
-        raise SceneError(f"{found.path}: {lon:g}, {lat:g} (lon, lat) lies outside; give a place inside")
+        west, south, east, north = lonlat_bounds(found.grid)
+        raise SceneError(
+            f"{found.path}: {lon:g}, {lat:g} (lon, lat) lies outside of longitudes {west:.4f} to {east:.4f}, "
+            f"latitudes {south:.4f} to {north:.4f}; give a place inside"
+        )
     row, column = place
     vector = found.read((slice(row, row + 1), slice(column, column + 1)))[0, 0]
     if not np.isfinite(vector).all():
@@ -202,14 +216,18 @@ def write_hits(out: Path, hits: Sequence[dict[str, Any]]) -> None:
 # --- pictures ------------------------------------------------------------------------------------
 
 
-def change_picture(path: Path, out: Path) -> bool:
-    """A map of change as gray, dark where nothing changed; False, and no picture, if the file is none."""
+def change_picture(path: Path, out: Path) -> tuple[float, float] | None:
+    """A map of change as gray, dark where nothing changed; None, and no picture, if the file is none.
+
+    Returns the values shown as black and as white.
+    """
     with open_embedding(path) as source:
         if _CHANGE_TAG not in source.tags:
-            return False
+            return None
         image = whole(source)[..., 0]
-    _save_image(out, _gray(image, (0, 99)))
-    return True
+    shown, ends = _gray(image, (0, 99))
+    _save_image(out, shown)
+    return ends
 
 
 def pca_picture(path: Path, out: Path) -> np.ndarray:
@@ -235,25 +253,29 @@ def pca_picture(path: Path, out: Path) -> np.ndarray:
     return np.maximum(shares[::-1][:3], 0) / max(shares.sum(), 1e-12)
 
 
-def similarity_picture(path: Path, lon: float, lat: float, out: Path) -> None:
-    """Cosine similarity of every token to the one at a place, dark to bright; the place itself is red."""
+def similarity_picture(path: Path, lon: float, lat: float, out: Path) -> tuple[float, float]:
+    """Cosine similarity of every token to the one at a place, dark to bright; the place itself is red.
+
+    Returns the values shown as black and as white.
+    """
     with open_embedding(path) as source:
         query = unit(vector_at(source, lon, lat))
         image = np.full((source.grid.height, source.grid.width), np.nan, np.float32)
         for block in source.blocks():
             image[block] = unit(source.read(block)) @ query
         place = place_of(source.grid, lon, lat)
-    shown = _gray(image, (2, 100))
+    shown, ends = _gray(image, (2, 100))
     shown[place] = (1, 0, 0)
     _save_image(out, shown)
+    return ends
 
 
-def _gray(values: np.ndarray, percentiles: tuple[float, float]) -> np.ndarray:
-    """[H, W] -> [H, W, 3]: 0 at the lower percentile of the valid values, 1 at the upper one."""
+def _gray(values: np.ndarray, percentiles: tuple[float, float]) -> tuple[np.ndarray, tuple[float, float]]:
+    """[H, W] -> [H, W, 3], 0 at the lower percentile of the valid values, 1 at the upper one; and these two values."""
     if not np.isfinite(values).any():
-        return np.repeat(values[..., None], 3, -1)
-    low, high = np.nanpercentile(values, percentiles)
-    return np.repeat(((values - low) / max(high - low, 1e-12))[..., None], 3, -1)
+        return np.repeat(values[..., None], 3, -1), (np.nan, np.nan)
+    low, high = (float(v) for v in np.nanpercentile(values, percentiles))
+    return np.repeat(((values - low) / max(high - low, 1e-12))[..., None], 3, -1), (low, high)
 
 
 def _save_image(out: Path, image: np.ndarray) -> None:
@@ -262,7 +284,15 @@ def _save_image(out: Path, image: np.ndarray) -> None:
     pixels = (np.clip(np.nan_to_num(image), 0, 1) * 255).round().astype(np.uint8)
     picture = Image.fromarray(np.dstack([pixels, valid.astype(np.uint8) * 255]))
     factor = max(1, 512 // max(picture.size))
+    picture, buffer = (
+        picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST),
+        io.BytesIO(),
+    )
     try:
-        picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST).save(out)
-    except (OSError, ValueError) as error:
-        raise SceneError(f"{out}: cannot be written ({first_line(error)}); give a .png") from None
+        picture.save(buffer, Image.registered_extensions()[out.suffix.lower()])
+    except (KeyError, OSError, ValueError) as error:  # no format, or one without transparency
+        raise SceneError(f"{out}: no picture can be written so ({first_line(error)}); give a .png") from None
+    try:
+        write_atomically(out, buffer.getvalue())
+    except OSError as error:
+        raise SceneError(f"{out}: cannot be written ({error.strerror})") from None

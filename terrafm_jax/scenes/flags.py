@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
+import os
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +20,15 @@ if TYPE_CHECKING:
 
 PROGRAM = "python -m terrafm_jax.embed"
 _PLACES = ("--aoi", "--point", "--similar-to")
+
+
+def quiet_libraries() -> None:
+    """What GDAL, rasterio and JAX would say of themselves, or take, in a command that reads scenes."""
+    logging.getLogger("rasterio").setLevel(logging.CRITICAL)
+    logging.getLogger("jax").setLevel(logging.WARNING)  # it tells of every accelerator that is not there
+    os.environ.setdefault("GDAL_CACHEMAX", "256")  # MB; by itself GDAL takes a twentieth of the machine's memory
+    # rasterio warns about the arrays that it warps; files without a georeference are an error of ours.
+    warnings.filterwarnings("ignore", message="Dataset has no geotransform")
 
 
 def parse(argv: Sequence[str], description: str) -> tuple[str, argparse.Namespace]:

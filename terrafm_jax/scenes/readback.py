@@ -12,6 +12,7 @@ import numpy as np
 from rasterio.crs import CRS
 from rasterio.errors import CRSError, RasterioError
 from rasterio.warp import transform as transform_points
+from rasterio.warp import transform_bounds
 from rasterio.windows import Window
 
 from terrafm_jax.scenes import output
@@ -82,6 +83,11 @@ def lonlat(grid: Grid, row: int, column: int) -> tuple[float, float]:
     x, y = grid.x + (column + 0.5) * grid.gsd, grid.y - (row + 0.5) * grid.gsd
     (lon,), (lat,) = transform_points(grid.crs, "EPSG:4326", [x], [y])
     return lon, lat
+
+
+def lonlat_bounds(grid: Grid) -> tuple[float, float, float, float]:
+    """West, south, east, north of a grid in degrees."""
+    return transform_bounds(grid.crs, "EPSG:4326", *grid.bounds)
 
 
 def _unscaled(stored: np.ndarray, step: np.ndarray | None) -> np.ndarray:

@@ -24,13 +24,14 @@ from terrafm_jax.training.metrics import clock
 log = logging.getLogger(__name__)
 
 CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("Loss", ("loss",)),
+    ("Loss (nats)", ("loss",)),
     ("Teacher entropy and KL (nats)", ("teacher_entropy", "kl", "marginal_entropy")),
     ("Centers: norms and distance", ("center_norm", "center_frequent_norm", "center_distance")),
     ("Spread of class tokens (1 = random directions)", ("feature_std",)),
     ("Gradient norms", ("grad_norm", "grad_norm_backbone", "grad_norm_head", "grad_norm_max")),
-    ("kNN on held-out tiles", ("knn_top1", "knn_macro")),
-    ("Schedules", ("lr", "weight_decay", "teacher_temp")),
+    ("kNN on held-out tiles (share right)", ("knn_top1", "knn_macro")),
+    ("Learning rate", ("lr",)),
+    ("Weight decay and teacher temperature", ("weight_decay", "teacher_temp")),
     ("Images per second", ("images_per_second",)),
     ("MFU", ("mfu",)),
     ("Share of time not spent in steps", ("data_share", "checkpoint_share", "evaluation_share")),
@@ -183,8 +184,7 @@ def chart(lines: Mapping[str, Sequence[tuple[float, float]]], width: int = 460, 
     across = (width - left - right) / ((x1 - x0) or 1)
     up = (height - top - bottom) / (y1 - y0)
     parts = [f'<svg viewBox="0 0 {width} {height}" role="img">']
-    for k in range(4):
-        y = y0 + (y1 - y0) * k / 3
+    for y in _ticks(y0, y1):
         at = height - bottom - (y - y0) * up
         parts.append(f'<line x1="{left}" x2="{width - right}" y1="{at:.1f}" y2="{at:.1f}" class="grid"/>')
         parts.append(f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{_short(y)}</text>')
@@ -204,7 +204,15 @@ def chart(lines: Mapping[str, Sequence[tuple[float, float]]], width: int = 460, 
 
 def _padded(low: float, high: float) -> tuple[float, float]:
     margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
-    return low - margin, high + margin
+    return low - margin if low < 0 else max(0.0, low - margin), high + margin  # no share or norm is below zero
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Two to seven round values (1, 2 or 5 times a power of ten apart) between the two, which are not equal."""
+    rough = (high - low) / 6
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
+    return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def _thinned(points: Sequence[tuple[float, float]], most: int = 600) -> Sequence[tuple[float, float]]:
@@ -213,7 +221,7 @@ def _thinned(points: Sequence[tuple[float, float]], most: int = 600) -> Sequence
 
 
 def _short(value: float) -> str:
-    return f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 # --- the page ---------------------------------------------------------------------------------
@@ -341,9 +349,15 @@ def write(workdir: Any) -> str | None:
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m terrafm_jax.training.report", description=__doc__)
     parser.add_argument("workdir", nargs="+", help="folder of a run, local or gs://")
-    written = [write(workdir) for workdir in parser.parse_args(arguments).workdir]
-    print("\n".join(p for p in written if p))
-    return 0 if all(written) else 1
+    workdirs = parser.parse_args(arguments).workdir
+    for workdir in workdirs:
+        if not (epath.Path(workdir) / "metrics.jsonl").exists():
+            print(f"error: {workdir}: no metrics.jsonl; expected the workdir of a run", file=sys.stderr)
+            return 1
+    written = [path for path in map(write, workdirs) if path]
+    for path in written:
+        print(path)
+    return 0 if len(written) == len(workdirs) else 1
 
 
 if __name__ == "__main__":

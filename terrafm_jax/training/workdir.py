@@ -18,6 +18,7 @@ from etils import epath
 
 from terrafm_jax.config import ConfigError, base, flatten
 from terrafm_jax.paths import is_remote, write_atomically
+from terrafm_jax.training.report import read_rows
 
 # Config fields that may differ between two starts of one run: they change how it runs, not what it computes.
 _FREE = (
@@ -67,7 +68,7 @@ def _claim(workdir: str, config: Mapping[str, Any]) -> None:
     record = folder / "config.json"
     mine = json.loads(json.dumps(flatten(config)))
     if record.exists():
-        _same_recipe(folder, _recorded(record), mine, bool(config["allow_config_change"]))
+        _same_recipe(folder, record, mine, bool(config["allow_config_change"]))
     elif folder.exists():
         foreign = sorted(p.name for p in folder.iterdir() if not (p.name.startswith(".") or p.suffix == ".log"))
         if foreign:
@@ -78,6 +79,8 @@ def _claim(workdir: str, config: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not is_remote(workdir):
         _lock(folder)
+        if record.exists():  # again: whoever held the lock may have taken the first step meanwhile
+            _same_recipe(folder, record, mine, bool(config["allow_config_change"]))
     write_atomically(record, json.dumps(mine, indent=2).encode())
 
 
@@ -121,7 +124,20 @@ def _recorded(path: epath.Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is damaged ({error}): give another --workdir, or the file as it was") from error
 
 
-def _same_recipe(folder: epath.Path, theirs: dict[str, Any], mine: dict[str, Any], allowed: bool) -> None:
+def _begun(folder: epath.Path) -> bool:
+    """Whether any step was taken here, by pretraining or by one of the rates of fine-tuning (``lr_*``)."""
+    for run in (folder, *folder.glob("lr_*")):
+        checkpoints = run / "checkpoints"
+        if checkpoints.exists() and any(p.name.isdigit() for p in checkpoints.iterdir()):
+            return True
+        if any(row["step"] > 0 for row in read_rows(run)):
+            return True
+    return False
+
+
+def _same_recipe(folder: epath.Path, record: epath.Path, mine: dict[str, Any], allowed: bool) -> None:
+    """Refuses a run of another config. A start that failed before its first step binds nobody: fix the flag, go on."""
+    theirs = _recorded(record)
     defaults = json.loads(json.dumps(flatten(base())))
     if mine.keys() == defaults.keys():  # a pretraining config: fields that an older version lacked had today's defaults
         theirs = defaults | theirs
@@ -130,7 +146,7 @@ def _same_recipe(folder: epath.Path, theirs: dict[str, Any], mine: dict[str, Any
         for k in sorted(theirs.keys() | mine.keys())
         if not _is_free(k) and theirs.get(k, "absent") != mine.get(k, "absent")
     ]
-    if different and not allowed:
+    if different and not allowed and _begun(folder):
         raise ConfigError(
             f"workdir {folder} belongs to a run with another config:\n  " + "\n  ".join(different)
             + "\ngive another --workdir, or --config.allow_config_change=True to resume it with this one"
