@@ -130,7 +130,8 @@ def test_only_gradients_are_summed_and_only_weights_are_gathered(report):
     assert report["foreign_all_gathers"] == []
     sums = [row for row in report["collectives"] if row["opcode"] in ("all-reduce", "reduce-scatter")]
     assert {row["dtype"] for row in sums if row["bytes"] > 1e-3 * report["gradient_bytes"]} <= {"f32"}
-    assert report["reduced_bytes"] == pytest.approx(report["gradient_bytes"], rel=0.25)
+    # XLA adds the gradients of both sizes of views before or after the all-reduce, as it likes; with B it is before.
+    assert report["gradient_bytes"] <= report["reduced_bytes"] <= 2 * report["gradient_bytes"]
 
 
 @pytest.mark.slow
