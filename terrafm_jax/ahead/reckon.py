@@ -47,7 +47,8 @@ class Item:
         on a GPU ``product``, ``attention`` and ``pass`` (over arrays in memory) instead of the first and the last.
       seconds: time it adds to the step; ``hidden`` the part of its duration that overlaps with other work.
       flops: of its matrix products; ``hbm`` bytes it moves to and from HBM.
-      wire: bytes of a collective's whole array, ``dtype`` its element type, ``group`` its chips.
+      wire: bytes of a collective's whole arrays, ``arrays`` the elements of each (a compiler may combine several),
+        ``dtype`` their element type, ``group`` its chips.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Item:
     wire: float = 0.0
     dtype: str = ""
     group: int = 0
+    arrays: tuple[int, ...] = ()
     asynchronous: bool = False
 
     def times(self, n: int) -> Item:
@@ -322,6 +324,7 @@ class _Simulator:
             size *= len(members)
         item = self._item(instruction, "collective", self.network.seconds(opcode, size, members))
         item.opcode, item.wire, item.group = opcode, size, len(members)
+        item.arrays = tuple(s.elements for s in shapes)
         item.op_name = item.op_name or inner.op_name
         item.dtype = "/".join(sorted({s.dtype for s in shapes if s.elements > 1} or {s.dtype for s in shapes}))
         return item

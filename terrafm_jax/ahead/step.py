@@ -219,8 +219,8 @@ def gathers_of_activations(items: Iterable[Item], params: Any, spec: ModelSpec, 
     weights |= {n * spec.depth for n in weights} if spec.scan else set()
 
     def moves_activations(item: Item) -> bool:
-        elements = item.wire / max(1, item.count) / Shape(item.dtype, (1,)).bytes
-        return item.opcode == "all-gather" and not {elements, elements * fsdp} & weights
+        arrays = item.arrays or (item.wire / max(1, item.count) / Shape(item.dtype, (1,)).bytes,)
+        return item.opcode == "all-gather" and not all({n, n * fsdp} & weights for n in arrays)
 
     return [f"{i.name} {i.op_name}" for i in items if moves_activations(i)]
 
