@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tpu_matrix import Entry, compile_entry, key
+from benchmarks.tpu_matrix import Entry, compile_entry, key, load
 
 RESULTS = Path(__file__).parent / "results" / "gpu_matrix.json"
 
@@ -36,10 +36,6 @@ def entries() -> list[Entry]:
         Entry("B", "a100:8", 32),
         Entry("B", "2*h100:8", 32),
     ]
-
-
-def load() -> dict[str, Any]:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -76,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--force", action="store_true", help="compile entries again that the JSON has")
     parser.add_argument("--limit", type=float, default=1800.0, help="seconds after which an entry is given up")
     args = parser.parse_args(argv)
-    results = load()
+    results = load(RESULTS)
     if args.table:
         print(table(results))
         return

@@ -113,8 +113,8 @@ def _plain_seconds(module: Any, clock: float) -> float:
     return sum(i.cycles or 0.0 for i in module.entry.instructions) / clock
 
 
-def load() -> dict[str, Any]:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+def load(path: Path = RESULTS) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def earlier(name: str) -> bool:

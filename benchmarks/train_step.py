@@ -157,6 +157,12 @@ def versions() -> dict[str, str]:
     return timing.versions(*PACKAGES)
 
 
+def _attention(spec: TrainSpec, mesh: jax.sharding.Mesh) -> str:
+    """What "auto" chose for the global views, in the context in which the step is traced."""
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return attention.resolve(spec.model, (spec.views.global_size // spec.views.patch) ** 2 + 1)
+
+
 def describe(spec: TrainSpec, args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
     device = jax.devices()[0]
     parts = flops.image_flops(spec.model, spec.views)
@@ -165,7 +171,7 @@ def describe(spec: TrainSpec, args: argparse.Namespace, bench: Bench) -> dict[st
         **{k: v for k, v in vars(args).items() if k not in ("turns", "trace")},
         "model": dataclasses.asdict(spec.model),
         "views": dataclasses.asdict(spec.views),
-        "attention": attention.resolve(spec.model, (spec.views.global_size // spec.views.patch) ** 2 + 1),
+        "attention": _attention(spec, bench.mesh),
         "hardware": device.device_kind,
         "platform": device.platform,
         "devices": jax.device_count(),

@@ -58,13 +58,7 @@ def unpack_bits(packed: Array, width: int) -> Array:
 
 
 def masked_planes(
-    entry: dict[str, Array],
-    scale: float,
-    mean: np.ndarray,
-    std: np.ndarray,
-    offset: Array,
-    dtype: Any,
-    layout: str = "patches",
+    entry: dict[str, Array], scale: float, mean: np.ndarray, std: np.ndarray, offset: Array, dtype: Any
 ) -> tuple[list[Array], Array]:
     """Normalized values minus FILL, zero where nodata, and the mask.
 
@@ -77,8 +71,6 @@ def masked_planes(
       scale: stored value times ``scale`` is the value in the sensor's unit.
       mean, std: float32 [bands] of the group.
       offset: float32 [B], in the sensor's unit.
-      layout: with ``patches``, H and W are padded to multiples of 8 with nodata. cuBLAS wants such sizes, and padding
-        here costs nothing, while XLA would pad and cut around each product.
 
     Returns:
       One [B, H, W] per band, and the mask [B, H, W], all of ``dtype``.
@@ -89,10 +81,15 @@ def masked_planes(
         values = entry["dn"][..., band].astype(jnp.float32) * scale
         values = sensors.normalize(values, mean[band], std[band], offset[:, None, None]) - FILL
         planes.append(jnp.where(valid, values, 0.0).astype(dtype))
-    planes = [*planes, valid.astype(dtype)]
-    if layout == "patches":
-        planes = [jnp.pad(x, ((0, 0), *((0, -n % 8) for n in x.shape[1:]))) for x in planes]
-    return planes[:-1], planes[-1]
+    return planes, valid.astype(dtype)
+
+
+def pad_to_eights(plane: Array) -> Array:
+    """[B, H, W] with H and W padded to multiples of 8; zeros are nodata.
+
+    cuBLAS wants such sizes. Padding here joins the pass that makes the plane; XLA would pad and cut around each product.
+    """
+    return jnp.pad(plane, ((0, 0), *((0, -n % 8) for n in plane.shape[1:])))
 
 
 def resample_group(
@@ -168,7 +165,9 @@ def resample_sensor(
     collected: list[list[Array]] = [[] for _ in views]  # per output size the planes of all groups
     for group, names in sensor.groups.items():
         bands = list(sensor.indices(names))
-        planes, mask = masked_planes(entry[group], sensor.scale, mean[bands], std[bands], offset, dtype, layout)
+        planes, mask = masked_planes(entry[group], sensor.scale, mean[bands], std[bands], offset, dtype)
+        if layout == "patches":
+            planes, mask = [pad_to_eights(x) for x in planes], pad_to_eights(mask)
         for out, (boxes, flips, size) in zip(collected, views, strict=True):
             out += resample_group(planes, mask, entry[group], boxes, flips, size, patch, layout)
     return [to_patches([planes[i] for i in sensor.group_order], patch, layout) for planes in collected]
