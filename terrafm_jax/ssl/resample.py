@@ -87,7 +87,7 @@ def masked_planes(
 def pad_to_eights(plane: Array) -> Array:
     """[B, H, W] with H and W padded to multiples of 8; zeros are nodata.
 
-    cuBLAS wants such sizes. Padding here joins the pass that makes the plane; XLA would pad and cut around each product.
+    cuBLAS wants such sizes. Here padding joins the pass that makes the plane; XLA would pad and cut at each product.
     """
     return jnp.pad(plane, ((0, 0), *((0, -n % 8) for n in plane.shape[1:])))
 
