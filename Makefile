@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 EXTRAS ?= all
 DEMO ?= demo_out
 # Test processes: compiling is mostly one thread, so two fill two cores. More need 4 GB of memory each.
+# A worker that crashes ends the run: with a new one, xdist may wait for ever.
 JOBS ?= 2
-PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 .PHONY: env demo test test-fast lint format clean
 

@@ -109,17 +109,26 @@ def _products_fwd(x: Array, kernel: Array, bias: Array, views: Rows, *static: ob
 
 
 def _products_bwd(widths: tuple, out_dtypes: tuple, spec: ModelSpec, saved: tuple, gs: list[Array]) -> tuple:
-    x, kernel, bias, views = saved
+    """The kernel's and the bias's gradients, summed over devices only after the branch.
 
-    def gradient(rows: Array) -> tuple[Array, Array]:
-        pull = jax.vjp(lambda k, b: _stems_of(rows, x, k, b, widths, out_dtypes, spec), kernel, bias)[1]
-        return pull([_take(g, rows) for g in gs])
+    An all-reduce in a branch is not joined with the others. On CPU it also ends in deadlocks within a few steps (seen
+    with jaxlib 0.10.2 on four fake devices): XLA runs it beside those outside, and one device never gets there.
+    """
+    x, kernel, bias, views = saved
+    x, *gs = (_split(a, len(views.first)) for a in (x, *gs))
+
+    def of_device(rows: Array, x: Array, gs: list[Array]) -> tuple[Array, Array]:
+        stems = lambda kernel, bias: stem_products(_rows_of(x, rows), kernel, bias, widths, out_dtypes, spec)  # noqa: E731
+        return jax.vjp(stems, kernel, bias)[1]([_rows_of(g, rows) for g in gs])
+
+    gradients = jax.vmap(of_device)
 
     def with_rest(found: tuple[Array, Array]) -> tuple[Array, Array]:
-        return jax.tree.map(jnp.add, found, gradient(views.rest))
+        return jax.tree.map(jnp.add, found, gradients(views.rest, x, gs))
 
-    found = gradient(views.first)
-    return None, *lax.cond(views.fits, lambda found: found, with_rest, found), None
+    found = gradients(views.first, x, gs)
+    kernel, bias = (g.sum(0) for g in lax.cond(views.fits, lambda found: found, with_rest, found))
+    return None, kernel, bias, None
 
 
 products.defvjp(_products_fwd, _products_bwd)
@@ -129,7 +138,14 @@ def _take(x: Array, index: Array) -> Array:
     """Gathers rows of [P * N, ...] by ``index`` [P, K] within each of P devices' parts -> [P * K, ...]."""
     count = index.shape[0]
     if count == 1:
-        return x.at[index[0]].get(mode="promise_in_bounds")
-    split = x.reshape(count, -1, *x.shape[1:])
-    taken = jax.vmap(lambda part, at: part.at[at].get(mode="promise_in_bounds"))(split, index)
-    return taken.reshape(-1, *x.shape[1:])
+        return _rows_of(x, index[0])
+    return jax.vmap(_rows_of)(_split(x, count), index).reshape(-1, *x.shape[1:])
+
+
+def _split(x: Array, parts: int) -> Array:
+    """[P * N, ...] -> [P, N, ...]."""
+    return x.reshape(parts, -1, *x.shape[1:])
+
+
+def _rows_of(x: Array, index: Array) -> Array:
+    return x.at[index].get(mode="promise_in_bounds")
