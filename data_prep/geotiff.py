@@ -5,7 +5,7 @@
     python -m data_prep.geotiff --source DIR --manifest MANIFEST.csv --select group=terramesh_224 \\
         --select kind=tile,landcover --worldcover none --out OUT
 
-Files are matched by the naming rule or the manifest that ``data_prep/scenes.py`` describes. One file per
+Files are matched by the naming rule (``data_prep/scenes.py``) or by a manifest (``manifest.py``). One file per
 band or several bands a file, any of the three sensors, UTM or EPSG:4326, bands at native sampling or all
 on one grid. Images smaller than a tile are kept whole; large scenes are read block by block.
 """
@@ -35,6 +35,7 @@ from data_prep.chunks import MOST_LAYOUTS, TOO_MANY_LAYOUTS, Source, Unit
 from data_prep.delivered import Cell, SensorInput
 from data_prep.ground import Place
 from data_prep.harmonize import Offset
+from data_prep.manifest import from_manifest
 from data_prep.raster import BadInput, Grid, NotThere, Raster, first_line, grid_of, open_raster
 from data_prep.scenes import (
     CLOUD_MASK,
@@ -44,7 +45,6 @@ from data_prep.scenes import (
     SceneFile,
     facts,
     from_folder,
-    from_manifest,
     stated_orders,
 )
 from data_prep.units import delivered_units, unit_word

@@ -1,6 +1,6 @@
-"""Which GeoTIFF (or JPEG 2000) files belong together: a naming rule, or a CSV manifest that says everything.
+"""Which GeoTIFF (or JPEG 2000) files belong together, by a naming rule.
 
-Naming rule. A folder or file name says the sensor (``S1RTC``, ``S2L1C``, ``s2_l2a`` ... or a product id
+A folder or file name says the sensor (``S1RTC``, ``S2L1C``, ``s2_l2a`` ... or a product id
 ``S2A_MSIL2A_...``, ``S1A_IW_...``). A file whose name is or ends in a band (``B02.tif``,
 ``T31UDQ_20170829T105019_B01.jp2``, ``B02_10m``, ``..._VH.tif``) holds that band, and its cell is the nearest
 folder that names neither sensor nor product; any other file is a multi-band image, and its cell is its
@@ -11,34 +11,27 @@ own name (or its folder's, where the name is a sensor). Its bands are those of i
     ROOT/S2L2A/199U/199U_1099R/S2B_MSIL2A_20200223T032739_N9999_.../B02.tif
     ROOT/S2B_MSIL2A_..._T48QUE_....SAFE/GRANULE/.../IMG_DATA/R10m/T48QUE_20200223T032739_B02_10m.jp2
 
-Manifest columns: ``file``, ``location`` (or ``cell``), ``sensor``; optional ``bands`` (by comma, in the file's
-order), ``units`` (dB or power = linear; DN or reflectance), ``date`` (or ``time``; 2022-06-01 or
-2022-06-01T10:30:21), ``product``, ``orbit``, ``offset`` (DN), ``nodata``, ``split``. Other columns serve
-``--select``. Sensor ``worldcover`` (or units that speak of WorldCover codes) is a land-cover map.
+Manifests, which say everything instead: ``data_prep/manifest.py``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
 from data_prep.times import days_apart, iso_time
-from data_prep.units import stated_nodata, stated_unit
-from terrafm_jax.data.tiles import SPLITS
-from terrafm_jax.sensors import BASELINE_OFFSET, SENSORS, SensorError, band_name, sensor
-from terrafm_jax.tables import read_csv
+from terrafm_jax.sensors import SENSORS, SensorError, band_name, sensor
 
 LANDCOVER = "landcover"
 UNKNOWN_SENSOR = "no sensor of the model: "
 CLOUD_MASK = "cloud_mask"  # Major-TOM's, beside the bands of Level 2A
 SUFFIXES = (".tif", ".tiff", ".jp2")
-_PRODUCT = re.compile(r"(S2[A-D]_MSI(L1C|L2A)_\w+|S1[A-D]_(?:IW|EW|SM|WV)_[A-Z]{3}\w*)")
+PRODUCT = re.compile(r"(S2[A-D]_MSI(L1C|L2A)_\w+|S1[A-D]_(?:IW|EW|SM|WV)_[A-Z]{3}\w*)")
 _IGNORED = {"thumbnail", "scl", "aot", "wvp", "tci", "pvi"}
 
 
@@ -98,7 +91,7 @@ def from_folder(root: Path) -> tuple[list[Scene], Counter[str]]:
                 found[cell].append(dataclasses.replace(file, path=str(path)))
         elif path.is_symlink():
             skipped["link that leads nowhere"] += 1
-    return _scenes(found, {}, skipped), skipped
+    return join(found, {}, skipped), skipped
 
 
 def by_name(path: PurePath) -> tuple[str, SceneFile] | str:
@@ -110,7 +103,7 @@ def by_name(path: PurePath) -> tuple[str, SceneFile] | str:
     if "QI_DATA" in path.parts:  # of a SAFE: MSK_DETFOO_B02.jp2 is no B02
         return "quality mask"
     parts = [*path.parts[:-1], stem]
-    product = next((m.group(1) for part in reversed(parts) if (m := _PRODUCT.match(part))), "")
+    product = next((m.group(1) for part in reversed(parts) if (m := PRODUCT.match(part))), "")
     product = re.sub(r"_(VV|VH|B\w{1,2})$", "", product)  # of a file that holds one band of it
     key, place = _sensor_of(parts, product)
     if not key:
@@ -119,7 +112,7 @@ def by_name(path: PurePath) -> tuple[str, SceneFile] | str:
     band = CLOUD_MASK if stem == CLOUD_MASK else band
     if band and band != CLOUD_MASK and stated and int(stated.group(1)) != _gsd(key, band):
         return "band resampled by ESA"
-    folders = [p for i, p in enumerate(parts[:-1]) if i != place and not _PRODUCT.match(p) and p not in _SAFE_FOLDERS]
+    folders = [p for i, p in enumerate(parts[:-1]) if i != place and not PRODUCT.match(p) and p not in _SAFE_FOLDERS]
     if band:
         cell = _safe_cell(product, parts) or (folders[-1] if folders else product or stem)
     else:
@@ -166,128 +159,7 @@ def kind_of(key: str, text: str) -> str:
     return "GRD sigma0" if re.search(r"(?i)grd|sigma", text) else ""
 
 
-# --- manifests --------------------------------------------------------------------------------
-
-
-def from_manifest(path: Path, root: Path, select: Mapping[str, set[str]]) -> tuple[list[Scene], Counter[str]]:
-    """Scenes of a CSV manifest and the rows left out, by reason.
-
-    Args:
-      path: the manifest.
-      root: folder that ``file`` is relative to.
-      select: column -> values; rows with another value are left out.
-
-    Raises:
-      ValueError: columns are missing, or rows are wrong (all are named).
-    """
-    rows = read_csv(path, ("file", "sensor", *map(str.lower, select)), lower=True)
-    if not rows:
-        raise ValueError(f"{path}: no rows; expected one for each file")
-    place = next((name for name in ("location", "cell", "grid_cell") if name in rows[0]), None)
-    if place is None:
-        raise ValueError(f"{path}: columns ['location'] are missing; found {list(rows[0])}")
-    found: dict[str, list[SceneFile]] = defaultdict(list)
-    splits: dict[str, str] = {}
-    skipped: Counter[str] = Counter()
-    faults = []
-    for line, row in enumerate(rows, 2):
-        if any(row[column.lower()] not in values for column, values in select.items()):
-            skipped["not selected"] += 1
-            continue
-        key = _manifest_sensor(row)
-        if not key:
-            skipped[f"{UNKNOWN_SENSOR}{row['sensor']}"] += 1
-            continue
-        if Path(row["file"]).suffix.lower() not in SUFFIXES:
-            skipped[f"none of {', '.join(SUFFIXES)}"] += 1
-            continue
-        cell = row[place].replace("/", "_")
-        try:
-            found[cell].append(_manifest_file(key, row, root))
-        except ValueError as error:
-            faults.append(f"line {line}: {error}")
-        if split := row.get("split"):
-            if split not in SPLITS:
-                faults.append(f"line {line}: split {split!r}, expected one of {list(SPLITS)}")
-            elif splits.setdefault(cell, split) != split:
-                faults.append(f"line {line}: split {split!r}, but {row[place]!r} is in {splits[cell]!r} before")
-    if faults:
-        raise ValueError(f"{path}: " + "; ".join(faults))
-    return _scenes(found, splits, skipped), skipped
-
-
-def _manifest_sensor(row: Mapping[str, str]) -> str:
-    """Sensor key, ``landcover`` or ""; understands ``Sentinel-2 L1C``, ``S1GRD``, ``Sentinel-1 GRD (dB)`` ..."""
-    text = row["sensor"]
-    if "worldcover" in text.lower() or "worldcover" in row.get("units", "").lower():
-        return LANDCOVER
-    with contextlib.suppress(SensorError):  # no name that the table knows: the pattern below knows more
-        return sensor(text).key
-    found = re.match(r"(?i)(?:sentinel-?\s?|s)([12])[\s_-]*(rtc|grd|l1c|l2a)", text)
-    if not found:
-        return ""
-    number, rest = found.group(1), found.group(2).lower()
-    if (number == "1") != (rest in ("rtc", "grd")):
-        return ""
-    return "s1" if number == "1" else f"s2_{rest}"
-
-
-def _manifest_file(key: str, row: Mapping[str, str], root: Path) -> SceneFile:
-    """One row. Raises ValueError naming all of bands, units, dates, offsets and nodata that make no sense."""
-    units = row.get("units", "")
-    measured = key != LANDCOVER and row.get("bands") != CLOUD_MASK
-    cells: dict[str, Callable[[], Any]] = {
-        "bands": lambda: band_list(key, row["bands"], row["file"]) if key != LANDCOVER and row.get("bands") else (),
-        "unit": lambda: stated_unit(key, units) if measured else "",
-        "time": lambda: _stated_time(row.get("time") or row.get("date") or "") if key != LANDCOVER else "",
-        "offset": lambda: _stated_offset(row["offset"]) if row.get("offset") else None,
-        "nodata": lambda: _number("nodata", row.get("nodata") or stated_nodata(units)),
-    }
-    read, faults = {}, []
-    for name, value in cells.items():
-        try:
-            read[name] = value()
-        except ValueError as error:
-            faults.append(str(error))
-    if faults:
-        raise ValueError(", ".join(faults))
-    product = row.get("product") or next(
-        (m.group(1) for t in (row["file"], row.get("origin_path", "")) if (m := _PRODUCT.search(t))), ""
-    )
-    return SceneFile(
-        path=str(root / row["file"]),
-        sensor=key,
-        kind=kind_of(key, f"{row['sensor']} {units}") if key != LANDCOVER else "",
-        product=product,
-        orbit=row.get("orbit", ""),
-        **read,
-    )
-
-
-def _number(column: str, text: str) -> float | None:
-    """A number, None for an empty cell. Raises ValueError naming the column."""
-    try:
-        return float(text) if text else None
-    except ValueError:
-        raise ValueError(f"{column} {text!r}: expected a number") from None
-
-
-def _stated_time(text: str) -> str:
-    """ISO 8601, "" for an empty cell or bare years. Raises ValueError: a date that vanishes is not missed later."""
-    if re.fullmatch(r"20\d\d(\s*-\s*20\d\d)?(\s*\(.*\))?", text):  # said to be no better known
-        return ""
-    found = iso_time(text)
-    if text and found[:4] < "2014":  # also "": the first Sentinel flew in 2014
-        raise ValueError(f"date {text!r}: expected YYYY-MM-DD or YYYY-MM-DDTHH:MM:SS, from 2014 on")
-    return found
-
-
-def _stated_offset(text: str) -> float:
-    """DN still inside the stored values. Raises ValueError, also on -1000: the sign that ESA gives its ADD_OFFSET."""
-    offset = _number("offset", text)
-    if offset is None or not 0 <= offset <= BASELINE_OFFSET:
-        raise ValueError(f"offset {text}: expected the DN to subtract, 0..{BASELINE_OFFSET:.0f}")
-    return offset
+# --- what flags say ---------------------------------------------------------------------------
 
 
 def band_list(key: str, text: str, what: str) -> tuple[str, ...]:
@@ -328,7 +200,7 @@ def facts(scenes: Iterable[Scene]) -> str:
 # --- joining ----------------------------------------------------------------------------------
 
 
-def _scenes(found: Mapping[str, Sequence[SceneFile]], splits: Mapping[str, str], skipped: Counter[str]) -> list[Scene]:
+def join(found: Mapping[str, Sequence[SceneFile]], splits: Mapping[str, str], skipped: Counter[str]) -> list[Scene]:
     """One scene per acquisition of each cell. Counts repeated files."""
     result = []
     for cell in sorted(found):

@@ -206,6 +206,10 @@ _CHOICES = {
     "compute.reduce_dtype": ("float32", "bfloat16"),
 }
 _SIGNED = ("seed", "mesh.data", "mesh.fsdp", "mesh.tensor")  # of a mesh -1 is what is left
+_POSITIVE = (  # of what there has to be some; where 0 is a size it means none, or all
+    "batch_size", "microbatches", "data.echo", "data.canvases", "model.queries", "model.fusion_heads",
+    "model.prototypes", "model.head_hidden", "model.head_bottleneck", "knn.batch_size",
+)  # fmt: skip
 _PAIRS = ("views.global_scale", "views.local_scale", "views.aspect")
 _DURATIONS = (
     "total_steps", "objective.teacher_temp_warmup", "optim.warmup", "optim.freeze_last", "checkpoint.every",
@@ -238,8 +242,8 @@ def schema_faults(want: Mapping[str, Any], have: Mapping[str, Any], choices: Map
             faults.append(f"config.{key}: found {value!r} ({type(value).__name__}), expected {type(default).__name__}")
         elif key in choices and value not in choices[key]:
             faults.append(f"config.{key}: found {value!r}, expected one of {list(choices[key])}")
-        elif isinstance(value, int | float) and value < 0 and key not in _SIGNED:
-            faults.append(f"config.{key}: found {value!r}, expected 0 or more")
+        elif isinstance(value, int | float) and value < (low := int(key in _POSITIVE)) and key not in _SIGNED:
+            faults.append(f"config.{key}: found {value!r}, expected {low} or more")
     return faults
 
 

@@ -196,15 +196,16 @@ L2A_ABSTAIN = 1300  # ice or overcast: nothing dark enough to tell
 
 
 def baseline(product: str) -> int | None:
-    """The xxxx of ``_Nxxxx_`` in a Sentinel-2 product id as a number, or None."""
-    found = re.search(r"(?:^|_)N(\d{4})(?:_|\.|$)", product)
+    """The xxxx of ``_Nxxxx_`` in a Sentinel-2 product id as a number (02.00 to 09.99, or N9999), or None."""
+    # Compact names begin with 02.04. Names of places and grid cells hold other numbers: N4512 may be a latitude.
+    found = re.search(r"(?:^|_)N(0[2-9]\d\d|9999)(?=_|\.|$)", product)
     return int(found.group(1)) if found else None
 
 
 def baseline_offset(product: str) -> float | None:
     """DN that a product id says are added: 1000 from N0400 on, else 0; None: no baseline, or N9999 (undocumented)."""
     number = baseline(product)
-    if number is None or number >= 9999:
+    if number is None or number == 9999:
         return None
     return BASELINE_OFFSET if number >= 400 else 0.0
 

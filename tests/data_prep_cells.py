@@ -150,3 +150,8 @@ def make_source(root: Path, count: int = 4) -> Path:
         for south in (45, 48):
             worldcover(root / "worldcover", west, south, codes[rng.integers(0, 5, (120, 120))])
     return root
+
+
+def command(source: Path, out: Path, *flags: str) -> list[str]:
+    return ["--source", str(source), "--worldcover", str(source / "worldcover"), "--out", str(out), "--tile-size", "24",
+            "--split-shares", "1,0,0", "--cells-per-shard", "2", *flags]  # fmt: skip

@@ -14,6 +14,7 @@ from conftest import child_environment, run_module
 from tiny_training import FORTY, command
 
 from terrafm_jax.data import shards
+from terrafm_jax.export.checkpoint_weights import COMMITTED
 from terrafm_jax.training import report
 
 # The run of the fixture ``straight``; only what is written, and how often, differs.
@@ -77,6 +78,7 @@ def test_training_in_a_bucket_equals_training_on_disk(bucket, prepared: Path, st
     assert report.goodput_line(tmp_path / "back") in done.stderr, "told of fewer rows than there are"
     assert (tmp_path / "back/DONE").exists()
     assert {p.name for p in (tmp_path / "back/checkpoints").iterdir()} >= {"40"}
+    assert (tmp_path / "back/checkpoints/40" / COMMITTED).exists()
     assert {"views.png", "report.html", "config_resolved.json", "parameters.txt"} <= {
         p.name for p in (tmp_path / "back").iterdir()
     }

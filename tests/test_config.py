@@ -71,6 +71,18 @@ def test_numbers_below_zero_and_broken_pairs_are_named() -> None:
     assert "config.views.local_scale: found ('a', 'b'), expected two numbers" in text
 
 
+@pytest.mark.parametrize("found", [0, -3])
+def test_sizes_of_nothing_are_named(found: int) -> None:
+    """Without prototypes the first losses were not finite, and the message spoke of the learning rate."""
+    config = base()
+    config.model.prototypes = config.model.queries = config.batch_size = found
+    with pytest.raises(ConfigError) as caught:
+        check(config)
+    assert "3 faults" in str(caught.value)
+    for key in ("model.prototypes", "model.queries", "batch_size"):
+        assert f"config.{key}: found {found}, expected 1 or more" in str(caught.value)
+
+
 def test_an_integer_serves_for_a_float() -> None:
     config = base()
     config.objective.alpha = 1

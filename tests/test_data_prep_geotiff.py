@@ -19,8 +19,9 @@ from data_prep import geotiff
 from data_prep.cell import Options
 from data_prep.geotiff import blocks, guess_unit, named
 from data_prep.ground import share_ground
+from data_prep.manifest import from_manifest
 from data_prep.raster import Grid, Raster
-from data_prep.scenes import band_list, by_name, from_folder, from_manifest, stated_orders
+from data_prep.scenes import band_list, by_name, from_folder, stated_orders
 from data_prep.splits import BlockSplit
 from data_prep.worldcover import lonlat_outline
 from terrafm_jax.sensors import S2_L1C, SENSORS

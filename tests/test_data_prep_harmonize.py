@@ -34,6 +34,10 @@ from terrafm_jax.sensors import baseline, baseline_offset
         ("S2A_MSIL2A_20170613T101031_87_48", None, None),
         ("patch_10", None, None),
         ("S2A_NOTAN0500", None, None),
+        ("field_N4512_E0712", None, None),
+        ("site_N0087_E0712", None, None),
+        ("cell_N4512_S2A_MSIL2A_20190612T103021_N0213_R108_T32UPU_20190612T120000", 213, 0.0),
+        ("S2C_MSIL2A_20270612T103021_N0600_R108_T32UPU_20270612T120000", 600, 1000.0),
     ],
 )
 def test_offset_proposed_by_product_id(product, number, proposed):

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.scenes import from_folder, from_manifest
+from data_prep.manifest import from_manifest
+from data_prep.scenes import from_folder
 from data_prep.units import stated_nodata, stated_unit
 
 

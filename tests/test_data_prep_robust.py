@@ -1,10 +1,9 @@
-"""Interruptions, full disks, killed workers and bad input: nothing is lost, nothing is doubled, reasons are told."""
+"""Interruptions, full disks and killed workers: nothing is lost, nothing is doubled."""
 
 from __future__ import annotations
 
 import csv
 import errno
-import json
 import os
 import shutil
 import signal
@@ -16,18 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_prep_cells import columns, geotiff, make_cells, make_source, place, scene, worldcover, write_majortom
-from rasterio.transform import from_origin
+from data_prep_cells import command, make_source
 
 from data_prep import chunks, majortom, write
 from data_prep.chunks import Job, Unit
 from data_prep.run import make_chunks, prepare_all
 from data_prep.worldcover import WorldCover
-
-
-def command(source: Path, out: Path, *flags: str) -> list[str]:
-    return ["--source", str(source), "--worldcover", str(source / "worldcover"), "--out", str(out), "--tile-size", "24",
-            "--split-shares", "1,0,0", "--cells-per-shard", "2", *flags]  # fmt: skip
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -304,131 +297,3 @@ def test_chunks_are_fixed_by_the_plan():
     assert found == make_chunks(units, 4)
     assert [len({u.outlook for u in chunk}) for chunk in found] == [1] * len(found)
     assert sorted(u.cell for chunk in found for u in chunk) == sorted(u.cell for u in units)
-
-
-# --- bad input --------------------------------------------------------------------------------
-
-
-def broken(cells: int, defects: dict[int, str]) -> tuple[dict[str, list[dict]], dict[str, list[dict]]]:
-    """Cells with one defect each, by number of the cell."""
-    rows, metadata = make_cells(cells)
-    for cell, defect in defects.items():
-        row, meta = rows["s2_l2a"][cell], metadata["s2_l2a"][cell]
-        left, top = place(cell)
-        affine, bands = from_origin(left, top, 10, 10), scene(cell)["s2_l2a"]
-        if defect == "truncated":
-            row["B03"] = row["B03"][: len(row["B03"]) // 2]
-        elif defect == "no image":
-            row["B03"] = b"<html>503 Service Unavailable</html>"
-        elif defect == "missing band":
-            row["B8A"] = None
-        elif defect == "wrong size":
-            row["B03"] = geotiff(bands["B03"][:24], affine, nodata=0)
-        elif defect == "wrong crs":
-            row.update(columns("s2_l2a", bands, left, top, "EPSG:32633"))
-            meta["crs"] = "EPSG:EPSG:32633"
-        elif defect == "crs against metadata":
-            meta["crs"] = "EPSG:EPSG:32633"
-        elif defect == "no crs":
-            row["B03"] = geotiff(bands["B03"], affine, crs=None)
-        elif defect == "all nodata":
-            row.update(columns("s2_l2a", {n: np.zeros_like(b) for n, b in bands.items()}, left, top, "EPSG:32632"))
-        elif defect == "constant":
-            row.update(columns("s2_l2a", {n: np.full_like(b, 77) for n, b in bands.items()}, left, top, "EPSG:32632"))
-        elif defect == "nan":
-            rows["s1"][cell]["vv"] = geotiff(np.full((48, 48), np.nan, np.float32), affine)
-            rows["s1"][cell]["vh"] = rows["s1"][cell]["vv"]
-        elif defect == "nan in optical":
-            row["B03"] = geotiff(np.where(bands["B03"] > 400, bands["B03"], np.nan).astype(np.float32), affine)
-        elif defect == "negative":
-            row["B03"] = geotiff(bands["B03"].astype(np.int16) - 2000, affine)
-        elif defect == "fractions":
-            row["B03"] = geotiff(bands["B03"].astype(np.float32) / 10000, affine)
-        elif defect == "other cell":
-            meta["parquet_row"] = 0
-        elif defect == "row too far":
-            meta["parquet_row"] = 999
-        else:
-            raise ValueError(defect)
-    return rows, metadata
-
-
-REASONS = {
-    1: ("truncated", "B03"),
-    2: ("no image", "cannot be read as an image"),
-    3: ("missing band", "missing band B8A"),
-    4: ("wrong size", "wrong size, B02 is EPSG:32632 (48, 48)"),
-    5: ("wrong crs", "wrong CRS"),
-    6: ("crs against metadata", "metadata say EPSG:32633"),
-    7: ("no crs", "no georeference"),
-    8: ("all nodata", "black, 100.0 %"),
-    9: ("constant", "one value in all pixels"),
-    10: ("nan", "s1: black"),
-    11: ("nan in optical", "NaN"),
-    12: ("negative", "are no DN"),
-    13: ("fractions", "fractional"),
-    14: ("other cell", "row 0 holds 500U_60R"),
-    15: ("row too far", "row 999"),
-}
-
-
-def test_every_kind_of_bad_input_is_quarantined_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    rows, metadata = broken(17, {cell: defect for cell, (defect, _) in REASONS.items()})
-    write_majortom(tmp_path, rows, metadata)
-    for west in (9, 12):
-        for south in (45, 48):
-            worldcover(tmp_path / "worldcover", west, south, np.full((30, 30), 10))
-    out = tmp_path / "out"
-    code = majortom.main(command(tmp_path, out, "--require", "s1,s2_l2a"))
-    assert code == 3
-    report = capsys.readouterr().out
-    assert f"{len(REASONS)} cells REJECTED" in report
-    with open(out / "rejected.csv", newline="") as file:
-        found = {row["unit"].split("/")[0]: row for row in csv.DictReader(file)}
-    assert len(found) == len(REASONS)
-    for cell, (defect, reason) in REASONS.items():
-        row = found[f"{500 + cell}U_{60 + cell}R"]
-        assert reason in row["reason"], f"{defect}: {row['reason']}"
-        assert "S2A_MSIL2A" in row["products"]
-    summary = json.loads((out / "summary.json").read_text())
-    assert summary["rejected"] == len(REASONS)
-    assert summary["tiles"] == {"train": 2 * 4}, "cells 0 and 16 are whole"
-    counts = summary["rejected_reasons"]
-    assert sum(counts.values()) == len(REASONS)
-    assert (counts["wrong size"], counts["wrong CRS"], counts["black"]) == (1, 2, 2)
-    assert majortom.main(command(tmp_path, out, "--require", "s1,s2_l2a", "--tolerate", "0.95")) == 0
-
-
-def test_truncated_parquet_and_nothing_usable(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    write_majortom(tmp_path, *make_cells(2))
-    worldcover(tmp_path / "worldcover", 9, 48, np.full((4, 4), 10))
-    part = tmp_path / "Core-S2L2A" / "images" / "part_00000.parquet"
-    part.write_bytes(part.read_bytes()[:-500])
-    out = tmp_path / "out"
-    assert majortom.main(command(tmp_path, out)) == 1
-    assert "nothing prepared" in capsys.readouterr().out
-    rejected = list(csv.DictReader((out / "rejected.csv").read_text().splitlines()))
-    assert len(rejected) == 2
-    assert all("truncated" in row["reason"] for row in rejected)
-    assert not (out / ".work").exists(), "the next start looks at the files again"
-    metadata = tmp_path / "Core-S2L2A" / "metadata.parquet"
-    metadata.write_bytes(metadata.read_bytes()[:-100])
-    assert majortom.main(command(tmp_path, tmp_path / "other")) == 1
-    assert "metadata.parquet cannot be read" in capsys.readouterr().err
-
-
-def test_a_decoder_that_raises_anything_quarantines_its_cell(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    original = chunks.prepare
-
-    def odd(cell: Any, *rest: Any) -> Any:
-        if cell.name == "502U_62R":
-            raise ZeroDivisionError("deep inside a library")
-        return original(cell, *rest)
-
-    monkeypatch.setattr(chunks, "prepare", odd)
-    out = tmp_path / "data"
-    assert majortom.main(command(source, out)) == 3
-    assert "502U_62R/p0" in (out / "rejected.csv").read_text()
-    assert "ZeroDivisionError: deep inside" in (out / "rejected.csv").read_text()

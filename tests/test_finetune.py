@@ -17,12 +17,10 @@ import terrafm_jax
 from terrafm_jax import weights
 from terrafm_jax.config import ConfigError
 from terrafm_jax.evals import encoders, heads
-from terrafm_jax.evals.datasets.base import Sample, Split
 from terrafm_jax.evals.features import ImageBatch
 from terrafm_jax.export.formats import write_state
 from terrafm_jax.finetuning import config as schema
 from terrafm_jax.finetuning import job as job_lib
-from terrafm_jax.finetuning.data import Source, class_weights
 from terrafm_jax.finetuning.job import Job
 from terrafm_jax.finetuning.network import TuneSpec
 from terrafm_jax.finetuning.trainer import TuningError, init_state, make_predict, make_step, to_device
@@ -345,81 +343,3 @@ def test_upstream_stem_of_level_2a_needs_no_flag_afterwards(folder, tmp_path, mo
     released.upstream_l2a_stem = True
     np.testing.assert_allclose(tuned.encode(**x).cls, released.encode(**x).cls, atol=1e-4)
     assert np.abs(tuned.encode(**x).cls - plain).max() > 1e-2
-
-
-def test_batches_cover_every_epoch_once(folder):
-    (dataset,) = job_lib.open_suite("folder", folder)
-    source = Source(dataset.info, dataset.split("train"), ("s2_l2a",))
-    count = len(source)
-    rows = np.concatenate([source.rows(s, 8, seed=1) for s in range(-(-count // 8))])
-    assert set(rows) == set(range(count))
-    assert not np.array_equal(source.rows(0, 8, 1), source.rows(0, 8, 2))
-    np.testing.assert_array_equal(source.rows(5, 8, 1), source.rows(5, 8, 1))
-    np.testing.assert_allclose(class_weights(source, 3, -1), 1.0, atol=0.2)
-    source.close()
-
-
-def test_windows_of_an_image_are_held_out_together():
-    windows = Split([f"image{i}/r{r}_c0" for i in range(10) for r in range(4)],
-                    lambda i: Sample(str(i), {}, np.zeros((4, 4), int)))  # fmt: skip
-    rest, held = job_lib._hold_out(windows, 0)
-    assert sorted(rest.ids + held.ids) == sorted(windows.ids)
-    assert len(held) == 8
-    assert {i.split("/")[0] for i in rest.ids}.isdisjoint(i.split("/")[0] for i in held.ids)
-
-
-def test_bad_configs_are_named(folder, tmp_path):
-    for overrides, message in (
-        ({"mode": "half"}, "config.mode: found 'half', expected one of"),
-        ({"rates": ()}, "config.rates"),
-        ({"microbatches": 3}, "does not divide batch_size 8"),
-        ({"data__dir": ""}, "config.data.dir: empty"),
-        ({"head": "upernet"}, "'upernet' does not do classification"),
-        ({"mixup": -1.0}, "config.mixup: found -1.0, expected 0"),
-        ({"stop_at_epoch": -1}, "config.stop_at_epoch: found -1, expected 0"),  # would stop after the first one
-        ({"patience": -1}, "config.patience: found -1, expected 0"),
-    ):
-        c = config(folder, **overrides)
-        with pytest.raises((ConfigError, ValueError), match=message):
-            Job(c, str(tmp_path / "run"), quiet).run()
-    c = config(folder)
-    c.leraning_rate = 1.0
-    with c.ignore_type():
-        c.epochs = "10"
-    with pytest.raises(
-        ConfigError, match=r"(?s)config.epochs: found '10' \(str\), expected int.*config.leraning_rate: unknown"
-    ):
-        Job(c, str(tmp_path / "run"), quiet)
-
-
-@pytest.mark.parametrize(
-    "name", ["classification", "quick", "segmentation_linear", "segmentation_upernet", "regression"]
-)
-def test_shipped_configs_fit_the_schema(name):
-    import importlib
-
-    module = importlib.import_module(f"configs.finetune.{name}")
-    for argument in (None, "runlocal"):
-        c = module.get_config(argument)
-        c.init_from, c.data.dir = "random:s", "somewhere"
-        schema.check(c)
-    assert "terrafm_jax.finetune" in module.__doc__
-    job = object.__new__(Job)
-    job.config = module.get_config()
-    named = {"classification": "galileo-finetune/1", "segmentation_upernet": "upernet-finetune/2"}
-    assert job.protocol() == named.get(name, f"finetune: {job.config.mode}, {job.config.epochs} epochs")
-    with pytest.raises(ConfigError, match="unknown argument 'x'"):
-        module.get_config("x")
-
-
-@pytest.mark.parametrize(
-    "change", [{"label_smoothing": 0.1}, {"head_norm": True}, {"flips": False}, {"drop_path": 0.0}, {"epochs": 10}]
-)
-def test_a_published_name_is_for_its_own_settings(change):
-    """Beside the published numbers nothing may stand that was trained otherwise."""
-    from configs.finetune.classification import get_config
-
-    job = object.__new__(Job)
-    job.config = get_config()
-    job.config.update(change)
-    assert job.protocol() == f"finetune: full, {job.config.epochs} epochs"

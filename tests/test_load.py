@@ -15,6 +15,7 @@ from weights_samples import TINY, sample
 import terrafm_jax
 from terrafm_jax import weights
 from terrafm_jax.export import formats, torch_weights
+from terrafm_jax.export.checkpoint_weights import COMMITTED, find_checkpoint
 from terrafm_jax.export.safetensors_file import write_safetensors
 from terrafm_jax.loader import Loaded, read
 from terrafm_jax.models import ModelSpec
@@ -70,6 +71,22 @@ def test_checkpoint_gives_teacher_and_student(tmp_path):
     assert_same(read(tmp_path), teacher)
     assert_same(read(tmp_path, which="student"), student)
     assert_same(read(folder / "5", which="student"), teacher)
+
+
+def test_a_step_in_a_bucket_counts_once_it_is_committed(tmp_path, monkeypatch):
+    """Objects cannot be renamed: an unfinished step has its final name there."""
+    steps = tmp_path / "checkpoints"
+    for name in ("5", "40", "100"):
+        for item in ("state", "meta"):
+            (steps / name / item).mkdir(parents=True)
+    assert find_checkpoint(tmp_path) == steps / "100", "on a disk the name is given last"
+    monkeypatch.setattr("terrafm_jax.export.checkpoint_weights._marked", lambda step: True)
+    with pytest.raises(WeightsError, match=r"checkpoints: found the steps 5, 40, 100, none with commit_success\.txt"):
+        find_checkpoint(tmp_path)
+    assert find_checkpoint(steps / "5") == steps / "5"
+    for name in ("5", "40"):
+        (steps / name / COMMITTED).write_text("")
+    assert find_checkpoint(tmp_path) == find_checkpoint(steps) == steps / "40"
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,9 @@ import pytest
 from pipeline_fake import UNIFORM, assert_same, loader, take
 from tiles_fake import fake_record, write_dataset
 
-from terrafm_jax.data import decode
+from terrafm_jax.data import decode, source
 from terrafm_jax.data.pipeline import iterate_split, make_order
-from terrafm_jax.data.reader import TooManySkipped
+from terrafm_jax.data.reader import Reader, TooManySkipped
 from terrafm_jax.data.source import DataError, RecordError, Records, open_split
 from terrafm_jax.sensors import SensorError, Statistics
 
@@ -38,11 +40,11 @@ def damaged(tmp_path: Path) -> Path:
 
 
 def _bad(data: Path) -> set[int]:
-    source = Records(open_split(data, "train"))
+    records = Records(open_split(data, "train"))
     bad = set()
     for number in range(32):
         try:
-            decode.decode_record(source.read(number))
+            decode.decode_record(records.read(number))
         except (RecordError, decode.DecodeError):
             bad.add(number)
     return bad
@@ -55,6 +57,42 @@ def test_damage_is_found_where_it_is(damaged: Path) -> None:
         Records(open_split(damaged, "train")).read(12)
     with pytest.raises(RecordError, match=r"record 27 \(fake-train.array_record-00003-of-00004, position 3\)"):
         Records(open_split(damaged, "train")).read(27)
+
+
+def _away_and_back(shard: Path, meanwhile: Callable[[], None]) -> None:
+    hidden = shard.rename(shard.with_name("away"))
+    meanwhile()
+    hidden.rename(shard)
+
+
+@pytest.mark.parametrize("cache", ["none", "ram"])
+def test_a_shard_that_was_away_is_read_again_later(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_dataset(tmp_path / "data", [fake_record(i, 24) for i in range(4)])
+    (shard, *_) = sorted(data.glob("*.array_record-*"))
+    now, opened = [1000.0], []
+    monkeypatch.setattr(source.time, "monotonic", lambda: now[0])
+    plain = Records._open
+    monkeypatch.setattr(Records, "_open", lambda self, number: opened.append(number) or plain(self, number))
+    reader = Reader(open_split(data, "train"), ("s2_l2a",), [], cache=cache)
+    _away_and_back(shard, lambda: [reader.fetch(0) for _ in range(3)])
+    assert isinstance(reader.fetch(0), RecordError)
+    assert opened == [0], "it is not opened for every record"
+    now[0] += source.TRY_AGAIN
+    assert not isinstance(reader.fetch(0), RecordError)
+    assert opened == [0, 0]
+
+
+def test_a_shard_that_fails_once_open_is_opened_anew(tmp_path: Path) -> None:
+    class Stale:
+        def read(self, positions: list[int]) -> list[bytes]:
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+    data = write_dataset(tmp_path / "data", [fake_record(i, 24) for i in range(4)])
+    records = Records(open_split(data, "train"))
+    records._readers[0] = Stale()
+    with pytest.raises(RecordError, match="Stale file handle"):
+        records.read(0)
+    decode.decode_record(records.read(0))
 
 
 def test_damaged_records_are_replaced_from_the_same_slice(damaged: Path, caplog: pytest.LogCaptureFixture) -> None:

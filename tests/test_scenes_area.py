@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 pytest.importorskip("rasterio")
+import rasterio
 from rasterio.crs import CRS
+from rasterio.transform import from_origin
 from rasterio.warp import transform
 
 from terrafm_jax.scenes.area import read_aoi
 from terrafm_jax.scenes.errors import SceneError
-from terrafm_jax.scenes.grid import Grid
+from terrafm_jax.scenes.grid import Grid, target_grid
 from terrafm_jax.scenes.read import inside
 
 
@@ -69,6 +72,35 @@ def test_many_shapes_count_together_and_a_far_one_is_left_out(tmp_path: Path) ->
     assert np.mean(inside(read_aoi(str(path)), grid) != wanted) < 5e-3
     path.write_text(json.dumps(features[2]))
     assert not inside(read_aoi(str(path)), grid).any()
+
+
+# Corner, degrees or meters a pixel, rows and columns of rasters; an area in them; its zone and extent in kilometers.
+WIDE = {
+    "degrees": ("EPSG:4326", -10.0, 50.0, 0.05, 80, 1400, "55,47,57,49", 32640, (156, 225)),
+    "world": ("EPSG:4326", -180.0, 90.0, 0.08, 2250, 4500, "55,47,57,49", 32640, (156, 225)),
+    "world from 0 on": ("EPSG:4326", 0.0, 90.0, 0.08, 2250, 4500, "-100,30,-97,33", 32614, (292, 336)),
+    "across the antimeridian": ("EPSG:4326", 170.0, -16.0, 0.05, 200, 400, "179.5,-19,-178,-17", 32701, (268, 225)),
+    "Mercator": ("EPSG:3857", -20e6, 20e6, 10_000.0, 4000, 4000, "55,47,57,49", 32640, (156, 225)),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_a_small_area_of_a_wide_raster_has_its_own_zone(name: str, tmp_path: Path) -> None:
+    """In the zone of the raster's center meters are none, or its ends do not exist."""
+    crs, west, north, step, rows, columns, text, zone, kilometers = WIDE[name]
+    with rasterio.open(
+        tmp_path / "x.tif", "w", driver="GTiff", height=rows, width=columns, count=1, dtype="uint8", crs=crs,
+        transform=from_origin(west, north, step, step), SPARSE_OK=True,
+    ):  # fmt: skip
+        pass
+    grid = target_grid([SimpleNamespace(sensor="s2_l2a", paths=[str(tmp_path / "x.tif")])], 3000.0, aoi=read_aoi(text))
+    assert grid.crs.to_epsg() == zone
+    size = grid.width * 3.0, grid.height * 3.0
+    assert size == pytest.approx(kilometers, abs=12.0)
+    wanted = [float(v) for v in text.split(",")]
+    lon, lat = centers(grid)
+    middle = (wanted[0] + (wanted[2] + 360 * (wanted[2] < wanted[0]))) / 2, (wanted[1] + wanted[3]) / 2
+    assert (np.median(lon % 360), np.median(lat)) == pytest.approx((middle[0] % 360, middle[1]), abs=0.1)
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,7 @@ def test_a_signal_checkpoints_the_current_step(
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == code, errors
+    assert ("a second Ctrl-C" in errors) == (number == signal.SIGINT)
     steps = [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
     assert len(steps) == 1
     assert 0 < steps[0] < 40

@@ -56,3 +56,18 @@ def test_poll_raises_after_the_signal_and_reached_stays_true() -> None:
         assert not stop.by_person
     finally:
         stop.close()
+
+
+def test_ctrl_c_is_told_what_it_does_and_the_second_interrupts(capfd: pytest.CaptureFixture[str]) -> None:
+    stop = StopRequest()
+    try:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.reached()
+        assert stop.by_person
+        (line,) = capfd.readouterr().err.strip().splitlines()
+        assert "ends after this step, with a checkpoint; a second Ctrl-C ends at once" in line
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert capfd.readouterr().err == ""
+    finally:
+        stop.close()

@@ -57,7 +57,7 @@ class Reader:
             record = self.records.error(number, str(error))
         except RecordError as error:
             record = error
-        if self._cache is not None:
+        if self._cache is not None and not isinstance(record, RecordError):  # which may be the disk's, not the record's
             self._cache[number] = record
         return record
 

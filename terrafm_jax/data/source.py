@@ -6,9 +6,10 @@ import collections
 import dataclasses
 import json
 import threading
+import time
 import tokenize
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from etils import epath
@@ -16,6 +17,8 @@ from etils import epath
 from terrafm_jax import landcover
 from terrafm_jax.data import shards, tiles
 from terrafm_jax.paths import is_remote
+
+TRY_AGAIN = 60.0  # seconds after which a shard that could not be opened is: mounted buckets and network disks recover
 
 
 class DataError(ValueError):
@@ -168,8 +171,17 @@ def _shard_name(template: str, dataset: str, split: str, shard: int, count: int)
     return template
 
 
+class _Broken(NamedTuple):
+    """What is wrong with a shard, and until when it is not opened again."""
+
+    error: Exception
+    until: float
+
+
 class Records:
     """Reads records by number. Opens shards on demand and keeps the last ``keep_open`` of them open.
+
+    One that cannot be opened counts as damaged for ``TRY_AGAIN`` seconds; one that fails later is opened anew.
 
     Safe to share between threads and to pickle (open readers do not travel).
     """
@@ -209,23 +221,32 @@ class Records:
         Raises RecordError if the shard or the record is damaged, FetchError if a bucket does not give the shard.
         """
         shard, position = self.place(number)
+        reader = None
         try:
-            return self._reader(shard).read([position])[0]
+            reader = self._reader(shard)
+            return reader.read([position])[0]
         except shards.FetchError:
             raise
         except Exception as error:  # array_record raises bare RuntimeError, IndexError, ...: all mean damage
+            if reader is not None:  # its file may be one that a network disk no longer serves
+                self._forget(shard, reader)
             raise self.error(number, _one_line(error)) from error
+
+    def _forget(self, shard: int, reader: Any) -> None:
+        with self._lock:
+            if self._readers.get(shard) is reader:
+                del self._readers[shard]
 
     def _reader(self, shard: int) -> Any:
         with self._lock:
             reader = self._readers.pop(shard, None)
-            if reader is None:
+            if reader is None or (isinstance(reader, _Broken) and time.monotonic() >= reader.until):
                 reader = self._open(shard)
                 while len(self._readers) >= self._keep_open:
                     self._readers.popitem(last=False)  # a thread that still reads it keeps it alive
             self._readers[shard] = reader
-        if isinstance(reader, Exception):
-            raise reader
+        if isinstance(reader, _Broken):
+            raise reader.error
         return reader
 
     def _open(self, shard: int) -> Any:
@@ -240,10 +261,11 @@ class Records:
             )
             found, expected = reader.num_records(), self.split.lengths[shard]
             if found != expected:
-                return RuntimeError(f"shard holds {found} records, dataset_info.json promises {expected}")
+                raise RuntimeError(f"shard holds {found} records, dataset_info.json promises {expected}")
             return reader
         except Exception as error:
-            return error  # kept in place of the reader, so that a broken shard is not opened again for every record
+            # Kept in place of the reader, so that a broken shard is not opened again for every record.
+            return _Broken(error, time.monotonic() + TRY_AGAIN)
 
 
 def _one_line(error: Exception) -> str:

@@ -6,6 +6,7 @@ A head is ``init(key) -> (params, state)`` and ``apply(params, state, features, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +32,21 @@ Applied = tuple[tuple[Array, ...], dict]  # outputs, new state
 class Head(NamedTuple):
     init: Callable[[Array], tuple[dict, dict]]
     apply: Callable[..., Applied]
+
+
+def exact(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, to be traced with full precision in its products and their gradients.
+
+    TPU and GPU round the operands of float32 products by default (bf16, TF32), and numbers of a probe are compared
+    between machines. Fine-tuning computes its heads without it: UPerNet costs more than the encoder before it.
+    """
+
+    @functools.wraps(function)
+    def traced(*args: Any, **options: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return function(*args, **options)
+
+    return traced
 
 
 # --- layers ---------------------------------------------------------------------------------------------------

@@ -154,9 +154,10 @@ def _programs(protocol: ProbeProtocol, task: str, width: int, outputs: int) -> t
     def single(params: Any, state: Any, rows: Array) -> Array:
         return head.apply(params, state, heads.Features(rows))[0][0]
 
-    over_rates = jax.vmap(one, in_axes=(None, None, 0, None))
+    over_rates = jax.vmap(heads.exact(one), in_axes=(None, None, 0, None))
     train_all = jax.jit(jax.vmap(over_rates, in_axes=(None, None, None, 0)))
-    logits = jax.jit(lambda fitted, rows: jax.vmap(jax.vmap(single, (0, 0, None)), (0, 0, None))(*fitted, rows))
+    of_all = jax.vmap(jax.vmap(heads.exact(single), (0, 0, None)), (0, 0, None))
+    logits = jax.jit(lambda fitted, rows: of_all(*fitted, rows))
     return train_all, logits
 
 

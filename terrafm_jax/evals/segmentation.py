@@ -124,8 +124,8 @@ class _Fitted:
         self.single, self.key = single, jax.random.key(seed)
         self.rates = self.rates[0] if single else self.rates
         self.carry = jax.jit(over(start, (0, None)))(self.rates, jax.random.fold_in(self.key, 0))
-        self._step = jax.jit(over(step, (0, 0, None, None, None, None)), donate_argnums=1)
-        self._predict = jax.jit(over(predict, (0, None, None)), static_argnums=2)
+        self._step = jax.jit(over(heads.exact(step), (0, 0, None, None, None, None)), donate_argnums=1)
+        self._predict = jax.jit(over(heads.exact(predict), (0, None, None)), static_argnums=2)
 
     def step(self, batch: DenseSplit, n: int) -> None:
         key = jax.random.fold_in(self.key, n + 1)

@@ -1,4 +1,7 @@
-"""``python -m terrafm_jax.export --checkpoint PATH --out FILE.pth|FILE.safetensors|FILE.stablehlo|FILE.onnx|DIR``."""
+"""``python -m terrafm_jax.export --checkpoint PATH --out FILE.pth|FILE.safetensors|FILE.stablehlo|FILE.onnx|DIR``.
+
+Exit codes: 0 done, 1 an error, with one line that says what to do, 2 wrong flags.
+"""
 
 from __future__ import annotations
 
@@ -69,10 +72,10 @@ def main(argv: list[str] | None = None) -> int:
         print(run(args))
     except ModuleNotFoundError as error:
         print(f"{args.out}: needs the package {error.name}; pip install 'terrafm_jax[export]'", file=sys.stderr)
-        return 2
+        return 1
     except (WeightsError, ValueError, OSError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return 1
     return 0
 
 

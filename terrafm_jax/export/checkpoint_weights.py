@@ -9,19 +9,33 @@ import numpy as np
 from terrafm_jax.weights import WeightsError
 
 _STATE, _META = "state", "meta"
+COMMITTED = "commit_success.txt"  # Orbax writes it last on gs://, where folders cannot be renamed; nowhere else
 _FIELD = {"teacher": "teacher", "student": "params"}  # fields of training.state.TrainState
 
 
 def find_checkpoint(path: Any) -> Any | None:
-    """The step folder that ``path`` is or, for a workdir or its ``checkpoints``, the newest complete one."""
+    """The step folder that ``path`` is or, for a workdir or its ``checkpoints``, the newest complete one.
+
+    Raises WeightsError where there are steps in a bucket, but none is known to be complete.
+    """
     if (path / _STATE).is_dir() and (path / _META).is_dir():
         return path
     for root in (path / "checkpoints", path):
         if root.is_dir():
             steps = [c for c in root.iterdir() if c.name.isdigit() and (c / _STATE).is_dir() and (c / _META).is_dir()]
+            complete = [c for c in steps if not _marked(c) or (c / COMMITTED).exists()]
+            if complete:
+                return max(complete, key=lambda c: int(c.name))
             if steps:
-                return max(steps, key=lambda c: int(c.name))
+                raise WeightsError(
+                    f"{root}: found the steps {', '.join(sorted((c.name for c in steps), key=int))}, none with "
+                    f"{COMMITTED}, so none is known to be complete; if you copied one from a disk, give its folder"
+                )
     return None
+
+
+def _marked(step: Any) -> bool:
+    return str(step).startswith("gs://")
 
 
 def read_checkpoint(step: Any, which: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -28,10 +28,11 @@ def write_predictions(folder: Path, run: Run, state: TuneState, split: str, info
         return
     with (folder / "predictions.csv").open("w", newline="") as f:
         writer = csv.writer(f)
-        columns = list(info.classes) if info.task != "regression" else ["value"]
-        writer.writerow(["id", "predicted", *columns])
+        scored = info.task != "regression"  # of a number the answer says all
+        writer.writerow(["id", "predicted", *(info.classes if scored else ())])
         for i, scores in enumerate(found):
-            writer.writerow([source.split.ids[i], _answer(scores, info), *(f"{s:.5g}" for s in np.ravel(scores))])
+            shown = (f"{s:.5g}" for s in np.ravel(scores)) if scored else ()
+            writer.writerow([source.split.ids[i], _answer(scores, info), *shown])
 
 
 def _answer(scores: np.ndarray, info: DatasetInfo) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import rasterio.features
 import shapely
+import shapely.affinity
 from rasterio.crs import CRS
 from rasterio.warp import transform_bounds, transform_geom
 
@@ -86,3 +87,23 @@ def bounds_of(aoi: dict[str, Any], crs: CRS, near: Sequence[float]) -> tuple[flo
     """left, bottom, right, top of the part of an area around ``near``, in ``crs``; None if there is none."""
     shape = project(aoi, crs, near)
     return None if shape is None else tuple(rasterio.features.bounds(shape))
+
+
+def narrowed(box: Sequence[float], crs: CRS, aoi: dict[str, Any] | None) -> tuple[float, ...]:
+    """The part of a raster's bounds around an area, with a margin; all of them where the area does not meet them.
+
+    A raster may be wider than what a UTM zone can hold, and its own center far from the area.
+    """
+    if aoi is None:
+        return tuple(box)
+    if crs.is_geographic:  # rasters may go on beyond 180 degrees, areas do not
+        shape = shapely.make_valid(shapely.geometry.shape(aoi))
+        turns = [shapely.affinity.translate(shape, turn) for turn in (-360.0, 0.0, 360.0)]
+        part = shapely.union_all(turns).intersection(shapely.box(*box))
+        found, margin = (None, 0.0) if part.is_empty else (part.bounds, _MARGIN)
+    else:
+        found, margin = bounds_of(aoi, crs, box), _MARGIN * 111_320.0 / crs.linear_units_factor[1]
+    if found is None:
+        return tuple(box)
+    around = shapely.box(*found).buffer(margin, join_style="mitre").intersection(shapely.box(*box))
+    return tuple(box) if around.is_empty else around.bounds

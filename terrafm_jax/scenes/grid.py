@@ -74,7 +74,7 @@ def target_grid(
 
     Origin and pixel borders are those of the reference raster (finest band of the first of s2_l2a, s2_l1c,
     s1), so that at native sampling nothing is resampled. Geographic rasters, and those whose meters are none on
-    the ground (Web Mercator), go to the UTM zone of their center, because tokens need meters.
+    the ground (Web Mercator), go to the UTM zone of the center of what is asked for, because tokens need meters.
 
     Raises:
       SceneError: sensors (or the area of interest) do not meet, CRS not metric, fewer than 16 pixels.
@@ -82,7 +82,7 @@ def target_grid(
     reference = min(acquisitions, key=lambda a: EXTENT_ORDER.index(a.sensor))
     path, native = _finest(reference)
     with open_raster(path) as source:
-        own, origin, box = source.crs, source.transform, source.bounds
+        own, origin, box = source.crs, source.transform, area.narrowed(source.bounds, source.crs, aoi)
         stretch = _stretch(own, box) if own.is_projected else 1.0
         true = own.is_projected and abs(stretch - 1) <= _STRETCHED
         try:
@@ -171,7 +171,7 @@ def _common_extent(acquisitions: Sequence[Acquisition], target: CRS, aoi: dict[s
                 box = source.bounds
                 if source.crs != target:
                     _refuse_beyond_the_end(path, source.crs, box)
-                    box = transform_bounds(source.crs, target, *box)
+                    box = transform_bounds(source.crs, target, *area.narrowed(box, source.crs, aoi))
             boxes.setdefault(acquisition.sensor, []).append(tuple(box))
     extents = {
         key: (min(b[0] for b in found), min(b[1] for b in found), max(b[2] for b in found), max(b[3] for b in found))

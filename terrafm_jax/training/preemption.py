@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import types
 
 import jax
+
+_TOLD = b"\nCtrl-C: ends after this step, with a checkpoint; a second Ctrl-C ends at once, without\n"
 
 
 class Interrupted(Exception):
@@ -15,7 +18,7 @@ class Interrupted(Exception):
 class StopRequest:
     """Turns signals into a flag that every process reads the same at the same step.
 
-    One process: SIGTERM and SIGINT set the flag; a second SIGINT interrupts at once. Several
+    One process: SIGTERM and SIGINT set the flag; a second SIGINT interrupts at once. A first SIGINT says so. Several
     processes: the preemption service of ``jax.distributed`` catches SIGTERM on any of them and lets
     all agree on one of the next calls of :meth:`reached`; SIGINT is passed on to it as SIGTERM. So every
     process has to make the same calls in the same order, at every step and at every batch of an evaluation.
@@ -23,7 +26,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self._several = jax.process_count() > 1
+        self._several, self._speaks = jax.process_count() > 1, jax.process_index() == 0
         self._calls, self._agreed = 0, False
         self._before: dict[signal.Signals, object] = {}
         for number in (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM):
@@ -33,6 +36,8 @@ class StopRequest:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
+        if number == signal.SIGINT and self._speaks:
+            os.write(2, _TOLD)  # print may be what was interrupted, and cannot be entered twice
         if self._several:
             signal.raise_signal(signal.SIGTERM)
 

@@ -1,0 +1,136 @@
+"""Fine-tuning around the runs: order and split of the data, configs, what predictions are written as."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import labelled_fake as fake
+import numpy as np
+import pytest
+
+from terrafm_jax.config import ConfigError
+from terrafm_jax.evals.datasets.base import Sample, Split
+from terrafm_jax.finetuning import config as schema
+from terrafm_jax.finetuning import job as job_lib
+from terrafm_jax.finetuning.data import Source, class_weights
+from terrafm_jax.finetuning.job import Job
+from terrafm_jax.finetuning.predict import write_predictions
+
+pytest.importorskip("rasterio")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    yaml = "splits: {train: 0.6, val: 0.2, test: 0.2}\n"
+    return fake.eurosat_like(tmp_path_factory.mktemp("data") / "tiny", per_class=12, size=24, yaml=yaml)
+
+
+# --- data -------------------------------------------------------------------------------------
+
+
+def test_batches_cover_every_epoch_once(folder):
+    (dataset,) = job_lib.open_suite("folder", folder)
+    source = Source(dataset.info, dataset.split("train"), ("s2_l2a",))
+    count = len(source)
+    rows = np.concatenate([source.rows(s, 8, seed=1) for s in range(-(-count // 8))])
+    assert set(rows) == set(range(count))
+    assert not np.array_equal(source.rows(0, 8, 1), source.rows(0, 8, 2))
+    np.testing.assert_array_equal(source.rows(5, 8, 1), source.rows(5, 8, 1))
+    np.testing.assert_allclose(class_weights(source, 3, -1), 1.0, atol=0.2)
+    source.close()
+
+
+def test_windows_of_an_image_are_held_out_together():
+    windows = Split([f"image{i}/r{r}_c0" for i in range(10) for r in range(4)],
+                    lambda i: Sample(str(i), {}, np.zeros((4, 4), int)))  # fmt: skip
+    rest, held = job_lib._hold_out(windows, 0)
+    assert sorted(rest.ids + held.ids) == sorted(windows.ids)
+    assert len(held) == 8
+    assert {i.split("/")[0] for i in rest.ids}.isdisjoint(i.split("/")[0] for i in held.ids)
+
+
+# --- predictions ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "scores", "expected"),
+    [
+        ("regression", [[3.25], [-1.0]], ["id,predicted", "p0,3.25", "p1,-1"]),
+        ("classification", [[0.25, 0.75], [0.5, 0.5]], ["id,predicted,a,b", "p0,b,0.25,0.75", "p1,a,0.5,0.5"]),
+        ("multilabel", [[0.75, 0.875], [0.25, 0.5]], ["id,predicted,a,b", "p0,a;b,0.75,0.875", "p1,,0.25,0.5"]),
+    ],
+)
+def test_predictions_hold_every_number_once(tmp_path, task, scores, expected):
+    source = SimpleNamespace(split=SimpleNamespace(ids=["p0", "p1"]))
+    run = SimpleNamespace(sources={"test": source}, outputs=lambda state, split: [(np.array(scores), None)])
+    write_predictions(tmp_path, run, None, "test", SimpleNamespace(task=task, classes=("a", "b")))
+    assert (tmp_path / "predictions.csv").read_text().splitlines() == expected
+
+
+# --- configs ----------------------------------------------------------------------------------
+
+
+def config(folder, **overrides):
+    c = schema.base()
+    c.init_from, c.data.dir, c.batch_size = "random:s", str(folder), 8
+    for key, value in overrides.items():
+        section, _, field = key.rpartition("__")
+        (c[section] if section else c)[field] = value
+    return c
+
+
+def test_bad_configs_are_named(folder, tmp_path):
+    for overrides, message in (
+        ({"mode": "half"}, "config.mode: found 'half', expected one of"),
+        ({"rates": ()}, "config.rates"),
+        ({"microbatches": 3}, "does not divide batch_size 8"),
+        ({"data__dir": ""}, "config.data.dir: empty"),
+        ({"head": "upernet"}, "'upernet' does not do classification"),
+        ({"mixup": -1.0}, "config.mixup: found -1.0, expected 0"),
+        ({"stop_at_epoch": -1}, "config.stop_at_epoch: found -1, expected 0"),  # would stop after the first one
+        ({"patience": -1}, "config.patience: found -1, expected 0"),
+    ):
+        c = config(folder, **overrides)
+        with pytest.raises((ConfigError, ValueError), match=message):
+            Job(c, str(tmp_path / "run"), lambda *_: None).run()
+    c = config(folder)
+    c.leraning_rate = 1.0
+    with c.ignore_type():
+        c.epochs = "10"
+    with pytest.raises(
+        ConfigError, match=r"(?s)config.epochs: found '10' \(str\), expected int.*config.leraning_rate: unknown"
+    ):
+        Job(c, str(tmp_path / "run"), lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    "name", ["classification", "quick", "segmentation_linear", "segmentation_upernet", "regression"]
+)
+def test_shipped_configs_fit_the_schema(name):
+    import importlib
+
+    module = importlib.import_module(f"configs.finetune.{name}")
+    for argument in (None, "runlocal"):
+        c = module.get_config(argument)
+        c.init_from, c.data.dir = "random:s", "somewhere"
+        schema.check(c)
+    assert "terrafm_jax.finetune" in module.__doc__
+    job = object.__new__(Job)
+    job.config = module.get_config()
+    named = {"classification": "galileo-finetune/1", "segmentation_upernet": "upernet-finetune/2"}
+    assert job.protocol() == named.get(name, f"finetune: {job.config.mode}, {job.config.epochs} epochs")
+    with pytest.raises(ConfigError, match="unknown argument 'x'"):
+        module.get_config("x")
+
+
+@pytest.mark.parametrize(
+    "change", [{"label_smoothing": 0.1}, {"head_norm": True}, {"flips": False}, {"drop_path": 0.0}, {"epochs": 10}]
+)
+def test_a_published_name_is_for_its_own_settings(change):
+    """Beside the published numbers nothing may stand that was trained otherwise."""
+    from configs.finetune.classification import get_config
+
+    job = object.__new__(Job)
+    job.config = get_config()
+    job.config.update(change)
+    assert job.protocol() == f"finetune: full, {job.config.epochs} epochs"
