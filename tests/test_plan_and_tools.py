@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -10,12 +11,15 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from test_step import tiny
 from tiles_fake import fake_record, write_dataset
 
 from terrafm_jax.config import ConfigError, base
 from terrafm_jax.data import pipeline
 from terrafm_jax.data.sampling import SamplingSpec
+from terrafm_jax.models import cudnn
 from terrafm_jax.sensors import Statistics
+from terrafm_jax.training import plan as plans
 from terrafm_jax.training import tools
 from terrafm_jax.training.plan import Plan
 
@@ -90,3 +94,20 @@ def test_finite_means_every_leaf() -> None:
     assert tools.all_finite(tree)
     tree["b"]["c"][1, 1] = np.inf
     assert not tools.all_finite(tree)
+
+
+@pytest.mark.parametrize(
+    ("others", "asked", "expected"), [(1, "auto", "auto"), (0, "auto", "xla"), (0, "cudnn", "cudnn")]
+)
+def test_processes_attend_alike(others: int, asked: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN works here; where it does not elsewhere, nobody uses it: other programs would wait for each other."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(cudnn, "works", lambda: True)
+    monkeypatch.setattr(plans.processes, "rows_of_all", lambda mine: [mine, np.array([others])])
+    spec = tiny()
+    spec = dataclasses.replace(
+        spec, model=dataclasses.replace(spec.model, attention=asked, dtype="bfloat16", platform="gpu")
+    )
+    assert plans.with_one_attention(spec).model.attention == expected
+    on_cpu = dataclasses.replace(spec, model=dataclasses.replace(spec.model, platform="cpu"))
+    assert plans.with_one_attention(on_cpu) is on_cpu

@@ -13,9 +13,10 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from terrafm_jax import config as config_lib
-from terrafm_jax import landcover
+from terrafm_jax import landcover, processes
 from terrafm_jax.data import pipeline
 from terrafm_jax.data.sampling import Order
+from terrafm_jax.models import cudnn
 from terrafm_jax.sensors import Statistics
 from terrafm_jax.training import pictures
 from terrafm_jax.training.metrics import Progress
@@ -91,12 +92,24 @@ def make_plan(config: ConfigDict, workdir: str) -> Plan:
     return Plan(
         config=config,
         workdir=str(workdir),
-        spec=config_lib.train_spec(config, steps, stats, shares),
+        spec=with_one_attention(config_lib.train_spec(config, steps, stats, shares)),
         steps=steps,
         order=order,
         mesh=mesh,
         writes=jax.process_index() == 0,
     )
+
+
+def with_one_attention(spec: TrainSpec) -> TrainSpec:
+    """XLA's attention on every GPU where cuDNN's fails on some (a collective on several processes with GPUs).
+
+    Each process tests its own. Left to that, their programs would differ, and all would wait for each other forever.
+    """
+    model = spec.model
+    if jax.process_count() == 1 or (model.attention, model.backend) != ("auto", "gpu") or not cudnn.fits(model):
+        return spec
+    works = [bool(rows[0]) for rows in processes.rows_of_all(np.array([cudnn.works()], np.int32))]
+    return spec if all(works) else dataclasses.replace(spec, model=dataclasses.replace(model, attention="xla"))
 
 
 def describe(plan: Plan, progress: Progress) -> None:
