@@ -56,7 +56,10 @@ def test_killed_at_any_moment_it_continues_to_the_same_bytes(
         killed = False
         while process.poll() is None:
             work = out / ".work"
-            new = {p.name for p in work.iterdir() if "chunk" in p.name} - seen if work.exists() else set()
+            try:
+                new = {p.name for p in work.iterdir() if "chunk" in p.name} - seen
+            except FileNotFoundError:  # not made yet, or just removed by a run that is complete
+                new = set()
             if new and kills < times:
                 seen |= new
                 os.killpg(process.pid, signal.SIGKILL)
