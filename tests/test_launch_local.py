@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
+import socket
 import subprocess
 
 import pytest
@@ -40,6 +42,23 @@ def test_local_gives_up_after_max_restarts_and_stops_the_others(root, worker):
     assert "restart 1 of 1" in found.stderr
     assert "restarts used up" in found.stderr
     assert len([n for n in started(worker) if n.startswith("start_0")]) == 2
+
+
+def test_the_port_is_none_that_a_connection_may_take_meanwhile(root, monkeypatch, tmp_path):
+    """The coordinator needs seconds to get to it; the system hands out the ports of connections from a known range."""
+    found = runpy.run_path(str(root / "launch/free_port.py"))
+    free_port, held = found["free_port"], tmp_path / "range"
+    monkeypatch.setitem(free_port.__globals__, "OUTGOING", held)
+    held.write_text("10200\t60999\n")
+    assert max(free_port() for _ in range(50)) < 10200
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        only = taken.getsockname()[1]
+        monkeypatch.setitem(free_port.__globals__, "LOWEST", only)
+        held.write_text(f"{only + 1}\t65535\n")
+        assert free_port() not in (0, only), "any, where all of these are taken"
+    held.write_text("1024\t65535\n")
+    assert free_port() > 0
 
 
 def test_wrong_flags_are_not_tried_again(root, tmp_path):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -206,9 +206,7 @@ def test_a_signal_saves_and_a_death_ends_the_job_and_both_are_resumed(
 def test_a_death_ends_the_other_process_without_a_launcher(prepared: Path, tmp_path: Path) -> None:
     """Where each host starts its own process and nobody watches them all, the one that is left must end by itself."""
     workdir = tmp_path / "run"
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = f"localhost:{runpy.run_path(str(ROOT / 'launch/free_port.py'))['free_port']()}"
     jobs = []
     for i in range(2):
         command = [sys.executable, "-m", "terrafm_jax.main", *FLAGS, f"--workdir={workdir}"]
