@@ -157,7 +157,7 @@ def test_sigterm_stops_cleanly(source: Path, expected: dict[str, bytes], tmp_pat
     while process.poll() is None and not list(out.glob(".work/chunk-*.npz")):
         time.sleep(0.005)
     process.terminate()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130, err.decode()
     assert b"start the same command again" in err
     assert majortom.main(command(source, out)) == 0
