@@ -199,7 +199,8 @@ class _Pool:
                     if not futures:
                         break
                     done, futures = wait(futures, timeout=0.5, return_when=FIRST_COMPLETED)
-                    self.bar.set(base + counter.value)
+                    # Without the lock, which a worker that was killed while it counted holds for ever.
+                    self.bar.set(base + counter.get_obj().value)
                     for future in done:
                         future.result()
             except BrokenProcessPool:

@@ -37,10 +37,6 @@ if [ "$devices" = 0 ] && [ "${#gpus[@]}" -gt 0 ] && [ "${#gpus[@]}" -lt "$proces
   die "--processes $processes, but CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names ${#gpus[@]}"
 fi
 
-free_port() {
-  "$python" -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])'
-}
-
 # start_process PORT INDEX FLAGS...: replaces the shell it runs in, so that signals reach Python; in a session of its
 # own, as a terminal's Ctrl-C would come twice: from the terminal and passed on. The second one ends without saving.
 start_process() {
@@ -153,7 +149,7 @@ once() {
     for ((i = 0; i < processes; i++)); do start_process "$port" "$i" "$@"; done
     return 0
   fi
-  port=$(free_port)
+  port=$("$python" "$here/free_port.py")
   children=()
   for ((i = 0; i < processes; i++)); do
     start_process "$port" "$i" "$@" &

@@ -37,15 +37,21 @@ code = plan[min(attempt, len(plan) - 1)]
 if code == "wait":
     ended = []
     signal.signal(signal.SIGTERM, lambda *_: ended.append(1))
-    limit = time.monotonic() + 60
-    while not ended and time.monotonic() < limit:
+    (out / f"listens_{rank}").touch()
+    limit = time.monotonic() + 300
+    while not ended:
+        if time.monotonic() > limit:
+            sys.exit("no signal came")
         time.sleep(0.05)
     (out / f"saved_{rank}").write_text("")
     code = 42
 if code == "hang1" and rank == 1:
-    time.sleep(60)
-if rank == 0 and code != "hang1":
-    time.sleep(1)  # it holds the coordinator: the others leave first
+    time.sleep(600)
+(out / f"leaves_{rank}_{attempt}").touch()
+if rank == 0 and code != "hang1":  # it holds the coordinator: the others leave first
+    while len(list(out.glob(f"leaves_*_{attempt}"))) < jax.process_count():
+        time.sleep(0.05)
+    time.sleep(1)
 os._exit(7 if code == "hang1" else int(code))
 """
 
@@ -58,7 +64,7 @@ def call(root, *command, env=None, **options):
         env={**environment, **(env or {})},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=900,  # only guards against hanging
         **options,
     )
 
@@ -74,7 +80,7 @@ def started(worker):
     return sorted(p.name for p in (worker / "out").glob("start_*"))
 
 
-def wait_for(path, job, seconds=60):
+def wait_for(path, job, seconds=300):
     limit = time.monotonic() + seconds
     while not path.exists():
         assert job.poll() is None, job.stderr.read()

@@ -45,7 +45,7 @@ def test_comparison_runs_on_a_bare_install(root: Path, tmp_path: Path) -> None:
     check = subprocess.run([sys.executable, "-c", "import grain"], env=env, capture_output=True, text=True)
     assert "bare install" in check.stderr
     done = subprocess.run(
-        [*command, "--set", "depth=1"], cwd=root, env=env, capture_output=True, text=True, timeout=300
+        [*command, "--set", "depth=1"], cwd=root, env=env, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())

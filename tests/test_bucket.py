@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +42,10 @@ def bucket():
     emulator = pytest.importorskip("gcp_storage_emulator.server")
     pytest.importorskip("gcsfs")
     _with_generations(pytest.importorskip("gcp_storage_emulator.handlers.objects"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
+    # It takes a free port itself: one chosen before may be gone by then, and start() would wait for ever.
+    server = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
     server.start()
-    url = f"http://127.0.0.1:{port}"
+    url = f"http://127.0.0.1:{server._api._httpd.server_address[1]}"
     yield child_environment(
         STORAGE_EMULATOR_HOST=url, TENSORSTORE_GCS_HTTP_URL=url, NO_GCE_CHECK="true",
         GCE_METADATA_IP="127.0.0.1:1", GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT="false",

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from data_prep_cells import command, make_source
 
-from data_prep import chunks, majortom, write
+from data_prep import chunks, majortom, run, write
 from data_prep.chunks import Job, Unit
 from data_prep.run import make_chunks, prepare_all
 from data_prep.worldcover import WorldCover
@@ -56,7 +56,10 @@ def test_killed_at_any_moment_it_continues_to_the_same_bytes(
         killed = False
         while process.poll() is None:
             work = out / ".work"
-            new = {p.name for p in work.iterdir() if "chunk" in p.name} - seen if work.exists() else set()
+            try:
+                new = {p.name for p in work.iterdir() if "chunk" in p.name} - seen
+            except FileNotFoundError:  # not made yet, or just removed by a run that is complete
+                new = set()
             if new and kills < times:
                 seen |= new
                 os.killpg(process.pid, signal.SIGKILL)
@@ -79,7 +82,7 @@ def test_interrupted_while_the_shards_get_their_names(
     plain = Path.replace
     begun = tmp_path / "begun"
 
-    def run(out: Path, stop: int) -> int:
+    def stopped(out: Path, stop: int) -> int:
         calls = 0
 
         def stopping(self: Path, target: Any) -> Path:
@@ -94,12 +97,12 @@ def test_interrupted_while_the_shards_get_their_names(
         monkeypatch.undo()
         return code
 
-    assert run(begun, 0) == 130
+    assert stopped(begun, 0) == 130
     stop = 0
     while True:
         out = tmp_path / f"stop{stop}"
         shutil.copytree(begun, out)
-        code = run(out, stop)
+        code = stopped(out, stop)
         if code == 0:
             break
         assert code == 130
@@ -154,7 +157,7 @@ def test_sigterm_stops_cleanly(source: Path, expected: dict[str, bytes], tmp_pat
     while process.poll() is None and not list(out.glob(".work/chunk-*.npz")):
         time.sleep(0.005)
     process.terminate()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130, err.decode()
     assert b"start the same command again" in err
     assert majortom.main(command(source, out)) == 0
@@ -256,15 +259,25 @@ class Deadly:
         return self.inner.read(unit)
 
 
+class DeadlyWhileCounting(Deadly):
+    """Its victim's process dies with the lock of the counter of cells that are done."""
+
+    def read(self, unit: Unit) -> Any:
+        if unit.cell == self.victim and run._counter is not None:
+            run._counter.get_lock().acquire()
+        return super().read(unit)
+
+
 @pytest.mark.slow
-def test_a_cell_that_kills_its_worker_is_rejected_alone(source: Path, tmp_path: Path):
+@pytest.mark.parametrize("kind", [Deadly, DeadlyWhileCounting])
+def test_a_cell_that_kills_its_worker_is_rejected_alone(source: Path, tmp_path: Path, kind: type[Deadly]):
     args = majortom.parser().parse_args(command(source, tmp_path / "data"))
     from data_prep import cli
 
     options = cli.options_of(args)
     cover = WorldCover.open(source / "worldcover")
     _, units, _ = majortom.plan(args, options, cover)
-    job = Job(Deadly(source, units[3].cell), cover, options, str(tmp_path / "data"))
+    job = Job(kind(source, units[3].cell), cover, options, str(tmp_path / "data"))
     summary = prepare_all(job, units, workers=2, chunk_size=2, plan={})
     assert summary["rejected"] == 1
     assert sum(summary["tiles"].values()) == 9 * 4

@@ -57,9 +57,10 @@ def save(number, _frame):
 
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, save)
-with open("{folder}/started", "a") as file:
+with open("{folder}/starts", "a") as file:
     print(sys.argv[1], file=file)
-time.sleep(60)
+pathlib.Path("{folder}/started").touch()  # only now: a signal would keep the line from being written
+time.sleep(600)
 """
 
 
@@ -78,7 +79,7 @@ def test_docker_passes_signals_on_and_does_not_start_again(root, tmp_path, numbe
     )  # fmt: skip
     wait_for(tmp_path / "started", job)
     os.killpg(job.pid, number)
-    _, errors = job.communicate(timeout=60)
+    _, errors = job.communicate(timeout=300)
     assert job.returncode == ends, errors
     assert (tmp_path / "heard").read_text() == f"{number.name}\n"
-    assert (tmp_path / "started").read_text() == "run\n"
+    assert (tmp_path / "starts").read_text() == "run\n"

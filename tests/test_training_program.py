@@ -172,7 +172,7 @@ def test_a_signal_checkpoints_the_current_step(
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.002)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == code, errors
     assert ("a second Ctrl-C" in errors) == (number == signal.SIGINT)
     steps = [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
