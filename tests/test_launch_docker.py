@@ -47,7 +47,7 @@ exit "${{codes[$(grep -c ^run log) - 1]}}"
 
 # A container that saves when it is told to: the docker client hands on the signals it gets. (A shell that is started
 # beside another one cannot listen to SIGINT; Python and the client can.)
-CONTAINER = """#!{python}
+CONTAINER = """
 import pathlib, signal, sys, time
 
 def save(number, _frame):
@@ -68,15 +68,18 @@ time.sleep(600)
 def test_docker_passes_signals_on_and_does_not_start_again(root, tmp_path, number, ends):
     """To the whole group, as a terminal does at Ctrl-C: the container hears of it once."""
     docker = tmp_path / "docker"
-    docker.write_text(CONTAINER.format(python=sys.executable, folder=tmp_path))
+    (tmp_path / "container.py").write_text(CONTAINER.format(folder=tmp_path))
+    # Not in the first line of the script itself: no interpreter with a space in its path is found there.
+    docker.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{tmp_path}/container.py" "$@"\n')
     docker.chmod(0o755)
     env = {**os.environ, **FAST, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-    command = ["launch/docker.sh", "--no-build", "--", "--workdir=/runs/s"]
-    job = subprocess.Popen(
-        command, cwd=root, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        # Tests that run in the background inherit that SIGINT is ignored, and a shell cannot trap what it inherits so.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    # Tests that run in the background inherit that SIGINT is ignored, and a shell cannot trap what it inherits so. In a
+    # process of its own: preexec_fn would run Python in a fork of this one, whose other threads may hold any lock.
+    listening = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", listening, "launch/docker.sh", "--no-build", "--", "--workdir=/runs/s"]
+    job = subprocess.Popen(command, cwd=root, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for(tmp_path / "started", job)
     os.killpg(job.pid, number)
     _, errors = job.communicate(timeout=300)

@@ -79,8 +79,8 @@ DEMO, QUICK = "main --config=configs/demo.py --workdir=w", "finetune --config=co
 DATA = "--checkpoint x --suite folder --data d"
 WRONG = [
     ("main --config=configs/dmo.py --workdir=w --config.seed=1",
-     "looked for [^ ]*/configs/dmo.py and [^ ]*/configs/dmo.py; shipped are configs/demo.py, configs/vitb.py"),
-    ("finetune --config=my.py --workdir=w", "looked for [^ ]*/my.py; shipped are configs/finetune/class.*quick.py"),
+     "looked for [^;]*/configs/dmo.py and [^;]*/configs/dmo.py; shipped are configs/demo.py, configs/vitb.py"),
+    ("finetune --config=my.py --workdir=w", "looked for [^;]*/my.py; shipped are configs/finetune/class.*quick.py"),
     ("aot --config=configs/none.py --topology=v5e:2x2", "file not found"),
     ("main --config=configs/vitb.py:runlocla --workdir=w", r"'runlocla': expected runlocal or one of \['single'"),
     ("finetune --config=configs/finetune/quick.py:small --workdir=w", "argument 'small', expected 'runlocal'"),
