@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, child_environment
+from conftest import ROOT, child_environment, run_module
 from tiles_fake import fake_record, write_dataset
 from tiny_training import FORTY, TINY, assert_same, command, state_of, train
 
@@ -228,20 +227,27 @@ def test_a_checkpoint_may_be_past_the_step_to_stop_at(prepared: Path, two_steps:
     assert "stopped at step 2 of 40" in done.stderr
 
 
+# Training on a disk with room for files as large as its logs, but not for a checkpoint. Not by preexec_fn, which would
+# run Python in a fork of this process, whose other threads may hold any lock.
+FULL = """
+import resource, runpy, signal
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
+runpy.run_module("terrafm_jax.main", run_name="__main__", alter_sys=True)
+"""
+
+
 def test_a_full_disk_leaves_the_previous_checkpoint(
     prepared: Path, straight: Path, two_steps: Path, tmp_path: Path
 ) -> None:
     workdir = shutil.copytree(two_steps, tmp_path / "run")
     before = state_of(workdir, 2)
-    limit = 150_000  # bytes a file: less than one checkpoint, more than the logs
-
-    def full() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
+    (tmp_path / "full.py").write_text(FULL)
+    _, *flags = command(prepared, workdir, *FORTY)
     # It may read compiled programs and not write any, which would be cut off, too.
-    environment = child_environment(JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="1e9")
-    done = train(prepared, workdir, *FORTY, preexec_fn=full, env=environment)
+    environment = child_environment(JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="1e9", PYTHONPATH=str(tmp_path))
+    done = run_module("full", *flags, env=environment)
     assert done.returncode == 1, done.stderr
     assert "disk is full" in done.stderr
     assert "step 2 is complete" in done.stderr
