@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -105,6 +106,9 @@ class Tools:
         self.writer.close()
         if together:
             self.checkpoints.close()
+        # JAX lets go of the last batches (on CPU the arrays of the workers themselves) only then. At the end of the
+        # process that is too late for Grain to free them, and Python reports shared memory as leaked.
+        gc.collect()
 
 
 @jax.jit
