@@ -106,8 +106,8 @@ class Tools:
         self.writer.close()
         if together:
             self.checkpoints.close()
-        # JAX lets go of the last batches (on CPU the arrays of the workers themselves) only then. At the end of the
-        # process that is too late for Grain to free them, and Python reports shared memory as leaked.
+        # JAX lets go of the last batches (on CPU, of the workers' own arrays) at a garbage collection. By the end of
+        # the process Grain can no longer free them, and Python would report shared memory as leaked.
         gc.collect()
 
 
