@@ -68,7 +68,7 @@ def frequent(shares: Sequence[float], names: Sequence[str] = ()) -> np.ndarray:
     """bool [NUM_CATEGORIES]: the categories that feed the second center.
 
     ``names`` overrides the rule "share among the known categories above 1 / number of categories
-    that occur" (our inference: the paper only gives examples).
+    that occur" (our inference: the paper only gives examples). Of classes that are equally frequent, none is.
     """
     mask = np.zeros(NUM_CATEGORIES, bool)
     if names:
@@ -80,5 +80,5 @@ def frequent(shares: Sequence[float], names: Sequence[str] = ()) -> np.ndarray:
     known[UNKNOWN] = 0
     occurring = int((known > 0).sum())
     if occurring:
-        mask = known / known.sum() > 1.0 / occurring
+        mask = known / known.sum() * occurring > 1.0 + 1e-6  # shares that sampling has made equal differ by rounding
     return mask

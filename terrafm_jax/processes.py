@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import jax
@@ -27,3 +28,9 @@ def rows_of_all(rows: np.ndarray) -> list[np.ndarray]:
     padded = np.zeros((int(counts.max()), *rows.shape[1:]), rows.dtype)
     padded[: len(rows)] = rows
     return [part[:n] for part, n in zip(multihost_utils.process_allgather(padded), counts, strict=True)]
+
+
+def objects_of_all(value: Any) -> list[Any]:
+    """What every process holds, by its index: anything that JSON can (a collective on several processes)."""
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    return [json.loads(found.tobytes()) for found in rows_of_all(text)]

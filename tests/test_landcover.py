@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from terrafm_jax import landcover
 
@@ -43,3 +44,19 @@ def test_every_code_has_its_category_and_all_others_are_unknown() -> None:
     for index, (code, _, _) in enumerate(OFFICIAL):
         expected[code] = index
     np.testing.assert_array_equal(table, expected)
+
+
+def test_frequent_is_above_the_mean_share_of_the_known_classes_that_occur() -> None:
+    shares = np.zeros(landcover.NUM_CATEGORIES)
+    shares[[0, 1, landcover.SEA, landcover.UNKNOWN]] = 0.3, 0.1, 0.3, 0.3
+    assert [landcover.NAMES[i] for i in np.flatnonzero(landcover.frequent(shares))] == ["tree", "sea"]
+    assert [landcover.NAMES[i] for i in np.flatnonzero(landcover.frequent(shares, ["shrub"]))] == ["shrub"]
+    assert not landcover.frequent(np.zeros(landcover.NUM_CATEGORIES)).any()
+
+
+@pytest.mark.parametrize("classes", range(2, 13))
+def test_no_class_is_frequent_by_rounding_alone(classes: int) -> None:
+    """``data.power=1`` makes all classes equal, up to the last bit of sums, whose order machines choose."""
+    shares = np.zeros(landcover.NUM_CATEGORIES)
+    shares[:classes] = 1.0 / classes + np.resize([1e-16, -1e-16, 0], classes)
+    assert not landcover.frequent(shares).any()

@@ -111,3 +111,29 @@ def test_processes_attend_alike(others: int, asked: str, expected: str, monkeypa
     assert plans.with_one_attention(spec).model.attention == expected
     on_cpu = dataclasses.replace(spec, model=dataclasses.replace(spec.model, platform="cpu"))
     assert plans.with_one_attention(on_cpu) is on_cpu
+
+
+def test_processes_with_other_flags_or_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would train on its own: on a mixture of data sets, or on other steps than the rest, which wait for it."""
+    records = {"here": range(4), "copy": range(4), "other": range(1, 5)}
+    here, copy, other = (write_dataset(tmp_path / n, [fake_record(i) for i in r]) for n, r in records.items())
+    first: list[dict] = []
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+
+    def process(folder: Path, **changes: object) -> None:
+        config = base()
+        config.data.dir, config.data.statistics = str(folder), "published"
+        config.update(changes)
+        plans.check_alike(config)
+
+    monkeypatch.setattr(plans.processes, "objects_of_all", lambda mine: first.append(mine) or [mine])
+    process(here)
+    monkeypatch.setattr(plans.processes, "objects_of_all", lambda mine: [first[0], first[0], mine])
+    process(here)
+    process(copy, data={"workers": 3})  # what a host may have of its own
+    with pytest.raises(ConfigError, match=r"^process 2 has other config\.seed than process 0: give all"):
+        process(here, seed=1)
+    with pytest.raises(ConfigError, match=r"other config\.batch_size, records of config\.data\.dir than process 0"):
+        process(other, batch_size=8)
+    monkeypatch.setattr(jax, "process_count", lambda: 1)
+    process(other, seed=1)

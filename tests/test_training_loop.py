@@ -7,6 +7,7 @@ import json
 import signal
 import struct
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -20,7 +21,7 @@ from tiles_fake import fake_record, write_dataset
 from configs.demo import get_config
 from terrafm_jax.config import flatten, model_spec
 from terrafm_jax.sensors import Statistics
-from terrafm_jax.training import flops, loop
+from terrafm_jax.training import flops, loop, tools
 from terrafm_jax.training.plan import make_plan
 
 pytestmark = pytest.mark.slow
@@ -212,6 +213,15 @@ def test_rows_tell_the_pace(run: Run) -> None:
         assert found[step]["mfu"] == pytest.approx(expected)
     for step in (2, 5, 8):  # no batch is fetched after the last step of a start
         assert 0 < found[step]["data_share"] < 1
+
+
+def test_exporting_the_teacher_is_not_training(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its time is that of checkpoints, so that it neither counts as useful nor makes a straggler of who writes."""
+    monkeypatch.setattr(tools.Tools, "export_teacher", lambda self, state, step: time.sleep(0.5))
+    fields = {"checkpoint__every": "0", "checkpoint__keep_every": "0", "checkpoint__teacher_every": "2"}
+    loop.train(tiny(data, stop_at_step=3, **fields), str(tmp_path / "run"))
+    row = rows(tmp_path / "run", "loss")[2]
+    assert row["checkpoint_share"] * row["seconds_per_step"] >= 0.5
 
 
 def test_a_checkpoint_says_what_it_is_of(run: Run) -> None:

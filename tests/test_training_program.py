@@ -127,6 +127,16 @@ def test_four_steps_equal_two_and_two(prepared: Path, straight: Path, two_steps:
     assert_same(state_of(workdir, 4), state_of(straight, 4))
 
 
+def test_workers_change_nothing_and_leave_nothing(
+    prepared: Path, straight: Path, two_steps: Path, tmp_path: Path
+) -> None:
+    workdir = shutil.copytree(two_steps, tmp_path / "run")
+    done = train(prepared, workdir, *FORTY, "--config.stop_at_step=4", "--config.data.workers=2")
+    assert done.returncode == 0, done.stderr
+    assert_same(state_of(workdir, 4), state_of(straight, 4))
+    assert "leaked" not in done.stderr, "Python's word for shared memory that is still there at its end"
+
+
 def test_killed_at_random_moments_it_resumes_bitwise(prepared: Path, straight: Path, tmp_path: Path) -> None:
     """SIGKILL at ten and more random points, at least three of them while a checkpoint is being written."""
     workdir, dice = tmp_path / "run", random.Random(1)

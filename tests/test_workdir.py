@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from terrafm_jax.config import ConfigError, base
@@ -99,6 +102,27 @@ def test_other_processes_leave_looking_and_writing_to_the_first(tmp_path: Path, 
     (tmp_path / "config.json").write_text("")  # the first process is about to write
     workdir.claim(str(tmp_path), config, write=False)
     assert (tmp_path / "config.json").read_text() == ""
+
+
+def test_a_folder_that_not_all_processes_see_is_refused(
+    tmp_path: Path, config: ConfigDict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the first checkpoint would wait for parts that are written elsewhere."""
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda refused: refused)
+    monkeypatch.setattr(workdir, "PATIENCE", 0.1)
+    said = []
+
+    def job(mine: np.ndarray) -> list[np.ndarray]:
+        said.append(int(mine[0]))
+        return [np.array([1]), mine, mine]
+
+    monkeypatch.setattr(workdir.processes, "rows_of_all", job)
+    with pytest.raises(ConfigError, match=rf"workdir {tmp_path}/own: processes \[1, 2\] do not see the config.json"):
+        workdir.claim(f"{tmp_path}/own", config, write=False)
+    workdir.claim(f"{tmp_path}/shared", config, write=True)
+    workdir.claim(f"{tmp_path}/shared", config, write=False)
+    assert said == [0, 1, 1]
 
 
 HOLD = """

@@ -56,13 +56,13 @@ def parse_topology(text: str) -> Topology | Hosts:
 def build(config: ConfigDict, topology: Topology | Hosts) -> tuple[TrainSpec, Mesh]:
     """Spec and mesh of a config on a topology, as ``main`` would make them there.
 
-    Statistics are the published ones and the epoch is the paper's, since no data set is opened.
+    Statistics are the published ones, epoch and frequent classes the paper's, since no data set is opened.
 
     Raises:
       ConfigError: the config is faulty. ShardingError: the mesh does not fit.
     """
     config_lib.check(config)
-    shares = [1.0 / landcover.NUM_CATEGORIES] * landcover.NUM_CATEGORIES
+    shares = [2.0 if name in landcover.PAPER_FREQUENT else 1.0 for name in landcover.NAMES]
     steps = config_lib.durations(config, TILES)
     spec = config_lib.train_spec(config, steps, Statistics.published(), shares)
     spec = dataclasses.replace(spec, model=dataclasses.replace(spec.model, platform=topology.platform))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,7 +30,7 @@ _MIN_ATTEMPTS = 10_000  # or one epoch: one bad record among the first few must 
 
 
 class Loader:
-    """Iterator over batches that keeps count of damaged records and of the time spent waiting.
+    """Iterator over batches that keeps count of damaged records.
 
     Attributes:
       order: the order of records (None when iterating once over a split).
@@ -39,7 +38,6 @@ class Loader:
       step: number of the batch that ``next`` returns.
       attempted: records that this process has tried to read, damaged ones included.
       skipped: damaged records among them, by file; those of the run are the sum over its processes.
-      wait_seconds: time spent inside ``next``.
     """
 
     def __init__(
@@ -55,7 +53,7 @@ class Loader:
         skipped: Mapping[str, int] | None = None,
     ):
         self.order, self.canvases = getattr(batches, "order", None), batches.reader.canvases
-        self.step, self.size, self.wait_seconds = start, batches.size, 0.0
+        self.step, self.size = start, batches.size
         self.attempted, self._max_skipped = start // echo * batches.size, max_skipped
         self._echo, self._held = echo, None
         self.skipped = dict(skipped or {})
@@ -87,11 +85,9 @@ class Loader:
         return batch
 
     def _fetch(self) -> dict[str, Any]:
-        began = time.perf_counter()
         if self._iterator is None:
             self._iterator = iter(self._data)
         batch = next(self._iterator)
-        self.wait_seconds += time.perf_counter() - began
         self.attempted += self.size
         self._account(json.loads(batch.pop("report")))
         return batch

@@ -170,7 +170,8 @@ def _loop(
             else:  # a state that yields such losses must not replace a good checkpoint
                 tools.progress.line(f"step {step}: not saved, as the loss or the gradient is not finite")
         if step > 0 and due(step, steps["checkpoint.teacher_every"], last) and not meter.nonfinite:
-            tools.export_teacher(state, step)
+            with timed(meter.seconds, "checkpoint"):
+                tools.export_teacher(state, step)
         if last or preempted:
             break
         step_fn.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -80,6 +81,7 @@ def make_plan(config: ConfigDict, workdir: str) -> Plan:
     if not config.data.dir:
         raise config_lib.ConfigError("config.data.dir: empty; give the folder of a prepared data set (docs/data.md)")
     d, m = config.data, config.mesh
+    check_alike(config)
     mesh = make_mesh(data=m.data, fsdp=m.fsdp, tensor=m.tensor)
     check_batch(mesh, config.batch_size, config.microbatches)
     order = pipeline.make_order(
@@ -98,6 +100,39 @@ def make_plan(config: ConfigDict, workdir: str) -> Plan:
         mesh=mesh,
         writes=jax.process_index() == 0,
     )
+
+
+# Config fields that processes may have of their own: where a host keeps its copies, and how it reads them.
+_OWN = ("data.dir", "data.workers", "data.cache", "init_from", "knn.labelled")
+
+
+def check_alike(config: ConfigDict) -> None:
+    """Refuses processes with different configs or data sets (a collective on several processes).
+
+    Left alone, they would train on a mixture of data sets, unnoticed, or take different steps and wait for each other
+    forever. A data set is told by its index and its statistics; the records are not read.
+
+    Raises:
+      ConfigError: names the processes that differ from the first, and in what.
+    """
+    if jax.process_count() == 1:
+        return
+    d = config.data
+    facts = {f"config.{key}": value for key, value in config_lib.flatten(config).items() if key not in _OWN}
+    index = np.ascontiguousarray(pipeline.load_index(d.dir, d.split))
+    facts["records of config.data.dir"] = hashlib.sha256(index.view(np.uint8)).hexdigest()
+    if d.statistics == "dataset":
+        facts["statistics of config.data.dir"] = pipeline.load_statistics(d.dir).to_json()
+    first, *others = processes.objects_of_all(facts)
+    faults = []
+    for process, theirs in enumerate(others, 1):
+        different = sorted(key for key in first.keys() | theirs.keys() if first.get(key) != theirs.get(key))
+        if different:
+            faults.append(f"process {process} has other {', '.join(different)} than process 0")
+    if faults:
+        raise config_lib.ConfigError(
+            f"{'; '.join(faults)}: give all processes the same flags and the same data set ({d.dir} here)"
+        )
 
 
 def with_one_attention(spec: TrainSpec) -> TrainSpec:

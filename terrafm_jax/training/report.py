@@ -48,7 +48,7 @@ class Goodput:
     Attributes:
       steps: useful, in steps that no later start repeated. Everything else is lost:
       repeated: in steps that a restart did again.
-      data, checkpoint, evaluation: waiting for them inside the loop.
+      data, checkpoint, evaluation: waiting for them inside the loop; exports of the teacher count as checkpoints.
       startup: from a start to its first logged step, compiling included.
       between: while no process was running.
       starts: number of starts, not seconds.

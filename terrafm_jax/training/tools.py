@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 
 from terrafm_jax import config as config_lib
 from terrafm_jax import weights
 from terrafm_jax.data.pipeline import Loader
-from terrafm_jax.processes import rows_of_all, to_host
+from terrafm_jax.processes import objects_of_all, to_host
 from terrafm_jax.provenance import portable
 from terrafm_jax.training.checkpoint import Checkpointer
 from terrafm_jax.training.metrics import MetricWriter, Progress
@@ -60,7 +60,7 @@ class Tools:
             "evaluated": evaluated,
             "example": -(-step // config.data.echo) * config.batch_size,
             "records": self.plan.order.num_records,
-            "skipped": _of_all_processes(self.loader.skipped),
+            "skipped": {str(process): found for process, found in enumerate(objects_of_all(self.loader.skipped))},
             "model": dataclasses.asdict(self.plan.spec.model),
             "config": config_lib.flatten(config),
             "statistics": json.loads(self.plan.spec.stats.to_json()),
@@ -106,18 +106,15 @@ class Tools:
         self.writer.close()
         if together:
             self.checkpoints.close()
+        # JAX lets go of the last batches (on CPU, of the workers' own arrays) at a garbage collection. By the end of
+        # the process Grain can no longer free them, and Python would report shared memory as leaked.
+        gc.collect()
 
 
 @jax.jit
 def all_finite(tree: Any) -> jax.Array:
     """bool []: no leaf of the tree holds a NaN or an infinity."""
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
-
-
-def _of_all_processes(skipped: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    """What each process skipped, by its index (a collective on several processes)."""
-    text = np.frombuffer(json.dumps(dict(skipped)).encode(), np.uint8)
-    return {str(process): json.loads(found.tobytes()) for process, found in enumerate(rows_of_all(text))}
 
 
 def skipped_before(meta: Mapping[str, Any]) -> dict[str, int]:

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from terrafm_jax import processes
 from terrafm_jax.config import ConfigError, base, flatten
 from terrafm_jax.paths import is_remote, write_atomically
 from terrafm_jax.training.report import read_rows
@@ -33,17 +34,20 @@ log = logging.getLogger(__name__)
 
 # Locks of this process, by folder; the system releases them when the process ends, however it ends.
 _held: dict[str, IO[str]] = {}
-PATIENCE = 100.0  # seconds: a network file system gives up the lock of a host that died after 90
+PATIENCE = 100.0  # seconds: a network file system gives up the lock of a host that died after 90, and shows files late
 
 
 def claim(workdir: str, config: Mapping[str, Any], write: bool) -> None:
-    """Claims the folder for this run. Raises ConfigError if another recipe owns it, or another process works in it.
+    """Claims the folder for this run.
 
     Args:
       workdir: local or gs:// folder.
       config: the checked config.
       write: True on the first process only, which checks and writes. The others wait for its verdict, as they
         might otherwise read a file that is half written.
+
+    Raises:
+      ConfigError: another recipe owns the folder, another process works in it, or not all processes of the job see it.
     """
     fault = None
     if write:
@@ -59,8 +63,26 @@ def claim(workdir: str, config: Mapping[str, Any], write: bool) -> None:
         refused = multihost_utils.broadcast_one_to_all(np.int32(fault is not None))
         if refused and fault is None:
             fault = ConfigError(f"workdir {workdir}: refused by the first process; its log says why")
+        fault = fault or _unseen(workdir)
     if fault is not None:
         raise fault
+
+
+def _unseen(workdir: str) -> ConfigError | None:
+    """What is wrong where some processes do not see what the first has written (a collective on several processes).
+
+    The first checkpoint would wait for their parts of it in vain.
+    """
+    record, begun = epath.Path(workdir) / "config.json", time.monotonic()
+    while not (seen := record.exists()) and time.monotonic() - begun < PATIENCE:  # network disks show it late
+        time.sleep(0.5)
+    blind = [process for process, (sees,) in enumerate(processes.rows_of_all(np.array([seen], np.int32))) if not sees]
+    if not blind:
+        return None
+    return ConfigError(
+        f"workdir {workdir}: processes {blind} do not see the config.json that process 0 wrote there; give a folder "
+        "that all hosts share, or a gs:// path"
+    )
 
 
 def _claim(workdir: str, config: Mapping[str, Any]) -> None:
