@@ -190,6 +190,9 @@ def test_torch_module_masks_pixels_sensors_and_bands(model, module, loaded):
         assert_same_features(model.encode(**x, mask=mask), module(chw(x), mask=torch.from_numpy(mask)))
         assert_same_features(model.encode(**spoiled), module(chw(spoiled)))
         alone = module({"s2_l2a": chw(x)["s2_l2a"]})
+        lacking = {"s1": x["s1"].astype(np.float32), "s2_l2a": x["s2_l2a"]}
+        lacking["s1"][1] = np.nan
+        assert_same_features(model.encode(**lacking), module(chw(lacking)))
         present = torch.tensor([[False, True], [False, True]])
         assert_same_features(module(chw(x), present=present), alone)
         cut = formats.torch_module(loaded).keep_bands("s2_l2a", ["B04", "B02"])
