@@ -234,8 +234,9 @@ def test_stablehlo_takes_any_batch_and_knows_its_weights(tmp_path, loaded, model
     program = jax.export.deserialize(bytearray((tmp_path / "x.stablehlo").read_bytes()))
     assert program.platforms == ("cpu", "cuda", "tpu")
     for batch in (1, 3):
-        x = images((32, 48), batch=batch, sensors=("s1", "s2_l2a"))
-        found = program.call({k: v.astype(np.float32) for k, v in x.items()})
+        x = {k: v.astype(np.float32) for k, v in images((32, 48), batch=batch, sensors=("s1", "s2_l2a")).items()}
+        x["s1"][1:2] = np.nan
+        found = program.call(x)
         wanted = model.encode(**x)
         assert_close(found["cls"], wanted.cls)
         assert_close(found["patches"], wanted.patches)
@@ -248,7 +249,8 @@ def test_onnx_agrees_in_onnxruntime(tmp_path, loaded, model):
     session = onnxruntime.InferenceSession(tmp_path / "x.onnx", providers=["CPUExecutionProvider"])
     assert [i.name for i in session.get_inputs()] == list(TINY.sensors)
     for batch in (1, 3):
-        x = images((64, 96), batch=batch)
+        x = {k: v.astype(np.float32) for k, v in images((64, 96), batch=batch).items()}
+        x["s1"][1:2], x["s2_l2a"][:, :9] = np.nan, np.nan
         cls, patches = session.run(None, {k: v.numpy() for k, v in chw(x).items()})
         wanted = model.encode(**x)
         assert_close(cls, wanted.cls)
