@@ -50,6 +50,29 @@ def test_random_splits_have_the_shares_asked_for(classes, per_class, shares, cou
         assert np.all(np.abs(each - share * per_class) < 1)
 
 
+@pytest.mark.parametrize(
+    ("key", "dtype", "nodata", "gone"),
+    [("s1", "float32", -9999, 3), ("s1", "float32", 0, 3), ("s2_l2a", "int16", -9999, 3), ("s2_l2a", "uint16", 65535, 3),
+     ("s2_l2a", "uint16", 0, 1)],  # zero in one band is dark
+)  # fmt: skip
+def test_nodata_that_a_raster_declares_is_not_measured(tmp_path, key, dtype, nodata, gone):
+    rasterio = pytest.importorskip("rasterio")
+    bands = {"s1": ("VV", "VH"), "s2_l2a": ("B02", "B03")}[key]
+    image = RNG.integers(5, 20, (16, 16, 2)).astype(dtype) if dtype != "float32" else RNG.normal(-12, 3, (16, 16, 2))
+    image = image.astype(dtype)
+    image[0, 0], image[0, 1, 0], image[0, 2, 1] = nodata, nodata, nodata
+    for i, name in enumerate("aabb"):
+        with rasterio.open(fake.tiff(tmp_path / name / f"{i}.tif", image), "r+") as file:
+            file.nodata = nodata
+    (tmp_path / "dataset.yaml").write_text(f"inputs: {{{key}: {{bands: [{', '.join(bands)}]}}}}\n")
+    dataset = open_one(tmp_path)
+    found = collate(dataset.info, [dataset.split("train")[0]], [key]).images[key][0][..., dataset.info.inputs[key].mask]
+    missing = np.isnan(found).all(-1)
+    assert missing.sum() == gone
+    assert missing[0, :gone].all()
+    np.testing.assert_array_equal(found[1:], image[1:].astype(np.float32))
+
+
 def test_a_table_of_splits_that_is_not_named_is_said_to_be_ignored(tmp_path, caplog):
     fake.eurosat_like(tmp_path, classes=2, per_class=4, yaml="task: classification\n")
     open_one(tmp_path)
