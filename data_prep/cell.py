@@ -11,7 +11,7 @@ import numpy as np
 
 from data_prep import quality, records, tiling
 from data_prep.delivered import Cell, SensorInput
-from data_prep.doubts import check_radar
+from data_prep.doubts import check_radar, check_zeros
 from data_prep.ground import share_ground
 from data_prep.harmonize import Offset, snap_origin
 from data_prep.optical import optical
@@ -162,6 +162,7 @@ def _radar(given: SensorInput, target: Grid | None, snap: str) -> Layer:
         raise BadInput(f"s1: VV and VH lie on different grids: {[(r.grid.crs, r.grid.shape) for r in rasters]}")
     for name, raster in zip(S1.band_names, rasters, strict=True):
         check_radar(name, raster, given.unit)
+    check_zeros(rasters, given.unit)
     grid = snap_origin(grid) if snap == "on" else grid
     power = np.stack([power_from(r.pixels, given.unit, r.nodata) for r in rasters])
     if np.isnan(power.min()):  # -32768 in one polarization must never pass for a value
