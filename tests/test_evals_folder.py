@@ -52,8 +52,8 @@ def test_random_splits_have_the_shares_asked_for(classes, per_class, shares, cou
 
 @pytest.mark.parametrize(
     ("key", "dtype", "nodata", "gone"),
-    [("s1", "float32", -9999, 3), ("s1", "float32", 0, 3), ("s2_l2a", "int16", -9999, 3), ("s2_l2a", "uint16", 65535, 3),
-     ("s2_l2a", "uint16", 0, 1)],  # zero in one band is dark
+    [("s1", "float32", -9999, 3), ("s1", "float32", 0, 3), ("s2_l2a", "int16", -9999, 3),
+     ("s2_l2a", "uint16", 65535, 3), ("s2_l2a", "uint16", 0, 1)],  # zero in one band is dark
 )  # fmt: skip
 def test_nodata_that_a_raster_declares_is_not_measured(tmp_path, key, dtype, nodata, gone):
     rasterio = pytest.importorskip("rasterio")

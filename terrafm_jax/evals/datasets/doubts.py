@@ -13,7 +13,7 @@ from terrafm_jax.sensors import BASELINE_OFFSET, L1C_CIRRUS_THRESHOLD, L2A_THRES
 from terrafm_jax.units import DN_PER_REFLECTANCE
 
 SAMPLES = 16
-_WORDS = checks.Spelling("unit: {value}", "offset: {value:g}", "it to gdal_edit.py (-a_nodata {value:g} FILE)", "{key}:")
+_WORDS = checks.Spelling("unit: {value}", "offset: {value:g}", "it to gdal_edit.py -a_nodata {value:g} FILE", "{key}:")
 NOISE = -60.0  # dB: far below the noise of the instrument
 BESIDE = 100.0  # DN by which the median of another band may lie below that of B10
 
