@@ -144,6 +144,7 @@ def test_tables_tags_and_regression(tmp_path):
     ("task", "table", "message"),
     [
         ("regression", "file,value\np0.tif,1.5\np1.tif,much\n", "p1.tif: value 'much', expected a number"),
+        ("regression", "file,value\np0.tif,1.5\np1.tif,nan\n", "p1.tif: value 'nan', expected a number"),
         ("classification", "file,label\np0.tif,a\np1.tif,\n", r"1 images have no label: \['p1.tif'\]"),
         ("multilabel", "", r"p0.tif: tag 'AREA' = '\[1' is not JSON"),
     ],
