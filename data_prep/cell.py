@@ -54,6 +54,8 @@ class Options:
     def __post_init__(self) -> None:
         tiling.check_multiple(self.tile_size, "--tile-size")
         tiling.check_multiple(self.stride, "--stride")
+        if self.tile_size < tiling.LEAST:
+            raise ValueError(f"--tile-size {self.tile_size}: expected at least {tiling.LEAST}, two pixels of 60 m")
         unknown = [key for key in self.require if key not in SENSOR_KEYS]
         if unknown:
             raise ValueError(f"--require: unknown sensors {unknown}, expected some of {list(SENSOR_KEYS)}")
