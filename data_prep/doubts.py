@@ -47,6 +47,8 @@ def check_radar(name: str, raster: Raster, unit: str) -> None:
     """Raises BadInput where a polarization cannot be what ``unit`` (``dB``, ``power``) says."""
     what = f"s1 {name}"
     eight_bit(what, raster.pixels)
+    if raster.pixels.dtype.kind == "c":
+        raise BadInput(f"{what}: complex values (SLC) are no backscatter: detect, calibrate and terrain-correct them")
     values = thin(raster.pixels)
     values = values[np.isfinite(values) & (values != S1.nodata)].astype(np.float64)
     values = values if raster.nodata is None else values[values != raster.nodata]

@@ -73,6 +73,15 @@ def test_nodata_that_a_raster_declares_is_not_measured(tmp_path, key, dtype, nod
     np.testing.assert_array_equal(found[1:], image[1:].astype(np.float32))
 
 
+def test_complex_radar_is_not_taken_for_its_real_part(tmp_path):
+    image = (RNG.normal(-12, 3, (16, 16, 2)) + 0j).astype(np.complex64)
+    for i, name in enumerate("aabb"):
+        fake.tiff(tmp_path / name / f"{i}.tif", image)
+    (tmp_path / "dataset.yaml").write_text("inputs: {s1: {bands: [VV, VH]}}\n")
+    with pytest.raises(DatasetError, match=r"complex values \(SLC\)"):
+        open_one(tmp_path).split("train")[0]
+
+
 def test_a_table_of_splits_that_is_not_named_is_said_to_be_ignored(tmp_path, caplog):
     fake.eurosat_like(tmp_path, classes=2, per_class=4, yaml="task: classification\n")
     open_one(tmp_path)

@@ -219,6 +219,13 @@ def test_radar_that_is_no_power_nor_decibels(tmp_path: Path) -> None:
     assert "if they are amplitude, square them" in high.doubts[0]
 
 
+def test_complex_radar_is_not_taken_for_its_real_part(tmp_path: Path) -> None:
+    parts = np.random.default_rng(0).normal(0, 40, (2, 2, 64, 64)).astype(np.float32)
+    path = write(tmp_path / "slc.tif", parts[0] + 1j * parts[1], names=("VV", "VH"))
+    with pytest.raises(SceneError, match=r"slc.tif: holds complex values \(SLC\)"):
+        resolve(f"s1={path}", Declared())
+
+
 def test_scale_and_offset_of_the_file_count(tmp_path: Path) -> None:
     data = surface(64, 64, 12)
     plain = resolve(f"s2_l2a={write(tmp_path / 'plain.tif', data, names=NAMES)}", Declared())

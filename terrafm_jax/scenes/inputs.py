@@ -168,6 +168,8 @@ def sample(layer: Layer, nodata: float | None = None) -> np.ndarray:
         except RasterioIOError as error:
             raise SceneError(f"{layer.path}: {broken(error)}") from None
         declared = source.nodatavals[layer.index - 1]
+    if data.dtype.kind == "c":
+        raise SceneError(f"{layer.path}: holds complex values (SLC); detect, calibrate and terrain-correct it first")
     bad = ~np.isfinite(data)
     for value in (declared, nodata):
         if value is not None:

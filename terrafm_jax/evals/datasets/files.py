@@ -56,10 +56,13 @@ def read_image(path: Path, sensor: str) -> np.ndarray:
     """Pixels [H, W, channels] of a raster, float32 with NaN where a band holds the nodata that the raster declares.
 
     Declared zeros of Sentinel-2 stay: in some bands zero is dark ground, and in all of them it is nodata anyway.
+    Raises DatasetError.
     """
 
     def measured(source: Any) -> np.ndarray:
         image, gone = _pixels(source), np.zeros(source.shape, bool)
+        if image.dtype.kind == "c":
+            raise DatasetError(f"{path}: complex values (SLC); detect, calibrate and terrain-correct them first")
         for band, value in enumerate(source.nodatavals):
             if value is not None and (value != 0 or sensor == "s1"):
                 gone |= image[..., band] == value
