@@ -73,6 +73,20 @@ def test_nodata_that_a_raster_declares_is_not_measured(tmp_path, key, dtype, nod
     np.testing.assert_array_equal(found[1:], image[1:].astype(np.float32))
 
 
+def test_the_mask_inside_a_file_hides_its_pixels(tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    mask = np.full((16, 16), 255, np.uint8)
+    mask[:4] = 0
+    for i, name in enumerate("aabb"):
+        file = fake.tiff(tmp_path / name / f"{i}.tif", RNG.integers(200, 3000, (16, 16, 2)).astype(np.uint16))
+        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(file, "r+") as opened:
+            opened.write_mask(mask)
+    (tmp_path / "dataset.yaml").write_text("inputs: {s2_l2a: {bands: [B02, B03]}}\n")
+    image = open_one(tmp_path).split("train")[0].images["s2_l2a"]
+    np.testing.assert_array_equal(np.isnan(image).all(-1), mask == 0)
+    np.testing.assert_array_equal(np.isnan(image).any(-1), mask == 0)
+
+
 def test_complex_radar_is_not_taken_for_its_real_part(tmp_path):
     image = (RNG.normal(-12, 3, (16, 16, 2)) + 0j).astype(np.complex64)
     for i, name in enumerate("aabb"):

@@ -226,6 +226,14 @@ def test_complex_radar_is_not_taken_for_its_real_part(tmp_path: Path) -> None:
         resolve(f"s1={path}", Declared())
 
 
+def test_the_mask_inside_a_file_hides_its_pixels(tmp_path: Path) -> None:
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(optical(tmp_path / "a.tif", 64, 64), "r+") as file:
+        file.write_mask(np.where(np.arange(64)[:, None] < np.full(64, 9), 0, 255).astype(np.uint8))
+    date = resolve(f"s2_l2a={tmp_path / 'a.tif'}", Declared())
+    valid = read.SceneReader([date], grid.target_grid([date])).read(0, 0, 64, 64)["s2_l2a"].valid
+    np.testing.assert_array_equal(valid, np.arange(64)[:, None] >= np.full(64, 9))
+
+
 def test_scale_and_offset_of_the_file_count(tmp_path: Path) -> None:
     data = surface(64, 64, 12)
     plain = resolve(f"s2_l2a={write(tmp_path / 'plain.tif', data, names=NAMES)}", Declared())

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from terrafm_jax import tables
+from terrafm_jax import checks, tables
 from terrafm_jax.evals.datasets.base import DatasetError
 
 
@@ -53,7 +53,7 @@ def read_tiff(
 
 
 def read_image(path: Path, sensor: str) -> np.ndarray:
-    """Pixels [H, W, channels] of a raster, float32 with NaN where a band holds the nodata that the raster declares.
+    """Pixels [H, W, channels] of a raster, float32 with NaN where a band holds its nodata or its own mask hides them.
 
     Declared zeros of Sentinel-2 stay: in some bands zero is dark ground, and in all of them it is nodata anyway.
     Raises DatasetError.
@@ -63,6 +63,8 @@ def read_image(path: Path, sensor: str) -> np.ndarray:
         image, gone = _pixels(source), np.zeros(source.shape, bool)
         if image.dtype.kind == "c":
             raise DatasetError(f"{path}: complex values (SLC); detect, calibrate and terrain-correct them first")
+        if checks.hides(source):
+            gone |= source.read_masks(1) == 0
         for band, value in enumerate(source.nodatavals):
             if value is not None and (value != 0 or sensor == "s1"):
                 gone |= image[..., band] == value
