@@ -11,7 +11,7 @@ import numpy as np
 
 from data_prep import quality, records, tiling
 from data_prep.delivered import Cell, SensorInput
-from data_prep.doubts import check_radar
+from data_prep.doubts import check_radar, check_zeros
 from data_prep.ground import share_ground
 from data_prep.harmonize import Offset, snap_origin
 from data_prep.optical import optical
@@ -54,6 +54,8 @@ class Options:
     def __post_init__(self) -> None:
         tiling.check_multiple(self.tile_size, "--tile-size")
         tiling.check_multiple(self.stride, "--stride")
+        if self.tile_size < tiling.LEAST:
+            raise ValueError(f"--tile-size {self.tile_size}: expected at least {tiling.LEAST}, two pixels of 60 m")
         unknown = [key for key in self.require if key not in SENSOR_KEYS]
         if unknown:
             raise ValueError(f"--require: unknown sensors {unknown}, expected some of {list(SENSOR_KEYS)}")
@@ -162,6 +164,7 @@ def _radar(given: SensorInput, target: Grid | None, snap: str) -> Layer:
         raise BadInput(f"s1: VV and VH lie on different grids: {[(r.grid.crs, r.grid.shape) for r in rasters]}")
     for name, raster in zip(S1.band_names, rasters, strict=True):
         check_radar(name, raster, given.unit)
+    check_zeros(rasters, given.unit)
     grid = snap_origin(grid) if snap == "on" else grid
     power = np.stack([power_from(r.pixels, given.unit, r.nodata) for r in rasters])
     if np.isnan(power.min()):  # -32768 in one polarization must never pass for a value

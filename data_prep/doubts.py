@@ -7,7 +7,7 @@ statistics of the whole data set.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,8 @@ def check_radar(name: str, raster: Raster, unit: str) -> None:
     """Raises BadInput where a polarization cannot be what ``unit`` (``dB``, ``power``) says."""
     what = f"s1 {name}"
     eight_bit(what, raster.pixels)
+    if raster.pixels.dtype.kind == "c":
+        raise BadInput(f"{what}: complex values (SLC) are no backscatter: detect, calibrate and terrain-correct them")
     values = thin(raster.pixels)
     values = values[np.isfinite(values) & (values != S1.nodata)].astype(np.float64)
     values = values if raster.nodata is None else values[values != raster.nodata]
@@ -73,6 +75,18 @@ def check_radar(name: str, raster: Raster, unit: str) -> None:
         raise BadInput(
             f"{what}: implausible backscatter, median {middle:.1f} dB if read as {unit}, expected "
             f"{RADAR[0]:.0f}..+{RADAR[1]:.0f}: scaled dB? Give calibrated power (linear) or dB"
+        )
+
+
+def check_zeros(rasters: Sequence[Raster], unit: str) -> None:
+    """Raises BadInput where decibels are exactly zero in all polarizations at once: SNAP's nodata, not declared."""
+    if unit != "dB" or any(raster.nodata == 0 for raster in rasters):
+        return
+    share = np.logical_and.reduce([thin(raster.pixels) == 0 for raster in rasters]).mean()
+    if share > 1e-3:
+        raise BadInput(
+            f"s1: nodata not declared? {100 * share:.1f} % of the pixels are exactly 0 dB in all polarizations; name 0 "
+            "in the manifest's nodata column or in the files (gdal_edit.py -a_nodata 0 FILE)"
         )
 
 

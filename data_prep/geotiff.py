@@ -49,6 +49,7 @@ from data_prep.scenes import (
 )
 from data_prep.units import delivered_units, unit_word
 from data_prep.worldcover import WorldCover, lonlat_outline, maps_under
+from terrafm_jax.checks import hides
 from terrafm_jax.data.tiles import EXTENT_ORDER
 from terrafm_jax.sensors import SENSORS
 
@@ -169,7 +170,15 @@ def _bands(key: str, file: SceneFile, area: _Area | None, order: Sequence[str]) 
         if window is not None:
             grid = grid.window(int(window.row_off), int(window.col_off), *pixels.shape[1:])
         nodata = source.nodata if file.nodata is None else file.nodata
+        if hides(source) and pixels.dtype.itemsize > 1:  # bytes are previews
+            pixels, nodata = _hidden(pixels, source.read_masks(1, window=window) == 0, nodata), np.nan
         return {name: Raster(pixels[i], grid, nodata) for i, name in enumerate(names)}
+
+
+def _hidden(pixels: np.ndarray, hidden: np.ndarray, nodata: float | None) -> np.ndarray:
+    """Pixels [bands, H, W] as floats that hold them all, NaN where the file's own mask hides them or for its nodata."""
+    gone = hidden | (pixels == nodata) if nodata else np.broadcast_to(hidden, pixels.shape)
+    return np.where(gone, np.nan, pixels).astype(np.result_type(pixels.dtype, np.float32))
 
 
 def _window(grid: Grid, area: _Area) -> Window:

@@ -46,9 +46,13 @@ def optical(key: str, given: SensorInput, snap: str) -> Layer:
             groups["60m"].append(name)
     empty = {name: _all_zero([pixels[b] for b in bands]) for name, bands in groups.items()}
     valid = measured(empty, grids)
+    gone = {name: there for name, raster in rasters.items() if (there := _gone(raster)) is not None}
+    for name, bands in sensor.groups.items():  # zero in one band is dark ground, another declared value is not
+        for band in gone.keys() & set(bands):
+            valid[name] = valid[name] & ~gone[band]
     by_band = {b: valid[g] for g, bands in sensor.groups.items() for b in bands}
     for name in _dropped(sensor, given):
-        same = pixels[name].shape == valid["60m"].shape
+        same = name not in gone and pixels[name].shape == valid["60m"].shape
         by_band[name] = valid["60m"] if same else pixels[name] > 0
     finest = sensor.groups["10m"]
     if all(is_constant(pixels[b], by_band[b]) for b in finest):
@@ -114,10 +118,10 @@ def _from_reflectance(key: str, name: str, raster: Raster) -> np.ndarray:
 
 def _without_nodata(key: str, name: str, raster: Raster) -> np.ndarray:
     """Delivered pixels, the file's nodata as 0. Raises BadInput on NaN and on previews."""
-    pixels, nodata = raster.pixels, raster.nodata
+    pixels = raster.pixels
     eight_bit(f"{key} {name}", pixels)
-    if nodata is not None and nodata != 0:
-        gone = np.isnan(pixels) if np.isnan(nodata) else pixels == nodata
+    gone = _gone(raster)
+    if gone is not None:
         pixels = np.where(gone, pixels.dtype.type(0), pixels)
     if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
         raise BadInput(
@@ -125,6 +129,14 @@ def _without_nodata(key: str, name: str, raster: Raster) -> np.ndarray:
             "nan FILE), or the nodata column of a manifest (nan)"
         )
     return pixels
+
+
+def _gone(raster: Raster) -> np.ndarray | None:
+    """bool [H, W]: pixels that hold the declared nodata; None where there are none, or where zero stands for it."""
+    if not raster.nodata:
+        return None
+    gone = np.isnan(raster.pixels) if np.isnan(raster.nodata) else raster.pixels == raster.nodata
+    return gone if gone.any() else None
 
 
 def _undeclared(pixels: np.ndarray) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from data_prep.raster import BadInput, Grid
 
 UNIT = 6  # ten-metre pixels a 60 m pixel
+LEAST = 2 * UNIT  # a tile's side: TFDS does not read a tensor of one pixel back, see tiles.features
 BLOCK_TILES = 2  # tiles a side of the blocks that large scenes are read in
 
 
@@ -69,9 +70,10 @@ def blocks(height: int, width: int, size: int, stride: int) -> list[Window]:
 
 def whole(length: int, native: bool) -> int:
     """Pixels of a side that can be cut: with bands at 20 and 60 m only whole 60 m pixels. Raises BadInput."""
-    usable = length // UNIT * UNIT if native else length
-    if usable < 1:
-        raise BadInput(f"side of {length} pixels: with bands at 20 and 60 m at least {UNIT} are needed")
+    usable, least = (length // UNIT * UNIT, LEAST) if native else (length, 2)
+    if usable < least:
+        bands = "with bands at 20 and 60 m " if native else ""
+        raise BadInput(f"side of {length} pixels: {bands}at least {least} are needed")
     return usable
 
 

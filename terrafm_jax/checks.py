@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -93,6 +94,15 @@ def level(key: str, names: Sequence[str | None]) -> list[Finding]:
     if key != "s2_l2a" or not any(is_b10(name) for name in names if name):
         return []
     return [Finding("B10 means Level-1C: use s2_l1c (Level-2A holds no B10)", True)]
+
+
+def hides(source: Any) -> bool:
+    """Whether an open raster carries a mask (inside, or beside it as .msk), which hides pixels whatever they hold.
+
+    Alpha is none: files of four bands call near infrared so.
+    """
+    flags = {flag.name for flag in source.mask_flag_enums[0]}
+    return "per_dataset" in flags and "alpha" not in flags
 
 
 def is_b10(name: str) -> bool:

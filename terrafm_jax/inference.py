@@ -280,18 +280,20 @@ class Model:
             backbone = sliced(backbone, stem, columns[key], self.spec)
             patches[stem] = patchify(pad_to_patches(x, self.spec.patch), self.spec.patch)
             measured[stem] = ~given["ignore"].all((1, 2))
-        found = terrafm.encode(self.spec, backbone, patches, self._present(measured), layers=layers)
+        found = terrafm.encode(self.spec, backbone, patches, sensors_present(self.spec, measured), layers=layers)
         return jax.tree.map(lambda x: x.astype(jnp.float32), found)
 
-    def _present(self, measured: Mapping[str, Array]) -> Array | None:
-        """bool [B, S]; an image in which nothing at all was measured keeps its sensors, to stay defined."""
-        if len(measured) == 1:
-            return None
-        count = len(next(iter(measured.values())))
-        rows = [measured.get(s, jnp.zeros(count, bool)) for s in self.spec.sensors]
-        given = jnp.array([[s in measured for s in self.spec.sensors]])
-        present = jnp.stack(rows, axis=1)
-        return jnp.where(present.any(1, keepdims=True), present, given)
+
+def sensors_present(spec: ModelSpec, measured: Mapping[str, Array]) -> Array | None:
+    """bool [B, S] from bool [B] by sensor; an image in which nothing at all was measured keeps its sensors, to stay
+    defined. None for one sensor.
+    """
+    if len(measured) == 1:
+        return None
+    nothing = jnp.zeros_like(next(iter(measured.values())))
+    given = jnp.array([[s in measured for s in spec.sensors]])
+    present = jnp.stack([measured.get(s, nothing) for s in spec.sensors], axis=1)
+    return jnp.where(present.any(1, keepdims=True), present, given)
 
 
 def _without(rows: np.ndarray, empty: np.ndarray) -> np.ndarray:

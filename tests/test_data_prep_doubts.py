@@ -165,6 +165,7 @@ def radar(seed: int = 0) -> np.ndarray:
         (lambda p: np.rint(1000 * np.log10(p)).astype(np.int16), "dB", "scaled dB?"),
         (lambda p: np.where(np.arange(48) < 4, np.float32(-99), 10 * np.log10(p)), "dB", "manifest's nodata column"),
         (lambda p: np.clip(p * 255, 0, 255).astype(np.uint8), "power", "8-bit"),
+        (lambda p: 10 * np.log10(p) + 0j, "dB", "complex values (SLC)"),
     ],
 )
 def test_radar_that_is_not_what_its_unit_says(made: Any, unit: str, reason: str):

@@ -11,6 +11,7 @@ import rasterio
 from data_prep_cells import manifest_bands, scene
 from scipy import ndimage
 
+from data_prep.delivered import SensorInput
 from data_prep.harmonize import (
     connected,
     darker,
@@ -20,7 +21,8 @@ from data_prep.harmonize import (
     pixel_offset,
     snap_origin,
 )
-from data_prep.raster import Grid
+from data_prep.optical import optical
+from data_prep.raster import Grid, Raster
 from terrafm_jax.sensors import baseline, baseline_offset
 
 
@@ -192,6 +194,22 @@ def test_connected_is_the_propagation_of_its_seeds():
         for seeds in (mask & (rng.random(mask.shape) < 0.1), rng.random(mask.shape) < 0.05, np.zeros_like(mask)):
             expected = ndimage.binary_propagation(seeds & mask, np.ones((3, 3), bool), mask)
             assert (connected(mask, seeds) == expected).all()
+
+
+@pytest.mark.parametrize(("dtype", "nodata"), [("float32", np.nan), ("int16", -9999), ("uint16", 65535)])
+def test_declared_nodata_of_one_band_is_no_dark_ground(dtype: str, nodata: float):
+    """And no reason to think that a provider has subtracted the offset."""
+    bands = {}
+    for name, pixels in scene(3, offset=1000)["s2_l2a"].items():
+        pixels, step = pixels.astype(dtype), 480.0 / len(pixels)
+        if name in ("B03", "B01"):
+            pixels[:2] = nodata
+        bands[name] = Raster(pixels, _grid(0, 0, step, len(pixels)), nodata)
+    layer = optical("s2_l2a", SensorInput(bands, "S2A_MSIL2A_20220612T103021_N0500_R108_T32UPU_20220612T120000"), "off")
+    assert (layer.offset.value, layer.offset.conflict) == (1000, False)
+    for name, rows in (("10m", 2), ("20m", 0), ("60m", 2)):
+        assert not layer.groups[name].valid[:rows].any()
+        assert layer.groups[name].valid[rows:].all()
 
 
 def test_zeros_in_some_bands_of_real_ships_stay_valid(real_data: Path):

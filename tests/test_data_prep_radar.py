@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import rasterio
 
+from data_prep.doubts import check_zeros
 from data_prep.radar import power_from, to_hundredths, warp_power, whole_shift
-from data_prep.raster import Grid
+from data_prep.raster import BadInput, Grid, Raster
 
 UTM = "EPSG:32632"
 
@@ -29,6 +30,15 @@ def test_nodata_of_power_and_decibels():
     assert not np.isnan(power_from(np.array([-60.0, -99.0, -150.0]), "dB", None)).any()
     with pytest.raises(ValueError, match="amplitude"):
         power_from(decibel, "amplitude", None)
+
+
+def test_zero_decibels_in_both_polarizations_are_nodata_that_nobody_declared():
+    vv, vh = np.random.default_rng(0).normal((-8, -15), 3, (64, 64, 2)).astype(np.float32).transpose(2, 0, 1)
+    vv[:9] = 0
+    for edge, nodata, unit in ((vh, None, "dB"), (np.where(vv == 0, 0, vh), 0.0, "dB"), (vv, None, "power")):
+        check_zeros([Raster(p, _grid(10, 64), nodata) for p in (vv, edge)], unit)
+    with pytest.raises(BadInput, match=r"14\.1 % of the pixels are exactly 0 dB.*-a_nodata 0 FILE"):
+        check_zeros([Raster(p, _grid(10, 64)) for p in (vv, np.where(vv == 0, 0, vh))], "dB")
 
 
 def test_delivered_power_stays_as_it_is():

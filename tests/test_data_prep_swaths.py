@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
+import tensorflow_datasets as tfds
 from data_prep_cells import geotiff as tif
 from data_prep_cells import scene
 from rasterio.transform import from_origin
@@ -48,6 +50,21 @@ def test_blocks_that_a_swath_does_not_reach_are_prepared_without_it(tmp_path: Pa
     assert summary["left_out"] == {"s1 does not reach a cell": 3}
     assert prepare(source, tmp_path / "strict", "--require", "s1") == 3
     assert "s1 does not reach this part of the scene" in (tmp_path / "strict/rejected.csv").read_text()
+
+
+@pytest.mark.parametrize("key", ["S2L2A", "S1RTC"])
+def test_the_mask_inside_a_file_hides_its_pixels(tmp_path: Path, key: str):
+    source = write(tmp_path / "in", size=SIZE, width=SIZE)
+    mask = np.full((SIZE, SIZE), 255, np.uint8)
+    mask[:6] = 0
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(source / key / "a.tif", "r+") as file:
+        file.write_mask(mask)
+    assert prepare(source, tmp_path / "out", "--tile-size", "120") == 0
+    (record,) = tfds.builder_from_directory(tmp_path / "out").as_data_source("train")
+    for sensor, own in (("s2_l2a", "S2L2A"), ("s1", "S1RTC")):
+        for group in (record[sensor][name] for name in ("10m", "20m", "60m") if name in record[sensor]):
+            valid = np.unpackbits(group["valid"], axis=1, count=SIZE).astype(bool)
+            assert (valid == ((mask > 0) if own == key else np.ones_like(valid))).all()
 
 
 def test_statistics_without_a_train_split_are_not_called_computed(tmp_path: Path):

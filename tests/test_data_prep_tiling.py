@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_prep.cell import Options
 from data_prep.quality import cloud_share, is_black, is_constant, nodata_share
-from data_prep.raster import Grid, normalize_crs
+from data_prep.raster import BadInput, Grid, normalize_crs
 from data_prep.splits import BlockSplit, read_splits, unit_hash
 from data_prep.tiling import Window, check_multiple, cut, on_grid, whole, windows
 from data_prep.times import iso_time
@@ -25,6 +26,12 @@ def test_legal_sizes():
         check_multiple(0, "--stride")
     assert whole(535, native=True) == 534
     assert whole(535, native=False) == 535
+    assert (whole(13, native=True), whole(2, native=False)) == (12, 2)
+    for length, native, least in ((11, True, "20 and 60 m at least 12"), (1, False, "pixels: at least 2")):
+        with pytest.raises(BadInput, match=least):
+            whole(length, native)
+    with pytest.raises(ValueError, match="--tile-size 6: expected at least 12"):
+        Options(tile_size=6)
 
 
 def test_windows_cover_a_cell():

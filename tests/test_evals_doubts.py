@@ -21,6 +21,11 @@ def a_set(source: Input, image: np.ndarray, **sample) -> Dataset:
     return Dataset(info, {"train": Split(["0", "1"], read)})
 
 
+def edged(image: np.ndarray, nodata: float) -> np.ndarray:
+    """With a column of nodata."""
+    return np.where(np.arange(8)[:, None] == 0, nodata, image)
+
+
 def optical(image, bands=BANDS, sensor="s2_l2a", **fields) -> list[str]:
     sample = {"offset": fields.pop("own")} if "own" in fields else {}
     return doubts(a_set(Input(sensor, bands, **fields), image, **sample))
@@ -42,6 +47,9 @@ def optical(image, bands=BANDS, sensor="s2_l2a", **fields) -> list[str]:
         (lambda: doubts(a_set(Input("s1", ("VV", "VH"), "Linear"), POWER)), None),
         (lambda: doubts(a_set(Input("s1", ("VV", "VH"), "dB"), POWER)), "unit: power"),
         (lambda: doubts(a_set(Input("s1", ("VV", "VH"), "power"), 900 * POWER)), "amplitude"),
+        (lambda: doubts(a_set(Input("s1", ("VV", "VH"), "dB"), edged(10 * np.log10(POWER), 0))), "-a_nodata 0 FILE"),
+        (lambda: doubts(a_set(Input("s1", ("VV", "VH"), "dB"), edged(10 * np.log10(POWER), -99))), "-99"),
+        (lambda: optical(edged(LAND, -9999)), "pass it to gdal_edit.py -a_nodata -9999 FILE"),
     ],
 )  # fmt: skip
 def test_values_against_their_declaration(found, words):

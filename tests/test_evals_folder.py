@@ -50,6 +50,52 @@ def test_random_splits_have_the_shares_asked_for(classes, per_class, shares, cou
         assert np.all(np.abs(each - share * per_class) < 1)
 
 
+@pytest.mark.parametrize(
+    ("key", "dtype", "nodata", "gone"),
+    [("s1", "float32", -9999, 3), ("s1", "float32", 0, 3), ("s2_l2a", "int16", -9999, 3),
+     ("s2_l2a", "uint16", 65535, 3), ("s2_l2a", "uint16", 0, 1)],  # zero in one band is dark
+)  # fmt: skip
+def test_nodata_that_a_raster_declares_is_not_measured(tmp_path, key, dtype, nodata, gone):
+    rasterio = pytest.importorskip("rasterio")
+    bands = {"s1": ("VV", "VH"), "s2_l2a": ("B02", "B03")}[key]
+    image = RNG.integers(5, 20, (16, 16, 2)).astype(dtype) if dtype != "float32" else RNG.normal(-12, 3, (16, 16, 2))
+    image = image.astype(dtype)
+    image[0, 0], image[0, 1, 0], image[0, 2, 1] = nodata, nodata, nodata
+    for i, name in enumerate("aabb"):
+        with rasterio.open(fake.tiff(tmp_path / name / f"{i}.tif", image), "r+") as file:
+            file.nodata = nodata
+    (tmp_path / "dataset.yaml").write_text(f"inputs: {{{key}: {{bands: [{', '.join(bands)}]}}}}\n")
+    dataset = open_one(tmp_path)
+    found = collate(dataset.info, [dataset.split("train")[0]], [key]).images[key][0][..., dataset.info.inputs[key].mask]
+    missing = np.isnan(found).all(-1)
+    assert missing.sum() == gone
+    assert missing[0, :gone].all()
+    np.testing.assert_array_equal(found[1:], image[1:].astype(np.float32))
+
+
+def test_the_mask_inside_a_file_hides_its_pixels(tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    mask = np.full((16, 16), 255, np.uint8)
+    mask[:4] = 0
+    for i, name in enumerate("aabb"):
+        file = fake.tiff(tmp_path / name / f"{i}.tif", RNG.integers(200, 3000, (16, 16, 2)).astype(np.uint16))
+        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(file, "r+") as opened:
+            opened.write_mask(mask)
+    (tmp_path / "dataset.yaml").write_text("inputs: {s2_l2a: {bands: [B02, B03]}}\n")
+    image = open_one(tmp_path).split("train")[0].images["s2_l2a"]
+    np.testing.assert_array_equal(np.isnan(image).all(-1), mask == 0)
+    np.testing.assert_array_equal(np.isnan(image).any(-1), mask == 0)
+
+
+def test_complex_radar_is_not_taken_for_its_real_part(tmp_path):
+    image = (RNG.normal(-12, 3, (16, 16, 2)) + 0j).astype(np.complex64)
+    for i, name in enumerate("aabb"):
+        fake.tiff(tmp_path / name / f"{i}.tif", image)
+    (tmp_path / "dataset.yaml").write_text("inputs: {s1: {bands: [VV, VH]}}\n")
+    with pytest.raises(DatasetError, match=r"complex values \(SLC\)"):
+        open_one(tmp_path).split("train")[0]
+
+
 def test_a_table_of_splits_that_is_not_named_is_said_to_be_ignored(tmp_path, caplog):
     fake.eurosat_like(tmp_path, classes=2, per_class=4, yaml="task: classification\n")
     open_one(tmp_path)
@@ -121,6 +167,7 @@ def test_tables_tags_and_regression(tmp_path):
     ("task", "table", "message"),
     [
         ("regression", "file,value\np0.tif,1.5\np1.tif,much\n", "p1.tif: value 'much', expected a number"),
+        ("regression", "file,value\np0.tif,1.5\np1.tif,nan\n", "p1.tif: value 'nan', expected a number"),
         ("classification", "file,label\np0.tif,a\np1.tif,\n", r"1 images have no label: \['p1.tif'\]"),
         ("multilabel", "", r"p0.tif: tag 'AREA' = '\[1' is not JSON"),
     ],

@@ -225,6 +225,13 @@ def test_linear_segmentation_probe():
     assert result.protocol == "segmentation-linear/1"
 
 
+def test_validation_masks_of_nothing_but_ignore_are_named():
+    protocol = dataclasses.replace(DENSE["segmentation-linear"], rates=(1e-2,), epochs=1, runs=1)
+    nothing = dataclasses.replace(fields(4, 1), targets=np.full_like(fields(4, 1).targets, 255))
+    with pytest.raises(ValueError, match=r"no pixel of the validation images has a label but 255 \(ignore\)"):
+        segmentation.dense_probe(protocol, fields(4, 0), nothing, fields(4, 2), classes=3, patch=4, ignore=255)
+
+
 def test_upernet_probe_learns():
     protocol = dataclasses.replace(DENSE["copernicus-upernet"], epochs=10, channels=8, batch=8, rates=(1e-2,))
     result = segmentation.dense_probe(

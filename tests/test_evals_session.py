@@ -195,6 +195,9 @@ def test_dense_store_and_rows(tmp_path, encoder):
     found = store.extract(encoder, dataset, "train", request, tmp_path)
     assert [m.shape for m in found.maps] == [(6, 2, 2, 24)] * 2
     assert found.targets.shape == (6, 20, 20)
+    assert found.targets.dtype == np.int16  # of a whole split in memory
+    np.testing.assert_array_equal(found.targets, np.stack([s.target for s in dataset.split("train")]))
+    assert store._small(np.full((2, 2), 65535)).max() == 65535
     parts = store.Rows([np.arange(6).reshape(3, 2), np.arange(6, 10).reshape(2, 2)])
     np.testing.assert_array_equal(parts[[4, 0, 3]], [[8, 9], [0, 1], [6, 7]])
     np.testing.assert_array_equal(parts[1:4], [[2, 3], [4, 5], [6, 7]])

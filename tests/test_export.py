@@ -190,6 +190,9 @@ def test_torch_module_masks_pixels_sensors_and_bands(model, module, loaded):
         assert_same_features(model.encode(**x, mask=mask), module(chw(x), mask=torch.from_numpy(mask)))
         assert_same_features(model.encode(**spoiled), module(chw(spoiled)))
         alone = module({"s2_l2a": chw(x)["s2_l2a"]})
+        lacking = {"s1": x["s1"].astype(np.float32), "s2_l2a": x["s2_l2a"]}
+        lacking["s1"][1] = np.nan
+        assert_same_features(model.encode(**lacking), module(chw(lacking)))
         present = torch.tensor([[False, True], [False, True]])
         assert_same_features(module(chw(x), present=present), alone)
         cut = formats.torch_module(loaded).keep_bands("s2_l2a", ["B04", "B02"])
@@ -231,8 +234,9 @@ def test_stablehlo_takes_any_batch_and_knows_its_weights(tmp_path, loaded, model
     program = jax.export.deserialize(bytearray((tmp_path / "x.stablehlo").read_bytes()))
     assert program.platforms == ("cpu", "cuda", "tpu")
     for batch in (1, 3):
-        x = images((32, 48), batch=batch, sensors=("s1", "s2_l2a"))
-        found = program.call({k: v.astype(np.float32) for k, v in x.items()})
+        x = {k: v.astype(np.float32) for k, v in images((32, 48), batch=batch, sensors=("s1", "s2_l2a")).items()}
+        x["s1"][1:2] = np.nan
+        found = program.call(x)
         wanted = model.encode(**x)
         assert_close(found["cls"], wanted.cls)
         assert_close(found["patches"], wanted.patches)
@@ -245,7 +249,8 @@ def test_onnx_agrees_in_onnxruntime(tmp_path, loaded, model):
     session = onnxruntime.InferenceSession(tmp_path / "x.onnx", providers=["CPUExecutionProvider"])
     assert [i.name for i in session.get_inputs()] == list(TINY.sensors)
     for batch in (1, 3):
-        x = images((64, 96), batch=batch)
+        x = {k: v.astype(np.float32) for k, v in images((64, 96), batch=batch).items()}
+        x["s1"][1:2], x["s2_l2a"][:, :9] = np.nan, np.nan
         cls, patches = session.run(None, {k: v.numpy() for k, v in chw(x).items()})
         wanted = model.encode(**x)
         assert_close(cls, wanted.cls)

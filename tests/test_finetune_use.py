@@ -93,12 +93,20 @@ def test_pytorch_export_equals_ours(tmp_path, head, task, size, inputs):
     assert "FineTuned.from_pretrained" in card
     assert all(", ".join(names) in card for names in (*tuned.bands.values(), tuned.classes))
     radar = np.random.default_rng(1).normal(-12, 3, (2, size, size, 2)).astype(np.float32)
-    images = {k: x for k, x in (("s1", radar), ("s2_l2a", pixels(size))) if k in inputs}
-    given = {k: torch.tensor(x[..., tuned.mask(k)]).permute(0, 3, 1, 2) for k, x in images.items()}
-    with torch.no_grad():
-        theirs = model(given).numpy()
-    theirs = theirs.transpose(0, 2, 3, 1) if task == "segmentation" else theirs
-    np.testing.assert_allclose(tuned(images), theirs, rtol=1e-3, atol=2e-5)
+    whole = {k: x for k, x in (("s1", radar), ("s2_l2a", pixels(size))) if k in inputs}
+    holes = {k: x.copy() for k, x in whole.items()}  # of all bands, of one band, of a sensor
+    holes["s2_l2a"][:, 3:12, :9] = np.nan
+    holes["s2_l2a"][0, :, 10:13, 1] = np.nan
+    holes[inputs[0]][1] = np.nan
+    for images in (whole, holes):
+        given = {k: torch.tensor(x[..., tuned.mask(k)]).permute(0, 3, 1, 2) for k, x in images.items()}
+        with torch.no_grad():
+            theirs = model(given).numpy()
+        theirs = theirs.transpose(0, 2, 3, 1) if task == "segmentation" else theirs
+        np.testing.assert_allclose(tuned(images), theirs, rtol=1e-3, atol=2e-5)
+    if inputs == BOTH:
+        with pytest.raises(ValueError, match=r"s1: \(2, 1, .*expected \[B, 2, H, W\] \(VV, VH\)$"):
+            model({**given, "s1": given["s1"][:, :1]})
 
 
 def test_export_without_a_network_is_one_line(tmp_path, capsys):

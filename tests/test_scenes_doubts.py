@@ -219,6 +219,21 @@ def test_radar_that_is_no_power_nor_decibels(tmp_path: Path) -> None:
     assert "if they are amplitude, square them" in high.doubts[0]
 
 
+def test_complex_radar_is_not_taken_for_its_real_part(tmp_path: Path) -> None:
+    parts = np.random.default_rng(0).normal(0, 40, (2, 2, 64, 64)).astype(np.float32)
+    path = write(tmp_path / "slc.tif", parts[0] + 1j * parts[1], names=("VV", "VH"))
+    with pytest.raises(SceneError, match=r"slc.tif: holds complex values \(SLC\)"):
+        resolve(f"s1={path}", Declared())
+
+
+def test_the_mask_inside_a_file_hides_its_pixels(tmp_path: Path) -> None:
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(optical(tmp_path / "a.tif", 64, 64), "r+") as file:
+        file.write_mask(np.where(np.arange(64)[:, None] < np.full(64, 9), 0, 255).astype(np.uint8))
+    date = resolve(f"s2_l2a={tmp_path / 'a.tif'}", Declared())
+    valid = read.SceneReader([date], grid.target_grid([date])).read(0, 0, 64, 64)["s2_l2a"].valid
+    np.testing.assert_array_equal(valid, np.arange(64)[:, None] >= np.full(64, 9))
+
+
 def test_scale_and_offset_of_the_file_count(tmp_path: Path) -> None:
     data = surface(64, 64, 12)
     plain = resolve(f"s2_l2a={write(tmp_path / 'plain.tif', data, names=NAMES)}", Declared())

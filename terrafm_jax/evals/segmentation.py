@@ -179,6 +179,8 @@ def dense_probe(
             _train(fitted, train, batch, protocol.epochs, seed + run)
             counts = partial(confusions, fitted, classes=classes, ignore=ignore, size=batch)
             scores = [metrics.from_confusion(c.sum(0))["miou"] for c in counts(val)]
+            if np.isnan(scores).all():
+                raise ValueError(f"no pixel of the validation images has a label but {ignore} (ignore)")
             at = int(np.nanargmax(scores))
             if best is None or scores[at] > best[0]:
                 best = (scores[at], group[at], counts(test)[at])

@@ -16,7 +16,7 @@ from terrafm_jax.evals.datasets.base import Dataset, DatasetError, Sample, batch
 from terrafm_jax.evals.features import ImageBatch
 from terrafm_jax.paths import save_array, write_atomically
 
-VERSION = 2  # raise when features change for the same weights and inputs: old caches are then not used
+VERSION = 3  # raise when features change for the same weights and inputs: old caches are then not used
 CHUNK = 256
 
 
@@ -176,9 +176,16 @@ def _compute(
                 found["cls"].append(cls)
             for i, m in enumerate(maps or ()):
                 found.setdefault(f"{kind}{i}", []).append(m.astype(np.float16))
-        found["targets"] += [np.asarray(s.target)[None] for s in group]
+        found["targets"] += [_small(np.asarray(s.target))[None] for s in group]
     with _one_size(dataset):
         return {k: np.concatenate(v) for k, v in found.items()}
+
+
+def _small(target: np.ndarray) -> np.ndarray:
+    """Masks [H, W] in two bytes a pixel where they suffice: those of a split are in memory all at once."""
+    if target.ndim != 2 or not -(2**15) <= target.min(initial=0) <= target.max(initial=0) < 2**15:
+        return target
+    return target.astype(np.int16)
 
 
 def _assemble(dataset: Dataset, ids: list[str], chunks: list[dict[str, np.ndarray]]) -> Extracted:

@@ -18,7 +18,7 @@ import numpy as np
 from terrafm_jax import weights
 from terrafm_jax.export import torch_weights
 from terrafm_jax.export.safetensors_file import write_safetensors
-from terrafm_jax.inference import FILL
+from terrafm_jax.inference import FILL, sensors_present
 from terrafm_jax.loader import CONFIG_FILE, SAFETENSORS_FILE, Loaded
 from terrafm_jax.models import encode, patchify
 from terrafm_jax.paths import write_atomically
@@ -138,8 +138,9 @@ def _chosen(loaded: Loaded, sensors: Sequence[str]) -> tuple[str, ...]:
 def stablehlo(loaded: Loaded, size: tuple[int, int], sensors: Sequence[str] = ()) -> bytes:
     """A serialized ``jax.export`` program: (images per sensor) -> {"cls": [b, d], "patches": [b, h, w, d]}.
 
-    Images are float32 [b, H, W, bands] in DN (harmonized) or dB, any number b of them, H and W fixed; weights and
-    statistics are inside. Runs on CPU, GPU and TPU by ``jax.export.deserialize(...).call(images)``.
+    Images are float32 [b, H, W, bands] in DN (harmonized) or dB, NaN where nothing was measured, any number b of them,
+    H and W fixed; weights and statistics are inside. Runs on CPU, GPU and TPU by
+    ``jax.export.deserialize(...).call(images)``.
     """
     # "gpu" stands for plain code: what the CPU gets by default is tuned for training there.
     spec = dataclasses.replace(loaded.spec, dtype="float32", attention="xla", platform="gpu")
@@ -147,12 +148,13 @@ def stablehlo(loaded: Loaded, size: tuple[int, int], sensors: Sequence[str] = ()
     backbone = jax.tree.map(jnp.asarray, loaded.params["backbone"])
 
     def serve(images: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        patches = {}
+        patches, measured = {}, {}
         for key, image in images.items():
             mean, std = (jnp.asarray(a)[None, None, None] for a in loaded.stats[key])
-            measured = jnp.isfinite(image).all(-1, keepdims=True)
-            patches[key] = patchify(jnp.where(measured, normalize(image, mean, std), FILL), spec.patch)
-        found = encode(spec, backbone, patches)
+            finite = jnp.isfinite(image).all(-1, keepdims=True)
+            patches[key] = patchify(jnp.where(finite, normalize(image, mean, std), FILL), spec.patch)
+            measured[key] = finite.any((1, 2, 3))
+        found = encode(spec, backbone, patches, sensors_present(spec, measured))
         return {"cls": found.cls.astype(jnp.float32), "patches": found.patches.astype(jnp.float32)}
 
     (batch,) = jax.export.symbolic_shape("b")

@@ -182,11 +182,14 @@ class TerraFM(nn.Module):
     def normalize(self, sensor: str, image: Tensor, mask: Tensor | None = None) -> Tensor:
         """Raw units [B, C, H, W] to the network's scale; pixels that are masked or not finite get the mean."""
         mean, std = getattr(self, f"{sensor}_mean"), getattr(self, f"{sensor}_std")
-        ignore = ~torch.isfinite(image).all(1, keepdim=True)
-        if mask is not None:
-            ignore = ignore | mask[:, None]
         x = (image - (mean - 2.0 * std)) / (4.0 * std)
-        return torch.where(ignore, torch.full_like(x, 0.5), x)
+        return torch.where(self._measured(image, mask), x, torch.full_like(x, 0.5))
+
+    @staticmethod
+    def _measured(image: Tensor, mask: Tensor | None) -> Tensor:
+        """bool [B, 1, H, W]"""
+        measured = torch.isfinite(image).all(1, keepdim=True)
+        return measured if mask is None else measured & ~mask[:, None]
 
     def positions(self, rows: int, columns: int) -> Tensor:
         """Position embeddings [1, 1 + rows * columns, d], interpolated as the released code does."""
@@ -208,11 +211,14 @@ class TerraFM(nn.Module):
 
         Args:
           images: sensor -> [B, bands, H, W] in raw units; H and W multiples of the patch.
-          present: bool [B, sensors of ``images`` in the model's order], for images that lack some.
+          present: bool [B, sensors of ``images`` in the model's order], for images that lack some. Without it a
+            sensor takes no part in the fusion of an image in which it has no pixel.
           mask: bool [B, H, W], True where a pixel is no measurement.
           layers: blocks (0-based, negative from the end) to return as well.
         """
         images = self._checked(images)
+        if present is None and len(images) > 1:
+            present = sensors_present([self._measured(x, mask) for x in images.values()])
         return self.encode({k: self.normalize(k, x, mask) for k, x in images.items()}, present, layers)
 
     def encode(
@@ -251,8 +257,9 @@ class TerraFM(nn.Module):
         x = self.norm(x)
         return x[:, 0], x[:, 1:].reshape(x.shape[0], rows, columns, x.shape[-1])
 
-    def _checked(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
-        known, patch = self.config["sensors"], self.config["patch"]
+    def _checked(self, images: dict[str, Tensor], resized: bool = False) -> dict[str, Tensor]:
+        """Images in the model's order; ``resized``: sides come later. Raises TypeError, ValueError."""
+        known, patch = self.config["sensors"], 1 if resized else self.config["patch"]
         if not isinstance(images, Mapping):
             raise TypeError(
                 f"images: found {type(images).__name__}; expected a dict of sensor -> tensor [B, bands, H, W], "
@@ -266,11 +273,18 @@ class TerraFM(nn.Module):
             if not isinstance(image, Tensor):
                 raise TypeError(f"{sensor}: found {type(image).__name__}; expected a torch.Tensor [B, bands, H, W]")
             if image.ndim != 4 or image.shape[1] != len(self.bands[sensor]) or any(n % patch for n in image.shape[2:]):
+                sides = "" if resized else f", H and W multiples of {patch}"
                 raise ValueError(
                     f"{sensor}: {tuple(image.shape)}; expected [B, {len(self.bands[sensor])}, H, W] "
-                    f"({', '.join(self.bands[sensor])}), H and W multiples of {patch}"
+                    f"({', '.join(self.bands[sensor])}){sides}"
                 )
         return {sensor: images[sensor] for sensor in known if sensor in images}
+
+
+def sensors_present(measured: list[Tensor]) -> Tensor:
+    """bool [B, sensors] of measured values [B, C, H, W] by sensor; all in an image of nothing, which stays defined."""
+    present = torch.stack([m.flatten(1).any(1) for m in measured], 1)
+    return present | ~present.any(1, keepdim=True)
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:

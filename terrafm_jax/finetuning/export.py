@@ -96,7 +96,8 @@ def _card(tuned: Tuned, recorded: Mapping[str, Any]) -> str:
         "The encoder of this folder was tuned for a task, whose head is in `head.safetensors`. With PyTorch alone:\n\n"
         "```python\nfrom finetuned_terrafm import FineTuned\n\n"
         f'model = FineTuned.from_pretrained(".")\nout = model({{{given}}})  # {comes}\n```\n\n'
-        f"Images are float tensors [B, bands, H, W] in harmonized DN and dB, {size}. Bands:\n\n{bands}\n{classes}\n"
+        f"Images are float tensors [B, bands, H, W] in harmonized DN and dB, {size}, with NaN where nothing was "
+        f"measured. Bands:\n\n{bands}\n{classes}\n"
         "The following is about the encoder alone.\n"
     )
 

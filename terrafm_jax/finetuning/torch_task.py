@@ -5,7 +5,7 @@ Needs PyTorch and nothing else. Lies in an exported folder as ``finetuned_terraf
 
     from finetuned_terrafm import FineTuned
     model = FineTuned.from_pretrained("FOLDER")
-    out = model({"s2_l2a": dn})     # [B, bands, H, W] in raw units; bands as in model.bands
+    out = model({"s2_l2a": dn})     # [B, bands, H, W] in raw units, NaN: not measured; bands as in model.bands
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 try:
-    from modeling_terrafm import TerraFM, read_safetensors
+    from modeling_terrafm import TerraFM, read_safetensors, sensors_present
 except ImportError:  # inside the package
-    from terrafm_jax.export.torch_model import TerraFM, read_safetensors
+    from terrafm_jax.export.torch_model import TerraFM, read_safetensors, sensors_present
 
 
 class LinearHead(nn.Module):
@@ -130,17 +130,32 @@ class FineTuned(nn.Module):
             model.encoder.keep_bands(sensor, names)
         return model.eval()
 
+    def _prepared(self, sensor: str, image: Tensor, size: tuple[int, int]) -> Tensor:
+        """Normalized and resized over measured values alone; what has too few of them under it gets the mean."""
+        mean, std = (getattr(self.encoder, f"{sensor}_{name}") for name in ("mean", "std"))
+        x = (image - mean) / (4.0 * std)
+        measured = torch.isfinite(x)
+        x = torch.where(measured, x, torch.zeros_like(x))
+        if tuple(x.shape[2:]) != tuple(size):
+            how = {"mode": "bilinear", "align_corners": False, "antialias": True}
+            weight = F.interpolate(measured.to(x.dtype), size, **how)
+            total = F.interpolate(x, size, **how) / weight.clamp(min=1e-3)
+            x = torch.where(weight > 1e-3, total, torch.zeros_like(total))
+        return x + 0.5
+
     def forward(self, images: dict[str, Tensor]) -> Tensor:
-        """[B, bands, H, W] per sensor (harmonized DN, dB) -> probabilities [B, C], [B, C, H, W], or values [B, 1]."""
+        """[B, bands, H, W] per sensor (harmonized DN, dB) -> probabilities [B, C], [B, C, H, W], or values [B, 1].
+
+        NaN where nothing was measured. A sensor without any value in an image takes no part in its fusion.
+        """
+        images = self.encoder._checked(images, resized=True)
         own = next(iter(images.values())).shape[2:]
         size = self.settings["image_size"]
         patch = self.encoder.config["patch"]
         wanted = (size, size) if size else tuple(-(-n // patch) * patch for n in own)
-        if tuple(own) != tuple(wanted):
-            how = {"mode": "bilinear", "align_corners": False, "antialias": True}
-            images = {k: F.interpolate(x, wanted, **how) for k, x in images.items()}
         layers = tuple(self.settings["layers"])
-        found = self.encoder(images, layers=layers)
+        present = sensors_present([torch.isfinite(x) for x in images.values()]) if len(images) > 1 else None
+        found = self.encoder.encode({k: self._prepared(k, x, wanted) for k, x in images.items()}, present, layers)
         maps = [m for _, m in found.layers] if layers else [found.patches]
         logits = self.head(found.cls, maps)
         if self.task == "segmentation":

@@ -164,11 +164,14 @@ def sample(layer: Layer, nodata: float | None = None) -> np.ndarray:
         rows, columns = min(source.height, _SAMPLE), min(source.width, _SAMPLE)
         try:
             data = source.read(layer.index, out_shape=(rows, columns))
+            hidden = source.read_masks(layer.index, out_shape=(rows, columns)) == 0 if checks.hides(source) else False
             source.read(layer.index, window=((source.height - 1, source.height), (0, source.width)))
         except RasterioIOError as error:
             raise SceneError(f"{layer.path}: {broken(error)}") from None
         declared = source.nodatavals[layer.index - 1]
-    bad = ~np.isfinite(data)
+    if data.dtype.kind == "c":
+        raise SceneError(f"{layer.path}: holds complex values (SLC); detect, calibrate and terrain-correct it first")
+    bad = ~np.isfinite(data) | hidden
     for value in (declared, nodata):
         if value is not None:
             bad |= data == value

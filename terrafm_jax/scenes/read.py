@@ -23,6 +23,7 @@ from rasterio.errors import RasterioError
 from rasterio.warp import reproject
 from rasterio.windows import Window
 
+from terrafm_jax.checks import hides
 from terrafm_jax.scenes import area
 from terrafm_jax.scenes.errors import SceneError
 from terrafm_jax.scenes.grid import Grid, bounds_in
@@ -170,8 +171,11 @@ class SceneReader:
         start = 0
         for path, some in itertools.groupby(layers, lambda layer: layer.path):
             indexes = [layer.index for layer in some]
+            part, source = data[start : start + len(indexes)], self._open(path)
             try:
-                self._open(path).read(indexes, window=window, out=data[start : start + len(indexes)])
+                source.read(indexes, window=window, out=part)
+                if hides(source):
+                    part[:, source.read_masks(indexes[0], window=window) == 0] = np.nan
             except (RasterioError, OSError) as error:
                 raise SceneError(f"{path}: {broken(error)}") from None
             start += len(indexes)

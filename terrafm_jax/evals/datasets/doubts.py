@@ -13,7 +13,8 @@ from terrafm_jax.sensors import BASELINE_OFFSET, L1C_CIRRUS_THRESHOLD, L2A_THRES
 from terrafm_jax.units import DN_PER_REFLECTANCE
 
 SAMPLES = 16
-_WORDS = checks.Spelling("unit: {value}", "offset: {value:g}", "it as 0 (it is {value:g})", "{key}:")
+_WORDS = checks.Spelling("unit: {value}", "offset: {value:g}", "it to gdal_edit.py -a_nodata {value:g} FILE", "{key}:")
+NOISE = -60.0  # dB: far below the noise of the instrument
 BESIDE = 100.0  # DN by which the median of another band may lie below that of B10
 
 
@@ -44,7 +45,7 @@ def doubts(dataset: Dataset) -> list[str]:
 
 
 def _odd(source: Input, samples: Sequence[Sample], images: Sequence[np.ndarray]) -> str:
-    """Single images in another unit than the rest, which shows in none of the values of all together."""
+    """What shows in none of the values of all together: single images in another unit than the rest, nodata."""
     said, odd = checks.Declared(source.unit.lower()), dict[str, str]()
     for sample, pixels in zip(samples, images, strict=True):
         given = sample.images[source.sensor].reshape(-1, len(source.bands))[np.isfinite(pixels).all(1)]
@@ -53,9 +54,9 @@ def _odd(source: Input, samples: Sequence[Sample], images: Sequence[np.ndarray])
         for finding in found:
             if finding.sure:
                 odd[sample.id] = finding.text
-    if not odd or len(odd) == len(samples):
-        return ""
     names = list(odd)
+    if not odd or len(odd) == len(samples):
+        return odd[names[0]] if odd else ""
     return (
         f"{len(odd)} of {len(samples)} images looked at are not like the others ({', '.join(names[:5])}"
         f"{' ...' * (len(odd) > 5)}): {odd[names[0]]}; a data set has one unit for all"
@@ -84,6 +85,11 @@ def _radar(pixels: np.ndarray, source: Input) -> str:
         return f"declared dB, but no value is negative ({low:.3g} to {high:.3g}): is it power (unit: power)?"
     if source.unit == "power" and middle > 10:
         return f"declared power, but its median is {10 ** (middle / 10):.3g}: amplitude? square and calibrate it first"
+    value = low if low < NOISE else 0.0  # SNAP writes zeros
+    share = np.mean((pixels == value).all(1))
+    if source.unit == "dB" and share > 0.001:
+        nodata = _WORDS.nodata.format(key=source.sensor, value=value)
+        return f"{share:.1%} of the pixels are exactly {value:g} dB in all bands: if that is nodata, pass {nodata}"
     return ""
 
 
@@ -126,6 +132,9 @@ def _cirrus(source: Input, samples: Sequence[Sample]) -> float | None:
     if "B10" not in names:
         return None
     values = np.concatenate([np.ravel(s.images[source.sensor][..., names.index("B10")]) for s in samples])
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return None
     return float(np.percentile(values, 1)) * (DN_PER_REFLECTANCE if source.unit == "reflectance" else 1)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from terrafm_jax import tables
+from terrafm_jax import checks, tables
 from terrafm_jax.evals.datasets.base import DatasetError
 
 
@@ -28,7 +28,13 @@ def read_json(path: Path, parse: Callable[[Any], Any]) -> Any:
         raise DatasetError(f"{path}: unexpected content ({type(e).__name__}: {e}); get the file again") from e
 
 
-def read_tiff(path: Path | str, at: tuple[int, int] | None = None) -> np.ndarray:
+def _pixels(source: Any) -> np.ndarray:
+    return np.ascontiguousarray(source.read().transpose(1, 2, 0))
+
+
+def read_tiff(
+    path: Path | str, at: tuple[int, int] | None = None, take: Callable[[Any], np.ndarray] = _pixels
+) -> np.ndarray:
     """Pixels [H, W, channels] of a raster. ``at`` (byte offset, length) reads a raster inside a larger file."""
     import rasterio
     from rasterio.io import MemoryFile
@@ -36,14 +42,35 @@ def read_tiff(path: Path | str, at: tuple[int, int] | None = None) -> np.ndarray
     try:
         if at is None:
             with rasterio.open(path) as src:
-                return np.ascontiguousarray(src.read().transpose(1, 2, 0))
+                return take(src)
         with open(path, "rb") as f:
             f.seek(at[0])
             blob = f.read(at[1])
         with MemoryFile(blob) as memory, memory.open() as src:
-            return np.ascontiguousarray(src.read().transpose(1, 2, 0))
+            return take(src)
     except (rasterio.errors.RasterioError, IndexError, OSError) as e:
         raise DatasetError(f"{path}: cannot be read as a raster ({str(e).splitlines()[0]})") from e
+
+
+def read_image(path: Path, sensor: str) -> np.ndarray:
+    """Pixels [H, W, channels] of a raster, float32 with NaN where a band holds its nodata or its own mask hides them.
+
+    Declared zeros of Sentinel-2 stay: in some bands zero is dark ground, and in all of them it is nodata anyway.
+    Raises DatasetError.
+    """
+
+    def measured(source: Any) -> np.ndarray:
+        image, gone = _pixels(source), np.zeros(source.shape, bool)
+        if image.dtype.kind == "c":
+            raise DatasetError(f"{path}: complex values (SLC); detect, calibrate and terrain-correct them first")
+        if checks.hides(source):
+            gone |= source.read_masks(1) == 0
+        for band, value in enumerate(source.nodatavals):
+            if value is not None and (value != 0 or sensor == "s1"):
+                gone |= image[..., band] == value
+        return np.where(gone[..., None], np.float32(np.nan), image.astype(np.float32)) if gone.any() else image
+
+    return read_tiff(path, take=measured)
 
 
 def tiff_header(path: Path) -> dict[str, Any]:

@@ -155,7 +155,7 @@ class _Reader:
     def _image(self, key: str, path: Path, folder: Path | None = None) -> np.ndarray:
         folder = folder or self._folder(key)
         file = files.need(folder / (self._relative(path) + self.declared[key].get("suffix", "")), key)
-        image = files.read_tiff(file)
+        image = files.read_image(file, self.inputs[key].sensor)
         self._check_count(file, key, image.shape[-1])
         return image
 
@@ -323,9 +323,12 @@ def _sizes(count: int, shares: np.ndarray, lacking: np.ndarray) -> np.ndarray:
 
 def _value(path: Path, found: Any) -> float:
     try:
-        return float(found)
+        value = float(found)
     except (TypeError, ValueError):
-        raise DatasetError(f"{path}: value {found!r}, expected a number") from None
+        value = np.nan
+    if not np.isfinite(value):  # of the mean over all, one such value leaves nothing
+        raise DatasetError(f"{path}: value {found!r}, expected a number")
+    return value
 
 
 def _names(text: str) -> list[str]:
