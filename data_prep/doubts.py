@@ -19,6 +19,7 @@ from terrafm_jax.sensors import BASELINE_OFFSET, S1, SENSORS
 
 RADAR = (-35.0, 5.0)  # dB: medians of land and sea, VV and VH, gamma0 and sigma0
 _RADAR_NOTHING = -60.0  # dB, far below the noise of the instrument
+_ZEROS = 0.01  # share of exactly 0 dB: decibels to a tenth reach half of it over the brightest ground
 _FEW = 16  # pixels that say nothing
 _DARK = 100.0  # DN: the median of B10 wherever there is no thick cirrus (real tiles: 8..52)
 _FAR = 300.0  # DN between the band that is B10 and one that is called so
@@ -87,6 +88,12 @@ def _decibels(what: str, values: np.ndarray) -> np.ndarray:
     if low is not None:
         raise BadInput(
             f"{what}: nodata not declared? {low:g} is no backscatter; name it in the manifest's nodata column"
+        )
+    zero = float((values == 0).mean())
+    if zero > _ZEROS and (values != np.round(values)).any():  # whole decibels may well hold it
+        raise BadInput(
+            f"{what}: nodata not declared? {zero:.0%} of the values are exactly 0 dB; declare it in the file or "
+            "name it in the manifest's nodata column"
         )
     return values
 

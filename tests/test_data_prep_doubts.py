@@ -164,6 +164,7 @@ def radar(seed: int = 0) -> np.ndarray:
         (lambda p: 10 * np.log10(p), "power", "is it dB?"),
         (lambda p: np.rint(1000 * np.log10(p)).astype(np.int16), "dB", "scaled dB?"),
         (lambda p: np.where(np.arange(48) < 4, np.float32(-99), 10 * np.log10(p)), "dB", "manifest's nodata column"),
+        (lambda p: np.where(np.arange(48) < 4, np.float32(0), 10 * np.log10(p)), "dB", "are exactly 0 dB"),
         (lambda p: np.clip(p * 255, 0, 255).astype(np.uint8), "power", "8-bit"),
     ],
 )
@@ -181,7 +182,11 @@ def test_radar_as_it_should_be():
     decibel = 10 * np.log10(power)
     for extra in (-9999.0, -32768.0, np.nan, -np.inf):
         check_radar("VV", Raster(np.where(np.arange(48) < 4, np.float32(extra), decibel), GRID), "dB")
-    check_radar("VV", Raster(np.where(np.arange(48) < 4, np.float32(-99), decibel), GRID, -99.0), "dB")
+    for fill in (-99.0, 0.0):
+        check_radar("VV", Raster(np.where(np.arange(48) < 4, np.float32(fill), decibel), GRID, fill), "dB")
+    bright = np.rint(decibel - np.median(decibel) - 1)  # whole decibels of a town
+    assert (bright == 0).mean() > 0.01
+    check_radar("VV", Raster(bright, GRID), "dB")
     check_radar("VV", Raster(np.full((48, 48), np.nan, np.float32), GRID), "dB")
 
 
