@@ -12,7 +12,8 @@ from terrafm_jax.evals.datasets.labels import S2_13
 BANDS = ("B02", "B03", "B04", "B08")
 RNG = np.random.default_rng(0)
 LAND = RNG.gamma(2.0, 700.0, (8, 8, 4)) + np.array([150, 120, 80, 60])  # DN, offset removed
-POWER = RNG.gamma(2.0, 0.05, (8, 8, 2))
+POWER = RNG.gamma(2.0, 0.05, (8, 8, 2)) * np.array([1.0, 0.25])  # VV, VH
+HOLES = np.where(np.arange(8)[:, None] < 2, 0.0, 10 * np.log10(POWER))
 
 
 def a_set(source: Input, image: np.ndarray, **sample) -> Dataset:
@@ -42,6 +43,8 @@ def optical(image, bands=BANDS, sensor="s2_l2a", **fields) -> list[str]:
         (lambda: doubts(a_set(Input("s1", ("VV", "VH"), "Linear"), POWER)), None),
         (lambda: doubts(a_set(Input("s1", ("VV", "VH"), "dB"), POWER)), "unit: power"),
         (lambda: doubts(a_set(Input("s1", ("VV", "VH"), "power"), 900 * POWER)), "amplitude"),
+        (lambda: doubts(a_set(Input("s1", ("VH", "VV"), "dB"), 10 * np.log10(POWER))), "are they exchanged?"),
+        (lambda: doubts(a_set(Input("s1", ("VV", "VH"), "dB"), HOLES)), "exactly 0 dB: if that is nodata, write NaN"),
     ],
 )  # fmt: skip
 def test_values_against_their_declaration(found, words):

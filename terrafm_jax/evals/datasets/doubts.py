@@ -84,7 +84,10 @@ def _radar(pixels: np.ndarray, source: Input) -> str:
         return f"declared dB, but no value is negative ({low:.3g} to {high:.3g}): is it power (unit: power)?"
     if source.unit == "power" and middle > 10:
         return f"declared power, but its median is {10 ** (middle / 10):.3g}: amplitude? square and calibrate it first"
-    return ""
+    zero = float((pixels == 0).mean())
+    if source.unit == "dB" and zero > checks.FEW_ZEROS:
+        return f"{zero:.0%} of the values are exactly 0 dB: if that is nodata, write NaN there"
+    return checks.exchanged(*np.median(pixels, axis=0)) if pixels.shape[1] == len(SENSORS["s1"].bands) else ""
 
 
 def _optical(pixels: np.ndarray, source: Input) -> str:
