@@ -13,7 +13,7 @@ from rasterio.warp import transform
 from scenes_fake import CRS, NORTH, WEST, call, optical, radar, surface, tokens, write
 
 from terrafm_jax import embed
-from terrafm_jax.scenes import compare, grid, inputs, read
+from terrafm_jax.scenes import compare, flags, grid, inputs, read
 from terrafm_jax.scenes.errors import SceneError
 from terrafm_jax.scenes.inputs import Declared, resolve
 from terrafm_jax.sensors import SENSORS
@@ -153,6 +153,11 @@ def test_names_that_contradict_the_file(tmp_path: Path) -> None:
     assert [(layer.band, layer.index) for layer in found.layers] == [("B02", 3), ("B03", 2), ("B04", 1)]
     with pytest.raises(SceneError, match="names the bands of one raster"):
         resolve(f"s2_l2a={path},{path}", Declared(bands={"s2_l2a": names}))
+
+
+def test_ranges_of_bands_as_preparation_takes_them() -> None:
+    args = ["--checkpoint=c", "--out=e.tif", "--sensor=s2_l1c=a.tif", "--bands=s2_l1c=override,B01..B08,B8A, B9..B12"]
+    assert flags.declared(flags.scene_parser("").parse_args(args)).bands["s2_l1c"] == ("override", *THIRTEEN)
 
 
 def test_flags_for_a_sensor_that_is_not_given(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
