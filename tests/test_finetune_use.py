@@ -95,6 +95,9 @@ def test_pytorch_export_equals_ours(tmp_path, head, task, size, inputs):
     radar = np.random.default_rng(1).normal(-12, 3, (2, size, size, 2)).astype(np.float32)
     images = {k: x for k, x in (("s1", radar), ("s2_l2a", pixels(size))) if k in inputs}
     given = {k: torch.tensor(x[..., tuned.mask(k)]).permute(0, 3, 1, 2) for k, x in images.items()}
+    for bad in (next(iter(given.values())), {}, {"s2_l1c": next(iter(given.values()))}):
+        with pytest.raises(ValueError, match="expected a dict of tensors for the sensors"):
+            model(bad)
     with torch.no_grad():
         theirs = model(given).numpy()
     theirs = theirs.transpose(0, 2, 3, 1) if task == "segmentation" else theirs

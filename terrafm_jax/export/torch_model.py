@@ -186,7 +186,7 @@ class TerraFM(nn.Module):
         if mask is not None:
             ignore = ignore | mask[:, None]
         x = (image - (mean - 2.0 * std)) / (4.0 * std)
-        return torch.where(ignore, torch.full_like(x, 0.5), x)
+        return torch.where(ignore, torch.full_like(x, 0.5), x).to(mean.dtype)  # rasters of float64, too
 
     def positions(self, rows: int, columns: int) -> Tensor:
         """Position embeddings [1, 1 + rows * columns, d], interpolated as the released code does."""
@@ -234,6 +234,8 @@ class TerraFM(nn.Module):
 
     def keep_bands(self, sensor: str, names: list[str]) -> TerraFM:
         """Cuts the stem of ``sensor`` to the named bands, in that order, for data that lacks the others."""
+        if sensor not in self.bands:
+            raise ValueError(f"sensor {sensor!r}; expected one of {list(self.bands)}")
         unknown = [name for name in names if name not in self.bands[sensor]]
         if unknown or not names:
             raise ValueError(f"{sensor}: unknown bands {unknown}; expected some of {self.bands[sensor]}")
@@ -270,6 +272,9 @@ class TerraFM(nn.Module):
                     f"{sensor}: {tuple(image.shape)}; expected [B, {len(self.bands[sensor])}, H, W] "
                     f"({', '.join(self.bands[sensor])}), H and W multiples of {patch}"
                 )
+        shapes = {sensor: (len(image), *image.shape[2:]) for sensor, image in images.items()}
+        if len(set(shapes.values())) > 1:
+            raise ValueError(f"[B, H, W] by sensor {shapes}; expected the same of all: the same ground, pixel by pixel")
         return {sensor: images[sensor] for sensor in known if sensor in images}
 
 

@@ -132,6 +132,9 @@ class FineTuned(nn.Module):
 
     def forward(self, images: dict[str, Tensor]) -> Tensor:
         """[B, bands, H, W] per sensor (harmonized DN, dB) -> probabilities [B, C], [B, C, H, W], or values [B, 1]."""
+        if not isinstance(images, dict) or not images or not set(images) <= set(self.bands):
+            found = list(images) if isinstance(images, dict) else type(images).__name__
+            raise ValueError(f"images: found {found}; expected a dict of tensors for the sensors {list(self.bands)}")
         own = next(iter(images.values())).shape[2:]
         size = self.settings["image_size"]
         patch = self.encoder.config["patch"]
