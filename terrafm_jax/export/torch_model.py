@@ -272,9 +272,10 @@ class TerraFM(nn.Module):
                     f"{sensor}: {tuple(image.shape)}; expected [B, {len(self.bands[sensor])}, H, W] "
                     f"({', '.join(self.bands[sensor])}), H and W multiples of {patch}"
                 )
-        shapes = {sensor: (len(image), *image.shape[2:]) for sensor, image in images.items()}
-        if len(set(shapes.values())) > 1:
-            raise ValueError(f"[B, H, W] by sensor {shapes}; expected the same of all: the same ground, pixel by pixel")
+        first = next(iter(images.values()))
+        if any(x.shape[0] != first.shape[0] or x.shape[2:] != first.shape[2:] for x in images.values()):
+            shapes = {sensor: tuple(image.shape) for sensor, image in images.items()}
+            raise ValueError(f"{shapes}; expected the same B, H and W of all sensors: the same ground, pixel by pixel")
         return {sensor: images[sensor] for sensor in known if sensor in images}
 
 
