@@ -26,7 +26,12 @@ def small_config():
     return config
 
 
-CASES = {"whole state": ("v5e:2x2", 1, 1), "split state": ("v5e:2x2", 0, 4), "two slices": ("2*v5e:2x2", 2, 2)}
+CASES = {
+    "whole state": ("v5e:2x2", 1, 1),
+    "split state": ("v5e:2x2", 0, 4),
+    "one host": ("v5e:2x4", 0, 8),
+    "two slices": ("2*v5e:2x2", 2, 2),
+}
 
 
 @pytest.fixture(scope="module", params=CASES.values(), ids=CASES)

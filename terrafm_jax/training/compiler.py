@@ -6,8 +6,9 @@ from jax.sharding import Mesh
 
 # By default the TPU compiler all-reduces all gradients at once after the backward pass, and computes nothing meanwhile.
 # These options let it all-reduce each gradient as soon as it is ready, overlapped with what is computed next. The last
-# one keeps it from splitting products with gathered weights into one part per device (windowed einsum), which takes
-# longer than gathering.
+# two keep it from splitting products with gathered weights into one part per device (windowed einsum), which takes
+# longer than gathering, and from joining an all-reduce with the cut that follows it: on eight chips of v5e nothing
+# overlaps the joined form, and for L on two slices of v5p the compiler fails to make it.
 TPU_OPTIONS = {
     "xla_jf_crs_combiner_threshold_in_bytes": "1000000",
     "xla_enable_async_all_reduce": "true",
@@ -16,6 +17,7 @@ TPU_OPTIONS = {
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
     "xla_tpu_overlap_compute_collective_tc": "true",
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
+    "xla_tpu_enable_all_reduce_scatter_fusion": "false",
 }
 # Overlap all-gathers of weights with compute, too. For v5e the compiler does so by itself.
 _GATHERS = {
