@@ -84,6 +84,9 @@ def options_of(args: argparse.Namespace) -> Options:
         shares = tuple(float(x) for x in args.split_shares.split(","))
     except SensorError as error:
         raise ValueError(f"--require: {error}") from error
+    if args.bbox and not (-90 <= args.bbox[1] < args.bbox[3] <= 90 and max(map(abs, args.bbox)) <= 360):
+        given = " ".join(f"{degrees:g}" for degrees in args.bbox)
+        raise ValueError(f"--bbox {given}: expected west, south, east, north in degrees, south below north")
     return Options(
         tile_size=args.tile_size,
         stride=args.tile_size if args.stride is None else args.stride,

@@ -14,14 +14,12 @@ import numpy as np
 
 from data_prep.radar import NOTHING
 from data_prep.raster import BadInput, Raster
-from terrafm_jax.checks import EIGHT_BIT
-from terrafm_jax.sensors import BASELINE_OFFSET, S1, SENSORS
+from terrafm_jax.checks import B10_DARK, EIGHT_BIT, exchanged, misplaced_b10
+from terrafm_jax.sensors import S1, SENSORS
 
 RADAR = (-35.0, 5.0)  # dB: medians of land and sea, VV and VH, gamma0 and sigma0
 _RADAR_NOTHING = -60.0  # dB, far below the noise of the instrument
 _FEW = 16  # pixels that say nothing
-_DARK = 100.0  # DN: the median of B10 wherever there is no thick cirrus (real tiles: 8..52)
-_FAR = 300.0  # DN between the band that is B10 and one that is called so
 _DEVIATIONS = 6.0  # published standard deviations between a median and the published mean
 
 
@@ -106,21 +104,12 @@ def _decibels(what: str, values: np.ndarray) -> np.ndarray:
 
 
 def check_cirrus(pixels: Mapping[str, np.ndarray], valid: Mapping[str, np.ndarray]) -> None:
-    """Raises BadInput where another band of Level-1C (band -> DN [H, W]) is B10 and what is called B10 is not.
-
-    Nothing on the ground shows in B10, and clouds that do are bright in all other bands.
-    """
-    if "B10" not in pixels or not _median(pixels["B10"], valid["B10"]) > _FAR:
+    """Raises BadInput where another band of Level-1C (band -> DN [H, W]) is B10 and what is called B10 is not."""
+    if "B10" not in pixels or not _median(pixels["B10"], valid["B10"]) > B10_DARK:
         return  # the usual case
     middle = {name: _median(band, valid[name]) for name, band in pixels.items()}
-    middle = {name: value for name, value in middle.items() if not np.isnan(value)}
-    name = min(middle, key=lambda band: middle[band])
-    level = middle[name] - (BASELINE_OFFSET if middle[name] >= BASELINE_OFFSET else 0.0)
-    if level < _DARK and middle["B10"] - middle[name] > _FAR:
-        raise BadInput(
-            f"s2_l1c: wrong band order, the median of B10 (cirrus, nearly black) is {middle['B10']:.0f} DN, that of "
-            f"{name} {middle[name]:.0f}: {name} is B10; state the order in a manifest's bands column or with --bands"
-        )
+    if wrong := misplaced_b10({name: value for name, value in middle.items() if not np.isnan(value)}):
+        raise BadInput(f"s2_l1c: {wrong}; state the order in a manifest's bands column or with --bands")
 
 
 def _median(pixels: np.ndarray, valid: np.ndarray) -> float:
@@ -165,8 +154,8 @@ def _radar_doubts(levels: Mapping[int, Mapping[str, float]]) -> list[str]:
         elif levels[99][band] > 10:
             found.append(f"s1 {band}: p99 {levels[99][band]:.1f} dB is above +10: amplitude or |dB| in some cells?")
     vv, vh = (levels[50].get(band) for band in ("VV", "VH"))
-    if vv is not None and vh is not None and vh > vv:
-        found.append(f"s1: median of VH {vh:.1f} dB is above that of VV {vv:.1f}: are they exchanged?")
+    if vv is not None and vh is not None and (text := exchanged(vv, vh)):
+        found.append(f"s1: {text}")
     return found
 
 
@@ -177,6 +166,6 @@ def _optical_doubts(key: str, levels: Mapping[int, Mapping[str, float]]) -> list
         found.append(f"{key}: medians below zero ({', '.join(below)}): wrong offset or wrong band order?")
     elif max(levels[99].values()) <= EIGHT_BIT:
         found.append(f"{key}: 99 % of the values are at most {EIGHT_BIT}: 8-bit previews and no DN?")
-    elif key == "s2_l1c" and 0 <= middle["B09"] < _DARK / 2 and middle["B08"] > 10 * middle["B09"]:
+    elif key == "s2_l1c" and 0 <= middle["B09"] < B10_DARK / 2 and middle["B08"] > 10 * middle["B09"]:
         found.append(f"{key} B09: median {middle['B09']:.0f} is as dark as B10: wrong band order?")
     return found

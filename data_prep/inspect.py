@@ -211,7 +211,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"data_prep.inspect: {error}", file=sys.stderr)
         return 1
     except OSError as error:  # a folder that cannot be written, a full disk
-        print(f"data_prep.inspect: {args.out or args.directory}: {error}", file=sys.stderr)
+        place = args.export[1] if args.export else args.out or args.directory
+        print(f"data_prep.inspect: {place}: {error}", file=sys.stderr)
         return 1
     _say(f"\npage with pictures: {page}")
     return 0

@@ -25,7 +25,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from data_prep.times import days_apart, iso_time
-from terrafm_jax.sensors import SENSORS, SensorError, band_name, sensor
+from terrafm_jax.sensors import SENSORS, SensorError, band_name, listed, sensor
 
 LANDCOVER = "landcover"
 UNKNOWN_SENSOR = "no sensor of the model: "
@@ -164,10 +164,7 @@ def kind_of(key: str, text: str) -> str:
 
 def band_list(key: str, text: str, what: str) -> tuple[str, ...]:
     """``B1..B8, B8A, cloud_mask`` -> ESA names; ``X..Y`` are the numbered bands from X to Y. Raises ValueError."""
-    names: list[str] = []
-    for part in (part.strip() for part in text.split(",")):
-        span = re.fullmatch(r"(?i)B(\d{1,2})\s*\.\.\s*B(\d{1,2})", part)
-        names += [f"B{n:02d}" for n in range(int(span.group(1)), int(span.group(2)) + 1)] if span else [part]
+    names = listed(text)
     found = [CLOUD_MASK if name == CLOUD_MASK else band_name(name, SENSORS[key]) for name in names]
     unknown = [name for name, band in zip(names, found, strict=True) if band is None]
     if unknown:

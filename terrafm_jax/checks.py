@@ -30,6 +30,9 @@ _FILL_DN = -3000.0  # below: no reflectance, but -9999 or -32768
 _BRIGHT_DN = 20_000.0
 _POWER, _AMPLITUDE = 0.05, 5.0  # median below: power (-13 dB); above: amplitude in DN or dB without its sign
 _BACKSCATTER = (-60.0, 20.0)  # dB, of a median
+_FEW_ZEROS = 0.01  # share of exactly 0 dB: decibels to a tenth reach half of it over the brightest ground
+B10_DARK = 100.0  # DN: the median of B10 wherever there is no thick cirrus (real tiles: 8..52)
+_FAR = 300.0  # DN between the band that is B10 and one that is called so
 _SAMPLE = 200_000  # values of a band that are looked at
 
 
@@ -110,6 +113,31 @@ def is_b10(name: str) -> bool:
     return band_name(name, S2_L1C) == "B10" and "10" in name
 
 
+def misplaced_b10(middle: Mapping[str, float]) -> str:
+    """What is wrong where another band of Level-1C is B10 and what is called B10 is not; "" if nothing is.
+
+    Nothing on the ground shows in B10, and clouds that do are bright in all other bands.
+
+    Args:
+      middle: band -> median in DN as delivered, with the baseline offset or without; B10 among them.
+    """
+    if not middle.get("B10", 0) > _FAR:
+        return ""  # the usual case
+    name = min(middle, key=middle.__getitem__)
+    level = middle[name] - (BASELINE_OFFSET if middle[name] >= BASELINE_OFFSET else 0.0)
+    if level >= B10_DARK or middle["B10"] - middle[name] <= _FAR:
+        return ""
+    return (
+        f"wrong band order, the median of B10 (cirrus, nearly black) is {middle['B10']:.0f} DN, that of {name} "
+        f"{middle[name]:.0f}: {name} is B10"
+    )
+
+
+def exchanged(vv: float, vh: float) -> str:
+    """What looks wrong with the medians (dB) of the two polarizations; "" if nothing does."""
+    return f"median of VH {vh:.1f} dB is above that of VV {vv:.1f}: are they exchanged?" if vh > vv else ""
+
+
 def values(
     key: str,
     bands: Mapping[str, np.ndarray],
@@ -133,11 +161,13 @@ def values(
         what = "zeros" if seen.size else "nodata"
         return [Finding(f"holds nothing but {what}; give another file or date", True)]
     if SENSORS[key].unit == "dB":
-        return _radar(key, seen, said, spell, among)
+        found = _radar(key, seen, said, spell, among)
+        return found if among or found else _polarizations(sample, said)
     small = all(pixels.dtype in (np.uint8, np.int8, np.bool_) for pixels in bands.values())
     found = _optical(key, seen, said, small, spell, among)
     if not among and not any(f.sure for f in found):
-        found += _baseline(key, sample, said, None if cirrus is None else _thinned(cirrus), spell)
+        b10 = None if cirrus is None else _thinned(cirrus)
+        found += _order(sample, said, b10) or _baseline(key, sample, said, b10, spell)
     return found
 
 
@@ -190,6 +220,23 @@ def _reflectance(found: str, high: float, dn: str) -> list[Finding]:
 def _doubt(text: str, said: Declared) -> Finding:
     """What looks like another unit is refused, unless the user said that it is right."""
     return Finding(f"{text}; taken as declared", False) if said.unit_said else Finding(text, True)
+
+
+def _order(bands: Mapping[str, np.ndarray], said: Declared, cirrus: np.ndarray | None) -> list[Finding]:
+    if cirrus is None or not cirrus.size:
+        return []
+    scale = DN_PER_REFLECTANCE if said.unit == "reflectance" else 1.0
+    lit = {name: pixels[pixels > 0] for name, pixels in {**bands, "B10": cirrus}.items()}
+    text = misplaced_b10({name: float(np.median(pixels)) * scale for name, pixels in lit.items() if pixels.size})
+    return [Finding(f"{text}; give the bands in the file's order (EuroSAT has B8A last)", True)] if text else []
+
+
+def _polarizations(bands: Mapping[str, np.ndarray], said: Declared) -> list[Finding]:
+    middle = [float(np.median(bands[name])) for name in ("VV", "VH") if name in bands and bands[name].size]
+    if said.unit == "power":
+        middle = [10.0 * float(np.log10(value)) for value in middle if value > 0]
+    text = exchanged(*middle) if len(middle) == 2 else ""
+    return [Finding(text, False)] if text else []
 
 
 def _baseline(
@@ -251,7 +298,7 @@ def _radar(key: str, seen: np.ndarray, said: Declared, spell: Spelling, among: b
         return [_doubt(f"{found} are no backscatter in dB; is nodata masked? pass {nodata}, or the unit", said)]
     if seen.min() < -80:
         return [Finding(f"{found} are unusual for dB; is nodata masked? pass {nodata}", False)]
-    if np.mean(seen == 0) > 0.01:
+    if np.mean(seen == 0) > _FEW_ZEROS:
         nodata = spell.nodata.format(key=key, value=0.0)
         return [Finding(f"{found}, {np.mean(seen == 0):.0%} exactly 0: if that is nodata, pass {nodata}", False)]
     return []

@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -197,20 +198,25 @@ def evaluate(data: Path, run: Path, out: Path) -> None:
 
 
 def _summary(out: Path, run: Path, weights: Path, seconds: float) -> None:
+    # What to type next, ready to be pasted: `python` need not be the environment that make has built.
+    python = shlex.quote(min(sys.executable, os.path.relpath(sys.executable), key=len))
+    tiles, workdir = shlex.quote(str(out / "tiles")), shlex.quote(str(run))
     print(f"""
 === done in {seconds / 60:.1f} minutes
-  prepared tiles   {out / "tiles"}        python -m data_prep.inspect {out / "tiles"}
+  prepared tiles   {out / "tiles"}
   run              {run}        metrics.jsonl, checkpoints/, teacher/, config_resolved.json, parameters.txt
   weights          {weights}
   pictures         {out / "pictures"}
   results          {out / "results.json"}
 
 next
-  your own tiles           docs/data.md, then python -m terrafm_jax.main --config=configs/vits.py ...
-  go on training this one  python -m terrafm_jax.main --config=configs/demo.py --workdir={run}
-                             --config.data.dir={out / "tiles"} --config.total_steps=2000
-                             --config.allow_config_change=True
-  use it                   import terrafm_jax; model = terrafm_jax.load("{run}"); model.encode(s2_l2a=..., s1=...)""")
+  look at the tiles
+{python} -m data_prep.inspect {tiles}
+  go on training this one
+{python} -m terrafm_jax.main --config=configs/demo.py --workdir={workdir} --config.data.dir={tiles} \\
+    --config.total_steps=2000 --config.allow_config_change=True
+  your own tiles   docs/data.md, then {python} -m terrafm_jax.main --config=configs/vits.py ...
+  use it           import terrafm_jax; model = terrafm_jax.load("{run}"); model.encode(s2_l2a=..., s1=...)""")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ HUB_PREFIX = "hf://"
 # Fields of ModelSpec that say how training computed: not ours to inherit, and the caller's to choose.
 COMPUTE_FIELDS = ("dtype", "scan", "remat", "attention", "fusion_kernel", "stems", "folded", "platform", "sum_whole")
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin")
+_NO_STUDENT = "{}: holds the teacher only; give the workdir or checkpoints/STEP for the student"
 _HEAD_SIZE = 64  # of every published size; heads of an unknown width follow from it
 
 
@@ -75,6 +76,8 @@ def read(path: Any, *, which: str = "teacher", heads: int = 0, fusion_heads: int
     if path.is_dir():
         found = _read_folder(path, which)
     else:
+        if which == "student":
+            raise WeightsError(_NO_STUDENT.format(path))
         state, config = _read_file(path)
         found = _from_state(state, config, str(path), heads, fusion_heads)
     check(found.params, found.spec, found.source)
@@ -86,6 +89,8 @@ def read(path: Any, *, which: str = "teacher", heads: int = 0, fusion_heads: int
 
 def _read_folder(path: Any, which: str) -> Loaded:
     if (path / SAFETENSORS_FILE).exists():
+        if which == "student":
+            raise WeightsError(_NO_STUDENT.format(path))
         return _read_hub(path)
     if (path / weights.PARAMS_FILE).exists():
         return _read_export(path, which)
@@ -113,7 +118,7 @@ def _read_folder(path: Any, which: str) -> Loaded:
 
 def _read_export(path: Any, which: str) -> Loaded:
     if which == "student":
-        raise WeightsError(f"{path}: holds the teacher only; give the workdir or checkpoints/STEP for the student")
+        raise WeightsError(_NO_STUDENT.format(path))
     params, meta = weights.load_npz(path)
     return _from_meta(params, meta, str(path))
 

@@ -175,6 +175,15 @@ def sensor(name: str) -> Sensor:
     raise SensorError(f"unknown sensor {name!r}; expected one of {list(SENSORS)} or an alias of them")
 
 
+def listed(text: str) -> list[str]:
+    """``B1..B8, B8A`` -> the names as written, where ``X..Y`` are the numbered bands from X to Y."""
+    names: list[str] = []
+    for part in (part.strip() for part in text.split(",")):
+        span = re.fullmatch(r"(?i)B(\d{1,2})\s*\.\.\s*B(\d{1,2})", part)
+        names += [f"B{n:02d}" for n in range(int(span.group(1)), int(span.group(2)) + 1)] if span else [part]
+    return names
+
+
 def band_name(name: str, of: Sensor | None = None) -> str | None:
     """ESA name of a band given in any known spelling (``B1``, ``COASTAL_AEROSOL``, ``swir16``), or None."""
     wanted = name.strip().lower()

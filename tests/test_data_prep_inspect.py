@@ -141,6 +141,9 @@ def test_pictures_name_the_products_they_show():
 def test_errors_say_what_is_there(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert inspect.main([str(prepared), "--export", "nowhere/r0_c0", str(tmp_path)]) == 1
     assert "no tile 'nowhere/r0_c0'" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert inspect.main([str(prepared), "--export", "train:0", str(tmp_path / "file")]) == 1
+    assert capsys.readouterr().err.startswith(f"data_prep.inspect: {tmp_path / 'file'}: ")
     assert inspect.main([str(tmp_path)]) == 1
     assert "dataset_info.json" in capsys.readouterr().err
     (tmp_path / ".work").mkdir()

@@ -247,6 +247,8 @@ def test_holes_in_the_metadata_cost_a_cell_at_most(tmp_path: Path):
 def test_wrong_arguments_are_named_before_any_work(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for flags, message in (
         (["--tile-size", "224"], "nearest legal: 222 or 228"),
+        (["--bbox", "5", "60", "10", "50"], "--bbox 5 60 10 50: expected west, south, east, north in degrees"),
+        (["--bbox", "5e5", "5e6", "6e5", "5.1e6"], "--bbox 500000 5e+06 600000 5.1e+06: expected west"),
         (["--require", "s3"], "s3"),
         (["--split-shares", "0.5,0.1,0.1"], "sum to 1"),
         (["--split-shares", "nan,0.1,0.1"], "sum to 1"),

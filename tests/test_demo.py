@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -69,3 +71,18 @@ def test_the_demo_makes_what_it_promises(
     model = terrafm_jax.load(str(out / "run"))
     image = np.full((1, 64, 64, 12), 1500.0, np.float32)
     assert np.isfinite(model.encode(s2_l2a=image).cls).all()
+
+
+def test_what_it_says_to_type_next_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "with a space"
+    demo._summary(out, out / "run", out / "w.safetensors", 60.0)
+    pasted = capsys.readouterr().out.replace("\\\n", "")
+    commands = [shlex.split(line) for line in pasted.splitlines() if " -m " in line and not line.startswith(" ")]
+    assert [command[1:3] for command in commands] == [["-m", "data_prep.inspect"], ["-m", "terrafm_jax.main"]]
+    assert all(os.path.samefile(command[0], sys.executable) for command in commands)
+    assert commands[0][3:] == [str(out / "tiles")]
+    assert {
+        f"--workdir={out / 'run'}",
+        f"--config.data.dir={out / 'tiles'}",
+        "--config.allow_config_change=True",
+    } < set(commands[1])

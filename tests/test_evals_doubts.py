@@ -12,7 +12,7 @@ from terrafm_jax.evals.datasets.labels import S2_13
 BANDS = ("B02", "B03", "B04", "B08")
 RNG = np.random.default_rng(0)
 LAND = RNG.gamma(2.0, 700.0, (8, 8, 4)) + np.array([150, 120, 80, 60])  # DN, offset removed
-POWER = RNG.gamma(2.0, 0.05, (8, 8, 2))
+POWER = RNG.gamma(2.0, 0.05, (8, 8, 2)) * np.array([1.0, 0.25])  # VV, VH
 
 
 def a_set(source: Input, image: np.ndarray, **sample) -> Dataset:
@@ -50,6 +50,7 @@ def optical(image, bands=BANDS, sensor="s2_l2a", **fields) -> list[str]:
         (lambda: doubts(a_set(Input("s1", ("VV", "VH"), "dB"), edged(10 * np.log10(POWER), 0))), "-a_nodata 0 FILE"),
         (lambda: doubts(a_set(Input("s1", ("VV", "VH"), "dB"), edged(10 * np.log10(POWER), -99))), "-99"),
         (lambda: optical(edged(LAND, -9999)), "pass it to gdal_edit.py -a_nodata -9999 FILE"),
+        (lambda: doubts(a_set(Input("s1", ("VH", "VV"), "dB"), 10 * np.log10(POWER))), "are they exchanged?"),
     ],
 )  # fmt: skip
 def test_values_against_their_declaration(found, words):

@@ -215,6 +215,7 @@ def test_torch_module_names_faults(module):
         ({"s3": x["s1"]}, "expected some of"),
         ({"s1": x["s2_l2a"]}, r"expected \[B, 2, H, W\] \(VV, VH\)"),
         ({"s1": x["s1"][..., :50]}, "multiples of 16"),
+        ({"s1": x["s1"][..., :48], "s2_l2a": x["s2_l2a"]}, r"'s1': \(\d, 2, 64, 48\).*expected the same B, H"),
     ):
         with pytest.raises(ValueError, match=message):
             module(bad)
@@ -224,6 +225,16 @@ def test_torch_module_names_faults(module):
         module({"s1": x["s1"].numpy()})
     with pytest.raises(ValueError, match=r"unknown bands \['B10'\]"):
         module.keep_bands("s2_l2a", ["B10"])
+    with pytest.raises(ValueError, match=r"sensor 's2'; expected one of \['s1', 's2_l1c', 's2_l2a'\]"):
+        module.keep_bands("s2", ["B02"])
+
+
+def test_torch_module_takes_rasters_of_any_type(module):
+    x = chw(images((64, 64)))
+    with torch.no_grad():
+        for wide in (torch.float64, torch.int32):
+            found = module({"s2_l2a": x["s2_l2a"].to(wide)}).cls
+            torch.testing.assert_close(found, module({"s2_l2a": x["s2_l2a"].to(wide).float()}).cls)
 
 
 # --- programs -----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import labelled_fake as fake
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from terrafm_jax.config import ConfigError
-from terrafm_jax.evals.datasets.base import Sample, Split
+from terrafm_jax.evals import store
+from terrafm_jax.evals.datasets.base import Dataset, DatasetInfo, Input, Sample, Split
 from terrafm_jax.finetuning import config as schema
 from terrafm_jax.finetuning import job as job_lib
 from terrafm_jax.finetuning.data import Source, class_weights
@@ -65,6 +67,29 @@ def test_predictions_hold_every_number_once(tmp_path, task, scores, expected):
     run = SimpleNamespace(sources={"test": source}, outputs=lambda state, split: [(np.array(scores), None)])
     write_predictions(tmp_path, run, None, "test", SimpleNamespace(task=task, classes=("a", "b")))
     assert (tmp_path / "predictions.csv").read_text().splitlines() == expected
+
+
+@pytest.mark.parametrize("size", [0, 8])
+def test_masks_lie_where_their_image_lies(tmp_path, size):
+    """Windows, too (config.data.tile): each on its part of the image's grid."""
+    import rasterio
+
+    image = fake.tiff(tmp_path / "image.tif", np.full((16, 12, 2), -10, np.float32))
+    sample = Sample("image", {"s1": np.full((16, 12, 2), -10.0)}, np.zeros((16, 12), int), path=str(image))
+    info = DatasetInfo("x", "segmentation", ("a", "b"), {"s1": Input("s1", ("VV", "VH"))})
+    dataset = Dataset(info, {"test": Split(["image"], lambda i: sample)})
+    split = (store.tiled(dataset, size) if size else dataset).split("test")
+    source = SimpleNamespace(split=split, read=lambda i: split[i])
+    outputs = [(np.stack([np.zeros(split[i].target.shape, np.uint8) for i in range(len(split))]), None)]
+    run = SimpleNamespace(sources={"test": source}, outputs=lambda state, name: outputs)
+    write_predictions(tmp_path / "out", run, None, "test", info)
+    with rasterio.open(image) as whole:
+        for path in (tmp_path / "out").glob("*.tif"):
+            row, column = map(int, re.findall(r"[rc](\d+)", path.stem)) if size else (0, 0)
+            with rasterio.open(path) as part:
+                assert part.crs == whole.crs
+                assert part.transform * (0, 0) == whole.transform * (column, row)
+    assert len(list((tmp_path / "out").glob("*.tif"))) == (4 if size else 1)
 
 
 # --- configs ----------------------------------------------------------------------------------

@@ -107,6 +107,11 @@ def test_pytorch_export_equals_ours(tmp_path, head, task, size, inputs):
     if inputs == BOTH:
         with pytest.raises(ValueError, match=r"s1: \(2, 1, .*expected \[B, 2, H, W\] \(VV, VH\)$"):
             model({**given, "s1": given["s1"][:, :1]})
+    untuned = next(iter(model.encoder.bands.keys() - set(inputs)))
+    other = torch.zeros(1, len(model.encoder.bands[untuned]), size, size)
+    for bad, words in ((other, "expected a dict"), ({}, "expected some of"), ({untuned: other}, "of those tuned on")):
+        with pytest.raises((TypeError, ValueError), match=words):
+            model(bad)
 
 
 def test_export_without_a_network_is_one_line(tmp_path, capsys):

@@ -58,7 +58,7 @@ def test_workdir_opens_its_newest_teacher(tmp_path):
     assert_same(read(tmp_path / "teacher" / "90"), old)
 
 
-def test_checkpoint_gives_teacher_and_student(tmp_path):
+def test_checkpoint_gives_teacher_and_student(tmp_path, monkeypatch, caplog):
     import orbax.checkpoint as ocp
 
     teacher, student = sample(seed=1), sample(seed=2)
@@ -71,6 +71,10 @@ def test_checkpoint_gives_teacher_and_student(tmp_path):
     assert_same(read(tmp_path), teacher)
     assert_same(read(tmp_path, which="student"), student)
     assert_same(read(folder / "5", which="student"), teacher)
+    monkeypatch.chdir(tmp_path)
+    caplog.clear()
+    assert_same(read("checkpoints/40"), teacher)
+    assert not caplog.records
 
 
 def test_a_step_in_a_bucket_counts_once_it_is_committed(tmp_path, monkeypatch):
@@ -225,6 +229,8 @@ def test_paths_without_weights(tmp_path):
     (tmp_path / "7" / weights.PARAMS_FILE).write_bytes(b"PK\x03\x04 cut short")
     assert "cannot be read" in refusal(tmp_path / "7")
     formats.write_folder(loaded, tmp_path / "hub")
+    assert "teacher only" in refusal(tmp_path / "hub", which="student")
+    assert "teacher only" in refusal(tmp_path / "hub" / "model.safetensors", which="student")
     (tmp_path / "hub" / "config.json").write_text("{")
     with pytest.raises(WeightsError, match=r"config.json: not JSON"):
         read(tmp_path / "hub")

@@ -13,7 +13,7 @@ from rasterio.warp import transform
 from scenes_fake import CRS, NORTH, WEST, call, optical, radar, surface, tokens, write
 
 from terrafm_jax import embed
-from terrafm_jax.scenes import compare, grid, inputs, read
+from terrafm_jax.scenes import compare, flags, grid, inputs, read
 from terrafm_jax.scenes.errors import SceneError
 from terrafm_jax.scenes.inputs import Declared, resolve
 from terrafm_jax.sensors import SENSORS
@@ -61,8 +61,11 @@ def test_b10_that_is_another_band_tells_a_wrong_order_and_no_offset(tmp_path: Pa
     delivered = surface(64, 64, 13) + 1500
     delivered[9] = 12
     path = write(tmp_path / "eurosat.tif", delivered.astype(np.uint16))
-    with pytest.raises(SceneError, match=r"B10 stand at \d+ DN, those of B09 at 12: the bands are in another order"):
+    with pytest.raises(SceneError, match=r"median of B10 .* is \d+ DN, that of B09 12: B09 is B10"):
         resolve(f"s2_l1c={path}", Declared(bands={"s2_l1c": THIRTEEN}))
+    path = write(tmp_path / "late.tif", (delivered + 1000).astype(np.uint16))  # the offset proves nothing then
+    with pytest.raises(SceneError, match=r"wrong band order.* that of B09 1012: B09 is B10; give the bands"):
+        resolve(f"s2_l1c={path}", Declared(bands={"s2_l1c": THIRTEEN}, offset={"s2_l1c": 1000.0}))
 
 
 def test_b10_tells_the_offset_of_level_1c(tmp_path: Path) -> None:
@@ -152,6 +155,11 @@ def test_names_that_contradict_the_file(tmp_path: Path) -> None:
         resolve(f"s2_l2a={path},{path}", Declared(bands={"s2_l2a": names}))
 
 
+def test_ranges_of_bands_as_preparation_takes_them() -> None:
+    args = ["--checkpoint=c", "--out=e.tif", "--sensor=s2_l1c=a.tif", "--bands=s2_l1c=override,B01..B08,B8A, B9..B12"]
+    assert flags.declared(flags.scene_parser("").parse_args(args)).bands["s2_l1c"] == ("override", *THIRTEEN)
+
+
 def test_flags_for_a_sensor_that_is_not_given(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     scene = f"--sensor=s2_l2a={optical(tmp_path / 'a.tif', 64, 64)}"
     for flag in ("--unit=s1=power", "--offset=s2_l1c=1000", "--nodata=s1=0", "--bands=s1=VV,VH"):
@@ -217,6 +225,12 @@ def test_radar_that_is_no_power_nor_decibels(tmp_path: Path) -> None:
     )
     assert high.unit == "power"
     assert "if they are amplitude, square them" in high.doubts[0]
+    for unit, values in (("db", db), ("power", 10 ** (db / 10))):
+        said = Declared(unit={"s1": unit})
+        right = resolve(f"s1={write(tmp_path / 'right.tif', values, names=('VV', 'VH'))}", said)
+        other = resolve(f"s1={write(tmp_path / 'other.tif', values, names=('VH', 'VV'))}", said)
+        assert not right.doubts
+        assert "are they exchanged?" in other.doubts[0]
 
 
 def test_complex_radar_is_not_taken_for_its_real_part(tmp_path: Path) -> None:

@@ -129,6 +129,21 @@ def test_refuses_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert all(word in told for word in ("--out", "--cells 0", "--cell-size 100", "--cloudy 2.0"))
 
 
+def test_what_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    (tmp_path / "file").touch()
+    assert command.main(["--out", str(tmp_path / "file" / "out"), "--cells", "1", "--cell-size", "24"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"data_prep.synthetic: {tmp_path / 'file' / 'out'}: ")
+    assert told.count("\n") == 1
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "generate", stop)
+    assert command.main(["--out", str(tmp_path / "out"), "--cells", "1", "--cell-size", "24"]) == 130
+    assert "is incomplete" in capsys.readouterr().err
+
+
 # --- pixels -----------------------------------------------------------------------------------
 
 

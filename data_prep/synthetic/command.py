@@ -27,6 +27,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from data_prep.raster import first_line
 from data_prep.synthetic import writer
 from data_prep.synthetic.cell import render
 from data_prep.synthetic.geography import CellPlan
@@ -129,15 +130,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; prints a JSON summary as its last line."""
+    """Entry point; prints a JSON summary as its last line. Returns 1 where files cannot be written, 130 on Ctrl-C."""
     args = parse(argv)
     plans = plan_cells(
         seed=args.seed, size=args.cell_size, cells=args.cells, validation=args.validation, heldout=args.heldout,
         classes=args.classes, missing=args.missing, defects=args.defects,
     )  # fmt: skip
-    summary = generate(
-        args.out, plans, workers=args.workers, cloudy=args.cloudy, wedges=args.wedges, rows_per_part=args.rows_per_part,
-        progress=sys.stderr.isatty(),
-    )  # fmt: skip
+    try:
+        summary = generate(
+            args.out, plans, workers=args.workers, cloudy=args.cloudy, wedges=args.wedges,
+            rows_per_part=args.rows_per_part, progress=sys.stderr.isatty(),
+        )  # fmt: skip
+    except OSError as error:
+        print(f"data_prep.synthetic: {args.out}: {first_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"data_prep.synthetic: stopped; {args.out} is incomplete, delete it", file=sys.stderr)
+        return 130
     print(json.dumps(summary))
     return 0

@@ -256,7 +256,8 @@ def _window(sample: Sample, name: str, r: int, c: int, size: int, ignore: int) -
 
     after = None if sample.after is None else all_of(sample.after)
     target = take(np.asarray(sample.target), ignore)
-    return dataclasses.replace(sample, id=name, images=all_of(sample.images), after=after, target=target)
+    window = (r, c, np.shape(sample.target))
+    return dataclasses.replace(sample, id=name, images=all_of(sample.images), after=after, target=target, window=window)
 
 
 def write_json(path: Path, value: Any) -> None:

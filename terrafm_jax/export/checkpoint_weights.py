@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from terrafm_jax.paths import is_remote
 from terrafm_jax.weights import WeightsError
 
 _STATE, _META = "state", "meta"
@@ -43,17 +44,18 @@ def read_checkpoint(step: Any, which: str) -> tuple[dict[str, Any], dict[str, An
     import jax
     import orbax.checkpoint as ocp
 
+    place = step if is_remote(step) else step.absolute()  # Orbax reads no relative path
     try:
         handler = ocp.PyTreeCheckpointHandler()
+        tree = handler.metadata(place / _STATE).tree  # a Checkpointer would warn that it finds none of the whole step
         with ocp.Checkpointer(handler) as reader:
-            tree = reader.metadata(step / _STATE).item_metadata.tree
             wanted = {_FIELD[which]: jax.tree.map(lambda _: np.zeros(()), tree[_FIELD[which]])}
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.float32), wanted)
             found = reader.restore(
-                step / _STATE, args=ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True)
+                place / _STATE, args=ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True)
             )
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            meta = reader.restore(step / _META, args=ocp.args.JsonRestore())
+            meta = reader.restore(place / _META, args=ocp.args.JsonRestore())
     except Exception as error:  # orbax and tensorstore raise many kinds
         reason = str(error).strip().split("\n")[0][:200]
         raise WeightsError(f"{step}: the checkpoint cannot be read ({reason}); use an older step of the run") from error

@@ -183,7 +183,8 @@ class TerraFM(nn.Module):
         """Raw units [B, C, H, W] to the network's scale; pixels that are masked or not finite get the mean."""
         mean, std = getattr(self, f"{sensor}_mean"), getattr(self, f"{sensor}_std")
         x = (image - (mean - 2.0 * std)) / (4.0 * std)
-        return torch.where(self._measured(image, mask), x, torch.full_like(x, 0.5))
+        x = torch.where(self._measured(image, mask), x, torch.full_like(x, 0.5))
+        return x.to(mean.dtype)  # rasters may be float64
 
     @staticmethod
     def _measured(image: Tensor, mask: Tensor | None) -> Tensor:
@@ -240,6 +241,8 @@ class TerraFM(nn.Module):
 
     def keep_bands(self, sensor: str, names: list[str]) -> TerraFM:
         """Cuts the stem of ``sensor`` to the named bands, in that order, for data that lacks the others."""
+        if sensor not in self.bands:
+            raise ValueError(f"sensor {sensor!r}; expected one of {list(self.bands)}")
         unknown = [name for name in names if name not in self.bands[sensor]]
         if unknown or not names:
             raise ValueError(f"{sensor}: unknown bands {unknown}; expected some of {self.bands[sensor]}")
@@ -278,6 +281,10 @@ class TerraFM(nn.Module):
                     f"{sensor}: {tuple(image.shape)}; expected [B, {len(self.bands[sensor])}, H, W] "
                     f"({', '.join(self.bands[sensor])}){sides}"
                 )
+        first = next(iter(images.values()))
+        if any(x.shape[0] != first.shape[0] or x.shape[2:] != first.shape[2:] for x in images.values()):
+            shapes = {sensor: tuple(image.shape) for sensor, image in images.items()}
+            raise ValueError(f"{shapes}; expected the same B, H and W of all sensors: the same ground, pixel by pixel")
         return {sensor: images[sensor] for sensor in known if sensor in images}
 
 

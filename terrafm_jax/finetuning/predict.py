@@ -24,7 +24,7 @@ def write_predictions(folder: Path, run: Run, state: TuneState, split: str, info
         for i, classes in enumerate(found):
             sample = source.read(i)
             name = sample.id.replace("/", "_").removesuffix(".tif")
-            write_mask(folder / f"{name}.tif", np.asarray(classes), sample.path, info.classes)
+            write_mask(folder / f"{name}.tif", np.asarray(classes), sample.path, info.classes, sample.window)
         return
     with (folder / "predictions.csv").open("w", newline="") as f:
         writer = csv.writer(f)
@@ -43,10 +43,13 @@ def _answer(scores: np.ndarray, info: DatasetInfo) -> str:
     return info.classes[int(np.argmax(scores))]
 
 
-def write_mask(path: Path, classes: np.ndarray, like: str, names: Any) -> None:
+def write_mask(
+    path: Path, classes: np.ndarray, like: str, names: Any, window: tuple[int, int, tuple[int, int]] | None = None
+) -> None:
     """uint8 GeoTIFF of class numbers [H, W], with colors and names.
 
-    Grid and CRS are those of the raster ``like`` when it has the same size.
+    Grid and CRS are those of the raster ``like`` when it has the size of the image, of which ``window`` was cut
+    (``Sample.window``).
     """
     import rasterio
 
@@ -54,8 +57,10 @@ def write_mask(path: Path, classes: np.ndarray, like: str, names: Any) -> None:
                "height": classes.shape[0], "width": classes.shape[1]}  # fmt: skip
     if like.lower().endswith((".tif", ".tiff")) and Path(like).exists():
         with rasterio.open(like) as src:
-            if src.shape == classes.shape and src.crs is not None:
-                profile |= {"crs": src.crs, "transform": src.transform}
+            row, column, whole = window or (0, 0, classes.shape)
+            if src.shape == whole and src.crs is not None:
+                corner = src.transform @ rasterio.Affine.translation(column, row)
+                profile |= {"crs": src.crs, "transform": corner}
     with rasterio.open(path, "w", **profile) as dst:
         legend.write_palette(dst, names)
         dst.write(classes.astype(np.uint8), 1)

@@ -141,7 +141,7 @@ class FineTuned(nn.Module):
             weight = F.interpolate(measured.to(x.dtype), size, **how)
             total = F.interpolate(x, size, **how) / weight.clamp(min=1e-3)
             x = torch.where(weight > 1e-3, total, torch.zeros_like(total))
-        return x + 0.5
+        return (x + 0.5).to(mean.dtype)
 
     def forward(self, images: dict[str, Tensor]) -> Tensor:
         """[B, bands, H, W] per sensor (harmonized DN, dB) -> probabilities [B, C], [B, C, H, W], or values [B, 1].
@@ -149,6 +149,8 @@ class FineTuned(nn.Module):
         NaN where nothing was measured. A sensor without any value in an image takes no part in its fusion.
         """
         images = self.encoder._checked(images, resized=True)
+        if not set(images) <= set(self.bands):
+            raise ValueError(f"sensors {list(images)}; expected some of those tuned on: {list(self.bands)}")
         own = next(iter(images.values())).shape[2:]
         size = self.settings["image_size"]
         patch = self.encoder.config["patch"]

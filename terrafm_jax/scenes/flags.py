@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from terrafm_jax.scenes.errors import SceneError
-from terrafm_jax.sensors import SensorError, sensor
+from terrafm_jax.sensors import SensorError, listed, sensor
 
 if TYPE_CHECKING:
     from terrafm_jax.scenes.inputs import Declared
@@ -103,7 +103,7 @@ def add_declarations(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=B02,B03,...",
-        help="band names of an unnamed raster; override,B02,B03,... against the names in the file",
+        help="band names of an unnamed raster, B01..B08 is a range; override,B02,B03,... against the names in the file",
     )
     add("--unit", action="append", default=[], metavar="NAME=UNIT", help="dn or reflectance; db or power (= linear)")
     add("--offset", action="append", default=[], metavar="NAME=DN", help="baseline offset still inside (1000 or 0)")
@@ -115,7 +115,7 @@ def declared(args: argparse.Namespace) -> Declared:
     from terrafm_jax.scenes.inputs import Declared
 
     found = Declared(
-        bands=pairs("bands", args.bands, lambda v: tuple(v.split(","))),
+        bands=pairs("bands", args.bands, lambda v: tuple(listed(v))),
         unit=pairs("unit", args.unit, str),
         offset=pairs("offset", args.offset, float),
         nodata=pairs("nodata", args.nodata, float),

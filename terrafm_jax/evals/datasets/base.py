@@ -126,6 +126,7 @@ class Sample:
       offset: per input key, overrides ``Input.offset``.
       after: second date of a change pair, like ``images``.
       path: where it came from (error sheets, georeferenced predictions).
+      window: row and column in the image that this was cut from, and that image's shape; None: a whole image.
     """
 
     id: str
@@ -134,6 +135,7 @@ class Sample:
     offset: Mapping[str, float] = dataclasses.field(default_factory=dict)
     after: Mapping[str, np.ndarray] | None = None
     path: str = ""
+    window: tuple[int, int, tuple[int, int]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

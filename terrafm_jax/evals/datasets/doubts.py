@@ -90,7 +90,7 @@ def _radar(pixels: np.ndarray, source: Input) -> str:
     if source.unit == "dB" and share > 0.001:
         nodata = _WORDS.nodata.format(key=source.sensor, value=value)
         return f"{share:.1%} of the pixels are exactly {value:g} dB in all bands: if that is nodata, pass {nodata}"
-    return ""
+    return checks.exchanged(*np.median(pixels, axis=0)) if pixels.shape[1] == len(SENSORS["s1"].bands) else ""
 
 
 def _optical(pixels: np.ndarray, source: Input) -> str:
