@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 
 import jax
 import labelled_fake as fake
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from terrafm_jax import provenance, weights
+from terrafm_jax.evals import progress
 from terrafm_jax.evals.encoders import random_encoder
 from terrafm_jax.finetuning import export, legend
 from terrafm_jax.finetuning import map as mapping
@@ -120,7 +122,8 @@ def test_export_without_a_network_is_one_line(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_maps_cover_the_scene_pixel_by_pixel(tmp_path):
+def test_maps_cover_the_scene_pixel_by_pixel(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "PAUSE_S", 0.0)
     tuned = tuned_folder(tmp_path / "run", "patch_linear", "segmentation")
     (tmp_path / "run/results.jsonl").write_text('{"protocol": "some-protocol/1"}\n')
     (tmp_path / "run/config.json").write_text(json.dumps({"data.dir": str(tmp_path / "data"), "seed": 0}))
@@ -132,6 +135,8 @@ def test_maps_cover_the_scene_pixel_by_pixel(tmp_path):
     out = tmp_path / "map.tif"
     code = mapping.main(["--workdir", str(tmp_path / "run"), "--sensor", f"s2_l2a={file}", "--out", str(out)])
     assert code == 0
+    steps = re.findall(r"map\.tif, windows: (\d+) of (\d+)", capsys.readouterr().err)
+    assert steps[-1][0] == steps[-1][1] != "0"
     with rasterio.open(out) as found, rasterio.open(file) as source:
         assert (found.shape, found.crs, found.transform) == (source.shape, source.crs, source.transform)
         assert found.count == 1  # QGIS shows files of several bands as composites, whatever their palette

@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from terrafm_jax.evals import progress
 from terrafm_jax.finetuning import legend
 from terrafm_jax.finetuning.tuned import Tuned
 from terrafm_jax.sensors import SENSORS
@@ -120,6 +121,18 @@ def _planes(scores: np.ndarray, regression: bool) -> np.ndarray:
     return np.stack([classes, sure]).astype(np.uint8)
 
 
+def _shown(out: Path, windows: int) -> Callable[[int], None]:
+    """Shows how many windows of a map are done; called with the number since the last call."""
+    show, done = progress.bar(f"{out.name}, windows"), 0
+
+    def more(count: int) -> None:
+        nonlocal done
+        done += count
+        show(done, windows)
+
+    return more
+
+
 def predict_scene(
     tuned: Tuned,
     sensors: Sequence[str],
@@ -167,7 +180,10 @@ def predict_scene(
         return f"done already: {out}"
     unfinished = store.Unfinished(out, plan, classify.width, mark)
     ground = 1e-6 if classify.dense else 0.5  # dense maps know of every pixel whether it was measured
-    run.Job(classify, reader, plan, classify.width, unfinished, min_ground=ground).run(threads=threads)
+    job = run.Job(
+        classify, reader, plan, classify.width, unfinished, min_ground=ground, progress=_shown(out, plan.count())
+    )
+    job.run(threads=threads)
     finish.refuse_nothing(unfinished.tokens(), unfinished, out)
     tags = {**tuned.tags(), WEIGHTS_TAG: tuned.weights_hash, **finish.closing_tags(this, reader.warnings)}
     write_map(out, unfinished.tokens(), plan, tuned, tags)
