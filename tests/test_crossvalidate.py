@@ -193,7 +193,9 @@ def test_several_sensors_are_fused_in_probes_and_fine_tuning(checkpoint, tmp_pat
     rng, root = np.random.default_rng(0), tmp_path / "pairs"
     for i in range(40):
         name, a, b = f"{'abcd'[i % 4]}/{i}.tif", i % 2, i // 2 % 2
-        fake.tiff(root / "S1" / name, (-18 + 10 * a + rng.normal(0, 1, (32, 32, 2))).astype(np.float32))
+        fake.tiff(
+            root / "S1" / name, (np.array([-18, -24]) + 10 * a + rng.normal(0, 1, (32, 32, 2))).astype(np.float32)
+        )
         fake.tiff(root / "S2" / name, (500 + 3000 * b + rng.normal(0, 100, (32, 32, 3))).astype(np.uint16))
     inputs = "  s1: {folder: S1, bands: [VV, VH]}\n  s2_l2a: {folder: S2, bands: [B04, B03, B02]}\n"
     (root / "dataset.yaml").write_text(f"name: pairs\ninputs:\n{inputs}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,3 +74,32 @@ def test_preparing(tmp_path: Path):
     grown, handled = growth(step, 4, 20)
     assert handled > 50
     assert grown < 20, f"{grown:.0f} MB kept of {handled:.0f} MB"
+
+
+HELD = """
+import time
+from grain.multiprocessing import SharedMemoryArray as Shared
+from terrafm_jax.data.memory import free_batches
+
+def slowly(memory, unlink, really=Shared.close_shm_async):
+    time.sleep(0.02)
+    really(memory, unlink)
+
+Shared.enable_async_del(1)
+Shared.close_shm_async = slowly
+held = [Shared((1000,)) for _ in range(20)]
+for array in held:
+    array.unlink_on_del()
+del array
+held.clear()
+if {free}:
+    free_batches()
+"""
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_no_shared_memory_is_left_at_the_end(root: Path, free: bool):
+    """However late the thread runs on which Grain frees it."""
+    command = [sys.executable, "-c", HELD.format(free=free)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=True)
+    assert ("leaked shared_memory" in done.stderr) != free, done.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -14,6 +13,7 @@ from etils import epath
 
 from terrafm_jax import config as config_lib
 from terrafm_jax import weights
+from terrafm_jax.data.memory import free_batches
 from terrafm_jax.data.pipeline import Loader
 from terrafm_jax.processes import objects_of_all, to_host
 from terrafm_jax.provenance import portable
@@ -106,9 +106,7 @@ class Tools:
         self.writer.close()
         if together:
             self.checkpoints.close()
-        # JAX lets go of the last batches (on CPU, of the workers' own arrays) at a garbage collection. By the end of
-        # the process Grain can no longer free them, and Python would report shared memory as leaked.
-        gc.collect()
+        free_batches()
 
 
 @jax.jit
