@@ -145,6 +145,8 @@ def test_two_processes_then_four_equal_one(prepared: Path, reference: Path, tmp_
     said = [text for row in rows(tmp_path / "run") if row["step"] <= 20 for text in row.get("warnings", ())]
     late = [text for text in said if text.startswith("stragglers")]
     assert any("process 1 (" in text for text in late), said
+    waits = [row["device_share"] for row in rows(tmp_path / "run") if row["step"] < 20 and "device_share" in row]
+    assert np.median(waits) > 0.2  # process 0 waits for process 1, in whichever of its calls
     assert f"{late[0]}\n" in log_of(tmp_path / "run").read_text()
     starts = [(row["processes"], row["devices"], row["step"]) for row in rows(tmp_path / "run") if "processes" in row]
     assert starts == [(2, 4, 0), (4, 4, 20)]

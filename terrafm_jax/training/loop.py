@@ -183,7 +183,8 @@ def _loop(
         if step == start == 0 and plan.config.log.pictures and plan.writes:
             _draw_first_batch(plan, batch)
         tools.trace.before(step, state)
-        state, metrics = step_fn(state, arrays)
+        with timed(meter.seconds, "device"):  # the call blocks where the backend queues no more work
+            state, metrics = step_fn(state, arrays)
         meter.push(step + 1, metrics)
     meter.flush()
     tools.checkpoints.wait()

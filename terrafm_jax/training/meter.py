@@ -141,7 +141,8 @@ class Meter:
             )
 
     def _log(self, step: int, values: Mapping[str, Any]) -> None:
-        now = time.monotonic()
+        now, spent = time.monotonic(), self.seconds
+        self.seconds = {}
         row: dict[str, Any] = dict(values)
         warnings: list[str] = []
         if self._mark_step is not None and step > self._mark_step:
@@ -151,8 +152,9 @@ class Meter:
             row["tflops_per_second"] = count * self._flops / elapsed / 1e12
             if self._peak:
                 row["mfu"] = count * self._flops / elapsed / self._peak
-            row |= {f"{name}_share": spent / elapsed for name, spent in self.seconds.items()}
-            warnings = self._watch.interval(elapsed, count, self.seconds)
+            row |= {f"{name}_share": seconds / elapsed for name, seconds in spent.items()}
+            with timed(self.seconds, "device"):  # it gathers from all processes, which may block like any step
+                warnings = self._watch.interval(elapsed, count, spent)
             row |= {"warnings": warnings} if warnings else {}
         row["skipped"] = sum(self._tools.loader.skipped.values())
         self._tools.writer.write(step, row)
@@ -164,7 +166,7 @@ class Meter:
         )
         for text in warnings:
             self._tools.progress.line(f"step {step}: {text}")
-        self._mark, self._mark_step, self.seconds = now, step, {}
+        self._mark, self._mark_step = now, step
 
 
 def _pace(row: Mapping[str, Any]) -> str:
