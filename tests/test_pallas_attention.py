@@ -120,5 +120,5 @@ def test_what_does_not_fit_is_named():
     spec = ModelSpec(width=96, heads=2, attention="pallas", fusion_heads=8)
     with pytest.raises(ValueError, match=r"32 columns.*heads of 48"):
         attend(jnp.zeros((1, 8, 288)), spec)
-    with pytest.raises(ValueError, match=r"at most 640.*found.*1000 tokens"):
+    with pytest.raises(ValueError, match=r"at most 624.*found.*1000 tokens"):
         attend(jnp.zeros((1, 1000, 384)), ModelSpec(width=128, heads=2, attention="pallas", fusion_heads=8))
