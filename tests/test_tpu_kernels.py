@@ -27,6 +27,23 @@ def test_loops_are_multiplied():
     assert kernels.cycles(NESTED) == 2 + 4 * (3 + 24 * 2)
 
 
+# A grid of 4 steps as a pipeline of 6 trips, of which the first and the last branch over the inner loop.
+PIPELINE = """
+   0x1 LB: > { %s3_s1 = sadd.s32 4294967295, %s5_s1 /* iteration index, stage = 1 */ }
+iteration_bounds: (2, 2)
+   0x2   : > { %7 = sbr.rel (%p3_p3) target = $region24 } /* Start region 2 */
+   0x3   : > { %s8_s2 = sadd.s32 1, %s7_s2 } /* End region 2 :: Start region 23 */
+   0x4 LB: >> { %p1_p1 = scmp.ge.s32.totalorder %s8_s2, 10 /* loop exit test */ ;; %9 = sbr.rel (!%p1_p1) target = $r1 }
+   0x5 PF: > { %s9_s1 = sadd.s32 1, %s5_s1 } /* Start/End empty region 24 :: Start region 3 */
+   0x6   : > { %p2_p2 = scmp.ge.s32.totalorder %s9_s1, 6 /* loop exit test */ ;; %12 = sbr.rel (!%p2_p2) target = $r2 }
+"""
+
+
+def test_what_a_pipeline_branches_over_runs_once_for_each_step_of_the_grid():
+    assert kernels.cycles(PIPELINE) == 6 * 4 + 4 * (1 + 10)
+    assert kernels.cycles(PIPELINE.replace("iteration_bounds: (2, 2)", "")) == 6 * (4 + 1 + 10)
+
+
 def test_without_bundles_or_bound_it_is_an_error():
     with pytest.raises(ValueError, match="no instruction bundles"):
         kernels.cycles("nothing")
