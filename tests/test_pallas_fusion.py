@@ -153,5 +153,5 @@ def test_auto_takes_the_kernels_only_on_tpu_with_a_mesh_in_context():
 
 
 def test_a_width_that_fills_no_registers_is_named():
-    with pytest.raises(ValueError, match=r"multiple of 128; found 288. Use fusion_kernel='xla'"):
+    with pytest.raises(ValueError, match=r"multiple of 128.*found 288, 16 and 80. Use fusion_kernel='xla'"):
         fusion_kernels.resolve(ModelSpec(width=96, heads=2, fusion_kernel="pallas"))

@@ -38,7 +38,8 @@ class Folded(NamedTuple):
 
     stems: sensor -> kernel [p*p*C, D + Q*H] (or as ``stems.ordered`` left it) and bias [D + Q*H]. The first D
       columns give a sensor's value (stem, modality embedding, proj1), the others its scores (stem, keys, queries,
-      scale); without fusion there are only the first. One array, so that its gradient is one all-reduce.
+      scale); without fusion there are only the first. One array, so that its gradient is one all-reduce. Where fusion
+      runs as kernels, the order of the D columns is theirs, here and in ``pool`` and ``out``.
     pool: [D], the pooling vector times the LayerNorm's scale. (Its bias adds the same to every query's logit.) None
       without fusion.
     out: kernel [D, d] and bias [d] (LayerNorm's affine part, proj2, proj3).
@@ -72,7 +73,11 @@ def fold(
     kernel, pool = proj1, None
     if fusion is not None:
         queries, key, pool = fusion
-        kernel, pool = jnp.concatenate([proj1, _score_kernel(queries, key, spec)], axis=1), pool * scale
+        pool = pool * scale
+        if fusion_kernels.resolve(spec):  # before kernels are gathered: a device permutes its rows only
+            proj1, pool = (fusion_kernels.interleaved(x, spec, -1) for x in (proj1, pool))
+            out_kernel = fusion_kernels.interleaved(out_kernel, spec, 0)
+        kernel = jnp.concatenate([proj1, _score_kernel(queries, key, spec)], axis=1)
     kernel = gather_rows(kernel, spec)
 
     def joint(stem: Array, bias: Array) -> tuple[Array, Array]:

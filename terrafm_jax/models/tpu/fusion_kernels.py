@@ -4,9 +4,10 @@ The same function as in ``folding`` (its docstring has the derivation), but each
 memory only once: XLA makes some twenty passes over the values of every sensor, each of which costs as much as the
 matrix products around them.
 
-Weights and statistics of a patch are one row of ``queries * heads`` lanes, query-major. Sums over the columns of a head
-are products with a 0/1 matrix that repeats the heads for every query; its transpose sums over queries and repeats over
-columns in one product. So no axis of queries or heads ever exists.
+Weights and statistics of a patch are one row of ``queries * heads`` lanes, query-major; no axis of queries or heads
+exists. The columns of the values interleave the heads (:func:`interleaved`), so that lane i of every register belongs
+to head ``i % heads``: summing over a head's columns is adding registers, then halves of the last one onto each other,
+and the weights of a patch fit all registers of its row as they are.
 
 On other platforms the kernels are interpreted, with the same result by test. Where arrays are sharded, the mesh must be
 in context (``kernel_calls``).
@@ -15,7 +16,6 @@ in context (``kernel_calls``).
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,8 +26,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from terrafm_jax.models.fusion import head_columns, masked
-from terrafm_jax.models.layers import precision
+from terrafm_jax.models.fusion import masked
 from terrafm_jax.models.spec import ModelSpec
 from terrafm_jax.models.tpu.fusion_rows import Sums, entry, mixture, mixture_gradient, pairs
 from terrafm_jax.models.tpu.kernel_calls import over_batch, run, wanted
@@ -36,152 +35,145 @@ LANES, ROWS = 128, 16  # of a vector register of bfloat16
 # Most patches of a grid step, and most values of one sensor in it: more do not fit a kernel's 16 MiB on v4 and v5p.
 BLOCK_ROWS, BLOCK_VALUES = 128, 128 * 2304
 CORES = 2  # TensorCores of a v4 or v5p chip, each of which runs half of the grid; elsewhere one core runs both halves
-CHUNK, UNROLL = 256, 3  # columns processed at once; chunks unrolled (3 divides their number, a stem being 3 x width)
-
-_PLAIN = (((1,), (0,)), ((), ()))
 
 
 def resolve(spec: ModelSpec) -> bool:
-    """Whether fusion runs as kernels. "auto": on TPU, with a mesh in context, if stems fill whole vector registers.
+    """Whether fusion runs as kernels. "auto": on TPU, with a mesh in context, if stems and heads fill whole registers.
 
-    Raises ValueError where kernels are asked for and stems do not.
+    Raises ValueError where kernels are asked for and they do not.
     """
-    fits = spec.stem_width % LANES == 0
+    lanes = spec.queries * spec.fusion_heads
+    fits = spec.stem_width % LANES == 0 and LANES % spec.fusion_heads == 0 and lanes <= LANES
     if spec.fusion_kernel == "pallas" and not fits:
         raise ValueError(
-            f"model: fusion_kernel 'pallas' needs a stem width (3 x width) that is a multiple of {LANES}; found "
-            f"{spec.stem_width}. Use fusion_kernel='xla'"
+            f"model: fusion_kernel 'pallas' needs a stem width (3 x width) that is a multiple of {LANES}, "
+            f"fusion_heads that divide {LANES} and at most {LANES} queries x heads; found {spec.stem_width}, "
+            f"{spec.fusion_heads} and {lanes}. Use fusion_kernel='xla'"
         )
     return spec.fusion_kernel == "pallas" or (spec.fusion_kernel == "auto" and fits and wanted(spec))
 
 
-class Tables(NamedTuple):
-    """Constants and parameters that every block needs; J = queries * heads.
+def interleaved(x: Array, spec: ModelSpec, axis: int) -> Array:
+    """``x`` with an axis of D columns, given head by head, in the kernels' order: first every head's first column."""
+    axis %= x.ndim
+    split = x.reshape(*x.shape[:axis], spec.fusion_heads, -1, *x.shape[axis + 1 :])
+    return split.swapaxes(axis, axis + 1).reshape(x.shape)
 
-    columns: [D, J], 1 where a column belongs to the head. spread: its transpose.
-    both: [D, 2 * heads], ``columns`` of one query, and the same times the pooling vector.
+
+class Tables(NamedTuple):
+    """What every block needs; J = queries * heads.
+
     group: [J, J], 1 where two lanes belong to the same query.
-    pool: [1, D] in ``stat_dtype``.
+    pool: [1, D], interleaved. Both in ``stat_dtype``.
     """
 
-    columns: Array
-    spread: Array
-    both: Array
     group: Array
     pool: Array
 
 
 def tables(pool: Array, spec: ModelSpec) -> Tables:
-    """The tables of one step. ``pool``: [D]."""
-    dtype, heads = spec.compute_dtype, head_columns(spec)
-    columns = np.tile(heads, (1, spec.queries))
+    """The tables of one step. ``pool``: [D], interleaved."""
     group = np.kron(np.eye(spec.queries), np.ones((spec.fusion_heads,) * 2))
-    pool = pool.astype(spec.stat_dtype)
-    return Tables(
-        columns=jnp.asarray(columns, dtype),
-        spread=jnp.asarray(columns.T, dtype),
-        both=jnp.concatenate([jnp.asarray(heads), heads * pool[:, None]], axis=1).astype(dtype),
-        group=jnp.asarray(group, spec.stat_dtype),
-        pool=pool[None],
-    )
+    return Tables(jnp.asarray(group, spec.stat_dtype), pool.astype(spec.stat_dtype)[None])
 
 
 # --- kernels ------------------------------------------------------------------------------------
 
 
-def _dot(a: Array, b: Array, spec: ModelSpec) -> Array:
-    dtype = spec.compute_dtype
-    return lax.dot_general(
-        a.astype(dtype), b, _PLAIN, precision=precision(dtype), preferred_element_type=spec.stat_dtype
-    )
+def _over_lanes(x: Array, spec: ModelSpec) -> Array:
+    """[R, LANES] -> [R, LANES]: in every lane of a head the sum over all of them."""
+    shift = LANES // 2
+    while shift >= spec.fusion_heads:
+        x = x + pltpu.roll(x, shift, 1)
+        shift //= 2
+    return x
 
 
-def _chunks(spec: ModelSpec, work: Callable[[pl.Slice], None]) -> None:
-    """Calls ``work(columns)`` for every register-wide slice of the stem's columns."""
-    size = math.gcd(spec.stem_width, CHUNK)
+def _to_lanes(x: Array, spec: ModelSpec) -> Array:
+    """[R, n * heads] -> [R, LANES]: the sum over n (queries), repeated for every register of a patch."""
+    rest = LANES - x.shape[1]
+    return _over_lanes(jnp.concatenate([x, jnp.zeros((x.shape[0], rest), x.dtype)], axis=1) if rest else x, spec)
+
+
+def _each_rows(block: int, work: Callable[[pl.Slice], None]) -> None:
+    """Calls ``work(rows)`` for every ROWS patches of a block: as many as leave their sums in registers."""
 
     def one(index: Array, _: None) -> None:
-        work(pl.ds(pl.multiple_of(index * size, size), size))
+        work(pl.ds(pl.multiple_of(index * ROWS, ROWS), ROWS))
 
-    lax.fori_loop(0, spec.stem_width // size, one, None, unroll=UNROLL)
+    lax.fori_loop(0, block // ROWS, one, None)
 
 
-def _stacked(parts: Sequence[Array], right: Array, spec: ModelSpec) -> list[Array]:
-    """Products of several [R, K] with one matrix, as one product, so that the matrix unit loads the matrix once."""
-    rows = parts[0].shape[0]
-    found = _dot(jnp.concatenate([x.astype(spec.compute_dtype) for x in parts], axis=0), right, spec)
-    return [found[i * rows : (i + 1) * rows] for i in range(len(parts))]
+def _registers(spec: ModelSpec) -> list[slice]:
+    return [slice(i, i + LANES) for i in range(0, spec.stem_width, LANES)]
 
 
 class Scratch(NamedTuple):
-    """Accumulators of sums over columns, per head.
+    """What one pass over a block leaves for the next.
 
-    both: [M, R, 2 * heads], sums of values, and of values times the pooling vector.
-    products: [slots, R, J], sums of products of values in pairs; in the backward pass also of values with the
-      result's gradient.
+    sums: [slots, R, J]: per sensor the sum of values, then of values times the pooling vector; per pair of sensors of
+      products of values; in the backward pass per sensor of values with the result's gradient.
+    factors: [slots, R, LANES], by which the next pass multiplies values.
     """
 
-    both: pl.Ref
-    products: pl.Ref
+    sums: pl.Ref
+    factors: pl.Ref
 
 
-def _sum_columns(values: Sequence[pl.Ref], g: pl.Ref | None, table: Tables, to: Scratch, spec: ModelSpec) -> None:
-    """Fills the scratch. ``g``: the result's gradient [R, D] in the backward pass."""
-    to.both[...] = jnp.zeros(to.both.shape, to.both.dtype)
-    to.products[...] = jnp.zeros(to.products.shape, to.products.dtype)
+def _sum_columns(values: Sequence[pl.Ref], g: pl.Ref | None, pool: pl.Ref, to: pl.Ref, spec: ModelSpec) -> None:
+    """Fills ``Scratch.sums``. ``g``: the result's gradient [R, D] in the backward pass."""
+    wide = spec.stat_dtype
 
-    def work(at: pl.Slice) -> None:
-        parts = [value[:, at] for value in values]
-        upcast = [part.astype(spec.stat_dtype) for part in parts]
-        products = [upcast[m] * upcast[n] for m, n in pairs(len(parts))]
-        if g is not None:
-            products += [part * g[:, at].astype(spec.stat_dtype) for part in upcast]
-        for slot, x in enumerate(_stacked(parts, table.both[at, :], spec)):
-            to.both[slot] += x
-        for slot, x in enumerate(_stacked(products, table.columns[at, :], spec)):
-            to.products[slot] += x
+    def work(rows: pl.Slice) -> None:
+        sums: list[Array] = []
+        for at in _registers(spec):
+            parts = [value[rows, at].astype(wide) for value in values]
+            found = [*parts, *(part * pool[:, at] for part in parts)]
+            found += [parts[m] * parts[n] for m, n in pairs(len(parts))]
+            if g is not None:
+                there = g[rows, at].astype(wide)
+                found += [part * there for part in parts]
+            sums = [x + y for x, y in zip(sums, found, strict=True)] if sums else found
+        for slot, x in enumerate(sums):
+            to[slot, rows, :] = _over_lanes(x, spec)[:, : to.shape[2]]
 
-    _chunks(spec, work)
+    _each_rows(to.shape[1], work)
 
 
-def _read_sums(scratch: Scratch, spec: ModelSpec) -> tuple[Sums, list[Array]]:
+def _read_sums(scratch: pl.Ref, count: int) -> tuple[Sums, list[Array]]:
     """The sums, and those of values times the result's gradient (none in the forward pass)."""
-    count, heads = scratch.both.shape[0], spec.fusion_heads
-    slots = [scratch.products[i] for i in range(scratch.products.shape[0])]
-    gram = dict(zip(pairs(count), slots, strict=False))
-    first, asked = (
-        [
-            jnp.concatenate([scratch.both[m][:, i * heads : (i + 1) * heads]] * spec.queries, axis=1)
-            for m in range(count)
-        ]
-        for i in range(2)
-    )
-    return Sums(first, asked, gram), slots[len(gram) :]
+    slots = [scratch[i] for i in range(scratch.shape[0])]
+    first, asked, rest = slots[:count], slots[count : 2 * count], slots[2 * count :]
+    gram = dict(zip(pairs(count), rest, strict=False))
+    return Sums(first, asked, gram), rest[len(gram) :]
 
 
 def _forward_kernel(*refs: pl.Ref, spec: ModelSpec, count: int) -> None:
     """values and scores of every sensor, tables -> the mixed values [R, D]."""
     values, scores, rest = refs[:count], refs[count : 2 * count], refs[2 * count :]
-    table, out, scratch = Tables(*rest[:5]), rest[5], Scratch(*rest[6:])
-    _sum_columns(values, None, table, scratch, spec)
-    sums, _ = _read_sums(scratch, spec)
+    table, out, scratch = Tables(*rest[:2]), rest[2], Scratch(*rest[3:])
+    _sum_columns(values, None, table.pool, scratch.sums, spec)
+    sums, _ = _read_sums(scratch.sums, count)
     mixing = mixture([score[...] for score in scores], sums, table.group[...], table.pool[...].sum(), spec)
     part = mixing.share * mixing.inverse
-    factors = [part * weight for weight in mixing.weights]
     shift = (part * mixing.mean).sum(-1, keepdims=True) / spec.fusion_heads
+    for slot, weight in enumerate(mixing.weights):
+        scratch.factors[slot] = _to_lanes(part * weight, spec)
+    scratch.factors[count] = jnp.broadcast_to(shift, scratch.factors.shape[1:])
 
-    def work(at: pl.Slice) -> None:
-        spread = _stacked(factors, table.spread[:, at], spec)
-        mixed = sum(x * value[:, at].astype(spec.stat_dtype) for x, value in zip(spread, values, strict=True))
-        out[:, at] = (mixed - shift).astype(out.dtype)
+    def work(rows: pl.Slice) -> None:
+        *weights, shift = (scratch.factors[i, rows, :] for i in range(count + 1))
+        for at in _registers(spec):
+            mixed = sum(x * value[rows, at].astype(spec.stat_dtype) for x, value in zip(weights, values, strict=True))
+            out[rows, at] = (mixed - shift).astype(out.dtype)
 
-    _chunks(spec, work)
+    _each_rows(out.shape[0], work)
 
 
 def _backward_kernel(*refs: pl.Ref, spec: ModelSpec, count: int) -> None:
     """Forward's inputs and the result's gradient -> per sensor [R, D + J] (value, score), and of pool [8, D] a core."""
     values, scores, rest = refs[:count], refs[count : 2 * count], refs[2 * count :]
-    g, table, rest = rest[0], Tables(*rest[1:6]), rest[6:]
+    g, table, rest = rest[0], Tables(*rest[1:3]), rest[3:]
     grads, dpool, scratch = rest[:count], rest[count], Scratch(*rest[count + 1 :])
     wide = spec.stat_dtype
 
@@ -189,33 +181,35 @@ def _backward_kernel(*refs: pl.Ref, spec: ModelSpec, count: int) -> None:
     def _() -> None:
         dpool[...] = jnp.zeros(dpool.shape, dpool.dtype)
 
-    _sum_columns(values, g, table, scratch, spec)
-    sums, products = _read_sums(scratch, spec)
+    _sum_columns(values, g, table.pool, scratch.sums, spec)
+    sums, products = _read_sums(scratch.sums, count)
     total_pool, group = table.pool[...].sum(), table.group[...]
     mixing = mixture([score[...] for score in scores], sums, group, total_pool, spec)
     back = mixture_gradient(mixing, sums, products, g[...].astype(wide).sum(-1, keepdims=True), group, total_pool, spec)
     for grad, score in zip(grads, back.scores, strict=True):
         grad[:, spec.stem_width :] = score.astype(grad.dtype)
     # The gradient of the pooling vector's sum is that of each of its entries.
-    per_entry = back.total_pool.sum() / spec.fusion_heads
+    dpool[:1, :] += jnp.broadcast_to(back.total_pool.sum() / spec.fusion_heads, (1, spec.stem_width))
     part = mixing.share * mixing.inverse
-    factors = [*(part * weight for weight in mixing.weights), *back.first, *back.gram.values()]
+    weights = [part * weight for weight in mixing.weights]
+    for slot, x in enumerate((*weights, *back.first, *back.asked, *back.gram.values())):
+        scratch.factors[slot] = _to_lanes(x, spec)
 
-    def work(at: pl.Slice) -> None:
-        spread = _stacked(factors, table.spread[:, at], spec)
-        asked = _stacked(back.asked, table.spread[: spec.fusion_heads, at], spec)
-        gram = dict(zip(pairs(count), spread[2 * count :], strict=True))
-        there, pool = g[:, at].astype(wide), table.pool[:, at]
-        upcast = [value[:, at].astype(wide) for value in values]
-        for m, grad in enumerate(grads):
-            found = spread[m] * there + spread[count + m] + asked[m] * pool
-            found += sum(entry(gram, m, n) * upcast[n] for n in range(count))
-            grad[:, at] = found.astype(grad.dtype)
-        by_row = sum(x * value for x, value in zip(asked, upcast, strict=True))
-        dpool[:, at] += by_row.reshape(-1, dpool.shape[0], by_row.shape[1]).sum(0)
-        dpool[:1, at] += jnp.broadcast_to(per_entry, (1, by_row.shape[1]))
+    def work(rows: pl.Slice) -> None:
+        factors = [scratch.factors[i, rows, :] for i in range(scratch.factors.shape[0])]
+        weights, first, asked = (factors[i * count : (i + 1) * count] for i in range(3))
+        gram = dict(zip(pairs(count), factors[3 * count :], strict=True))
+        for at in _registers(spec):
+            there, pool = g[rows, at].astype(wide), table.pool[:, at]
+            upcast = [value[rows, at].astype(wide) for value in values]
+            for m, grad in enumerate(grads):
+                found = weights[m] * there + first[m] + asked[m] * pool
+                found += sum(entry(gram, m, n) * upcast[n] for n in range(count))
+                grad[rows, at] = found.astype(grad.dtype)
+            by_row = sum(x * value for x, value in zip(asked, upcast, strict=True))
+            dpool[:, at] += by_row.reshape(-1, dpool.shape[0], LANES).sum(0)
 
-    _chunks(spec, work)
+    _each_rows(g.shape[0], work)
 
 
 # --- calls --------------------------------------------------------------------------------------
@@ -230,6 +224,8 @@ def mix(values: list[Array], scores: list[Array], present: Array | None, pool: A
       scores: per sensor [B, h, w, J] in ``stat_dtype``.
       present: bool [B, M], the sensors each sample sees, or None.
       pool: [D], the pooling vector times the LayerNorm's scale.
+
+    The columns D of values, pool and result are :func:`interleaved`.
 
     Returns:
       [B, h, w, D] in the compute dtype.
@@ -291,7 +287,7 @@ def _call(
     Args:
       arrays: [B, h, w, C] each, then the tables.
       widths: columns of the results; in the backward pass the pool's gradient [8 * CORES, D] follows.
-      products: sums of products with the result's gradient (``Scratch.products``); 0 in the forward pass.
+      products: sums of products with the result's gradient (``Scratch.sums``); 0 in the forward pass.
     """
     split, table = arrays[: -len(Tables._fields)], arrays[-len(Tables._fields) :]
     flat = [_rows(x) for x in split]
@@ -314,9 +310,10 @@ def _call(
     def of_core(x: Any) -> pl.BlockSpec:
         return pl.BlockSpec((x.shape[0] // CORES, x.shape[1]), lambda core, i: (core, 0))
 
+    many = len(pairs(count))
     scratch = Scratch(
-        both=pltpu.VMEM((count, block, 2 * spec.fusion_heads), spec.stat_dtype),
-        products=pltpu.VMEM((len(pairs(count)) + products, block, spec.queries * spec.fusion_heads), spec.stat_dtype),
+        sums=pltpu.VMEM((2 * count + many + products, block, spec.queries * spec.fusion_heads), spec.stat_dtype),
+        factors=pltpu.VMEM((3 * count + many if products else count + 1, block, LANES), spec.stat_dtype),
     )
     build = functools.partial(
         pl.pallas_call,
