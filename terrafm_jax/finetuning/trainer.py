@@ -314,6 +314,7 @@ class Run:
             "finetuned": {
                 **{k: v for k, v in dataclasses.asdict(spec).items() if k != "model"},
                 "classes": list(self.plan.classes), "scale": list(self.plan.scale), "bands": self._bands(),
+                "image_px": self.sources["train"].side(),
             },
         }  # fmt: skip
         partial, final = self.folder / "best.partial", self.folder / "best"
