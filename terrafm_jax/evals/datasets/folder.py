@@ -142,6 +142,7 @@ class _Reader:
         suffix = self.declared[key].get("suffix", "")
         folder = files.need(self._folder(key), f"images of {key}")
         found = (p for p in folder.rglob("*") if p.suffix.lower() in (".tif", ".tiff") and p.name.endswith(suffix))
+        found = (p for p in found if not p.name.startswith("."))  # macOS leaves ._a.tif beside a.tif
         masks = self.root / self.spec.get("masks", ".")
         inside = folder in masks.parents  # masks below the images' folder are no images
         return sorted(p for p in found if not (inside and masks in p.parents))
