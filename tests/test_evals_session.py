@@ -231,6 +231,20 @@ def test_cutting_pads_with_nodata_and_ignore():
     assert np.isnan(collate(cut.info, [test[1]], ["s1"]).images["s1"][0, 3]).all()
 
 
+def test_windows_show_the_same_ground_in_images_of_other_sampling_than_the_mask():
+    bands = {"s1": Input("s1", ("VV",)), "s2_l2a": Input("s2_l2a", ("B02",))}
+    info = DatasetInfo("x", "segmentation", ("a", "b"), bands)
+    fine = np.arange(60.0 * 64).reshape(60, 64)
+    sample = Sample("p", {"s1": fine[..., None], "s2_l2a": fine[::2, ::2, None]}, fine.astype(int), path="p.tif")
+    split = Split(["p"], lambda i: sample)
+    for window in store.tiled(Dataset(info, {"test": split}), 32).split("test"):
+        corners = [window.target[0, 0], *(window.images[k][0, 0, 0] for k in bands)]
+        assert corners == [corners[0]] * 3
+        assert [window.images[k].shape for k in bands] == [(32, 32, 1), (16, 16, 1)]
+    with pytest.raises(DatasetError, match=r"^p.tif: image of \(30, 32\) px, mask of \(60, 64\): a window of 21 px"):
+        list(store.tiled(Dataset(info, {"test": split}), 21).split("test"))
+
+
 def test_combinations_of_inputs(encoder):
     dataset = two_sensor_set()
     assert combinations(encoder, dataset, ()) == [("s1",), ("s2_l2a",), ("s1", "s2_l2a")]
