@@ -76,7 +76,7 @@ def test_masks_lie_where_their_image_lies(tmp_path, size, finer):
 
     image = fake.tiff(tmp_path / "image.tif", np.full((16, 12, 2), -10, np.float32))
     sample = Sample(
-        "image", {"s1": np.full((16, 12, 2), -10.0)}, np.zeros((16 * finer, 12 * finer), int), path=str(image)
+        "image.tif", {"s1": np.full((16, 12, 2), -10.0)}, np.zeros((16 * finer, 12 * finer), int), path=str(image)
     )
     info = DatasetInfo("x", "segmentation", ("a", "b"), {"s1": Input("s1", ("VV", "VH"))})
     dataset = Dataset(info, {"test": Split(["image.tif"], lambda i: sample)})
@@ -92,7 +92,8 @@ def test_masks_lie_where_their_image_lies(tmp_path, size, finer):
                 assert part.crs == whole.crs
                 assert part.transform * (0, 0) == whole.transform * (column / finer, row / finer)
                 assert part.transform.a == whole.transform.a / finer
-    assert len(list((tmp_path / "out").glob("*.tif"))) == (4 if size else 1)
+    places = [f"_r{r}_c{c}" for r in (0, size) for c in (0, size)] if size else [""]
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.tif")) == [f"image{place}.tif" for place in places]
 
 
 # --- configs ----------------------------------------------------------------------------------
