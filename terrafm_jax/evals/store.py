@@ -238,7 +238,7 @@ def tiled(dataset: Dataset, size: int) -> Dataset:
             i, r, c = cells[k]
             return _window(split[i], names[k], r, c, size, dataset.info.ignore)
 
-        return Split(names, read)
+        return Split(names, read, state=lambda k: split.state(cells[k][0]))
 
     return dataclasses.replace(dataset, splits={k: cut(s) for k, s in dataset.splits.items()}, tile=size)
 
