@@ -82,7 +82,9 @@ def from_folder(root: Path) -> tuple[list[Scene], Counter[str]]:
     if odd:
         raise ValueError(f"{root}: names of files are not UTF-8: {', '.join(odd)}; rename them")
     for path in paths:
-        if path.is_file():
+        if path.name.startswith("."):  # macOS leaves ._B02.tif beside B02.tif
+            skipped["hidden file"] += 1
+        elif path.is_file():
             guess = by_name(path.relative_to(root))
             if isinstance(guess, str):
                 skipped[guess] += 1

@@ -19,7 +19,6 @@ from data_prep import geotiff, inspect
 from data_prep.doubts import check_cirrus, check_radar, looks_wrong
 from data_prep.optical import _from_reflectance
 from data_prep.raster import BadInput, Grid, Raster
-from data_prep.units import stated_unit
 from terrafm_jax.sensors import SENSORS
 
 AFFINE = from_origin(600_000, 5_400_000, 10, 10)
@@ -211,29 +210,6 @@ def test_radar_geometry_must_be_terrain_corrected(tmp_path: Path):
 
 
 # --- units ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("key", "text", "unit"),
-    [
-        ("s1", "gamma0 backscatter in dB (float64 holding float16-precision values)", "dB"), ("s1", "LINEAR", "power"),
-        ("s1", "linear power", "power"), ("s1", "DB, nodata -99", "dB"), ("s1", "", ""), ("s1", "nodata -99", ""),
-        ("s2_l2a", "dn", "DN"), ("s2_l2a", "uint16 DN (BOA reflectance*10000)", "DN"),
-        ("s2_l1c", "Reflectance", "reflectance"), ("s2_l1c", "TOA reflectance x 10000", "DN"),
-    ],
-)  # fmt: skip
-def test_words_of_units(key: str, text: str, unit: str):
-    assert stated_unit(key, text) == unit
-
-
-@pytest.mark.parametrize(
-    ("key", "text"),
-    [("s1", "amplitude"), ("s1", "amplitude in dB"), ("s1", "DN"), ("s1", "sigma0"), ("s1", "dB, was linear"),
-     ("s2_l2a", "dB"), ("s2_l2a", "radiance"), ("s2_l2a", "percent")],
-)  # fmt: skip
-def test_unknown_units_are_refused(key: str, text: str):
-    with pytest.raises(ValueError, match="expected"):
-        stated_unit(key, text)
 
 
 def test_a_flag_with_an_unknown_unit(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

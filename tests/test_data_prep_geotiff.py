@@ -61,13 +61,6 @@ def test_naming_rule(path: str, cell: str, sensor: str, bands: tuple[str, ...], 
     assert (found[1].sensor, found[1].bands, found[1].product) == (sensor, bands, product)
 
 
-def test_what_the_naming_rule_leaves_out():
-    safe = "S2A_MSIL2A_20200605T103031_N0500_R108_T32TPT_20230401T000000.SAFE/GRANULE/L2A_T32TPT/IMG_DATA"
-    assert by_name(PurePath(f"{safe}/R20m/T32TPT_20200605T103031_B02_20m.jp2")) == "band resampled by ESA"
-    assert by_name(PurePath(f"{safe}/R10m/T32TPT_20200605T103031_TCI_10m.jp2")) == "no band of the model"
-    assert by_name(PurePath("somewhere/DEM.tif")) == "no sensor in the name"
-
-
 def test_bands_from_descriptions_never_from_their_number():
     assert named("s1", ("VH", "VV")) == ("VH", "VV")
     assert named("s1", ("bands", "bands")) == (), "junk counts as none"
@@ -337,9 +330,11 @@ def test_duplicates_and_dead_links_are_left_out_and_counted(tmp_path: Path, caps
         write_scene(tmp_path / "in" / copy / "S2L2A" / "here" / product, 48)
     (tmp_path / "in" / "S2L2A").mkdir()
     (tmp_path / "in" / "S2L2A" / "gone.tif").symlink_to(tmp_path / "nowhere.tif")
+    (tmp_path / "in" / "b" / "S2L2A" / "here" / product / "._B02.tif").write_bytes(b"left by macOS")
     assert prepare(tmp_path / "in", tmp_path / "out", "--tile-size", "48") == 0
     assert list(records(tmp_path / "out")) == ["here/r0_c0"]
     said = capsys.readouterr().out
+    assert "1 files: hidden file" in said
     assert "12 files: same product of the cell again" in said
     assert "1 files: link that leads nowhere" in said
     paths = sorted((tmp_path / "in" / "a").rglob("*.tif"))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import pytest
 
 from data_prep.manifest import from_manifest
-from data_prep.scenes import from_folder
+from data_prep.scenes import by_name, from_folder
 from data_prep.units import stated_nodata, stated_unit
 
 
@@ -81,3 +81,33 @@ def test_names_that_no_record_can_hold_are_named(tmp_path: Path):
         pytest.skip("the file system takes UTF-8 alone")
     with pytest.raises(ValueError, match=r"names of files are not UTF-8: 'S1RTC/Gr\\udcf6n.tif'; rename"):
         from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "unit"),
+    [
+        ("s1", "gamma0 backscatter in dB (float64 holding float16-precision values)", "dB"), ("s1", "LINEAR", "power"),
+        ("s1", "linear power", "power"), ("s1", "DB, nodata -99", "dB"), ("s1", "", ""), ("s1", "nodata -99", ""),
+        ("s2_l2a", "dn", "DN"), ("s2_l2a", "uint16 DN (BOA reflectance*10000)", "DN"),
+        ("s2_l1c", "Reflectance", "reflectance"), ("s2_l1c", "TOA reflectance x 10000", "DN"),
+    ],
+)  # fmt: skip
+def test_words_of_units(key: str, text: str, unit: str):
+    assert stated_unit(key, text) == unit
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [("s1", "amplitude"), ("s1", "amplitude in dB"), ("s1", "DN"), ("s1", "sigma0"), ("s1", "dB, was linear"),
+     ("s2_l2a", "dB"), ("s2_l2a", "radiance"), ("s2_l2a", "percent")],
+)  # fmt: skip
+def test_unknown_units_are_refused(key: str, text: str):
+    with pytest.raises(ValueError, match="expected"):
+        stated_unit(key, text)
+
+
+def test_what_the_naming_rule_leaves_out():
+    safe = "S2A_MSIL2A_20200605T103031_N0500_R108_T32TPT_20230401T000000.SAFE/GRANULE/L2A_T32TPT/IMG_DATA"
+    assert by_name(PurePath(f"{safe}/R20m/T32TPT_20200605T103031_B02_20m.jp2")) == "band resampled by ESA"
+    assert by_name(PurePath(f"{safe}/R10m/T32TPT_20200605T103031_TCI_10m.jp2")) == "no band of the model"
+    assert by_name(PurePath("somewhere/DEM.tif")) == "no sensor in the name"

@@ -22,7 +22,9 @@ def open_one(path):
 
 
 def test_class_folders_are_split_by_share(tmp_path):
-    dataset = open_one(fake.eurosat_like(tmp_path / "tiny", per_class=6))
+    folder = fake.eurosat_like(tmp_path / "tiny", per_class=6)
+    (folder / "class_0/._class_0_0.tif").write_bytes(b"\0\5\x16\7 left by macOS")
+    dataset = open_one(folder)
     assert dataset.info.classes == ("class_0", "class_1", "class_2")
     assert {k: len(v) for k, v in dataset.splits.items()} == {"train": 9, "val": 3, "test": 6}
     np.testing.assert_array_equal(np.bincount(dataset.split("test").labels), [2, 2, 2])

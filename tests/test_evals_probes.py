@@ -265,6 +265,18 @@ def test_windows_of_an_image_are_not_parted_between_training_and_choosing(monkey
     assert images["judged"].isdisjoint(images["trained"])
 
 
+def test_intervals_of_windows_are_those_of_their_images():
+    """Four windows that say the same four times are no more evidence than their image."""
+    images = np.random.default_rng(0).integers(0, 50, (6, 3, 3))
+    windows = images.repeat(4, 0)
+    ids = [f"image{i}/r{r}_c{c}" for i in range(6) for r in (0, 16) for c in (0, 16)]
+    wanted = segmentation.score_segmentation("x", [images, images], {}).metrics["miou"]
+    found = segmentation.score_segmentation("x", [windows, windows], {}, 1000, ids).metrics["miou"]
+    assert (found.value, found.low, found.high) == pytest.approx((wanted.value, wanted.low, wanted.high))
+    alone = segmentation.score_segmentation("x", [windows], {}).metrics["miou"]
+    assert found.high - found.low > 1.5 * (alone.high - alone.low)
+
+
 def test_change_by_feature_difference():
     rng = np.random.default_rng(0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import labelled_fake as fake
 import numpy as np
 import pytest
 
-from terrafm_jax.evals import charts, features, protocols, store
+from terrafm_jax.evals import charts, datasets, features, protocols, store
 from terrafm_jax.evals.datasets.base import Dataset, DatasetError, DatasetInfo, Input, Sample, Split, collate
 from terrafm_jax.evals.encoders import RawStatistics, open_encoder, random_encoder
 from terrafm_jax.evals.features import Encoder, FeatureError, ImageBatch
@@ -229,6 +230,36 @@ def test_cutting_pads_with_nodata_and_ignore():
     assert test[1].target.shape == (8, 8)
     assert (test[1].target >= 0).sum() == 14
     assert np.isnan(collate(cut.info, [test[1]], ["s1"]).images["s1"][0, 3]).all()
+
+
+def test_files_that_change_under_their_names_are_noticed(tmp_path):
+    """Features and targets are cached: a mended mask would be judged by the old one."""
+    for folder in ("images", "masks"):
+        fake.tiff(tmp_path / folder / "a.tif", np.ones((16, 16, 2 if folder == "images" else 1), np.float32))
+    text = "task: segmentation\nclasses: [x, y]\ninputs: {s1: {folder: images, bands: [VV, VH]}}\nmasks: masks\n"
+    (tmp_path / "dataset.yaml").write_text(text + "splits: {train: 1.0}\n")
+    first, again = (
+        store.tiled(datasets.open_suite("folder", tmp_path)[0], 16).fingerprint("train", ["s1"]) for _ in range(2)
+    )
+    assert first == again
+    for folder in ("images", "masks"):
+        before = store.tiled(datasets.open_suite("folder", tmp_path)[0], 16).fingerprint("train", ["s1"])
+        os.utime(tmp_path / folder / "a.tif", ns=(1, 1))
+        assert store.tiled(datasets.open_suite("folder", tmp_path)[0], 16).fingerprint("train", ["s1"]) != before
+
+
+def test_windows_show_the_same_ground_in_images_of_other_sampling_than_the_mask():
+    bands = {"s1": Input("s1", ("VV",)), "s2_l2a": Input("s2_l2a", ("B02",))}
+    info = DatasetInfo("x", "segmentation", ("a", "b"), bands)
+    fine = np.arange(60.0 * 64).reshape(60, 64)
+    sample = Sample("p", {"s1": fine[..., None], "s2_l2a": fine[::2, ::2, None]}, fine.astype(int), path="p.tif")
+    split = Split(["p"], lambda i: sample)
+    for window in store.tiled(Dataset(info, {"test": split}), 32).split("test"):
+        corners = [window.target[0, 0], *(window.images[k][0, 0, 0] for k in bands)]
+        assert corners == [corners[0]] * 3
+        assert [window.images[k].shape for k in bands] == [(32, 32, 1), (16, 16, 1)]
+    with pytest.raises(DatasetError, match=r"^p.tif: image of \(30, 32\) px, mask of \(60, 64\): a window of 21 px"):
+        list(store.tiled(Dataset(info, {"test": split}), 21).split("test"))
 
 
 def test_combinations_of_inputs(encoder):

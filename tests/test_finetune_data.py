@@ -69,15 +69,17 @@ def test_predictions_hold_every_number_once(tmp_path, task, scores, expected):
     assert (tmp_path / "predictions.csv").read_text().splitlines() == expected
 
 
-@pytest.mark.parametrize("size", [0, 8])
-def test_masks_lie_where_their_image_lies(tmp_path, size):
-    """Windows, too (config.data.tile): each on its part of the image's grid."""
+@pytest.mark.parametrize(("size", "finer"), [(0, 1), (8, 1), (0, 2), (16, 2)])
+def test_masks_lie_where_their_image_lies(tmp_path, size, finer):
+    """Windows (config.data.tile) and masks that are finer than their image, too."""
     import rasterio
 
     image = fake.tiff(tmp_path / "image.tif", np.full((16, 12, 2), -10, np.float32))
-    sample = Sample("image", {"s1": np.full((16, 12, 2), -10.0)}, np.zeros((16, 12), int), path=str(image))
+    sample = Sample(
+        "image.tif", {"s1": np.full((16, 12, 2), -10.0)}, np.zeros((16 * finer, 12 * finer), int), path=str(image)
+    )
     info = DatasetInfo("x", "segmentation", ("a", "b"), {"s1": Input("s1", ("VV", "VH"))})
-    dataset = Dataset(info, {"test": Split(["image"], lambda i: sample)})
+    dataset = Dataset(info, {"test": Split(["image.tif"], lambda i: sample)})
     split = (store.tiled(dataset, size) if size else dataset).split("test")
     source = SimpleNamespace(split=split, read=lambda i: split[i])
     outputs = [(np.stack([np.zeros(split[i].target.shape, np.uint8) for i in range(len(split))]), None)]
@@ -88,8 +90,10 @@ def test_masks_lie_where_their_image_lies(tmp_path, size):
             row, column = map(int, re.findall(r"[rc](\d+)", path.stem)) if size else (0, 0)
             with rasterio.open(path) as part:
                 assert part.crs == whole.crs
-                assert part.transform * (0, 0) == whole.transform * (column, row)
-    assert len(list((tmp_path / "out").glob("*.tif"))) == (4 if size else 1)
+                assert part.transform * (0, 0) == whole.transform * (column / finer, row / finer)
+                assert part.transform.a == whole.transform.a / finer
+    places = [f"_r{r}_c{c}" for r in (0, size) for c in (0, size)] if size else [""]
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.tif")) == [f"image{place}.tif" for place in places]
 
 
 # --- configs ----------------------------------------------------------------------------------

@@ -30,7 +30,9 @@ TINY = ModelSpec(width=32, depth=4, heads=2, grid=2, prototypes=16, head_hidden=
 ONE, BOTH = ("s2_l2a",), ("s1", "s2_l2a")
 
 
-def tuned_folder(folder, head: str, task: str, inputs=ONE, outputs: int = 3, seed: int = 0, **fields) -> Tuned:
+def tuned_folder(
+    folder, head: str, task: str, inputs=ONE, outputs: int = 3, seed: int = 0, side: int = 0, **fields
+) -> Tuned:
     """A workdir as a finished run leaves it, with random weights and lively batch norms."""
     spec = TuneSpec(TINY, inputs, task, outputs, head, image_size=32, upernet_channels=8, **fields)
     backbone = jax.device_get(random_encoder(TINY, 0, 32, Statistics.published()).params)
@@ -41,7 +43,7 @@ def tuned_folder(folder, head: str, task: str, inputs=ONE, outputs: int = 3, see
     recorded = {
         **{k: v for k, v in dataclasses.asdict(spec).items() if k != "model"},
         "classes": ["a", "b", "c"][:outputs] if task != "regression" else [], "scale": [5.0, 2.0],
-        "bands": {k: bands[k] for k in inputs},
+        "bands": {k: bands[k] for k in inputs}, **({"image_px": side} if side else {}),
     }  # fmt: skip
     weights.save_npz(folder / "best/head", {"head": params, "head_state": state}, recorded)
     meta = {"model": dataclasses.asdict(TINY), "statistics": json.loads(Statistics.published().to_json()), "step": 1}
@@ -106,6 +108,13 @@ def test_pytorch_export_equals_ours(tmp_path, head, task, size, inputs):
             theirs = model(given).numpy()
         theirs = theirs.transpose(0, 2, 3, 1) if task == "segmentation" else theirs
         np.testing.assert_allclose(tuned(images), theirs, rtol=1e-3, atol=2e-5)
+    optical = given["s2_l2a"]
+    gone = optical.isnan().all(1, keepdim=True)
+    optical = torch.where(optical.isnan() & ~gone, 0, optical)  # one band without a value, dark in the other
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model({**given, "s2_l2a": torch.where(gone, 0, optical)}), model({**given, "s2_l2a": optical})
+        )
     if inputs == BOTH:
         with pytest.raises(ValueError, match=r"s1: \(2, 1, .*expected \[B, 2, H, W\] \(VV, VH\)$"):
             model({**given, "s1": given["s1"][:, :1]})
@@ -184,6 +193,21 @@ def test_image_level_maps_have_one_value_per_token(tmp_path):
     with rasterio.open(out) as found:
         np.testing.assert_allclose(found.read(1), values, rtol=1e-4)
         assert found.tags()["TERRAFM_WEIGHTS"] == tuned.weights_hash
+
+
+def test_windows_of_a_map_are_as_large_as_the_images_it_was_tuned_on(tmp_path):
+    """They are stretched like those: windows of the network's own size would show the ground at another scale."""
+    tuned = tuned_folder(tmp_path / "run", "linear", "regression", outputs=1, side=60)
+    assert tuned.window == 64  # whole patches
+    names = tuned.bands["s2_l2a"]
+    scene = pixels(128, 1)[0][..., S2_L2A.indices(names)].clip(1, 20000).astype(np.uint16)
+    file, out = fake.tiff(tmp_path / "scene.tif", scene, names=names), tmp_path / "map.tif"
+    mapping.predict_scene(tuned, [f"s2_l2a={file}"], out, overlap=0)
+    first = np.zeros((1, 64, 64, 12), np.float32)
+    first[..., S2_L2A.indices(names)] = scene[:64, :64]
+    with rasterio.open(out) as found:
+        np.testing.assert_allclose(found.read(1)[:4, :4], tuned({"s2_l2a": first})[0, 0], rtol=1e-4)
+    assert tuned_folder(tmp_path / "old", "linear", "regression", outputs=1).window == 32  # nothing recorded
 
 
 @pytest.mark.slow

@@ -117,13 +117,6 @@ def test_windows_leave_no_seams(tmp_path: Path, kind: str) -> None:
         assert max(ratios[0]) > 1.05, "the measure must see seams where there are some"
 
 
-def test_blending_weights_sum_to_one_inside() -> None:
-    plan = Plan(grid_lib.Grid(rasterio.crs.CRS.from_string(CRS), 0, 0, 10.0, 960, 960), 224, 112, 16)
-    taper = plan.taper(14)
-    assert taper[:7] + taper[7:] == pytest.approx(np.ones(7), abs=1e-6)
-    assert (taper > 0).all()
-
-
 # --- edges, nodata, masks, areas ---
 
 

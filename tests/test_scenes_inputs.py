@@ -70,6 +70,7 @@ def safe(folder: Path, offset: str | None = "-1000", level: str = "L2A") -> Path
     write(images / "R10m" / "T48QUE_20230223T032739_TCI_10m.tif", np.zeros((3, 96, 96), np.uint8))
     for name in ("MSK_DETFOO_B02", "MSK_QUALIT_B02", "MSK_CLDPRB_20m"):  # sorts before IMG_DATA, to be a trap
         write(root / "GRANULE" / "L2A_T48QUE_A031" / "AUX_QI" / f"{name}.tif", np.ones((1, 96, 96), np.uint8))
+    (images / "R10m" / "._T48QUE_20230223T032739_B02_10m.tif").write_bytes(b"\0\5\x16\7 left by macOS")
     text = f'<BOA_ADD_OFFSET band_id="0">{offset}</BOA_ADD_OFFSET>' if offset else ""
     (root / "MTD_MSIL2A.xml").write_text(f"<n>{text}</n>")
     return root
@@ -270,3 +271,10 @@ def test_real_tiles_are_neither_refused_nor_misread(real_data: Path) -> None:
     for path in sorted((real_data / "train_tiles").glob("terramesh_224/S1RTC/*.tif")):
         acquisition = resolve(f"s1={path}", Declared(bands={"s1": ("VV", "VH")}))
         assert acquisition.unit == "db"
+
+
+def test_blending_weights_sum_to_one_inside() -> None:
+    plan = Plan(Grid(grid_lib.CRS.from_string(CRS), 0, 0, 10.0, 960, 960), 224, 112, 16)
+    taper = plan.taper(14)
+    assert taper[:7] + taper[7:] == pytest.approx(np.ones(7), abs=1e-6)
+    assert (taper > 0).all()

@@ -232,4 +232,4 @@ def _change(splits: Mapping[str, Extracted], info: DatasetInfo, options: Options
 
     test = splits["test"]
     found = distances(splits["train"], rows), distances(test, np.arange(len(test.targets)))
-    return segmentation.change_detection(*found, ignore=info.ignore, resamples=options.resamples)
+    return segmentation.change_detection(*found, ignore=info.ignore, resamples=options.resamples, ids=test.ids)

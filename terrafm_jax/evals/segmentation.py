@@ -196,7 +196,8 @@ def dense_probe(
         "test": len(test),
         "rate chosen on": chosen_from,
     }
-    return dataclasses.replace(score_segmentation(protocol.label, picked, settings, resamples), predictions=pictures)
+    result = score_segmentation(protocol.label, picked, settings, resamples, test.ids)
+    return dataclasses.replace(result, predictions=pictures)
 
 
 def _train(fitted: _Fitted, train: DenseSplit, batch: int, epochs: int, seed: int) -> None:
@@ -209,14 +210,23 @@ def _train(fitted: _Fitted, train: DenseSplit, batch: int, epochs: int, seed: in
             n += 1
 
 
-def score_segmentation(label: str, runs: Sequence[np.ndarray], settings: dict, resamples: int = 1000) -> Result:
-    """Result of per-image confusion matrices [N, C, C] of one or several runs."""
-    parts = [metrics.segmentation_metric(c.astype(np.float64)) for c in runs]
-    count = len(runs[0])
+def score_segmentation(
+    label: str, runs: Sequence[np.ndarray], settings: dict, resamples: int = 1000, ids: Sequence[str] = ()
+) -> Result:
+    """Result of one or several runs' confusion matrices [N, C, C] of samples; ``ids`` tell windows of one image."""
+    images = [_of_images(c, ids) for c in runs]
+    parts, count = [metrics.segmentation_metric(c.astype(np.float64)) for c in images], len(images[0])
     per_class = np.mean([metrics.ious(c.sum(0)) for c in runs], axis=0)
     found = metrics.bootstrap(metrics.mean_metric(parts), count, resamples=resamples)
     settings = settings | {"sd over runs": metrics.spread(parts, count)}
     return Result(label, "segmentation", found, per_class, np.array([]), runs[0].sum(0), None, settings)
+
+
+def _of_images(matrices: np.ndarray, ids: Sequence[str]) -> np.ndarray:
+    """[images, C, C]: windows of one image added up, to be resampled together. They are alike: as samples of their own
+    they would make intervals too narrow.
+    """
+    return np.stack([matrices[rows].sum(0) for rows in by_image(ids)]) if ids else matrices
 
 
 # --- change by feature difference -----------------------------------------------------------------------------
@@ -236,11 +246,13 @@ def change_detection(
     *,
     ignore: int = -1,
     resamples: int = 1000,
+    ids: Sequence[str] = (),
 ) -> Result:
     """``change-difference/1``: nothing is trained; the distance with the best F1 on train is the threshold on test.
 
     Args:
       train, test: (distances [N, H, W], masks [N, H, W] with 1 = change).
+      ids: of the test samples, to tell windows of one image.
 
     Reports F1 and IoU of change, mIoU, and the average precision of the distance as a ranking of pixels.
     """
@@ -248,6 +260,7 @@ def change_detection(
     matrices = np.stack(
         [metrics.confusion_matrix(m, (d > threshold).astype(int), 2, ignore=ignore) for d, m in zip(*test, strict=True)]
     )
+    matrices = _of_images(matrices, ids)
 
     def metric(weights: np.ndarray) -> dict[str, float]:
         matrix = np.tensordot(weights, matrices.astype(np.float64), 1)

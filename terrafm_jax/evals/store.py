@@ -16,7 +16,7 @@ from terrafm_jax.evals.datasets.base import Dataset, DatasetError, Sample, batch
 from terrafm_jax.evals.features import ImageBatch
 from terrafm_jax.paths import save_array, write_atomically
 
-VERSION = 3  # raise when features change for the same weights and inputs: old caches are then not used
+VERSION = 4  # raise when features change for the same weights and inputs: old caches are then not used
 CHUNK = 256
 
 
@@ -219,7 +219,11 @@ def joined(parts: Sequence[Extracted]) -> Extracted:
 def tiled(dataset: Dataset, size: int) -> Dataset:
     """The same data set with images and masks cut into ``size`` px windows; the last ones are padded and ignored there.
 
-    Reads every image once to learn its size. Padding is nodata in the images and ``ignore`` in the masks.
+    Reads every image once to learn its size. Padding is nodata in the images and ``ignore`` in the masks. Pixels are
+    those of the masks: an image of other sampling gives the same ground in pixels of its own.
+
+    Raises:
+      DatasetError: when a window is read of which an image has no whole number of pixels.
     """
     from terrafm_jax.evals.datasets.base import Split
 
@@ -234,7 +238,7 @@ def tiled(dataset: Dataset, size: int) -> Dataset:
             i, r, c = cells[k]
             return _window(split[i], names[k], r, c, size, dataset.info.ignore)
 
-        return Split(names, read)
+        return Split(names, read, state=lambda k: split.state(cells[k][0]))
 
     return dataclasses.replace(dataset, splits={k: cut(s) for k, s in dataset.splits.items()}, tile=size)
 
@@ -245,9 +249,19 @@ def _windows(sample: Sample, size: int) -> Iterator[tuple[int, int]]:
 
 
 def _window(sample: Sample, name: str, r: int, c: int, size: int, ignore: int) -> Sample:
+    whole = np.shape(sample.target)
+
     def take(image: np.ndarray, fill: float) -> np.ndarray:
-        part = image[r : r + size, c : c + size]
-        pad = [(0, size - part.shape[0]), (0, size - part.shape[1])] + [(0, 0)] * (part.ndim - 2)
+        rows, cols = image.shape[:2]
+        side, left_over = divmod(size * rows, whole[0])
+        if left_over or rows * whole[1] != cols * whole[0]:
+            raise DatasetError(
+                f"{sample.path or sample.id}: image of {(rows, cols)} px, mask of {whole}: a window of {size} px "
+                "of the mask is no whole number of pixels of the image; choose another, or warp the image to the mask"
+            )
+        top, left = r // size * side, c // size * side
+        part = image[top : top + side, left : left + side]
+        pad = [(0, side - part.shape[0]), (0, side - part.shape[1])] + [(0, 0)] * (part.ndim - 2)
         return np.pad(part, pad, constant_values=fill)
 
     def all_of(images: Any) -> Any:
@@ -256,7 +270,7 @@ def _window(sample: Sample, name: str, r: int, c: int, size: int, ignore: int) -
 
     after = None if sample.after is None else all_of(sample.after)
     target = take(np.asarray(sample.target), ignore)
-    window = (r, c, np.shape(sample.target))
+    window = (r, c, whole)
     return dataclasses.replace(sample, id=name, images=all_of(sample.images), after=after, target=target, window=window)
 
 

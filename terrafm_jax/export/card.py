@@ -87,7 +87,8 @@ def _inputs(loaded: Loaded) -> str:
     lines = [
         "Values are normalized inside: `(x - (mean - 2 std)) / (4 std)`, without clipping. Sentinel-2 DN are",
         "reflectance x 10000 with the processing-baseline offset (1000 since baseline 04.00) subtracted; Sentinel-1 is",
-        f"backscatter in dB. Statistics: {loaded.stats.source}.",
+        "backscatter in dB. NaN, and zero in all bands of Sentinel-2, say that a pixel was not measured.",
+        f"Statistics: {loaded.stats.source}.",
         "",
         "| sensor | unit | bands in order | mean | std |",
         "|---|---|---|---|---|",

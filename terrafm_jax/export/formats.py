@@ -138,8 +138,8 @@ def _chosen(loaded: Loaded, sensors: Sequence[str]) -> tuple[str, ...]:
 def stablehlo(loaded: Loaded, size: tuple[int, int], sensors: Sequence[str] = ()) -> bytes:
     """A serialized ``jax.export`` program: (images per sensor) -> {"cls": [b, d], "patches": [b, h, w, d]}.
 
-    Images are float32 [b, H, W, bands] in DN (harmonized) or dB, NaN where nothing was measured, any number b of them,
-    H and W fixed; weights and statistics are inside. Runs on CPU, GPU and TPU by
+    Images are float32 [b, H, W, bands] in DN (harmonized) or dB, any number b of them, H and W fixed; NaN, and zero in
+    all bands of Sentinel-2, say that nothing was measured. Weights and statistics are inside. Runs on CPU, GPU, TPU by
     ``jax.export.deserialize(...).call(images)``.
     """
     # "gpu" stands for plain code: what the CPU gets by default is tuned for training there.
@@ -151,9 +151,10 @@ def stablehlo(loaded: Loaded, size: tuple[int, int], sensors: Sequence[str] = ()
         patches, measured = {}, {}
         for key, image in images.items():
             mean, std = (jnp.asarray(a)[None, None, None] for a in loaded.stats[key])
-            finite = jnp.isfinite(image).all(-1, keepdims=True)
-            patches[key] = patchify(jnp.where(finite, normalize(image, mean, std), FILL), spec.patch)
-            measured[key] = finite.any((1, 2, 3))
+            there = jnp.isfinite(image).all(-1, keepdims=True)
+            there &= (image != 0).any(-1, keepdims=True) | (SENSORS[key].unit != "DN")
+            patches[key] = patchify(jnp.where(there, normalize(image, mean, std), FILL), spec.patch)
+            measured[key] = there.any((1, 2, 3))
         found = encode(spec, backbone, patches, sensors_present(spec, measured))
         return {"cls": found.cls.astype(jnp.float32), "patches": found.patches.astype(jnp.float32)}
 

@@ -150,7 +150,7 @@ class TerraFM(nn.Module):
     """The encoder.
 
     Args:
-      config: what ``config.json`` holds: width, depth, heads, hidden, patch, grid, sensors, bands, mean, std,
+      config: what ``config.json`` holds: width, depth, heads, hidden, patch, grid, sensors, bands, units, mean, std,
         fusion (with queries, fusion_heads) and head (with prototypes, head_hidden, head_bottleneck).
     """
 
@@ -180,17 +180,21 @@ class TerraFM(nn.Module):
         return model.eval()
 
     def normalize(self, sensor: str, image: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Raw units [B, C, H, W] to the network's scale; pixels that are masked or not finite get the mean."""
+        """Raw units [B, C, H, W] to the network's scale; what :meth:`measured` leaves out gets the mean."""
         mean, std = getattr(self, f"{sensor}_mean"), getattr(self, f"{sensor}_std")
         x = (image - (mean - 2.0 * std)) / (4.0 * std)
-        x = torch.where(self._measured(image, mask), x, torch.full_like(x, 0.5))
+        x = torch.where(self.measured(sensor, image, mask), x, torch.full_like(x, 0.5))
         return x.to(mean.dtype)  # rasters may be float64
 
-    @staticmethod
-    def _measured(image: Tensor, mask: Tensor | None) -> Tensor:
-        """bool [B, 1, H, W]"""
-        measured = torch.isfinite(image).all(1, keepdim=True)
+    def measured(self, sensor: str, image: Tensor, mask: Tensor | None = None) -> Tensor:
+        """bool [B, 1, H, W]: pixels of [B, C, H, W] that are finite in all bands, no nodata and not masked."""
+        measured = torch.isfinite(image).all(1, keepdim=True) & ~self.nodata(sensor, image)
         return measured if mask is None else measured & ~mask[:, None]
+
+    def nodata(self, sensor: str, image: Tensor) -> Tensor:
+        """bool [B, 1, H, W]: zero in all bands of Sentinel-2; in some bands it is dark ground, and 0 dB a value."""
+        zero = (image == 0).all(1, keepdim=True)
+        return zero if self.config["units"][sensor] == "DN" else torch.zeros_like(zero)
 
     def positions(self, rows: int, columns: int) -> Tensor:
         """Position embeddings [1, 1 + rows * columns, d], interpolated as the released code does."""
@@ -211,7 +215,8 @@ class TerraFM(nn.Module):
         """Encodes images of one or several sensors.
 
         Args:
-          images: sensor -> [B, bands, H, W] in raw units; H and W multiples of the patch.
+          images: sensor -> [B, bands, H, W] in raw units; H and W multiples of the patch. NaN, and zero in all bands
+            of Sentinel-2, say that a pixel was not measured.
           present: bool [B, sensors of ``images`` in the model's order], for images that lack some. Without it a
             sensor takes no part in the fusion of an image in which it has no pixel.
           mask: bool [B, H, W], True where a pixel is no measurement.
@@ -219,7 +224,7 @@ class TerraFM(nn.Module):
         """
         images = self._checked(images)
         if present is None and len(images) > 1:
-            present = sensors_present([self._measured(x, mask) for x in images.values()])
+            present = sensors_present([self.measured(k, x, mask) for k, x in images.items()])
         return self.encode({k: self.normalize(k, x, mask) for k, x in images.items()}, present, layers)
 
     def encode(

@@ -47,6 +47,12 @@ class Source:
             self._kept[row] = sample
         return sample
 
+    def side(self) -> int:
+        """Side in px that images of this split have as they are delivered: the median over some of them."""
+        some = np.unique(np.linspace(0, len(self) - 1, 8).astype(int)) if len(self) else []
+        shapes = [np.shape(self.read(i).images[self.inputs[0]])[:2] for i in some]
+        return round(float(np.median([np.sqrt(h * w) for h, w in shapes]))) if shapes else 0
+
     def batch(self, rows: Sequence[int]) -> dict[str, Any]:
         """images, bands, offset per sensor and targets of the given rows."""
         samples = list(self._pool.map(self.read, rows))

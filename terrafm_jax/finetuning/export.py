@@ -88,6 +88,7 @@ def _card(tuned: Tuned, recorded: Mapping[str, Any]) -> str:
         "regression": "values [B, 1]",
     }[task]
     size = f"at {recorded['image_size']} px, to which images are resized" if recorded["image_size"] else "at any size"
+    size += f" (the images it was tuned on had {tuned.image_px} px: give such)" if tuned.image_px else ""
     given = ", ".join(f'"{k}": {k}' for k in tuned.spec.inputs)
     bands = "\n".join(f"* `{k}`: {', '.join(names)}" for k, names in tuned.bands.items())
     classes = f"\nClasses, in this order: {', '.join(tuned.classes)}.\n" if tuned.classes else ""
@@ -96,8 +97,8 @@ def _card(tuned: Tuned, recorded: Mapping[str, Any]) -> str:
         "The encoder of this folder was tuned for a task, whose head is in `head.safetensors`. With PyTorch alone:\n\n"
         "```python\nfrom finetuned_terrafm import FineTuned\n\n"
         f'model = FineTuned.from_pretrained(".")\nout = model({{{given}}})  # {comes}\n```\n\n'
-        f"Images are float tensors [B, bands, H, W] in harmonized DN and dB, {size}, with NaN where nothing was "
-        f"measured. Bands:\n\n{bands}\n{classes}\n"
+        f"Images are float tensors [B, bands, H, W] in harmonized DN and dB, {size}, with NaN, or zero in all "
+        f"bands of Sentinel-2, where nothing was measured. Bands:\n\n{bands}\n{classes}\n"
         "The following is about the encoder alone.\n"
     )
 

@@ -150,7 +150,7 @@ def predict_scene(
 
     Args:
       sensors: ``NAME=FILE`` as ``terrafm_jax.embed --sensor`` takes them.
-      window, overlap: pixels; the size the network was tuned at and half of it by default.
+      window, overlap: pixels; the size of the images that the network was tuned on and half of it by default.
       gsd: meters per pixel of the work grid; the finest band's by default. Should be that of the tuning images.
       overwrite: replace ``out``, which holds something else.
 
@@ -169,7 +169,7 @@ def predict_scene(
     acquisitions = resolve_all(sensors, declared or Declared())
     grid = target_grid(acquisitions, gsd)
     patch = tuned.spec.model.patch
-    window = window or tuned.spec.image_size or 224
+    window = window or tuned.window
     overlap = window // 2 // patch * patch if overlap is None else overlap
     plan = Plan(grid, window, overlap, patch, batch=batch)
     reader = SceneReader(acquisitions, grid)
@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sensor", action="append", required=True, metavar="NAME=FILE")
     parser.add_argument("--out", required=True, type=Path, help="MAP.tif")
     add_declarations(parser)
-    parser.add_argument("--window", type=int, default=0, help="pixels; default: the size it was tuned at")
+    parser.add_argument("--window", type=int, default=0, help="pixels; default: the size of the images it was tuned on")
     parser.add_argument("--overlap", type=int, default=None, help="pixels; default: half a window")
     parser.add_argument("--gsd", type=float, default=None, help="meters a pixel; default: the finest band's")
     parser.add_argument("--batch", type=int, default=8, help="windows at once")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def write_predictions(folder: Path, run: Run, state: TuneState, split: str, info
     if info.task == "segmentation":
         for i, classes in enumerate(found):
             sample = source.read(i)
-            name = sample.id.replace("/", "_").removesuffix(".tif")
+            name = re.sub(r"\.tiff?(?=/|$)", "", sample.id).replace("/", "_")
             write_mask(folder / f"{name}.tif", np.asarray(classes), sample.path, info.classes, sample.window)
         return
     with (folder / "predictions.csv").open("w", newline="") as f:
@@ -48,8 +49,8 @@ def write_mask(
 ) -> None:
     """uint8 GeoTIFF of class numbers [H, W], with colors and names.
 
-    Grid and CRS are those of the raster ``like`` when it has the size of the image, of which ``window`` was cut
-    (``Sample.window``).
+    CRS and extent are those of the raster ``like``, at the sampling of the mask, of which ``window`` was cut
+    (``Sample.window``). Without either where the two have not the same shape.
     """
     import rasterio
 
@@ -58,8 +59,9 @@ def write_mask(
     if like.lower().endswith((".tif", ".tiff")) and Path(like).exists():
         with rasterio.open(like) as src:
             row, column, whole = window or (0, 0, classes.shape)
-            if src.shape == whole and src.crs is not None:
-                corner = src.transform @ rasterio.Affine.translation(column, row)
+            if src.height * whole[1] == src.width * whole[0] and src.crs is not None:
+                pixel = rasterio.Affine.scale(src.height / whole[0])
+                corner = src.transform @ pixel @ rasterio.Affine.translation(column, row)
                 profile |= {"crs": src.crs, "transform": corner}
     with rasterio.open(path, "w", **profile) as dst:
         legend.write_palette(dst, names)

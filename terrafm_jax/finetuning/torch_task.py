@@ -5,7 +5,7 @@ Needs PyTorch and nothing else. Lies in an exported folder as ``finetuned_terraf
 
     from finetuned_terrafm import FineTuned
     model = FineTuned.from_pretrained("FOLDER")
-    out = model({"s2_l2a": dn})     # [B, bands, H, W] in raw units, NaN: not measured; bands as in model.bands
+    out = model({"s2_l2a": dn})     # [B, bands, H, W] in raw units; bands as in model.bands
 """
 
 from __future__ import annotations
@@ -146,11 +146,13 @@ class FineTuned(nn.Module):
     def forward(self, images: dict[str, Tensor]) -> Tensor:
         """[B, bands, H, W] per sensor (harmonized DN, dB) -> probabilities [B, C], [B, C, H, W], or values [B, 1].
 
-        NaN where nothing was measured. A sensor without any value in an image takes no part in its fusion.
+        NaN, and zero in all bands of Sentinel-2, say that nothing was measured. A sensor without any value in an
+        image takes no part in its fusion.
         """
         images = self.encoder._checked(images, resized=True)
         if not set(images) <= set(self.bands):
             raise ValueError(f"sensors {list(images)}; expected some of those tuned on: {list(self.bands)}")
+        images = {k: torch.where(self.encoder.nodata(k, x), torch.nan, x) for k, x in images.items()}
         own = next(iter(images.values())).shape[2:]
         size = self.settings["image_size"]
         patch = self.encoder.config["patch"]

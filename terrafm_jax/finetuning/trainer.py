@@ -314,6 +314,7 @@ class Run:
             "finetuned": {
                 **{k: v for k, v in dataclasses.asdict(spec).items() if k != "model"},
                 "classes": list(self.plan.classes), "scale": list(self.plan.scale), "bands": self._bands(),
+                "image_px": self.sources["train"].side(),
             },
         }  # fmt: skip
         partial, final = self.folder / "best.partial", self.folder / "best"
@@ -370,7 +371,8 @@ class Run:
                 pairs = zip(targets, found, strict=True)
                 counts += [metrics.confusion_matrix(t, p, plan.spec.outputs, ignore=plan.spec.ignore) for t, p in pairs]
                 pictures += list(found[: max(0, segmentation.SHOWN - len(pictures))])
-            result = segmentation.score_segmentation(label, [np.stack(counts)], settings, draws)
+            ids = self.sources[split].split.ids
+            result = segmentation.score_segmentation(label, [np.stack(counts)], settings, draws, ids)
             return dataclasses.replace(result, predictions=np.stack(pictures))
         parts = list(self.outputs(state, split))
         scores, targets = (np.concatenate([p[i] for p in parts]) for i in (0, 1))

@@ -19,7 +19,7 @@ from terrafm_jax.finetuning.network import TuneSpec
 from terrafm_jax.sensors import SENSORS
 from terrafm_jax.weights import WeightsError
 
-_RECORDED = ("bands", "classes", "scale")  # of meta["finetuned"], not fields of TuneSpec
+_RECORDED = ("bands", "classes", "scale", "image_px")  # of meta["finetuned"], not fields of TuneSpec
 
 
 class Tuned:
@@ -27,6 +27,7 @@ class Tuned:
 
     Attributes:
       spec: what was trained. classes: names, empty for regression. bands: per sensor, the bands it expects.
+      image_px: side of the images it was tuned on before they were resized to ``spec.image_size``; 0: not recorded.
       loaded: the encoder as the usual loader reads it (statistics, provenance).
     """
 
@@ -44,6 +45,7 @@ class Tuned:
         self.classes: list[str] = recorded["classes"]
         self.bands: dict[str, list[str]] = recorded["bands"]
         self.scale = tuple(recorded["scale"])
+        self.image_px: int = recorded.get("image_px", 0)
         self.head, self.state = head["head"], head.get("head_state", {})
         self._stats = {k: self.loaded.stats.arrays(k) for k in self.spec.inputs}
         self._jit = jax.jit(self._forward, static_argnames="size")
@@ -78,6 +80,15 @@ class Tuned:
         if (workdir / "config.json").exists():
             found["TERRAFM_CONFIG"] = provenance.digest(json.loads((workdir / "config.json").read_text()))
         return found
+
+    @property
+    def window(self) -> int:
+        """Side in px, a multiple of the patch, of the windows of a scene that look to the network as its images did.
+
+        Images are stretched to ``spec.image_size``: a window of that size would show the ground at another scale.
+        """
+        patch = self.spec.model.patch
+        return max(patch, round((self.image_px or self.spec.image_size or 224) / patch) * patch)
 
     def mask(self, sensor: str) -> np.ndarray:
         """bool [C] of the bands that the network was tuned on."""

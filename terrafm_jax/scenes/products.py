@@ -45,8 +45,9 @@ def from_folder(folder: Path, sensor: Sensor) -> Acquisition:
       SceneError: several products or dates, another level, radar geometry, or no band.
     """
     folder = _product_folder(folder)
-    # Quality masks (QI_DATA/MSK_DETFOO_B02.jp2) end in band names too.
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in RASTERS and not p.name.startswith("MSK_"))
+    # Quality masks (QI_DATA/MSK_DETFOO_B02.jp2) end in band names too, and what macOS leaves beside files (._B02.tif).
+    no_bands = ("MSK_", ".")
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in RASTERS and not p.name.startswith(no_bands))
     safe = folder.suffix.upper() == ".SAFE" or any(folder.glob("MTD_MSI*.xml"))
     _refuse_radar_geometry(folder)
     classes = [path for path in files if _SCL.search(path.stem)]

@@ -180,10 +180,17 @@ class Split(Sequence[Sample]):
 
     Attributes:
       labels: targets [N] without reading pixels where the format allows it, else None (stratified subsets need it).
+      state: of the files of sample i, a text that changes when they do, where the reader knows of it.
     """
 
-    def __init__(self, ids: Sequence[str], read: Callable[[int], Sample], labels: np.ndarray | None = None):
-        self.ids, self._read, self.labels = list(ids), read, labels
+    def __init__(
+        self,
+        ids: Sequence[str],
+        read: Callable[[int], Sample],
+        labels: np.ndarray | None = None,
+        state: Callable[[int], str] = lambda i: "",
+    ):
+        self.ids, self._read, self.labels, self.state = list(ids), read, labels, state
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -196,10 +203,11 @@ class Split(Sequence[Sample]):
     def subset(self, indices: Sequence[int]) -> Split:
         indices = [int(i) for i in indices]
         labels = None if self.labels is None else self.labels[indices]
-        return Split([self.ids[i] for i in indices], lambda i: self._read(indices[i]), labels)
+        ids = [self.ids[i] for i in indices]
+        return Split(ids, lambda i: self._read(indices[i]), labels, lambda i: self.state(indices[i]))
 
     def map(self, change: Callable[[Sample], Sample]) -> Split:
-        return Split(self.ids, lambda i: change(self._read(i)), self.labels)
+        return Split(self.ids, lambda i: change(self._read(i)), self.labels, self.state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,13 +228,14 @@ class Dataset:
 
     def fingerprint(self, split: str, keys: Sequence[str]) -> str:
         """Changes with what stands for a split in a cache: samples and their order, what is known of their labels
-        without reading images, the declaration of classes and inputs, windows. Pixels and masks are not looked at.
+        without reading images, the state of their files, the declaration of classes and inputs, windows.
         """
         info, samples = self.info, self.splits[split]
         declared = {k: dataclasses.asdict(info.inputs[k]) for k in keys}
         labels = None if samples.labels is None else np.asarray(samples.labels).tolist()
         kind = [info.task, info.classes, info.ignore, self.tile]
-        text = json.dumps([info.name, samples.ids, declared, labels, kind], sort_keys=True, default=str)
+        states = "".join(samples.state(i) for i in range(len(samples)))
+        text = json.dumps([info.name, samples.ids, declared, labels, kind, states], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -125,7 +126,13 @@ class _Reader:
             return Sample(self._relative(path), loaded, target, after=after, path=str(path))
 
         labels = None if targets is None else np.asarray(targets)
-        whole = Split([self._relative(p) for p in kept], faults.naming_all(read, len(kept)), labels)
+
+        @functools.cache
+        def state(i: int) -> str:
+            files = (path.stat() for path in self._files(kept[i]) if path.exists())
+            return " ".join(f"{found.st_size}:{found.st_mtime_ns}" for found in files)
+
+        whole = Split([self._relative(p) for p in kept], faults.naming_all(read, len(kept)), labels, state)
         return Dataset(info, {k: whole.subset(rows) for k, rows in self._splits(kept, labels).items()})
 
     # --- files ---
@@ -142,6 +149,7 @@ class _Reader:
         suffix = self.declared[key].get("suffix", "")
         folder = files.need(self._folder(key), f"images of {key}")
         found = (p for p in folder.rglob("*") if p.suffix.lower() in (".tif", ".tiff") and p.name.endswith(suffix))
+        found = (p for p in found if not p.name.startswith("."))  # macOS leaves ._a.tif beside a.tif
         masks = self.root / self.spec.get("masks", ".")
         inside = folder in masks.parents  # masks below the images' folder are no images
         return sorted(p for p in found if not (inside and masks in p.parents))
@@ -151,6 +159,15 @@ class _Reader:
         first = next(iter(self.declared))
         name = path.relative_to(self._folder(first)).as_posix()
         return name.removesuffix(self.declared[first].get("suffix", "")) or name
+
+    def _files(self, path: Path) -> list[Path]:
+        """Every file of the sample of an image: images of all sensors and dates, and the mask."""
+        name = self._relative(path)
+        folders = [
+            (k, f) for k in self.inputs for f in (self._folder(k), self.root / self.declared[k].get("after", "."))
+        ]
+        found = [folder / (name + self.declared[k].get("suffix", "")) for k, folder in folders]
+        return [*found, self.root / self.spec.get("masks", ".") / (name + self.spec.get("mask_suffix", ""))]
 
     def _image(self, key: str, path: Path, folder: Path | None = None) -> np.ndarray:
         folder = folder or self._folder(key)
