@@ -92,6 +92,7 @@ class _Merged:
         self.rejected: list[tuple[str, str, str]] = []
         self.notes: list[tuple[str, str]] = []
         self.shared: set[str] = set()
+        self.empty = 0
         self._rows: dict[str, list[np.ndarray]] = {split: [] for split in tiles.SPLITS}
 
     def add(self, chunk: int) -> None:
@@ -113,6 +114,7 @@ class _Merged:
         self.rejected += [tuple(row) for row in meta["rejected"]]
         self.notes += [tuple(note) for note in meta["notes"]]
         self.shared.update(meta["shared"])
+        self.empty += meta.get("empty", 0)  # chunks of an earlier version did not count
 
     def _layout(self, layout: dict[str, list[int]]) -> int:
         if layout not in self.layouts:
@@ -155,6 +157,7 @@ class _Merged:
             "lost_between_splits": round(straddling / tiles_seen, 6) if tiles_seen else 0.0,
             "cells_sharing_ground": len(self.shared),
             "cells_sharing_ground_examples": sorted(self.shared)[:50],
+            "cells_without_tile": self.empty,
             "rejected": len(self.rejected),
             "rejected_reasons": dict(sorted(Counter(_kind(r[2]) for r in self.rejected).items())),
             "rejected_examples": {_kind(reason): f"{unit}: {reason}" for unit, _, reason in reversed(self.rejected)},
