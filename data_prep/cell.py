@@ -16,7 +16,7 @@ from data_prep.ground import share_ground
 from data_prep.harmonize import Offset, snap_origin
 from data_prep.optical import optical
 from data_prep.radar import power_from, same_place, to_hundredths, warp_power
-from data_prep.raster import BadInput, Grid, NotThere
+from data_prep.raster import BadInput, Grid, NotThere, check_projection
 from data_prep.records import Group, Layer
 from data_prep.splits import BlockSplit, unit_hash
 from data_prep.worldcover import WorldCover, fractions, lonlat_outline, majority, oceans
@@ -143,6 +143,7 @@ def _layers(cell: Cell, options: Options, dropped: Counter[str]) -> dict[str, La
             if "s1" in options.require:
                 raise
             dropped["s1 does not reach a cell"] += 1
+    check_projection(systems or {key: layer.finest.crs for key, layer in layers.items()})
     for key in list(layers):
         share = quality.nodata_share(layers[key].valid)
         if quality.is_black(share):

@@ -36,7 +36,7 @@ from data_prep.delivered import Cell, SensorInput
 from data_prep.ground import Place
 from data_prep.harmonize import Offset
 from data_prep.manifest import from_manifest
-from data_prep.raster import BadInput, Grid, NotThere, Raster, first_line, grid_of, open_raster
+from data_prep.raster import BadInput, Grid, NotThere, Raster, check_projection, first_line, grid_of, open_raster
 from data_prep.scenes import (
     CLOUD_MASK,
     LANDCOVER,
@@ -86,26 +86,31 @@ class GeoTiffs:
             target = target.window(*block)
         sensors: dict[str, SensorInput] = {}
         beside, nameless = [], []
+        systems: dict[str, dict[str, str]] = {key: {} for key in EXTENT_ORDER}
         for key in EXTENT_ORDER:  # Sentinel-1 last: with Sentinel-2 it will be warped, alone it is cut
             files = [f for f in scene.files if f.sensor == key]
             try:
                 if files:
                     area = None if block is None else _Area(target, key == "s1" and bool(sensors))
-                    sensors[key] = self._sensor(key, files, area)
+                    sensors[key] = self._sensor(key, files, area, systems[key])
             except NotThere:  # swaths differ: a part of the scene has this sensor, another has not
                 beside.append(key)
             except Unnamed as error:  # all of them at once: else every sensor costs another start
                 nameless.append((key, error))
         if nameless:
             raise together(nameless)
+        optical = {path: crs for key, those in systems.items() if key != "s1" for path, crs in those.items()}
+        check_projection(optical or systems["s1"])  # beside Sentinel-2, Sentinel-1 is warped from wherever it lies
         cover = [f for f in scene.files if f.sensor == LANDCOVER]
         codes = _landcover(cover, target) if cover else None
         return Cell(unit.cell, sensors, unit.number, unit.split, None, codes, unit.rivals, beside)
 
-    def _sensor(self, key: str, files: Sequence[SceneFile], area: _Area | None) -> SensorInput:
+    def _sensor(self, key: str, files: Sequence[SceneFile], area: _Area | None, systems: dict[str, str]) -> SensorInput:
+        """The bands of one sensor; adds the CRS of each file to ``systems``. Raises BadInput."""
         rasters: dict[str, Raster] = {}
         for file in files:
             for name, raster in _bands(key, file, area, self.bands.get(key, ())).items():
+                systems[file.path] = raster.grid.crs
                 if name in rasters:
                     raise BadInput(f"{key}: band {name} twice, again in {file.path}")
                 rasters[name] = raster

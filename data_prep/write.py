@@ -177,7 +177,7 @@ _KINDS = (  # the first that fits
     "nodata not declared", "radar geometry", "8-bit values", "reflectance is no multiple", "are no reflectance",
     "cannot be read as an image", "truncated", "missing band", "sensors missing", "wrong size", "wrong CRS",
     "different CRS", "no georeference", "black", "NaN", "are no DN", "fractional values", "one value in all pixels",
-    "no such file", "ends the worker", "WorldCover maps",
+    "no such file", "ends the worker", "WorldCover maps", "projection is no UTM",
 )  # fmt: skip
 
 
