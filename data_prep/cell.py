@@ -230,7 +230,7 @@ def _tile(
         return "straddles splits"
     rivals = [r for r in cell.rivals if r.split != split and share_ground(grid, r.footprint)]
     if rivals:
-        shared |= {f"{cell.name} ({split}) gives way to {r.cell} ({r.split})" for r in rivals}
+        shared |= {f"{cell.name} ({split}) gives way to {r}" for r in rivals}
         return SHARED
     name = cell.name if cell.number == 0 else f"{cell.name}/p{cell.number}"
     tile_id = f"{name}/{window.name}"

@@ -208,7 +208,7 @@ def report(summary: dict[str, Any], directory: Path) -> str:
     lines += [f"  {split}: {summary['tiles'][split]} tiles" for split in SPLITS if split in summary["tiles"]]
     lines.append(f"  lost between splits: {100 * summary['lost_between_splits']:.2f} % of the tiles")
     if summary.get("cells_sharing_ground"):
-        lines.append(f"  {summary['cells_sharing_ground']} pairs of cells in different splits SHARE GROUND:")
+        lines.append(f"  {summary['cells_sharing_ground']} x cells in different splits SHARE GROUND:")
         lines += [f"    {text}" for text in summary["cells_sharing_ground_examples"][:5]]
     if summary["offset_conflicts"]:
         lines.append(f"  {summary['offset_conflicts']} products whose id and pixels disagree on the offset")

@@ -242,7 +242,7 @@ def units_of(scene: Scene, options: Options, split: str | None) -> tuple[list[Un
     products = tuple({(f.sensor, f.product): None for f in scene.files if f.sensor != LANDCOVER and f.product})
     try:
         grid = _finest_grid(scene)
-        lon, lat = lonlat_outline(grid)
+        lon, lat = outline = lonlat_outline(grid)
     except (BadInput, rasterio.errors.CRSError):  # it will be rejected when it is read
         unit = Unit(scene.cell, scene.number, (scene, None), products, split, split or "unknown")
         return [unit], Place(scene.cell, split, None, 0.0, None)
@@ -252,12 +252,12 @@ def units_of(scene: Scene, options: Options, split: str | None) -> tuple[list[Un
         products += _without_id(scene, {key for key, _ in products})
     for block in parts:
         name = scene.cell if block is None else f"{scene.cell}@r{block[0]}_c{block[1]}"
-        area = lonlat_outline(grid if block is None else grid.window(*block))
+        area = outline if block is None else lonlat_outline(grid.window(*block))
         expected = options.blocks.splits(*area)
         outlook = split or (expected.pop() if len(expected) == 1 else "mixed")
         found.append(Unit(name, scene.number, (scene, block), products, split, outlook))
     center = (float(lat.mean()), (float(lon.mean()) + 180.0) % 360.0 - 180.0)
-    return found, Place(scene.cell, split, center, ground.radius(grid), grid)
+    return found, Place(scene.cell, split, center, ground.radius(outline), grid)
 
 
 def _without_id(scene: Scene, known: Set[str]) -> tuple[tuple[str, str], ...]:
@@ -282,7 +282,8 @@ def plan(args: argparse.Namespace, options: Options, cover: WorldCover) -> tuple
     scenes, skipped = _found(args)
     source = GeoTiffs(args.s1_unit, args.s2_unit, stated_orders(args.bands), facts(scenes) if args.manifest else "")
     scenes = [s for s in scenes if all(any(f.sensor == key for f in s.files) for key in options.require)]
-    planned = [units_of(scene, options, scene.split) for scene in scenes]
+    with rasterio.Env():  # one, or every open and every outline sets up its own
+        planned = [units_of(scene, options, scene.split) for scene in scenes]
     centers = [place.center for _, place in planned]
     keep, fixed = cli.chosen_cells([s.cell for s in scenes], centers, args)
     chosen = [
@@ -295,7 +296,8 @@ def plan(args: argparse.Namespace, options: Options, cover: WorldCover) -> tuple
     for (found, place), near in zip(chosen, ground.rivals([place for _, place in chosen]), strict=True):
         split = place.split
         units += [dataclasses.replace(u, split=split, outlook=split or u.outlook, rivals=near) for u in found]
-    cli.check_maps(cover, {name for found, place in chosen for u in found for name in _maps(u, place)})
+    if cover.folder:
+        cli.check_maps(cover, {name for found, place in chosen for u in found for name in _maps(u, place)})
     counts: Counter[str] = Counter({f"files: {reason}": n for reason, n in skipped.items()})
     return source, units, {"scenes": len(scenes), "units": len(units), **counts}
 
