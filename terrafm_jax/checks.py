@@ -7,6 +7,7 @@ and records it). Thresholds were measured on real tiles; those of the baseline o
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ _BACKSCATTER = (-60.0, 20.0)  # dB, of a median
 _FEW_ZEROS = 0.01  # share of exactly 0 dB: decibels to a tenth reach half of it over the brightest ground
 B10_DARK = 100.0  # DN: the median of B10 wherever there is no thick cirrus (real tiles: 8..52)
 _FAR = 300.0  # DN between the band that is B10 and one that is called so
+TWELVE = "12 bands without B10, as Level-2A has them (Level-1C has 13): is the sensor s2_l2a?"
 _SAMPLE = 200_000  # values of a band that are looked at
 
 
@@ -97,6 +99,24 @@ def level(key: str, names: Sequence[str | None]) -> list[Finding]:
     if key != "s2_l2a" or not any(is_b10(name) for name in names if name):
         return []
     return [Finding("B10 means Level-1C: use s2_l1c (Level-2A holds no B10)", True)]
+
+
+def without_b10(key: str, names: Sequence[str | None], product: str = "") -> str:
+    """What looks wrong with a Level-1C input of the model's twelve bands and no B10; "" if nothing does.
+
+    Args:
+      names: whatever its bands are called.
+      product: an id of ESA's that says L1C is proof enough.
+    """
+    given = {band_name(name, S2_L1C) for name in names if name}
+    if (
+        key != S2_L1C.key
+        or not given >= set(S2_L1C.band_names)
+        or "B10" in given
+        or re.search(r"S2[A-D]_\w*L1C", product)
+    ):
+        return ""
+    return f"{key} of {TWELVE}"
 
 
 def hides(source: Any) -> bool:

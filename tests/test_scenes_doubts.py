@@ -56,6 +56,16 @@ def test_an_offset_that_was_never_inside(tmp_path: Path, caplog: pytest.LogCaptu
     assert "never 900" in caplog.text
 
 
+def test_twelve_bands_called_level_1c(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    names = SENSORS["s2_l1c"].band_names
+    found = resolve(f"s2_l1c={write(tmp_path / 'a.tif', DARK, names=names)}", Declared())
+    assert "12 bands without B10, as Level-2A has them (Level-1C has 13)" in found.doubts[0]
+    product = "S2A_MSIL1C_20200605T103031_N0209_R108_T32TPT_20200605T120000"
+    assert not resolve(f"s2_l1c={write(tmp_path / f'{product}.tif', DARK, names=names)}", Declared()).doubts
+    assert not resolve(f"s2_l2a={tmp_path / 'a.tif'}", Declared()).doubts
+    assert "is the sensor s2_l2a?" in fails(capsys, f"--sensor=s2_l1c={write(tmp_path / 'b.tif', DARK)}")
+
+
 def test_b10_that_is_another_band_tells_a_wrong_order_and_no_offset(tmp_path: Path) -> None:
     """EuroSAT's files, whose B8A is last, read in ESA's order: B10 is elsewhere, and dark."""
     delivered = surface(64, 64, 13) + 1500

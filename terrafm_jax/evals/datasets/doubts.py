@@ -25,13 +25,14 @@ def doubts(dataset: Dataset) -> list[str]:
     """
     split = next(iter(dataset.splits.values()))
     rows = np.unique(np.linspace(0, len(split) - 1, min(SAMPLES, len(split))).astype(int)) if len(split) else []
-    found = []
+    levels = [checks.without_b10(k, i.bands) for k, i in dataset.info.inputs.items() if "L1C" not in i.level.upper()]
+    found = [f"{dataset.info.name}: {text} If not, say level: L1C" for text in levels if text]
     for key, source in dataset.info.inputs.items():
         try:
             samples = [split[i] for i in rows]
             images = [canonical(source, s.images[key]).reshape(-1, len(source.mask))[:, source.mask] for s in samples]
         except (ValueError, OSError):
-            return []
+            return found
         pixels = np.concatenate(images or [np.zeros((0, 1), np.float32)])
         pixels = pixels[np.isfinite(pixels).all(1)]
         if not len(pixels):
