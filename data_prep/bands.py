@@ -9,6 +9,7 @@ import rasterio
 from rasterio.errors import RasterioError
 
 from data_prep.raster import BadInput
+from terrafm_jax.checks import TWELVE
 from terrafm_jax.sensors import SENSORS, band_name
 
 _STATE = ": state their order in the bands column of a manifest or with --bands"
@@ -38,6 +39,8 @@ def unnamed(key: str, source: rasterio.DatasetReader, what: str) -> Unnamed:
     fits = f"in ESA's order --bands {key}={usual}"
     if key == "s2_l2a" and (source.count == 13 or "B10" in [band_name(d) for d in source.descriptions if d]):
         fits = "a 13th band is B10, and B10 means Level-1C: is the sensor s2_l1c?"
+    elif key == "s2_l1c" and source.count == 12:
+        fits = TWELVE
     elif key == "s2_l1c" and source.count == 13:
         dark = _cirrus_band(source)
         order = {10: usual, 9: "B01..B12,B8A"}.get(dark)

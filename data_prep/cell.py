@@ -16,11 +16,11 @@ from data_prep.ground import share_ground
 from data_prep.harmonize import Offset, snap_origin
 from data_prep.optical import optical
 from data_prep.radar import power_from, same_place, to_hundredths, warp_power
-from data_prep.raster import BadInput, Grid, NotThere
+from data_prep.raster import BadInput, Grid, NotThere, check_projection
 from data_prep.records import Group, Layer
 from data_prep.splits import BlockSplit, unit_hash
 from data_prep.worldcover import WorldCover, fractions, lonlat_outline, majority, oceans
-from terrafm_jax import landcover
+from terrafm_jax import checks, landcover
 from terrafm_jax.data.tiles import EXTENT_ORDER, INDEX_DTYPE, SPLITS
 from terrafm_jax.sensors import S1, SENSOR_KEYS
 
@@ -88,13 +88,14 @@ class Prepared:
     """Tiles of a cell, how many were left out and why.
 
     ``notes``: offsets where product id and pixels disagree; ``shared``: cells whose listed split keeps ground
-    that a tile would have covered, too.
+    that a tile would have covered, too; ``doubts``: what looks wrong with the cell as a whole.
     """
 
     tiles: list[Tile]
     dropped: Counter[str]
     notes: list[str]
     shared: set[str]
+    doubts: list[str] = dataclasses.field(default_factory=list)
 
 
 def prepare(cell: Cell, cover: WorldCover, options: Options) -> Prepared:
@@ -121,7 +122,8 @@ def prepare(cell: Cell, cover: WorldCover, options: Options) -> Prepared:
         else:
             dropped[tile] += 1
     notes = [f"{key} {x.given.product}: {x.offset.source}" for key, x in layers.items() if x.offset.conflict]
-    return Prepared(tiles, dropped, notes, shared)
+    levels = [checks.without_b10(key, list(x.given.bands), x.given.product) for key, x in layers.items()]
+    return Prepared(tiles, dropped, notes, shared, [text for text in levels if text])
 
 
 def _layers(cell: Cell, options: Options, dropped: Counter[str]) -> dict[str, Layer]:
@@ -143,6 +145,7 @@ def _layers(cell: Cell, options: Options, dropped: Counter[str]) -> dict[str, La
             if "s1" in options.require:
                 raise
             dropped["s1 does not reach a cell"] += 1
+    check_projection(systems or {key: layer.finest.crs for key, layer in layers.items()})
     for key in list(layers):
         share = quality.nodata_share(layers[key].valid)
         if quality.is_black(share):
@@ -229,7 +232,7 @@ def _tile(
         return "straddles splits"
     rivals = [r for r in cell.rivals if r.split != split and share_ground(grid, r.footprint)]
     if rivals:
-        shared |= {f"{cell.name} ({split}) gives way to {r.cell} ({r.split})" for r in rivals}
+        shared |= {f"{cell.name} ({split}) gives way to {r}" for r in rivals}
         return SHARED
     name = cell.name if cell.number == 0 else f"{cell.name}/p{cell.number}"
     tile_id = f"{name}/{window.name}"

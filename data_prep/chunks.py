@@ -218,6 +218,8 @@ class _Content:
         self.dropped: Counter[str] = Counter()
         self.notes: list[tuple[str, str]] = []
         self.shared: set[str] = set()
+        self.doubts: Counter[str] = Counter()
+        self.empty = 0  # cells that were read and left no tile
 
     def reject(self, unit: Unit, reason: str) -> None:
         self.rejected.append((unit.key, " ".join(product for _, product in unit.products), reason))
@@ -226,6 +228,8 @@ class _Content:
         self.dropped.update(prepared.dropped)
         self.notes += [(unit.key, note) for note in prepared.notes]
         self.shared |= prepared.shared
+        self.doubts.update(prepared.doubts if prepared.tiles else ())
+        self.empty += not prepared.tiles
         for tile in prepared.tiles:
             if tile.layout not in self.layouts:
                 if len(self.layouts) == MOST_LAYOUTS:
@@ -240,7 +244,7 @@ class _Content:
     def arrays(self, shards: _Shards) -> dict[str, np.ndarray]:
         meta = {"count": dict(shards.count), "bytes": dict(shards.bytes), "layouts": self.layouts}
         meta |= {"rejected": self.rejected, "dropped": dict(self.dropped), "notes": self.notes}
-        meta["shared"] = sorted(self.shared)
+        meta |= {"shared": sorted(self.shared), "empty": self.empty, "doubts": dict(self.doubts)}
         index = {f"index_{split}": np.array(found, INDEX_DTYPE) for split, found in self.rows.items()}
         return {"meta": np.array(json.dumps(meta)), **index, **self.tally.arrays()}
 

@@ -199,14 +199,16 @@ _OF_THE_JOB = ("sea_keep", "digest", "job")
 def report(summary: dict[str, Any], directory: Path) -> str:
     """The closing summary for people."""
     if not summary["tiles"]:
-        return "\n".join([f"nothing prepared, no tile is left for {directory}:", *_losses(summary, directory)])
+        lines = [f"nothing prepared, no tile is left for {directory}:", *_cells(summary), *_losses(summary, directory)]
+        return "\n".join([*lines, f"  look at: {_suspects(summary, directory)}"])
     lines = [f"prepared data set: {directory} ({summary['bytes'] / 1e6:.1f} MB of records)"]
     seen = itertools.takewhile(lambda item: item[0] != "tiles", summary.items())  # what planning counted comes first
     lines.append("  source: " + ", ".join(f"{n} {what}" for what, n in seen if what not in _OF_THE_JOB))
+    lines += _cells(summary)
     lines += [f"  {split}: {summary['tiles'][split]} tiles" for split in SPLITS if split in summary["tiles"]]
     lines.append(f"  lost between splits: {100 * summary['lost_between_splits']:.2f} % of the tiles")
     if summary.get("cells_sharing_ground"):
-        lines.append(f"  {summary['cells_sharing_ground']} pairs of cells in different splits SHARE GROUND:")
+        lines.append(f"  {summary['cells_sharing_ground']} x cells in different splits SHARE GROUND:")
         lines += [f"    {text}" for text in summary["cells_sharing_ground_examples"][:5]]
     if summary["offset_conflicts"]:
         lines.append(f"  {summary['offset_conflicts']} products whose id and pixels disagree on the offset")
@@ -214,6 +216,29 @@ def report(summary: dict[str, Any], directory: Path) -> str:
     lines += [f"  LOOKS WRONG: {text}" for text in summary.get("looks_wrong", [])]
     lines.append(f"  look at it: python -m data_prep.inspect {directory}")
     return "\n".join(lines)
+
+
+def _cells(summary: dict[str, Any]) -> list[str]:
+    """What became of the cells: one line that adds up; [] for summaries of earlier versions, which did not count."""
+    if "cells_without_tile" not in summary:
+        return []
+    rejected, without = summary["rejected"], summary["cells_without_tile"]
+    prepared = summary["units"] - rejected - without
+    return [f"  cells: {prepared} prepared, {rejected} rejected, {without} without a tile (of {summary['units']})"]
+
+
+def _suspects(summary: dict[str, Any], directory: Path) -> str:
+    """Where to look when no tile is left: the reasons of rejected cells, the flags behind what was left out."""
+    flags = {
+        "straddles splits": "--block-degrees, --split-shares or --splits",
+        "shares ground with another split": "--splits",
+        "open ocean": "--sea-keep",
+        "black": "the files (nodata everywhere)",
+        "nodata": "--max-nodata, --require",
+    }
+    found = [str(directory / "rejected.csv")] if summary["rejected"] else []
+    found += [what for reason, what in flags.items() if any(text.startswith(reason) for text in summary["left_out"])]
+    return "; ".join(found)
 
 
 def _losses(summary: dict[str, Any], directory: Path) -> list[str]:

@@ -14,11 +14,11 @@ import numpy as np
 
 from data_prep.radar import NOTHING
 from data_prep.raster import BadInput, Raster
-from terrafm_jax.checks import B10_DARK, EIGHT_BIT, exchanged, misplaced_b10
+from terrafm_jax.checks import B10_DARK, EIGHT_BIT, UNDECLARED, exchanged, misplaced_b10, zero_share
 from terrafm_jax.sensors import S1, SENSORS
+from terrafm_jax.units import NOISE_FLOOR
 
 RADAR = (-35.0, 5.0)  # dB: medians of land and sea, VV and VH, gamma0 and sigma0
-_RADAR_NOTHING = -60.0  # dB, far below the noise of the instrument
 _FEW = 16  # pixels that say nothing
 _DEVIATIONS = 6.0  # published standard deviations between a median and the published mean
 
@@ -38,7 +38,7 @@ def thin(pixels: np.ndarray) -> np.ndarray:
 def repeated_low(pixels: np.ndarray, below: float) -> float | None:
     """The lowest value of ``pixels`` [...] if it lies below a limit in many of them: nodata that nobody declared."""
     low = pixels.min() if pixels.size else below
-    return float(low) if low < below and (pixels == low).mean() > 1e-3 else None
+    return float(low) if low < below and (pixels == low).mean() > UNDECLARED else None
 
 
 def check_radar(name: str, raster: Raster, unit: str) -> None:
@@ -69,7 +69,7 @@ def check_radar(name: str, raster: Raster, unit: str) -> None:
             f"{what}: implausible backscatter, median {middle:+.1f} dB if read as {unit}, expected "
             f"{RADAR[0]:.0f}..+{RADAR[1]:.0f}: amplitude, DN or |dB|? Give calibrated power (linear) or dB"
         )
-    if middle < _RADAR_NOTHING:
+    if middle < NOISE_FLOOR:
         raise BadInput(
             f"{what}: implausible backscatter, median {middle:.1f} dB if read as {unit}, expected "
             f"{RADAR[0]:.0f}..+{RADAR[1]:.0f}: scaled dB? Give calibrated power (linear) or dB"
@@ -80,8 +80,8 @@ def check_zeros(rasters: Sequence[Raster], unit: str) -> None:
     """Raises BadInput where decibels are exactly zero in all polarizations at once: SNAP's nodata, not declared."""
     if unit != "dB" or any(raster.nodata == 0 for raster in rasters):
         return
-    share = np.logical_and.reduce([thin(raster.pixels) == 0 for raster in rasters]).mean()
-    if share > 1e-3:
+    share = zero_share([thin(raster.pixels) for raster in rasters])
+    if share > UNDECLARED:
         raise BadInput(
             f"s1: nodata not declared? {100 * share:.1f} % of the pixels are exactly 0 dB in all polarizations; name 0 "
             "in the manifest's nodata column or in the files (gdal_edit.py -a_nodata 0 FILE)"
@@ -95,7 +95,7 @@ def _decibels(what: str, values: np.ndarray) -> np.ndarray:
             f"{what}: taken as dB, but values {values.min():.4g}..{values.max():.4g} are hardly ever below zero: "
             "power (= linear) or |dB|?"
         )
-    low = repeated_low(values[values > NOTHING], _RADAR_NOTHING)
+    low = repeated_low(values[values > NOTHING], NOISE_FLOOR)
     if low is not None:
         raise BadInput(
             f"{what}: nodata not declared? {low:g} is no backscatter; name it in the manifest's nodata column"

@@ -36,7 +36,7 @@ from data_prep.delivered import Cell, SensorInput
 from data_prep.ground import Place
 from data_prep.harmonize import Offset
 from data_prep.manifest import from_manifest
-from data_prep.raster import BadInput, Grid, NotThere, Raster, first_line, grid_of, open_raster
+from data_prep.raster import BadInput, Grid, NotThere, Raster, check_projection, first_line, grid_of, open_raster
 from data_prep.scenes import (
     CLOUD_MASK,
     LANDCOVER,
@@ -86,26 +86,31 @@ class GeoTiffs:
             target = target.window(*block)
         sensors: dict[str, SensorInput] = {}
         beside, nameless = [], []
+        systems: dict[str, dict[str, str]] = {key: {} for key in EXTENT_ORDER}
         for key in EXTENT_ORDER:  # Sentinel-1 last: with Sentinel-2 it will be warped, alone it is cut
             files = [f for f in scene.files if f.sensor == key]
             try:
                 if files:
                     area = None if block is None else _Area(target, key == "s1" and bool(sensors))
-                    sensors[key] = self._sensor(key, files, area)
+                    sensors[key] = self._sensor(key, files, area, systems[key])
             except NotThere:  # swaths differ: a part of the scene has this sensor, another has not
                 beside.append(key)
             except Unnamed as error:  # all of them at once: else every sensor costs another start
                 nameless.append((key, error))
         if nameless:
             raise together(nameless)
+        optical = {path: crs for key, those in systems.items() if key != "s1" for path, crs in those.items()}
+        check_projection(optical or systems["s1"])  # beside Sentinel-2, Sentinel-1 is warped from wherever it lies
         cover = [f for f in scene.files if f.sensor == LANDCOVER]
         codes = _landcover(cover, target) if cover else None
         return Cell(unit.cell, sensors, unit.number, unit.split, None, codes, unit.rivals, beside)
 
-    def _sensor(self, key: str, files: Sequence[SceneFile], area: _Area | None) -> SensorInput:
+    def _sensor(self, key: str, files: Sequence[SceneFile], area: _Area | None, systems: dict[str, str]) -> SensorInput:
+        """The bands of one sensor; adds the CRS of each file to ``systems``. Raises BadInput."""
         rasters: dict[str, Raster] = {}
         for file in files:
             for name, raster in _bands(key, file, area, self.bands.get(key, ())).items():
+                systems[file.path] = raster.grid.crs
                 if name in rasters:
                     raise BadInput(f"{key}: band {name} twice, again in {file.path}")
                 rasters[name] = raster
@@ -237,7 +242,7 @@ def units_of(scene: Scene, options: Options, split: str | None) -> tuple[list[Un
     products = tuple({(f.sensor, f.product): None for f in scene.files if f.sensor != LANDCOVER and f.product})
     try:
         grid = _finest_grid(scene)
-        lon, lat = lonlat_outline(grid)
+        lon, lat = outline = lonlat_outline(grid)
     except (BadInput, rasterio.errors.CRSError):  # it will be rejected when it is read
         unit = Unit(scene.cell, scene.number, (scene, None), products, split, split or "unknown")
         return [unit], Place(scene.cell, split, None, 0.0, None)
@@ -247,12 +252,12 @@ def units_of(scene: Scene, options: Options, split: str | None) -> tuple[list[Un
         products += _without_id(scene, {key for key, _ in products})
     for block in parts:
         name = scene.cell if block is None else f"{scene.cell}@r{block[0]}_c{block[1]}"
-        area = lonlat_outline(grid if block is None else grid.window(*block))
+        area = outline if block is None else lonlat_outline(grid.window(*block))
         expected = options.blocks.splits(*area)
         outlook = split or (expected.pop() if len(expected) == 1 else "mixed")
         found.append(Unit(name, scene.number, (scene, block), products, split, outlook))
     center = (float(lat.mean()), (float(lon.mean()) + 180.0) % 360.0 - 180.0)
-    return found, Place(scene.cell, split, center, ground.radius(grid), grid)
+    return found, Place(scene.cell, split, center, ground.radius(outline), grid)
 
 
 def _without_id(scene: Scene, known: Set[str]) -> tuple[tuple[str, str], ...]:
@@ -277,7 +282,8 @@ def plan(args: argparse.Namespace, options: Options, cover: WorldCover) -> tuple
     scenes, skipped = _found(args)
     source = GeoTiffs(args.s1_unit, args.s2_unit, stated_orders(args.bands), facts(scenes) if args.manifest else "")
     scenes = [s for s in scenes if all(any(f.sensor == key for f in s.files) for key in options.require)]
-    planned = [units_of(scene, options, scene.split) for scene in scenes]
+    with rasterio.Env():  # one, or every open and every outline sets up its own
+        planned = [units_of(scene, options, scene.split) for scene in scenes]
     centers = [place.center for _, place in planned]
     keep, fixed = cli.chosen_cells([s.cell for s in scenes], centers, args)
     chosen = [
@@ -290,7 +296,8 @@ def plan(args: argparse.Namespace, options: Options, cover: WorldCover) -> tuple
     for (found, place), near in zip(chosen, ground.rivals([place for _, place in chosen]), strict=True):
         split = place.split
         units += [dataclasses.replace(u, split=split, outlook=split or u.outlook, rivals=near) for u in found]
-    cli.check_maps(cover, {name for found, place in chosen for u in found for name in _maps(u, place)})
+    if cover.folder:
+        cli.check_maps(cover, {name for found, place in chosen for u in found for name in _maps(u, place)})
     counts: Counter[str] = Counter({f"files: {reason}": n for reason, n in skipped.items()})
     return source, units, {"scenes": len(scenes), "units": len(units), **counts}
 

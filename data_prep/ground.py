@@ -23,11 +23,18 @@ EARTH = 6371.0  # km
 
 @dataclasses.dataclass(frozen=True)
 class Rival:
-    """A cell of another listed split close by. ``footprint``: a Grid, or what the source makes one of."""
+    """A cell of another listed split close by. ``footprint``: a Grid, or what the source makes one of.
+
+    ``more``: other cells of the split with the same footprint (dates of one place), for which this one stands.
+    """
 
     cell: str
     split: str
     footprint: Any
+    more: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.cell} ({self.split})" + (f" and {self.more} more of this footprint" if self.more else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,20 +49,32 @@ class Place:
 
 
 def rivals(places: Sequence[Place]) -> list[tuple[Rival, ...]]:
-    """For each place the cells nearby whose split outranks its own (see :func:`outranks`)."""
+    """For each place the cells nearby whose split outranks its own (see :func:`outranks`), one per footprint.
+
+    A place with thousands of dates costs as much as one with a few: those of one split and footprint count as one,
+    and places that ask the same get the same tuple.
+    """
     found: list[tuple[Rival, ...]] = [() for _ in places]
     listed = [i for i, p in enumerate(places) if p.split and p.center]
     if not listed or (len({places[i].split for i in listed}) < 2 and len(listed) == len(places)):
         return found
-    tree = cKDTree(_on_sphere([places[i].center for i in listed]))
-    widest = max(places[i].radius for i in listed)
+    groups: dict[Any, list[Place]] = {}
+    for i in listed:
+        groups.setdefault((places[i].split, places[i].center, places[i].footprint), []).append(places[i])
+    first = [group[0] for group in groups.values()]
+    stand = [Rival(g[0].cell, str(g[0].split), g[0].footprint, len({p.cell for p in g}) - 1) for g in groups.values()]
+    tree = cKDTree(_on_sphere([place.center for place in first]))
+    widest = max(place.radius for place in first)
+    answers: dict[Any, tuple[Rival, ...]] = {}
     for i, place in enumerate(places):
         if place.center is None:
             continue
-        (point,) = _on_sphere([place.center])
-        near = sorted(listed[j] for j in tree.query_ball_point(point, (place.radius + widest) / EARTH))
-        those = [places[j] for j in near if outranks(places[j].split, place.split)]
-        found[i] = tuple(Rival(p.cell, str(p.split), p.footprint) for p in those)
+        asked = (place.split, place.center, place.radius)
+        if asked not in answers:
+            (point,) = _on_sphere([place.center])
+            near = sorted(tree.query_ball_point(point, (place.radius + widest) / EARTH))
+            answers[asked] = tuple(stand[j] for j in near if outranks(first[j].split, place.split))
+        found[i] = answers[asked]
     return found
 
 
@@ -70,9 +89,9 @@ def outranks(other: str | None, own: str | None) -> bool:
     return own is None or SPLITS.index(other) > SPLITS.index(own)
 
 
-def radius(grid: Grid) -> float:
-    """Half the diagonal of a footprint in km, on the generous side."""
-    lon, lat = lonlat_outline(grid)
+def radius(outline: tuple[np.ndarray, np.ndarray]) -> float:
+    """Half the diagonal in km, on the generous side, of a footprint given by its ``worldcover.lonlat_outline``."""
+    lon, lat = outline
     corners = _on_sphere(list(zip(lat.tolist(), lon.tolist(), strict=True)))
     middle = corners.mean(axis=0)
     return 1.01 * EARTH * float(np.sqrt(((corners - middle) ** 2).sum(axis=1)).max()) + 0.1

@@ -38,7 +38,7 @@ def describe(data: DataSet) -> str:
 
 def _doubts(data: DataSet) -> str:
     """What the values cannot or should not be; "" if nothing."""
-    return "\n".join(f"looks wrong: {text}" for text in looks_wrong(data.statistics))
+    return "\n".join(f"looks wrong: {text}" for text in data.summary.get("looks_wrong", looks_wrong(data.statistics)))
 
 
 def _sizes(data: DataSet) -> str:

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Counts cells; shows rate and remaining time.
+    """Counts cells, the rejected ones too (the closing report tells them apart); shows rate and remaining time.
 
     Args:
       total: cells of the whole job.
@@ -65,4 +65,4 @@ class Progress:
         rate = (self.done - self._start_done) / elapsed if elapsed > 0 else 0.0
         left = (self.total - self.done) / rate if rate > 0 else float("inf")
         eta = f"{left / 60:.1f} min" if left < 1e7 else "unknown"
-        self.say(f"prepared {self.done}/{self.total} cells, {rate:.2f} cells/s, {eta} left")
+        self.say(f"{self.done}/{self.total} cells looked at, {rate:.2f} cells/s, {eta} left")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import rasterio
-from rasterio.errors import RasterioError
+from rasterio.errors import CRSError, RasterioError
 from rasterio.io import MemoryFile
 
 T = TypeVar("T")
@@ -113,6 +114,42 @@ def grid_of(source: rasterio.DatasetReader, what: str) -> Grid:
     if transform.b or transform.d or transform.a <= 0 or transform.e >= 0:
         raise BadInput(f"{what}: not a north-up grid, transform {six}")
     return Grid(_crs_text(source.crs.wkt), six, source.height, source.width)
+
+
+@lru_cache(maxsize=256)
+def resampled(crs: str) -> bool:
+    """Whether a CRS is a projection that no Sentinel tile comes in: not UTM (of any datum), not UPS, not degrees.
+
+    A pixel of 10 m in Web Mercator is 6 m of ground at 52 degrees, in LAEA up is not north; both look like any grid.
+    """
+    try:
+        system = rasterio.CRS.from_user_input(crs)
+    except CRSError:  # a CRS nobody knows: told where its coordinates are asked for
+        return False
+    said = system.to_dict()
+    ups = (said.get("proj"), said.get("k")) == ("stere", 0.994)
+    return not (system.is_geographic or ups or said.get("proj") == "utm")
+
+
+def check_projection(systems: Mapping[str, str]) -> None:
+    """Raises BadInput where what defines the grid of the tiles lies in a CRS that Sentinel tiles do not come in.
+
+    ``systems``: file (or sensor) -> CRS; all that are wrong are named. Warping it here would not bring back the
+    measured pixels, which were resampled before.
+    """
+    wrong = {what: crs for what, crs in systems.items() if resampled(crs)}
+    if not wrong:
+        return
+    found = []
+    for crs in sorted(set(wrong.values())):
+        files = sorted(what for what in wrong if wrong[what] == crs)
+        folder = os.path.commonpath([os.path.dirname(f) for f in files])  # once: rejected.csv shows 400 letters
+        names = ", ".join(os.path.relpath(f, folder) if folder else f for f in files)
+        found.append(f"{crs} ({folder + ': ' if folder else ''}{names})")
+    raise BadInput(
+        f"projection is no UTM, found {'; '.join(found)}: Sentinel tiles come in UTM, give them as delivered or warp "
+        "them (gdalwarp -t_srs)"
+    )
 
 
 @lru_cache(maxsize=256)

@@ -312,7 +312,7 @@ def plan(args: argparse.Namespace, options: Options, cover: WorldCover) -> tuple
     chosen = [u for u, k in zip(units, keep, strict=True) if k]
     cli.check_maps(cover, {name for u in chosen for name in maps_under(u.where[1])})
     places = [
-        Place(u.cell, fixed.get(u.cell), c, ground.radius(u.where[1]), u.where[1])
+        Place(u.cell, fixed.get(u.cell), c, ground.radius(lonlat_outline(u.where[1])), u.where[1])
         for u, c, k in zip(units, centers, keep, strict=True)
         if k
     ]

@@ -61,7 +61,7 @@ def finalize(job: Job, chunks: int, plan: dict[str, Any]) -> dict[str, Any]:
     statistics = merged.tally.to_json(merged.classes(), source)
     write_text(directory / "statistics.json", statistics)
     write_text(directory / "rejected.csv", merged.rejected_csv())
-    summary = merged.summary(plan) | {"looks_wrong": looks_wrong(json.loads(statistics))}
+    summary = merged.summary(plan) | {"looks_wrong": [*merged.doubted(), *looks_wrong(json.loads(statistics))]}
     write_text(directory / SUMMARY, json.dumps(summary, indent=1))
     _write_metadata(directory, merged)
     remove_work(directory)
@@ -92,6 +92,8 @@ class _Merged:
         self.rejected: list[tuple[str, str, str]] = []
         self.notes: list[tuple[str, str]] = []
         self.shared: set[str] = set()
+        self.doubts: Counter[str] = Counter()
+        self.empty = 0
         self._rows: dict[str, list[np.ndarray]] = {split: [] for split in tiles.SPLITS}
 
     def add(self, chunk: int) -> None:
@@ -113,6 +115,8 @@ class _Merged:
         self.rejected += [tuple(row) for row in meta["rejected"]]
         self.notes += [tuple(note) for note in meta["notes"]]
         self.shared.update(meta["shared"])
+        self.doubts.update(meta.get("doubts", {}))
+        self.empty += meta.get("empty", 0)  # chunks of an earlier version did not count
 
     def _layout(self, layout: dict[str, list[int]]) -> int:
         if layout not in self.layouts:
@@ -133,6 +137,10 @@ class _Merged:
                 counts = np.bincount(self.index(split)["landcover"], minlength=landcover.NUM_CATEGORIES)
                 result[split] = dict(zip(landcover.NAMES, counts.tolist(), strict=True))
         return result
+
+    def doubted(self) -> list[str]:
+        """What looks wrong with single cells, as a sentence on all of them."""
+        return [f"{n} cells: {text}" for text, n in sorted(self.doubts.items())]
 
     def rejected_csv(self) -> str:
         """The text of ``rejected.csv``."""
@@ -155,6 +163,7 @@ class _Merged:
             "lost_between_splits": round(straddling / tiles_seen, 6) if tiles_seen else 0.0,
             "cells_sharing_ground": len(self.shared),
             "cells_sharing_ground_examples": sorted(self.shared)[:50],
+            "cells_without_tile": self.empty,
             "rejected": len(self.rejected),
             "rejected_reasons": dict(sorted(Counter(_kind(r[2]) for r in self.rejected).items())),
             "rejected_examples": {_kind(reason): f"{unit}: {reason}" for unit, _, reason in reversed(self.rejected)},
@@ -174,7 +183,7 @@ _KINDS = (  # the first that fits
     "nodata not declared", "radar geometry", "8-bit values", "reflectance is no multiple", "are no reflectance",
     "cannot be read as an image", "truncated", "missing band", "sensors missing", "wrong size", "wrong CRS",
     "different CRS", "no georeference", "black", "NaN", "are no DN", "fractional values", "one value in all pixels",
-    "no such file", "ends the worker", "WorldCover maps",
+    "no such file", "ends the worker", "WorldCover maps", "projection is no UTM",
 )  # fmt: skip
 
 

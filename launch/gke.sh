@@ -22,14 +22,27 @@ shift
 need NAME IMAGE TOPOLOGY CHIP
 : "${SLICES:=1}" "${RESTARTS:=$MAX_RESTARTS}"
 
+# The shapes that are sold; v4 and v5p also come in whole cubes of 4x4x4, up to so many chips.
+flat="1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16" cubic="2x2x1 2x2x2 2x2x4 2x4x4 4x4x4"
 case $CHIP in
-  v4) selector=tpu-v4-podslice per_host=4 ;;
-  v5e) selector=tpu-v5-lite-podslice per_host=4 ;;
-  v5p) selector=tpu-v5p-slice per_host=4 ;;
-  v6e) selector=tpu-v6e-slice per_host=4 ;;
+  v4) selector=tpu-v4-podslice per_host=4 shapes=$cubic most=4096 ;;
+  v5e) selector=tpu-v5-lite-podslice per_host=4 shapes=$flat most=0 ;;
+  v5p) selector=tpu-v5p-slice per_host=4 shapes=$cubic most=6144 ;;
+  v6e) selector=tpu-v6e-slice per_host=4 shapes=$flat most=0 ;;
   *) die "CHIP=$CHIP: expected v4, v5e, v5p or v6e" ;;
 esac
-[[ $TOPOLOGY =~ ^[0-9]+(x[0-9]+){1,2}$ ]] || die "TOPOLOGY=$TOPOLOGY: expected AxB or AxBxC"
+
+# Whether slices of the chip have this shape. A pod of another waits for a node that no pool can have.
+is_sold() {
+  [[ " $shapes " != *" $TOPOLOGY "* ]] || return 0
+  [[ $most != 0 && $TOPOLOGY =~ ^([1-9][0-9]?)x([1-9][0-9]?)x([1-9][0-9]?)$ ]] || return 1
+  local a=${BASH_REMATCH[1]} b=${BASH_REMATCH[2]} c=${BASH_REMATCH[3]}
+  ((a % 4 + b % 4 + c % 4 == 0 && a <= b && b <= c && a * b * c <= most))
+}
+
+cubes=""
+[ "$most" = 0 ] || cubes=", or AxBxC of multiples of 4 with A <= B <= C, up to $most chips"
+is_sold || die "TOPOLOGY=$TOPOLOGY: no slice of $CHIP has this shape, expected one of $shapes$cubes"
 # Jobs, pods and their host names begin with it: NAME-slice-SLICE-HOST-RANDOM has to fit in 63 characters.
 [[ ${NAME:-} =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
   die "NAME=$NAME: expected a lower-case letter, then letters, digits and dashes, at most 40 in all"

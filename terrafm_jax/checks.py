@@ -7,6 +7,7 @@ and records it). Thresholds were measured on real tiles; those of the baseline o
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from terrafm_jax.sensors import (
     SENSORS,
     band_name,
 )
-from terrafm_jax.units import DN_PER_REFLECTANCE, MAX_REFLECTANCE
+from terrafm_jax.units import DN_PER_REFLECTANCE, MAX_REFLECTANCE, NOISE_FLOOR
 
 TWICE = 500.0  # a darkest p1 below: with the offset inside, this were a reflectance of -5 %
 EIGHT_BIT = 255
@@ -29,10 +30,14 @@ _PERCENT = 150.0
 _FILL_DN = -3000.0  # below: no reflectance, but -9999 or -32768
 _BRIGHT_DN = 20_000.0
 _POWER, _AMPLITUDE = 0.05, 5.0  # median below: power (-13 dB); above: amplitude in DN or dB without its sign
-_BACKSCATTER = (-60.0, 20.0)  # dB, of a median
-_FEW_ZEROS = 0.01  # share of exactly 0 dB: decibels to a tenth reach half of it over the brightest ground
+_BACKSCATTER = (NOISE_FLOOR, 20.0)  # dB, of a median
+# Share of the pixels that hold one value which may be nodata that nobody declared (0 dB in all polarizations at once,
+# something below the noise floor): a thin edge of a swath has more. Decibels to a tenth are 0 in half a percent of one
+# polarization over the brightest ground, but hardly ever in both.
+UNDECLARED = 1e-3
 B10_DARK = 100.0  # DN: the median of B10 wherever there is no thick cirrus (real tiles: 8..52)
 _FAR = 300.0  # DN between the band that is B10 and one that is called so
+TWELVE = "12 bands without B10, as Level-2A has them (Level-1C has 13): is the sensor s2_l2a?"
 _SAMPLE = 200_000  # values of a band that are looked at
 
 
@@ -99,6 +104,24 @@ def level(key: str, names: Sequence[str | None]) -> list[Finding]:
     return [Finding("B10 means Level-1C: use s2_l1c (Level-2A holds no B10)", True)]
 
 
+def without_b10(key: str, names: Sequence[str | None], product: str = "") -> str:
+    """What looks wrong with a Level-1C input of the model's twelve bands and no B10; "" if nothing does.
+
+    Args:
+      names: whatever its bands are called.
+      product: an id of ESA's that says L1C is proof enough.
+    """
+    given = {band_name(name, S2_L1C) for name in names if name}
+    if (
+        key != S2_L1C.key
+        or not given >= set(S2_L1C.band_names)
+        or "B10" in given
+        or re.search(r"S2[A-D]_\w*L1C", product)
+    ):
+        return ""
+    return f"{key} of {TWELVE}"
+
+
 def hides(source: Any) -> bool:
     """Whether an open raster carries a mask (inside, or beside it as .msk), which hides pixels whatever they hold.
 
@@ -162,7 +185,7 @@ def values(
         return [Finding(f"holds nothing but {what}; give another file or date", True)]
     if SENSORS[key].unit == "dB":
         found = _radar(key, seen, said, spell, among)
-        return found if among or found else _polarizations(sample, said)
+        return found if among or found else _zeros(key, sample, said, spell) or _polarizations(sample, said)
     small = all(pixels.dtype in (np.uint8, np.int8, np.bool_) for pixels in bands.values())
     found = _optical(key, seen, said, small, spell, among)
     if not among and not any(f.sure for f in found):
@@ -298,10 +321,22 @@ def _radar(key: str, seen: np.ndarray, said: Declared, spell: Spelling, among: b
         return [_doubt(f"{found} are no backscatter in dB; is nodata masked? pass {nodata}, or the unit", said)]
     if seen.min() < -80:
         return [Finding(f"{found} are unusual for dB; is nodata masked? pass {nodata}", False)]
-    if np.mean(seen == 0) > _FEW_ZEROS:
-        nodata = spell.nodata.format(key=key, value=0.0)
-        return [Finding(f"{found}, {np.mean(seen == 0):.0%} exactly 0: if that is nodata, pass {nodata}", False)]
     return []
+
+
+def zero_share(bands: Sequence[np.ndarray]) -> float:
+    """Share of the pixels that are exactly 0 in all of ``bands`` (any shape); at most, where bands differ in it."""
+    if len({band.shape for band in bands}) > 1:  # nodata was taken out of each by itself
+        return float(min(np.mean(band == 0) for band in bands))
+    return float(np.logical_and.reduce([band == 0 for band in bands]).mean())
+
+
+def _zeros(key: str, bands: Mapping[str, np.ndarray], said: Declared, spell: Spelling) -> list[Finding]:
+    share = zero_share([pixels for pixels in bands.values() if pixels.size]) if said.unit == "db" else 0.0
+    if share <= UNDECLARED:
+        return []
+    nodata = spell.nodata.format(key=key, value=0.0)
+    return [Finding(f"{share:.1%} of the pixels are exactly 0 dB: if that is nodata, pass {nodata}", False)]
 
 
 def _positive(seen: np.ndarray, key: str, spell: Spelling) -> str:

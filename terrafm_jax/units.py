@@ -21,6 +21,7 @@ MAX_DN = 65_535.0  # uint16
 MAX_REFLECTANCE = MAX_DN / DN_PER_REFLECTANCE
 _DB_RANGE = (-150.0, 100.0)  # below any noise floor, above any corner reflector
 MAX_POWER = 1e7
+NOISE_FLOOR = -60.0  # dB: thirty below the noise of the instrument, so what lies there was never measured
 _FLOOR = 1e-10  # power below it has no logarithm worth keeping
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,28 @@ def geobench(root: Path, name: str, folder: str, names, labels, size: int = 16, 
     (out / "default_partition.json").write_text(json.dumps(parts))
     (out / "0.01x_train_partition.json").write_text(json.dumps({**parts, "train": ids[:1]}))
     return out
+
+
+def hole(files: Iterable[Path], band: int = -1, at: tuple[int, int] = (0, 0)) -> None:
+    """Writes a declared nodata value into a pixel of one band (the last) of rasters."""
+    import rasterio
+
+    for path in files:
+        with rasterio.open(path, "r+") as dst:
+            number = dst.count if band < 0 else band
+            value = -9999.0 if dst.dtypes[0].startswith("float") else 65535
+            plane = dst.read(number)
+            plane[at] = value
+            dst.write(plane, number)
+            dst.nodata = value
+
+
+def measured(dataset: Any, split: str, key: str, **which: bool) -> np.ndarray:
+    """bool [H, W]: what of the first image the encoder sees as measured, in every band."""
+    found = collate(dataset.info, [dataset.split(split)[0]], [key], **which).images[key][0]
+    gone = np.isnan(found[..., dataset.info.inputs[key].mask])
+    np.testing.assert_array_equal(gone.any(-1), gone.all(-1))
+    return ~gone.any(-1)
 
 
 def tortilla(samples: list[tuple[dict, bytes]]) -> bytes:

@@ -99,6 +99,20 @@ def test_thirteen_bands_are_level_1c(tmp_path: Path):
     assert "B10 means Level-1C" in rejected(tmp_path / "out")["c"]
 
 
+def test_twelve_bands_called_level_1c_look_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Level-2A under the name of Level-1C was prepared without a word; a product id that says L1C is believed."""
+    order = SENSORS["s2_l1c"].band_names
+    flag = f"--bands=s2_l1c={','.join(order)}"
+    for cell in ("S2L1C/a", "S2L1C/b", "S2A_MSIL1C_20200605T103031_N0209_R108_T32TPT_20200605T120000"):
+        write(tmp_path / "in" / f"{cell}.tif", stack(0, "s2_l1c", order))
+    assert prepare(tmp_path / "in", tmp_path / "out", flag) == 0
+    assert "LOOKS WRONG: 2 cells: s2_l1c of 12 bands without B10, as Level-2A" in capsys.readouterr().out
+    assert inspect.main([str(tmp_path / "out")]) == 0
+    assert "looks wrong: 2 cells: s2_l1c of 12 bands" in capsys.readouterr().out
+    assert prepare(tmp_path / "in", tmp_path / "unnamed") == 1
+    assert all("is the sensor s2_l2a?" in reason for reason in rejected(tmp_path / "unnamed").values())
+
+
 def test_two_unnamed_polarizations_are_not_guessed(tmp_path: Path):
     write(tmp_path / "in" / "S1RTC" / "c.tif", np.stack(list(scene(0)["s1"].values())))
     assert prepare(tmp_path / "in", tmp_path / "out") == 1

@@ -16,7 +16,7 @@ from rasterio.warp import transform
 from data_prep import geotiff, majortom
 from data_prep.ground import Place, radius, rivals, share_ground
 from data_prep.raster import Grid
-from data_prep.worldcover import lonlat, project
+from data_prep.worldcover import lonlat, lonlat_outline, project
 from terrafm_jax.sensors import SENSORS
 
 
@@ -84,7 +84,22 @@ def test_rivals_are_near_and_outrank():
     found = [sorted(r.cell for r in near) for near in rivals(places)]
     assert found == [["b", "c"], [], ["b"], ["a", "b", "c"], [], []]
     assert rivals([*places[:1], place("e", "train", 10.0)]) == [(), ()]
-    assert 7.6 < radius(_grid(500_000, 5_000_000, 1068)) < 7.8
+    assert 7.6 < radius(lonlat_outline(_grid(500_000, 5_000_000, 1068))) < 7.8
+
+
+def test_many_dates_of_one_place_count_as_one_rival_per_split():
+    """Every scene listed every other one: planning thousands of dates was quadratic, and so was each tile of them."""
+    splits = ("train", "validation", "holdout")
+    places = [Place(f"c{i}", splits[i % 3], (50.0, 9.0), 8.0, _grid(600_000, 5_400_000)) for i in range(3000)]
+    places.append(Place("beside", "holdout", (50.01, 9.0), 8.0, _grid(600_000, 5_401_100)))
+    found = rivals(places)
+    assert sorted(map(str, found[0])) == [
+        "beside (holdout)", "c1 (validation) and 999 more of this footprint",
+        "c2 (holdout) and 999 more of this footprint",
+    ]  # fmt: skip
+    assert sorted(r.cell for r in found[1]) == ["beside", "c2"]
+    assert found[2] == ()
+    assert len({id(near) for near in found}) <= 4, "those that ask the same share an answer"
 
 
 @pytest.fixture

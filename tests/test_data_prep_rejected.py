@@ -99,6 +99,7 @@ def test_every_kind_of_bad_input_is_quarantined_with_its_reason(tmp_path: Path, 
     assert code == 3
     report = capsys.readouterr().out
     assert f"{len(REASONS)} cells REJECTED" in report
+    assert f"cells: 2 prepared, {len(REASONS)} rejected, 0 without a tile (of {2 + len(REASONS)})" in report
     with open(out / "rejected.csv", newline="") as file:
         found = {row["unit"].split("/")[0]: row for row in csv.DictReader(file)}
     assert len(found) == len(REASONS)
@@ -115,6 +116,21 @@ def test_every_kind_of_bad_input_is_quarantined_with_its_reason(tmp_path: Path, 
     assert majortom.main(command(tmp_path, out, "--require", "s1,s2_l2a", "--tolerate", "0.95")) == 0
 
 
+def test_cells_that_leave_no_tile_are_counted_and_the_flag_behind_it_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    write_majortom(tmp_path, *make_cells(2))
+    worldcover(tmp_path / "worldcover", 9, 48, np.full((4, 4), 10))
+    worldcover(tmp_path / "worldcover", 9, 45, np.full((4, 4), 10))
+    code = majortom.main(
+        command(tmp_path, tmp_path / "out", "--block-degrees", "0.001", "--split-shares", "0.4,0.3,0.3")
+    )
+    assert code == 1
+    shown = capsys.readouterr().out
+    assert "cells: 0 prepared, 0 rejected, 2 without a tile (of 2)" in shown
+    assert "look at: --block-degrees, --split-shares or --splits" in shown
+
+
 def test_truncated_parquet_and_nothing_usable(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     write_majortom(tmp_path, *make_cells(2))
     worldcover(tmp_path / "worldcover", 9, 48, np.full((4, 4), 10))
@@ -122,7 +138,12 @@ def test_truncated_parquet_and_nothing_usable(tmp_path: Path, capsys: pytest.Cap
     part.write_bytes(part.read_bytes()[:-500])
     out = tmp_path / "out"
     assert majortom.main(command(tmp_path, out)) == 1
-    assert "nothing prepared" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "nothing prepared" in shown.out
+    assert "cells: 0 prepared, 2 rejected, 0 without a tile (of 2)" in shown.out
+    assert f"look at: {out / 'rejected.csv'}" in shown.out
+    assert "2/2 cells looked at" in shown.err
+    assert "prepared 2/2" not in shown.err
     rejected = list(csv.DictReader((out / "rejected.csv").read_text().splitlines()))
     assert len(rejected) == 2
     assert all("truncated" in row["reason"] for row in rejected)

@@ -56,7 +56,11 @@ def test_canonical_order_units_and_nodata():
     assert out[0, 0, 0] == 0
     radar = canonical(Input("s1", ("VH", "VV"), "linear"), np.array([[[0.01, 0.1], [0.0, 1.0]]]))
     np.testing.assert_allclose(radar[0, 0], [-10, -20], atol=1e-5)
-    assert np.isnan(radar[0, 1, 1])
+    assert np.isnan(radar[0, 1]).all(), "a hole in one polarization is one in both, as in preparation"
+    damaged = np.full((2, 2, 2), 0.25)
+    damaged[0, 1, 0] = np.nan
+    np.testing.assert_array_equal(np.isnan(canonical(half, damaged)).any(-1), [[False, True], [False, False]])
+    assert np.isnan(canonical(half, damaged)[0, 1, [3, 7]]).all()
     with pytest.raises(DatasetError, match=r"expected \[H, W, 13\]"):
         canonical(source, np.zeros((4, 4, 12)))
 

@@ -8,10 +8,12 @@ import pytest
 from terrafm_jax.evals.datasets.base import Dataset, DatasetInfo, Input, Sample, Split
 from terrafm_jax.evals.datasets.doubts import doubts
 from terrafm_jax.evals.datasets.labels import S2_13
+from terrafm_jax.sensors import SENSORS
 
 BANDS = ("B02", "B03", "B04", "B08")
 RNG = np.random.default_rng(0)
 LAND = RNG.gamma(2.0, 700.0, (8, 8, 4)) + np.array([150, 120, 80, 60])  # DN, offset removed
+L2A, TWELVE = SENSORS["s2_l2a"].band_names, np.tile(LAND, 3)
 POWER = RNG.gamma(2.0, 0.05, (8, 8, 2)) * np.array([1.0, 0.25])  # VV, VH
 
 
@@ -43,6 +45,9 @@ def optical(image, bands=BANDS, sensor="s2_l2a", **fields) -> list[str]:
         (lambda: optical(LAND, unit="reflectance"), "unit: DN"),
         (lambda: optical(LAND + 1000), "offset: 1000 inside"),
         (lambda: optical(LAND, offset=1000), "offset: 0"),
+        (lambda: optical(TWELVE, L2A, "s2_l1c"), "12 bands without B10"),
+        (lambda: optical(TWELVE, L2A, "s2_l1c", level="L1C"), None),
+        (lambda: optical(TWELVE, L2A), None),
         (lambda: doubts(a_set(Input("s1", ("VV", "VH"), "dB"), 10 * np.log10(POWER))), None),
         (lambda: doubts(a_set(Input("s1", ("VV", "VH"), "Linear"), POWER)), None),
         (lambda: doubts(a_set(Input("s1", ("VV", "VH"), "dB"), POWER)), "unit: power"),

@@ -192,6 +192,18 @@ def test_geobench2_archives(tmp_path):
     assert band_levels(trees)["B01"] == 11
 
 
+def test_geobench2_honors_declared_nodata(tmp_path):
+    item = fake.tiff(tmp_path / "image.tif", fake.planes(RNG, 16, 14))
+    fake.hole([item], 2)
+    fake.hole([item], at=(0, 1))  # a cloud probability, which the model does not see
+    clouds = fake.tiff(tmp_path / "clouds.tif", RNG.integers(0, 4, (16, 16)).astype(np.uint8))
+    items = [({"tortilla:id": p.stem, "tortilla:file_format": "GTiff"}, p.read_bytes()) for p in (item, clouds)]
+    row = {"tortilla:id": "s", "tortilla:file_format": "TORTILLA", "tortilla:data_split": "train"}
+    (tmp_path / "geobench_cloudsen12.tortilla").write_bytes(fake.tortilla([(row, fake.tortilla(items))]))
+    (dataset,) = datasets.open_suite("geobench2", tmp_path)
+    assert np.argwhere(~fake.measured(dataset, "train", "s2_l2a")).tolist() == [[0, 0]]
+
+
 def test_truncated_tortilla_is_named(tmp_path):
     archive(tmp_path, "benv2", [np.ones((4, 4, 2), np.float32)] * 2, {"labels": ["Pastures"]})
     file = tmp_path / "geobench_benv2.tortilla"

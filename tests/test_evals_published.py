@@ -50,6 +50,10 @@ def test_copernicus_eurosat_and_bigearthnet(tmp_path):
     sample = fused.split("val")[0]
     assert set(sample.images) == {"s1", "s2_l2a"}
     np.testing.assert_array_equal(sample.target, [False, True])
+    fake.hole(tmp_path.rglob("*.tif"))
+    for dataset in (*found.values(), fused):
+        for key in dataset.info.inputs:
+            assert np.argwhere(~fake.measured(dataset, "train", key)).tolist() == [[0, 0]], (dataset.info.name, key)
     with pytest.raises(DatasetError, match=r"not found \['LCZ-S2"):
         datasets.open_suite("copernicus", tmp_path, ["LCZ-S2"])
 
@@ -81,6 +85,9 @@ def test_copernicus_segmentation_and_lcz(tmp_path):
     np.testing.assert_array_equal(found["LCZ-S2"].split("train").labels, [0, 3, 16, 2])
     batch = collate(found["LCZ-S2"].info, [found["LCZ-S2"].split("train")[0]], ["s2_l1c"])
     assert 1000 < batch.images["s2_l1c"][..., 1].max() <= 10000
+    fake.hole(p for folder in ("s2_toa", "s1", "s2") for p in tmp_path.rglob(f"{folder}/*.tif"))
+    for name, key in (("Cloud-S2", "s2_l1c"), ("DFC2020-S1", "s1"), ("DFC2020-S2", "s2_l1c")):
+        assert np.argwhere(~fake.measured(found[name], "train", key)).tolist() == [[0, 0]], name
 
 
 # --- others in their authors' layouts ---
@@ -118,6 +125,9 @@ def test_sen1floods11(tmp_path):
     batch = collate(dataset.info, [dataset.split("val")[0]], ["s1", "s2_l1c"])
     assert np.isnan(batch.images["s1"][0, 0, 0]).all()
     assert set(np.unique(dataset.split("train")[0].target)) <= {-1, 0, 1}
+    fake.hole((data / "S2Hand").glob("*.tif"))
+    fake.hole((data / "S2Hand").glob("*.tif"), 11, (0, 1))  # B10, which the model does not see
+    assert np.argwhere(~fake.measured(dataset, "val", "s2_l1c")).tolist() == [[0, 0]]
 
 
 def test_bigearthnet_v2(tmp_path):
@@ -144,6 +154,10 @@ def test_bigearthnet_v2(tmp_path):
     assert sample.images["s2_l2a"].shape == (12, 12, 12)
     assert list(band_levels(dataset).values()) == list(range(1, 13))
     np.testing.assert_array_equal(np.nonzero(sample.target)[0], [2])
+    fake.hole([*tmp_path.rglob("*_B08.tif"), *tmp_path.rglob("*_VH.tif")])
+    fake.hole(tmp_path.rglob("*_B05.tif"))  # of 20 m: four pixels of 10 m
+    assert np.argwhere(~fake.measured(dataset, "train", "s1")).tolist() == [[0, 0]]
+    assert np.argwhere(~fake.measured(dataset, "train", "s2_l2a")).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
     next((tmp_path / "BigEarthNet-S2").rglob("*_B04.tif")).unlink()
     with pytest.raises(DatasetError, match=r"missing \['S2A.*_B04.tif'\]"):
         [dataset.split(s)[0] for s in ("train", "val", "test")]
@@ -187,6 +201,10 @@ def test_oscd(tmp_path):
     assert sample.after["s2_l1c"][0, 0, 0] - sample.images["s2_l1c"][0, 0, 0] == 1
     assert sample.target.sum() == 20
     assert collate(dataset.info, [sample], ["s2_l1c"], after=True).images["s2_l1c"][0, 0, 0, 8] == 9002
+    fake.hole(tmp_path.rglob("imgs_2_rect/B12.tif"))
+    fake.hole(tmp_path.rglob("imgs_1_rect/B10.tif"))  # which the model does not see
+    assert fake.measured(dataset, "test", "s2_l1c").all()
+    assert np.argwhere(~fake.measured(dataset, "test", "s2_l1c", after=True)).tolist() == [[0, 0]]
 
 
 def test_cloudsen12(tmp_path):

@@ -153,6 +153,25 @@ def test_command_writes_by_suffix(workdir, tmp_path, capsys):
     assert not spec_has_fusion(tmp_path / "a.pth")
 
 
+def test_a_folder_of_something_else_is_left_alone(workdir, tmp_path, capsys):
+    """Its README.md and config.json were overwritten."""
+    command = ["--checkpoint", str(workdir), "--out", str(tmp_path / "mine")]
+    (tmp_path / "mine").mkdir()
+    assert main(command) == 0, "an empty folder"
+    assert main(command) == 0, "a former export"
+    capsys.readouterr()
+    for name, text in (("config.json", '{"model_type": "vit"}'), ("config.json", "[]"), ("README.md", "my notes")):
+        foreign = tmp_path / f"foreign{len(text)}"
+        foreign.mkdir()
+        (foreign / name).write_text(text)
+        assert main(["--checkpoint", str(workdir), "--out", str(foreign)]) == 1
+        assert f"holds {name} and is no former export" in capsys.readouterr().err
+        assert [p.read_text() for p in foreign.iterdir()] == [text]
+    (tmp_path / "file").write_text("x")
+    assert main(["--checkpoint", str(workdir), "--out", str(tmp_path / "file")]) == 1
+    assert "is a file" in capsys.readouterr().err
+
+
 def spec_has_fusion(path: Path) -> bool:
     return read(path, heads=1).spec.fusion
 

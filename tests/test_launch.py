@@ -60,7 +60,7 @@ def test_tpu_pod_with_two_slices_runs_on_both(root):
         ("tpu_pod.sh", ["dance"], POD, "unknown action dance"),
         ("gke.sh", ["render"], {"NAME": "n"}, "set IMAGE TOPOLOGY CHIP"),
         ("gke.sh", ["render"], {**GKE, "CHIP": "v9"}, "expected v4, v5e, v5p or v6e"),
-        ("gke.sh", ["render"], {**GKE, "TOPOLOGY": "16"}, "expected AxB or AxBxC"),
+        ("gke.sh", ["render"], {**GKE, "TOPOLOGY": "16"}, "expected one of 1x1"),
         ("gke.sh", ["render"], {**GKE, "NAME": "7b"}, "NAME=7b: expected"),
         ("gke.sh", ["render"], {**GKE, "NAME": "a" * 41}, "at most 40"),
         ("docker.sh", ["--extra", "rocm", "--"], {}, "expected cuda, tpu or nothing"),

@@ -39,6 +39,28 @@ def test_jobset_fits_its_schema(root, settings, slices, hosts, chips):
     assert container["args"] == [*FLAGS, "--distributed"]
 
 
+@pytest.mark.parametrize(
+    ("chip", "topology", "expected"),
+    [
+        ("v5e", "8x9", "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16"), ("v6e", "16x8", "8x16"), ("v5e", "4x4x4", "16x16"),
+        ("v5p", "8x8", "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4, or AxBxC of multiples of 4 with A <= B <= C, up to 6144 chips"),
+        ("v5p", "8x4x4", "A <= B <= C"), ("v5p", "4x4x6", "multiples of 4"), ("v4", "16x16x24", "up to 4096 chips"),
+        ("v5p", "08x8x8", "multiples of 4"), ("v4", "all", "expected one of"),
+    ],
+)  # fmt: skip
+def test_shapes_that_are_not_sold_are_refused(root, chip, topology, expected):
+    """8x9 was rendered and applied; its pods would have waited forever."""
+    found = call(root, "launch/gke.sh", "render", *FLAGS, env={**GKE, "CHIP": chip, "TOPOLOGY": topology})
+    assert found.returncode == 2
+    assert found.stderr.startswith(f"error: TOPOLOGY={topology}: no slice of {chip}")
+    assert expected in found.stderr
+
+
+@pytest.mark.parametrize(("chip", "topology"), [("v4", "2x2x4"), ("v5p", "8x12x16"), ("v5p", "16x16x24")])
+def test_shapes_that_are_sold_are_rendered(root, chip, topology):
+    assert rendered(root, CHIP=chip, TOPOLOGY=topology)
+
+
 def test_jobset_restarts_on_the_preemption_exit_code(root):
     from terrafm_jax.config import base
 

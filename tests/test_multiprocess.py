@@ -213,22 +213,44 @@ def test_a_signal_saves_and_a_death_ends_the_job_and_both_are_resumed(
     assert_same_training(workdir, reference)
 
 
-def test_a_death_ends_the_other_process_without_a_launcher(prepared: Path, tmp_path: Path) -> None:
-    """Where each host starts its own process and nobody watches them all, the one that is left must end by itself."""
-    workdir = tmp_path / "run"
+def two_processes(data: Path, workdir: Path, *extra: str) -> list[subprocess.Popen]:
+    """A job without a launcher; what each process says goes to ``0.log`` and ``1.log`` beside the workdir."""
     address = f"localhost:{runpy.run_path(str(ROOT / 'launch/free_port.py'))['free_port']()}"
     jobs = []
     for i in range(2):
         command = [sys.executable, "-m", "terrafm_jax.main", *FLAGS, f"--workdir={workdir}"]
-        command += [f"--config.data.dir={prepared}", "--cpu_devices=2", "--distributed", f"--coordinator={address}"]
-        with (tmp_path / f"{i}.log").open("w") as log:
+        command += [f"--config.data.dir={data}", "--cpu_devices=2", "--distributed", f"--coordinator={address}", *extra]
+        with (workdir.parent / f"{i}.log").open("w") as log:
             jobs.append(
                 subprocess.Popen(
                     [*command, "--processes=2", f"--process={i}"], cwd=ROOT, env=child_environment(), stderr=log
                 )
             )
+    log_of(workdir).touch()
+    return jobs
+
+
+def test_ctrl_c_to_one_process_is_the_same_end_for_all(prepared: Path, tmp_path: Path) -> None:
+    """The one that was interrupted ended with 0 and the others with 42, on which a launcher would have begun again."""
+    workdir = tmp_path / "run"
+    jobs = two_processes(prepared, workdir, "--config.checkpoint.every=1000")
     try:
-        log_of(workdir).touch()
+        wait_for_step(jobs[0], workdir, 1)
+        jobs[1].send_signal(signal.SIGINT)
+        codes = [job.wait(timeout=PROMPTLY) for job in jobs]
+        assert codes == [0, 0], [(tmp_path / f"{i}.log").read_text() for i in range(2)]
+        (step,) = saved(workdir)
+        assert 0 < step < STEPS
+    finally:
+        for job in jobs:
+            job.kill()
+
+
+def test_a_death_ends_the_other_process_without_a_launcher(prepared: Path, tmp_path: Path) -> None:
+    """Where each host starts its own process and nobody watches them all, the one that is left must end by itself."""
+    workdir = tmp_path / "run"
+    jobs = two_processes(prepared, workdir)
+    try:
         wait_for_step(jobs[0], workdir, 1)
         jobs[1].kill()
         assert jobs[0].wait(timeout=PROMPTLY) != 0, (tmp_path / "0.log").read_text()

@@ -17,6 +17,7 @@ from tiles_fake import fake_record, write_dataset
 from terrafm_jax.config import ConfigError, base
 from terrafm_jax.data import pipeline
 from terrafm_jax.data.sampling import SamplingSpec
+from terrafm_jax.data.tiles import INDEX_DTYPE
 from terrafm_jax.models import cudnn
 from terrafm_jax.sensors import Statistics
 from terrafm_jax.training import plan as plans
@@ -126,6 +127,13 @@ def test_processes_with_other_flags_or_data_are_refused(tmp_path: Path, monkeypa
         config.update(changes)
         plans.check_alike(config)
 
+    load, held_out = plans.pipeline.load_index, np.zeros(3, INDEX_DTYPE)
+    given = {"train": None, "validation": held_out}
+    monkeypatch.setattr(
+        plans.pipeline,
+        "load_index",
+        lambda folder, split: load(folder, split) if given[split] is None else given[split],
+    )
     monkeypatch.setattr(plans.processes, "objects_of_all", lambda mine: first.append(mine) or [mine])
     process(here)
     monkeypatch.setattr(plans.processes, "objects_of_all", lambda mine: [first[0], first[0], mine])
@@ -135,5 +143,11 @@ def test_processes_with_other_flags_or_data_are_refused(tmp_path: Path, monkeypa
         process(here, seed=1)
     with pytest.raises(ConfigError, match=r"other config\.batch_size, records of config\.data\.dir than process 0"):
         process(other, batch_size=8)
+    given["validation"] = held_out[:2]
+    with pytest.raises(ConfigError, match=r"^process 2 has other records of config\.knn\.split than process 0"):
+        process(here)
+    given["validation"] = None  # there is no such split: with kNN that ends the run, without it nobody looks
+    with pytest.raises(ConfigError, match=r"other records of config\.knn\.split than"):
+        process(here)
     monkeypatch.setattr(jax, "process_count", lambda: 1)
     process(other, seed=1)

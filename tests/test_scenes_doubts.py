@@ -12,7 +12,10 @@ import rasterio
 from rasterio.warp import transform
 from scenes_fake import CRS, NORTH, WEST, call, optical, radar, surface, tokens, write
 
-from terrafm_jax import embed
+from data_prep.doubts import check_zeros
+from data_prep.raster import BadInput, Raster
+from data_prep.raster import Grid as RasterGrid
+from terrafm_jax import checks, embed
 from terrafm_jax.scenes import compare, flags, grid, inputs, read
 from terrafm_jax.scenes.errors import SceneError
 from terrafm_jax.scenes.inputs import Declared, resolve
@@ -54,6 +57,35 @@ def test_an_offset_that_was_never_inside(tmp_path: Path, caplog: pytest.LogCaptu
     odd = resolve(f"s2_l2a={write(tmp_path / 'late.tif', DARK + 1000, names=NAMES)}", Declared(offset={"s2_l2a": 900}))
     assert "add 1000 DN, never 900" in odd.doubts[0]
     assert "never 900" in caplog.text
+
+
+def test_undeclared_zeros_have_one_limit_everywhere(tmp_path: Path) -> None:
+    """Preparation and evaluation spoke up from 0.1 % on, embedding from 1 %."""
+    power = 10.0 ** (np.random.default_rng(0).normal(-12, 3, (64, 64, 2)) / 10)
+    decibels = (10 * np.log10(power)).astype(np.float32)
+    decibels[:32, 0] = 0  # 0.8 % of the pixels, in both polarizations
+    rasters = [
+        Raster(band, RasterGrid("EPSG:32632", (10.0, 0.0, 0.0, 0.0, -10.0, 0.0), 64, 64))
+        for band in np.moveaxis(decibels, -1, 0)
+    ]
+    with pytest.raises(BadInput, match="exactly 0 dB"):
+        check_zeros(rasters, "dB")
+    bands = dict(zip(("VV", "VH"), np.moveaxis(decibels, -1, 0).reshape(2, -1), strict=True))
+    (found,) = checks.values("s1", bands, checks.Declared("db"))
+    assert "0.8% of the pixels are exactly 0 dB" in found.text
+    assert "--nodata s1=0" in found.text
+    bands["VH"] = bands["VH"] - 1  # zero in one polarization is bright ground
+    assert checks.values("s1", bands, checks.Declared("db")) == []
+
+
+def test_twelve_bands_called_level_1c(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    names = SENSORS["s2_l1c"].band_names
+    found = resolve(f"s2_l1c={write(tmp_path / 'a.tif', DARK, names=names)}", Declared())
+    assert "12 bands without B10, as Level-2A has them (Level-1C has 13)" in found.doubts[0]
+    product = "S2A_MSIL1C_20200605T103031_N0209_R108_T32TPT_20200605T120000"
+    assert not resolve(f"s2_l1c={write(tmp_path / f'{product}.tif', DARK, names=names)}", Declared()).doubts
+    assert not resolve(f"s2_l2a={tmp_path / 'a.tif'}", Declared()).doubts
+    assert "is the sensor s2_l2a?" in fails(capsys, f"--sensor=s2_l1c={write(tmp_path / 'b.tif', DARK)}")
 
 
 def test_b10_that_is_another_band_tells_a_wrong_order_and_no_offset(tmp_path: Path) -> None:

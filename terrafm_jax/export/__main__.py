@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> str:
     from terrafm_jax import loader
     from terrafm_jax.export import formats, hub
 
+    if not args.out.suffix:
+        formats.check_folder(args.out)  # before the weights are read
     loaded = loader.read(args.checkpoint, which="student" if args.student else "teacher")
     sensors = [key for key in args.sensors.split(",") if key]
     kind = args.out.suffix

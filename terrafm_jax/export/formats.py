@@ -26,6 +26,7 @@ from terrafm_jax.provenance import portable
 from terrafm_jax.sensors import SENSOR_KEYS, SENSORS, normalize
 
 MODELING_FILE, CARD_FILE = "modeling_terrafm.py", "README.md"
+_MODEL_TYPE = "terrafm"
 SERVING_PLATFORMS = ("cpu", "cuda", "tpu")
 
 
@@ -70,7 +71,7 @@ def description(loaded: Loaded, *, full: bool = True) -> dict[str, Any]:
     spec = loaded.spec if full else dataclasses.replace(loaded.spec, fusion=False)
     kept = {k: portable(loaded.meta[k]) for k in ("step", "config", "metrics") if k in loaded.meta}
     return {
-        "model_type": "terrafm",
+        "model_type": _MODEL_TYPE,
         "model": dataclasses.asdict(spec),
         "statistics": json.loads(loaded.stats.to_json()),
         "torch": torch_config(loaded, full=full),
@@ -108,10 +109,33 @@ def torch_module(loaded: Loaded) -> Any:
 # --- hub folder ---------------------------------------------------------------------------------------------------
 
 
+def check_folder(folder: Path) -> None:
+    """Raises ExportError where a folder holds anything but a former export: its README and config are not ours."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ExportError(f"--out {folder}: is a file; expected a folder, or a suffix that says what to write")
+    found = sorted(path.name for path in folder.iterdir())
+    try:
+        ours = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["model_type"] == _MODEL_TYPE
+    except (OSError, ValueError, LookupError, TypeError):
+        ours = False
+    if found and not ours:
+        shown = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+        raise ExportError(
+            f"--out {folder}: holds {shown} and is no former export ({CONFIG_FILE} with model_type {_MODEL_TYPE}); "
+            "give an empty or a new folder"
+        )
+
+
 def write_folder(loaded: Loaded, folder: Path, *, license: str = "apache-2.0") -> None:
-    """safetensors, config.json, model card and the single-file PyTorch module, usable with torch alone."""
+    """safetensors, config.json, model card and the single-file PyTorch module, usable with torch alone.
+
+    Raises ExportError where the folder holds something else.
+    """
     from terrafm_jax.export.card import model_card
 
+    check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / SAFETENSORS_FILE, torch_weights.to_torch(loaded.params))
     (folder / CONFIG_FILE).write_text(json.dumps(description(loaded), indent=2) + "\n", encoding="utf-8")

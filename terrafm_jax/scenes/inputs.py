@@ -150,6 +150,9 @@ def check(acquisition: Acquisition, said: checks.Declared) -> Acquisition:
     findings = (
         findings if any(f.sure for f in findings) else findings + checks.values(key, samples, said, cirrus=cirrus)
     )
+    names = [layer.band for layer in acquisition.layers] + (["B10"] if acquisition.cirrus else [])
+    if text := checks.without_b10(key, names, acquisition.product):
+        findings = [*findings, checks.Finding(text, False)]
     for finding in findings:
         if finding.sure:
             raise SceneError(f"{path}: {finding.text}")

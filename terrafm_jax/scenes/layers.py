@@ -132,6 +132,8 @@ def bands_of(source: rasterio.DatasetReader, sensor: Sensor, names: Sequence[str
         hint = ""
         if source.count == 13 and sensor.unit == "DN":
             hint = "; 13 is the count of Level-1C (with B10)" + ("" if sensor.dropped else ": use s2_l1c")
+        if source.count == 12 and sensor.dropped:
+            hint = f"; {checks.TWELVE}"
         raise SceneError(
             f"{source.name}: its {source.count} bands have no names of {sensor.title} bands "
             f"(descriptions {list(source.descriptions)[:3]}{hint}); "

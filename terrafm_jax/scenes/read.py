@@ -32,11 +32,12 @@ from terrafm_jax.scenes.masks import SCL_INVALID, MaskFile, check_masks
 from terrafm_jax.scenes.measured import Part, Stored, measured, nothing
 from terrafm_jax.scenes.resample import resample
 from terrafm_jax.sensors import SENSORS
+from terrafm_jax.units import NOISE_FLOOR
 
 _log = logging.getLogger(__name__)
 
 COMPOSITES = ("first", "median", "mean")
-_POWER_FLOOR = 1e-6  # -60 dB
+_POWER_FLOOR = 10.0 ** (NOISE_FLOOR / 10.0)
 _OPEN_FILES = 100  # a thread: a year of dates has a thousand, as many as a process may open on most machines
 
 

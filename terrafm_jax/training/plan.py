@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -17,6 +18,7 @@ from terrafm_jax import config as config_lib
 from terrafm_jax import landcover, processes
 from terrafm_jax.data import pipeline
 from terrafm_jax.data.sampling import Order
+from terrafm_jax.data.source import DataError
 from terrafm_jax.models import cudnn
 from terrafm_jax.sensors import Statistics
 from terrafm_jax.training import pictures
@@ -119,8 +121,11 @@ def check_alike(config: ConfigDict) -> None:
         return
     d = config.data
     facts = {f"config.{key}": value for key, value in config_lib.flatten(config).items() if key not in _OWN}
-    index = np.ascontiguousarray(pipeline.load_index(d.dir, d.split))
-    facts["records of config.data.dir"] = hashlib.sha256(index.view(np.uint8)).hexdigest()
+    facts["records of config.data.dir"] = _digest(d.dir, d.split)
+    for field in ("gallery", "split"):  # kNN stops where all agree at a batch: with other tiles they would count apart
+        if config.knn[field] != d.split:
+            with contextlib.suppress(DataError):  # one that is not there is told of by kNN, if that is wanted
+                facts[f"records of config.knn.{field}"] = _digest(d.dir, config.knn[field])
     if d.statistics == "dataset":
         facts["statistics of config.data.dir"] = pipeline.load_statistics(d.dir).to_json()
     first, *others = processes.objects_of_all(facts)
@@ -133,6 +138,11 @@ def check_alike(config: ConfigDict) -> None:
         raise config_lib.ConfigError(
             f"{'; '.join(faults)}: give all processes the same flags and the same data set ({d.dir} here)"
         )
+
+
+def _digest(folder: str, split: str) -> str:
+    """Of the index of a split. Raises DataError."""
+    return hashlib.sha256(np.ascontiguousarray(pipeline.load_index(folder, split)).view(np.uint8)).hexdigest()
 
 
 def with_one_attention(spec: TrainSpec) -> TrainSpec:

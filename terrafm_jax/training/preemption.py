@@ -7,6 +7,7 @@ import signal
 import types
 
 import jax
+import numpy as np
 
 _TOLD = b"\nCtrl-C: ends after this step, with a checkpoint; a second Ctrl-C ends at once, without\n"
 
@@ -20,8 +21,9 @@ class StopRequest:
 
     One process: SIGTERM and SIGINT set the flag; a second SIGINT interrupts at once. A first SIGINT says so. Several
     processes: the preemption service of ``jax.distributed`` catches SIGTERM on any of them and lets
-    all agree on one of the next calls of :meth:`reached`; SIGINT is passed on to it as SIGTERM. So every
-    process has to make the same calls in the same order, at every step and at every batch of an evaluation.
+    all agree on one of the next calls of :meth:`reached`; SIGINT is passed on to it as SIGTERM, and there they also
+    tell each other whether a person interrupted any of them: all exit alike. So every process has to make the same
+    calls in the same order, at every step and at every batch of an evaluation.
     """
 
     def __init__(self) -> None:
@@ -51,7 +53,8 @@ class StopRequest:
 
         self._calls += 1
         if multihost_utils.reached_preemption_sync_point(self._calls):
-            self.signal = self.signal or signal.SIGTERM
+            interrupted = multihost_utils.process_allgather(np.bool_(self.by_person))
+            self.signal = signal.SIGINT if interrupted.any() else signal.SIGTERM
             self._agreed = True
         return self._agreed
 
@@ -62,6 +65,7 @@ class StopRequest:
 
     @property
     def by_person(self) -> bool:
+        """Whether it was Ctrl-C: of this process alone until :meth:`reached`, then of any."""
         return self.signal == signal.SIGINT
 
     def close(self) -> None:

@@ -94,7 +94,8 @@ class Input:
 def canonical(source: Input, image: np.ndarray, name: str = "image") -> np.ndarray:
     """[H, W, delivered channels] -> float32 [H, W, C] in the sensor's unit; NaN: not measured; absent bands are 0.
 
-    Sentinel-2 is nodata where all delivered bands are 0; power at or below 0 and -inf dB are nodata.
+    Sentinel-2 is nodata where all delivered bands are 0; power at or below 0 and -inf dB are nodata. A pixel that
+    lacks one band is not measured at all, as in preparation: a speckle hole in VH must not leave VV with a mean of VH.
     Raises DatasetError on a wrong channel count or shape.
     """
     image = np.asarray(image)
@@ -105,11 +106,12 @@ def canonical(source: Input, image: np.ndarray, name: str = "image") -> np.ndarr
         if source.unit == "power":
             with np.errstate(divide="ignore", invalid="ignore"):
                 taken = np.where(taken > 0, 10.0 * np.log10(taken), np.nan)
-        taken[~np.isfinite(taken)] = np.nan
+        nothing = np.zeros(taken.shape[:2], bool)
     else:
         if source.unit == "reflectance":
             taken = taken * DN_PER_REFLECTANCE
-        taken[(taken == 0).all(-1)] = np.nan
+        nothing = (taken == 0).all(-1)
+    taken[nothing | ~np.isfinite(taken).all(-1)] = np.nan
     out = np.zeros((*image.shape[:2], len(SENSORS[source.sensor].bands)), np.float32)
     out[..., [c for _, c in source.channels]] = taken
     return out

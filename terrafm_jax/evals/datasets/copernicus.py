@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,15 +29,18 @@ def _eurosat(folder: Path, name: str) -> Dataset:
         if strange:
             raise DatasetError(f"{folder / f'eurosat-{split}.txt'}: classes {strange}, expected {labels.EUROSAT}")
         targets = np.array([labels.EUROSAT.index(n.split("_")[0]) for n in names])
-        splits[split] = Split(names, _eurosat_reader(folder, names, targets, declared.sensor), targets)
+        splits[split] = Split(names, _eurosat_reader(folder, names, targets, declared), targets)
     return Dataset(info, splits)
 
 
-def _eurosat_reader(folder: Path, names: list[str], targets: np.ndarray, sensor: str) -> Callable[[int], Sample]:
+def _eurosat_reader(folder: Path, names: list[str], targets: np.ndarray, source: Input) -> Callable[[int], Sample]:
     def read(i: int) -> Sample:
         path = folder / "all_imgs" / names[i].split("_")[0] / names[i]
         return Sample(
-            names[i], {sensor: files.read_tiff(files.need(path, "an image"))}, int(targets[i]), path=str(path)
+            names[i],
+            {source.sensor: files.read_image(files.need(path, "an image"), source)},
+            int(targets[i]),
+            path=str(path),
         )
 
     return read
@@ -52,7 +55,11 @@ def _bigearthnet(folder: Path, name: str) -> Dataset:
         rows = files.read_csv(folder / f"multilabel-{split}.csv", ("s1_path", "s2_path"))
         classes = tuple(c for c in (rows[0] if rows else {}) if c not in ("s1_path", "s2_path"))
         targets = np.array([[float(r[c]) > 0.5 for c in classes] for r in rows])
-        splits[split] = Split([r["s2_path"] for r in rows], _bigearthnet_reader(folder, rows, targets, wanted), targets)
+        splits[split] = Split(
+            [r["s2_path"] for r in rows],
+            _bigearthnet_reader(folder, rows, targets, {k: both[k] for k in wanted}),
+            targets,
+        )
     info = DatasetInfo(
         name, "multilabel", classes or (), {k: both[k] for k in wanted}, note="5 % subset of the benchmark"
     )
@@ -60,13 +67,13 @@ def _bigearthnet(folder: Path, name: str) -> Dataset:
 
 
 def _bigearthnet_reader(
-    folder: Path, rows: list[dict], targets: np.ndarray, wanted: Sequence[str]
+    folder: Path, rows: list[dict], targets: np.ndarray, wanted: Mapping[str, Input]
 ) -> Callable[[int], Sample]:
     place = {"s1": ("BigEarthNet-S1-5%", "s1_path"), "s2_l2a": ("BigEarthNet-S2-5%", "s2_path")}
 
     def read(i: int) -> Sample:
         paths = {k: files.need(folder / place[k][0] / rows[i][place[k][1]], f"the {k} image") for k in wanted}
-        images = {k: files.read_tiff(p) for k, p in paths.items()}
+        images = {k: files.read_image(p, wanted[k]) for k, p in paths.items()}
         return Sample(rows[i]["s2_path"], images, targets[i], path=str(next(iter(paths.values()))))
 
     return read
@@ -80,7 +87,9 @@ def _cloud(folder: Path, name: str) -> Dataset:
     splits = {}
     for split in SPLITS:
         names = [n.removesuffix(".tif") for n in files.read_lines(folder / f"{split}.csv")]
-        splits[split] = Split(names, _pairs(folder, names, {"s2_l1c": lambda n: f"s2_toa/{n}.tif"}, "cloud/{}.tif"))
+        splits[split] = Split(
+            names, _pairs(folder, names, {"s2_l1c": lambda n: f"s2_toa/{n}.tif"}, "cloud/{}.tif", info.inputs)
+        )
     return Dataset(info, splits)
 
 
@@ -94,7 +103,7 @@ def _dfc2020(folder: Path, name: str) -> Dataset:
     for split in SPLITS:
         names = files.read_lines(folder / f"dfc-{split}-new.csv")
         paths = {k: (lambda n, s=short[k]: f"{s}/{n.replace('dfc', s)}") for k in wanted}
-        splits[split] = Split(names, _pairs(folder, names, paths, "dfc/{}", _DFC))
+        splits[split] = Split(names, _pairs(folder, names, paths, "dfc/{}", both, _DFC))
     return Dataset(info, splits)
 
 
@@ -103,6 +112,7 @@ def _pairs(
     names: list[str],
     images: dict[str, Callable[[str], str]],
     mask: str,
+    inputs: Mapping[str, Input],
     remap: dict[int, int] | None = None,
 ) -> Callable[[int], Sample]:
     def read(i: int) -> Sample:
@@ -112,7 +122,7 @@ def _pairs(
             table = np.full(256, 255)
             table[list(remap)] = list(remap.values())
             found = table[np.clip(found, 0, 255)]
-        loaded = {k: files.read_tiff(p) for k, p in paths.items()}
+        loaded = {k: files.read_image(p, inputs[k]) for k, p in paths.items()}
         return Sample(names[i], loaded, found, path=str(next(iter(paths.values()))))
 
     return read

@@ -10,11 +10,10 @@ from terrafm_jax import checks
 from terrafm_jax.checks import EIGHT_BIT
 from terrafm_jax.evals.datasets.base import Dataset, Input, Sample, Split, canonical
 from terrafm_jax.sensors import BASELINE_OFFSET, L1C_CIRRUS_THRESHOLD, L2A_THRESHOLD, SENSORS, band_name
-from terrafm_jax.units import DN_PER_REFLECTANCE
+from terrafm_jax.units import DN_PER_REFLECTANCE, NOISE_FLOOR
 
 SAMPLES = 16
 _WORDS = checks.Spelling("unit: {value}", "offset: {value:g}", "it to gdal_edit.py -a_nodata {value:g} FILE", "{key}:")
-NOISE = -60.0  # dB: far below the noise of the instrument
 BESIDE = 100.0  # DN by which the median of another band may lie below that of B10
 
 
@@ -25,13 +24,14 @@ def doubts(dataset: Dataset) -> list[str]:
     """
     split = next(iter(dataset.splits.values()))
     rows = np.unique(np.linspace(0, len(split) - 1, min(SAMPLES, len(split))).astype(int)) if len(split) else []
-    found = []
+    levels = [checks.without_b10(k, i.bands) for k, i in dataset.info.inputs.items() if "L1C" not in i.level.upper()]
+    found = [f"{dataset.info.name}: {text} If not, say level: L1C" for text in levels if text]
     for key, source in dataset.info.inputs.items():
         try:
             samples = [split[i] for i in rows]
             images = [canonical(source, s.images[key]).reshape(-1, len(source.mask))[:, source.mask] for s in samples]
         except (ValueError, OSError):
-            return []
+            return found
         pixels = np.concatenate(images or [np.zeros((0, 1), np.float32)])
         pixels = pixels[np.isfinite(pixels).all(1)]
         if not len(pixels):
@@ -85,9 +85,9 @@ def _radar(pixels: np.ndarray, source: Input) -> str:
         return f"declared dB, but no value is negative ({low:.3g} to {high:.3g}): is it power (unit: power)?"
     if source.unit == "power" and middle > 10:
         return f"declared power, but its median is {10 ** (middle / 10):.3g}: amplitude? square and calibrate it first"
-    value = low if low < NOISE else 0.0  # SNAP writes zeros
+    value = low if low < NOISE_FLOOR else 0.0  # SNAP writes zeros
     share = np.mean((pixels == value).all(1))
-    if source.unit == "dB" and share > 0.001:
+    if source.unit == "dB" and share > checks.UNDECLARED:
         nodata = _WORDS.nodata.format(key=source.sensor, value=value)
         return f"{share:.1%} of the pixels are exactly {value:g} dB in all bands: if that is nodata, pass {nodata}"
     return checks.exchanged(*np.median(pixels, axis=0)) if pixels.shape[1] == len(SENSORS["s1"].bands) else ""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from terrafm_jax import checks, tables
-from terrafm_jax.evals.datasets.base import DatasetError
+from terrafm_jax.evals.datasets.base import DatasetError, Input
 
 
 def need(path: Path, what: str, hint: str = "") -> Path:
@@ -52,12 +52,16 @@ def read_tiff(
         raise DatasetError(f"{path}: cannot be read as a raster ({str(e).splitlines()[0]})") from e
 
 
-def read_image(path: Path, sensor: str) -> np.ndarray:
+def read_image(path: Path, source: Input, at: tuple[int, int] | None = None) -> np.ndarray:
     """Pixels [H, W, channels] of a raster, float32 with NaN where a band holds its nodata or its own mask hides them.
 
-    Declared zeros of Sentinel-2 stay: in some bands zero is dark ground, and in all of them it is nodata anyway.
-    Raises DatasetError.
+    Channels that the model has no use for are not asked. Declared zeros of Sentinel-2 stay: in some bands zero is dark
+    ground, and in all of them it is nodata anyway. ``at`` as for :func:`read_tiff`. Raises DatasetError.
     """
+    return _read_image(path, source.sensor, [i for i, _ in source.channels], at)
+
+
+def _read_image(path: Path, sensor: str, used: Sequence[int], at: tuple[int, int] | None = None) -> np.ndarray:
 
     def measured(source: Any) -> np.ndarray:
         image, gone = _pixels(source), np.zeros(source.shape, bool)
@@ -66,11 +70,11 @@ def read_image(path: Path, sensor: str) -> np.ndarray:
         if checks.hides(source):
             gone |= source.read_masks(1) == 0
         for band, value in enumerate(source.nodatavals):
-            if value is not None and (value != 0 or sensor == "s1"):
+            if band in used and value is not None and (value != 0 or sensor == "s1"):
                 gone |= image[..., band] == value
         return np.where(gone[..., None], np.float32(np.nan), image.astype(np.float32)) if gone.any() else image
 
-    return read_tiff(path, take=measured)
+    return read_tiff(path, at, measured)
 
 
 def tiff_header(path: Path) -> dict[str, Any]:
@@ -84,16 +88,16 @@ def tiff_header(path: Path) -> dict[str, Any]:
         raise DatasetError(f"{path}: cannot be read as a raster ({str(e).splitlines()[0]})") from e
 
 
-def read_band_files(folder: Path, bands: Sequence[str], pattern: str) -> np.ndarray:
+def read_band_files(folder: Path, source: Input, pattern: str) -> np.ndarray:
     """One raster per band (``pattern`` with {band}) -> [H, W, bands]; coarser bands are repeated to the finest grid.
 
-    Raises DatasetError listing every missing file, and sizes that are no whole multiples.
+    NaN as in :func:`read_image`. Raises DatasetError listing every missing file, and sizes that are no whole multiples.
     """
-    paths = [folder / pattern.format(band=b) for b in bands]
+    paths = [folder / pattern.format(band=b) for b in source.bands]
     missing = [p.name for p in paths if not p.exists()]
     if missing:
         raise DatasetError(f"{folder}: missing {missing}")
-    planes = [read_tiff(p)[..., 0] for p in paths]
+    planes = [_read_image(p, source.sensor, [0])[..., 0] for p in paths]
     rows, cols = max(p.shape[0] for p in planes), max(p.shape[1] for p in planes)
     out = np.empty((rows, cols, len(planes)), np.result_type(*planes))
     for i, (plane, path) in enumerate(zip(planes, paths, strict=True)):

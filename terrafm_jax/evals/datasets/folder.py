@@ -172,7 +172,7 @@ class _Reader:
     def _image(self, key: str, path: Path, folder: Path | None = None) -> np.ndarray:
         folder = folder or self._folder(key)
         file = files.need(folder / (self._relative(path) + self.declared[key].get("suffix", "")), key)
-        image = files.read_image(file, self.inputs[key].sensor)
+        image = files.read_image(file, self.inputs[key])
         self._check_count(file, key, image.shape[-1])
         return image
 

@@ -118,7 +118,7 @@ def _names(spec: Spec, row: dict[str, Any]) -> np.ndarray:
 def _reader(spec: Spec, rows: list[dict[str, Any]]) -> Callable[[int], Sample]:
     def read(i: int) -> Sample:
         items = Archive.items(rows[i])
-        images = {key: files.read_tiff(items[n][0], at=items[n][1:]) for key, (n, _) in spec.items.items()}
+        images = {k: files.read_image(items[n][0], source, items[n][1:]) for k, (n, source) in spec.items.items()}
         if spec.column:
             target = _names(spec, rows[i])
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from terrafm_jax.evals.datasets import files, labels
 from terrafm_jax.evals.datasets.base import SPLITS, Dataset, DatasetError, DatasetInfo, Input, Sample, Split
-from terrafm_jax.sensors import S2_L2A, band_name
+from terrafm_jax.sensors import band_name
 
 _S1 = Input("s1", ("VV", "VH"), "dB", level="GRD sigma0")
 
@@ -64,14 +64,14 @@ def _sen1floods11(root: Path) -> Dataset:
     for split, name in zip(SPLITS, ("train", "valid", "test"), strict=True):
         rows = [line.split(",")[0] for line in files.read_lines(lists / f"flood_{name}_data.csv")]
         names = [r.removesuffix("_S1Hand.tif") for r in rows]
-        splits[split] = Split(names, _floods_reader(data, names))
+        splits[split] = Split(names, _floods_reader(data, names, info.inputs))
     return Dataset(info, splits)
 
 
-def _floods_reader(data: Path, names: list[str]) -> Callable[[int], Sample]:
+def _floods_reader(data: Path, names: list[str], inputs: Mapping[str, Input]) -> Callable[[int], Sample]:
     def read(i: int) -> Sample:
         paths = {"s1": data / "S1Hand" / f"{names[i]}_S1Hand.tif", "s2_l1c": data / "S2Hand" / f"{names[i]}_S2Hand.tif"}
-        images = {k: files.read_tiff(files.need(p, f"the {k} chip")) for k, p in paths.items()}
+        images = {k: files.read_image(files.need(p, f"the {k} chip"), inputs[k]) for k, p in paths.items()}
         mask = files.read_tiff(files.need(data / "LabelHand" / f"{names[i]}_LabelHand.tif", "the label"))[..., 0]
         return Sample(names[i], images, mask.astype(np.int64), path=str(paths["s1"]))
 
@@ -96,24 +96,22 @@ def _bigearthnet(root: Path) -> Dataset:
     for split, name in zip(SPLITS, ("train", "validation", "test"), strict=True):
         chosen = [r for r in rows if r["split"] == name]
         targets = np.array([[c in r["labels"] for c in labels.BIGEARTHNET_19] for r in chosen], bool)
-        splits[split] = Split(
-            [r["patch_id"] for r in chosen], _ben_reader(root, chosen, targets, tuple(inputs)), targets
-        )
+        splits[split] = Split([r["patch_id"] for r in chosen], _ben_reader(root, chosen, targets, inputs), targets)
     return Dataset(info, splits)
 
 
 def _ben_reader(
-    root: Path, rows: list[dict[str, Any]], targets: np.ndarray, sensors: Sequence[str]
+    root: Path, rows: list[dict[str, Any]], targets: np.ndarray, inputs: Mapping[str, Input]
 ) -> Callable[[int], Sample]:
     def read(i: int) -> Sample:
         patch, radar = rows[i]["patch_id"], rows[i]["s1_name"]
         images = {}
-        if "s1" in sensors:
+        if "s1" in inputs:
             folder = root / "BigEarthNet-S1" / radar.rsplit("_", 3)[0] / radar
-            images["s1"] = files.read_band_files(folder, ("VV", "VH"), radar + "_{band}.tif")
+            images["s1"] = files.read_band_files(folder, inputs["s1"], radar + "_{band}.tif")
         folder = root / "BigEarthNet-S2" / patch.rsplit("_", 2)[0] / patch
-        if "s2_l2a" in sensors:
-            images["s2_l2a"] = files.read_band_files(folder, S2_L2A.band_names, patch + "_{band}.tif")
+        if "s2_l2a" in inputs:
+            images["s2_l2a"] = files.read_band_files(folder, inputs["s2_l2a"], patch + "_{band}.tif")
         return Sample(patch, images, targets[i], path=str(folder))
 
     return read
@@ -180,17 +178,15 @@ def _oscd(root: Path) -> Dataset:
         found = sorted(root.glob(f"*{word} Labels/*/cm/cm.png"))
         if found:
             cities = [p.parts[-3] for p in found]
-            splits[split] = Split(cities, _oscd_reader(images, cities, found))
+            splits[split] = Split(cities, _oscd_reader(images, cities, found, info.inputs["s2_l1c"]))
     return Dataset(info, splits)
 
 
-def _oscd_reader(images: Path, cities: list[str], masks: list[Path]) -> Callable[[int], Sample]:
+def _oscd_reader(images: Path, cities: list[str], masks: list[Path], source: Input) -> Callable[[int], Sample]:
     from PIL import Image
 
     def read(i: int) -> Sample:
-        dates = [
-            files.read_band_files(images / cities[i] / f"imgs_{n}_rect", labels.S2_13, "{band}.tif") for n in (1, 2)
-        ]
+        dates = [files.read_band_files(images / cities[i] / f"imgs_{n}_rect", source, "{band}.tif") for n in (1, 2)]
         with Image.open(masks[i]) as picture:
             mask = (np.asarray(picture.convert("L")) > 0).astype(np.int64)
         rows, cols = (min(a.shape[k] for a in (*dates, mask)) for k in (0, 1))
