@@ -158,7 +158,9 @@ def test_a_folder_of_something_else_is_left_alone(workdir, tmp_path, capsys):
     command = ["--checkpoint", str(workdir), "--out", str(tmp_path / "mine")]
     (tmp_path / "mine").mkdir()
     assert main(command) == 0, "an empty folder"
+    (tmp_path / "mine" / "head.safetensors").touch()
     assert main(command) == 0, "a former export"
+    assert not (tmp_path / "mine" / "head.safetensors").exists(), "the head of another encoder"
     capsys.readouterr()
     for name, text in (("config.json", '{"model_type": "vit"}'), ("config.json", "[]"), ("README.md", "my notes")):
         foreign = tmp_path / f"foreign{len(text)}"

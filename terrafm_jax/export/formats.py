@@ -26,6 +26,7 @@ from terrafm_jax.provenance import portable
 from terrafm_jax.sensors import SENSOR_KEYS, SENSORS, normalize
 
 MODELING_FILE, CARD_FILE = "modeling_terrafm.py", "README.md"
+TUNED_FILES = "finetuned_terrafm.py", "task.json", "head.safetensors"  # that the export of a fine-tuned network adds
 _MODEL_TYPE = "terrafm"
 SERVING_PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -137,6 +138,8 @@ def write_folder(loaded: Loaded, folder: Path, *, license: str = "apache-2.0") -
 
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for name in TUNED_FILES:  # of a former export: its head would be taken for this encoder's
+        (folder / name).unlink(missing_ok=True)
     write_safetensors(folder / SAFETENSORS_FILE, torch_weights.to_torch(loaded.params))
     (folder / CONFIG_FILE).write_text(json.dumps(description(loaded), indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(Path(__file__).with_name("torch_model.py"), folder / MODELING_FILE)

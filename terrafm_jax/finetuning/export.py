@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 
 from terrafm_jax import weights
+from terrafm_jax.export.formats import CARD_FILE, TUNED_FILES, write_folder
+from terrafm_jax.export.safetensors_file import write_safetensors
 from terrafm_jax.finetuning.tuned import Tuned
 
-MODULE_FILE, TASK_FILE, HEAD_FILE = "finetuned_terrafm.py", "task.json", "head.safetensors"
+MODULE_FILE, TASK_FILE, HEAD_FILE = TUNED_FILES
 
 
 def head_state(tuned: Tuned) -> dict[str, np.ndarray]:
@@ -65,9 +67,6 @@ def _double(name: str, p: dict[str, Any]) -> dict[str, np.ndarray]:
 
 def export(workdir: str | Path, out: Path) -> None:
     """Writes the folder. Raises WeightsError when ``workdir`` holds no fine-tuned network."""
-    from terrafm_jax.export.formats import CARD_FILE, write_folder
-    from terrafm_jax.export.safetensors_file import write_safetensors
-
     tuned = Tuned(workdir)
     write_folder(tuned.loaded, out)
     write_safetensors(out / HEAD_FILE, head_state(tuned))
