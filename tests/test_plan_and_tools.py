@@ -151,3 +151,11 @@ def test_processes_with_other_flags_or_data_are_refused(tmp_path: Path, monkeypa
         process(here)
     monkeypatch.setattr(jax, "process_count", lambda: 1)
     process(other, seed=1)
+
+
+def test_warmups_that_outlast_the_run_are_named() -> None:
+    steps = {"optim.warmup": 100, "optim.freeze_last": 5, "objective.teacher_temp_warmup": 300}
+    assert plans.unfinished_schedules(steps, 301) == ""
+    found = plans.unfinished_schedules(steps, 100)
+    assert "ends after 100 steps, within config.optim.warmup (100 steps), config.objective.teacher_temp_" in found
+    assert "freeze_last" not in found

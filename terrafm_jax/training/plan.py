@@ -157,6 +157,13 @@ def with_one_attention(spec: TrainSpec) -> TrainSpec:
     return spec if all(works) else dataclasses.replace(spec, model=dataclasses.replace(model, attention="xla"))
 
 
+def unfinished_schedules(steps: Mapping[str, int], total: int) -> str:
+    """A line naming the warmups that a run of ``total`` steps ends in, else "". ``steps``: as in :class:`Plan`."""
+    keys = ("optim.warmup", "optim.freeze_last", "objective.teacher_temp_warmup")
+    long = [f"config.{key} ({steps[key]} steps)" for key in keys if steps[key] >= total]
+    return f"warning: the run ends after {total} steps, within {', '.join(long)}" if long else ""
+
+
 def describe(plan: Plan, progress: Progress) -> None:
     """Logs the plan and writes ``config_resolved.json``, ``statistics.json``, ``parameters.txt``, ``landcover.png``."""
     frequent = [n for n, f in zip(landcover.NAMES, plan.spec.frequent, strict=True) if f]
@@ -165,6 +172,8 @@ def describe(plan: Plan, progress: Progress) -> None:
     for line in plan.order.describe().splitlines():
         progress.line(line)
     progress.line(f"frequent land cover: {', '.join(frequent) or 'none, so there is one center'}")
+    if unfinished := unfinished_schedules(plan.steps, plan.total):
+        progress.line(unfinished)
     if plan.writes:
         folder = epath.Path(plan.workdir)
         resolved = {"config": config_lib.flatten(plan.config), "steps": dict(plan.steps), "frequent": frequent}
