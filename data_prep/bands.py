@@ -35,12 +35,13 @@ def named(key: str, descriptions: Sequence[str | None]) -> tuple[str, ...]:
 
 def unnamed(key: str, source: rasterio.DatasetReader, what: str) -> Unnamed:
     """Why a file is refused whose bands nobody names, with the flag that names them."""
-    usual = "VV,VH" if key == "s1" else f"B01..B08,B8A,B09{'..B12' if key == 's2_l1c' else ',B11,B12'}"
+    cirrus = key == "s2_l1c" and source.count != 12
+    usual = "VV,VH" if key == "s1" else f"B01..B08,B8A,B09{'..B12' if cirrus else ',B11,B12'}"
     fits = f"in ESA's order --bands {key}={usual}"
     if key == "s2_l2a" and (source.count == 13 or "B10" in [band_name(d) for d in source.descriptions if d]):
         fits = "a 13th band is B10, and B10 means Level-1C: is the sensor s2_l1c?"
     elif key == "s2_l1c" and source.count == 12:
-        fits = TWELVE
+        fits += f", but {TWELVE}"
     elif key == "s2_l1c" and source.count == 13:
         dark = _cirrus_band(source)
         order = {10: usual, 9: "B01..B12,B8A"}.get(dark)
