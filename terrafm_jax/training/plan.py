@@ -158,8 +158,12 @@ def with_one_attention(spec: TrainSpec) -> TrainSpec:
 
 
 def unfinished_schedules(steps: Mapping[str, int], total: int) -> str:
-    """A line naming the warmups that a run of ``total`` steps ends in, else "". ``steps``: as in :class:`Plan`."""
-    keys = ("optim.warmup", "optim.freeze_last", "objective.teacher_temp_warmup")
+    """A line naming what a run of ``total`` steps ends within, else "". ``steps``: as in :class:`Plan`.
+
+    Such a run never reaches its learning rate, or never trains the prototypes. (That a short one does not reach the
+    teacher's last temperature is no fault.)
+    """
+    keys = ("optim.warmup", "optim.freeze_last")
     long = [f"config.{key} ({steps[key]} steps)" for key in keys if steps[key] >= total]
     return f"warning: the run ends after {total} steps, within {', '.join(long)}" if long else ""
 
