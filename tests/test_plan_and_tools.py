@@ -156,6 +156,6 @@ def test_processes_with_other_flags_or_data_are_refused(tmp_path: Path, monkeypa
 def test_warmups_that_outlast_the_run_are_named() -> None:
     steps = {"optim.warmup": 100, "optim.freeze_last": 300, "objective.teacher_temp_warmup": 900}
     assert plans.unfinished_schedules(steps, 301) == ""
-    assert plans.unfinished_schedules(steps, 300).endswith("after 300 steps, within config.optim.freeze_last (300 steps)")
+    assert plans.unfinished_schedules(steps, 300).endswith("within config.optim.freeze_last (300 steps)")
     found = plans.unfinished_schedules(steps, 100)
     assert found.endswith("within config.optim.warmup (100 steps), config.optim.freeze_last (300 steps)")
