@@ -15,7 +15,6 @@ from terrafm_jax.models.spec import ModelSpec
 from terrafm_jax.sensors import Statistics
 from terrafm_jax.ssl.objective import ObjectiveSpec
 from terrafm_jax.ssl.views import ViewSpec
-from terrafm_jax.training import step as step_lib
 from terrafm_jax.training.batches import batch_shapes, random_batch
 from terrafm_jax.training.optim import OptimSpec
 from terrafm_jax.training.sharding import ShardingError, batch_sharding, bytes_per_device, make_batch, make_mesh
@@ -312,14 +311,3 @@ def test_abstract_batch_matches_a_real_one() -> None:
     shapes = batch_shapes(("s1", "s2_l2a"), 2, METERS)
     batch = random_batch(("s1", "s2_l2a"), 2, METERS)
     assert jax.tree.map(lambda s: (s.shape, s.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), batch)
-
-
-def test_no_step_draws_from_the_key_of_the_state() -> None:
-    """The state came from that of step 4631 (0x1217). A step is an int32 from zero on."""
-    spec = tiny()
-    key = step_lib._key(spec)
-    start = jax.random.key_data(step_lib._start_key(spec)).tolist()
-    for step in (0, 1, 0x1217, 2**31 - 1):
-        assert jax.random.key_data(jax.random.fold_in(key, jnp.int32(step))).tolist() != start
-    below = jax.random.fold_in(key, jnp.int32(0x1217 - 2**31))
-    assert jax.random.key_data(below).tolist() == start, "only a step below zero would"

@@ -123,11 +123,6 @@ def _key(spec: TrainSpec) -> jax.Array:
     return jax.random.key(spec.seed, impl="threefry2x32")  # the same numbers on every mesh and platform
 
 
-def _start_key(spec: TrainSpec) -> jax.Array:
-    """Of a fresh state. Steps are int32, so none has the highest bit set and none draws from the same key."""
-    return jax.random.fold_in(_key(spec), 0x8000_1217)
-
-
 def abstract_state(spec: TrainSpec, mesh: Mesh) -> TrainState:
     """The state as ShapeDtypeStructs with shardings: what a checkpoint is restored into.
 
@@ -148,7 +143,7 @@ def init_state(spec: TrainSpec, mesh: Mesh) -> TrainState:
     """
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(spec, mesh))
     # The key is made inside, so that processes of one job need not agree on a concrete array first.
-    return jax.jit(lambda: _new_state(spec, _start_key(spec)), out_shardings=shardings)()
+    return jax.jit(lambda: _new_state(spec, jax.random.fold_in(_key(spec), 0x1217)), out_shardings=shardings)()
 
 
 def parameter_table(spec: TrainSpec, mesh: Mesh) -> str:
