@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 import rasterio
 from rasterio.transform import from_origin
 
@@ -121,3 +122,16 @@ def jumps(values: np.ndarray, borders: Sequence[int], axis: int) -> tuple[np.nda
         found = np.nanmean(1 - (unit[1:] * unit[:-1]).sum(-1), 1)
     at = np.isin(np.arange(len(found)) + 1, list(borders))
     return found[at], found[~at]
+
+
+NAMES = SENSORS["s2_l2a"].band_names
+THIRTEEN = (*NAMES[:10], "B10", *NAMES[10:])
+DARK = surface(64, 64, 12) // 6  # from 110 DN on
+
+
+def fails(capsys: pytest.CaptureFixture, *args: str) -> str:
+    """The one line with which embedding refuses these arguments."""
+    assert embed.main(["--checkpoint=none.pth", "--out=e.tif", *args]) == 1
+    line = capsys.readouterr().err.strip()
+    assert "\n" not in line
+    return line

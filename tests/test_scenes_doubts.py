@@ -10,27 +10,15 @@ import numpy as np
 import pytest
 import rasterio
 from rasterio.warp import transform
-from scenes_fake import CRS, NORTH, WEST, call, optical, radar, surface, tokens, write
+from scenes_fake import CRS, DARK, NAMES, NORTH, THIRTEEN, WEST, call, fails, optical, radar, surface, tokens, write
 
 from data_prep.doubts import check_zeros
 from data_prep.raster import BadInput, Raster
 from data_prep.raster import Grid as RasterGrid
-from terrafm_jax import checks, embed
+from terrafm_jax import checks
 from terrafm_jax.scenes import compare, flags, grid, inputs, read
 from terrafm_jax.scenes.errors import SceneError
 from terrafm_jax.scenes.inputs import Declared, resolve
-from terrafm_jax.sensors import SENSORS
-
-NAMES = SENSORS["s2_l2a"].band_names
-THIRTEEN = (*NAMES[:10], "B10", *NAMES[10:])
-DARK = surface(64, 64, 12) // 6  # from 110 DN on
-
-
-def fails(capsys: pytest.CaptureFixture, *args: str) -> str:
-    assert embed.main(["--checkpoint=none.pth", "--out=e.tif", *args]) == 1
-    line = capsys.readouterr().err.strip()
-    assert "\n" not in line
-    return line
 
 
 def test_undeclared_zeros_have_one_limit_everywhere(tmp_path: Path) -> None:

@@ -7,23 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scenes_fake import optical, surface, write
+from scenes_fake import DARK, NAMES, THIRTEEN, fails, optical, surface, write
 
-from terrafm_jax import embed
 from terrafm_jax.scenes.errors import SceneError
 from terrafm_jax.scenes.inputs import Declared, resolve
 from terrafm_jax.sensors import SENSORS
-
-NAMES = SENSORS["s2_l2a"].band_names
-THIRTEEN = (*NAMES[:10], "B10", *NAMES[10:])
-DARK = surface(64, 64, 12) // 6  # from 110 DN on
-
-
-def fails(capsys: pytest.CaptureFixture, *args: str) -> str:
-    assert embed.main(["--checkpoint=none.pth", "--out=e.tif", *args]) == 1
-    line = capsys.readouterr().err.strip()
-    assert "\n" not in line
-    return line
 
 
 def test_the_sign_of_the_offset(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
