@@ -129,10 +129,10 @@ def _turn(grid: Grid, longitude: float) -> float:
     return 360.0 * round(((left + right) / 2 - longitude) / 360) if grid.crs == "EPSG:4326" else 0.0
 
 
-def _ring(grid: Grid, steps: int = 8) -> tuple[np.ndarray, np.ndarray]:
+def _ring(grid: Grid) -> tuple[np.ndarray, np.ndarray]:
     """Longitudes and latitudes along the outline, in order."""
-    lon, lat = lonlat_outline(grid, steps)
-    n = steps + 1  # lonlat_outline: bottom, top, left, right
+    lon, lat = lonlat_outline(grid)
+    n = len(lon) // 4
     bottom, top, left, right = (slice(i * n, (i + 1) * n) for i in range(4))
 
     def walk(values: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ from data_prep import tiling
 from data_prep.raster import Grid
 from terrafm_jax.sensors import S1
 
+_ALIGNED = 1e-3  # pixels: grids that differ by less lie in the same place
 NOTHING = -300.0  # dB: whatever lies below is a fill value, declared or not
 _LOWEST, _HIGHEST = S1.nodata + 1, np.iinfo(S1.dtype).max  # the lowest number of all is nodata
 
@@ -71,21 +72,21 @@ def warp_power(power: np.ndarray, grid: Grid, target: Grid) -> np.ndarray:
     return result
 
 
-def same_place(grid: Grid, other: Grid, tolerance: float = 1e-3) -> bool:
-    """Same CRS and shape, and corners within ``tolerance`` pixels."""
+def same_place(grid: Grid, other: Grid) -> bool:
+    """Same CRS and shape, and the same corners, to a thousandth of a pixel."""
     if grid.crs != other.crs or grid.shape != other.shape:
         return False
     step = abs(grid.transform[0])
-    return all(abs(a - b) <= tolerance * step for a, b in zip(grid.bounds(), other.bounds(), strict=True))
+    return all(abs(a - b) <= _ALIGNED * step for a, b in zip(grid.bounds(), other.bounds(), strict=True))
 
 
-def whole_shift(grid: Grid, other: Grid, tolerance: float = 1e-3) -> tuple[int, int] | None:
+def whole_shift(grid: Grid, other: Grid) -> tuple[int, int] | None:
     """(rows, columns) from the origin of ``grid`` to that of ``other``, None unless they share all pixel edges."""
     (a, _, c, _, e, f), (oa, _, oc, _, oe, of) = grid.transform, other.transform
     rows, cols = (of - f) / e, (oc - c) / a
     drift = max(abs(oa / a - 1) * other.width, abs(oe / e - 1) * other.height)
     off = max(abs(rows - round(rows)), abs(cols - round(cols)), drift)
-    return (round(rows), round(cols)) if grid.crs == other.crs and off <= tolerance else None
+    return (round(rows), round(cols)) if grid.crs == other.crs and off <= _ALIGNED else None
 
 
 def to_hundredths(power: np.ndarray) -> np.ndarray:

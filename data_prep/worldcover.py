@@ -136,10 +136,13 @@ def _floor(degrees: float) -> int:
     return math.floor(degrees / STEP) * STEP
 
 
-def lonlat_outline(grid: Grid, steps: int = 8) -> tuple[np.ndarray, np.ndarray]:
-    """Longitudes and latitudes of points on the outline of a grid, without a jump at the antimeridian."""
+def lonlat_outline(grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+    """Longitudes and latitudes of nine points on each side of a grid, without a jump at the antimeridian.
+
+    Sides come in the order bottom, top, left, right, each from left to right or from bottom to top.
+    """
     left, bottom, right, top = grid.bounds()
-    along = np.linspace(0.0, 1.0, steps + 1)
+    along = np.linspace(0.0, 1.0, 9)
     x, y = left + along * (right - left), bottom + along * (top - bottom)
     xs = np.concatenate([x, x, np.full_like(y, left), np.full_like(y, right)])
     ys = np.concatenate([np.full_like(x, bottom), np.full_like(x, top), y, y])

@@ -47,7 +47,6 @@ def tile_patches(
     *,
     size: int,
     patch: int = 16,
-    dtype: Any = "float32",
 ) -> tuple[dict[str, Array], Array]:
     """The whole tile as one view: no crop, no flip, resampled to ``size`` px exactly like a training view.
 
@@ -67,7 +66,7 @@ def tile_patches(
     patches = {}
     for i, key in enumerate(sensors):
         views = [(boxes, flips, size)]
-        (cut,) = resample_sensor(key, batch[key], stats[key], offset[:, i], views, patch, jnp.dtype(dtype))
+        (cut,) = resample_sensor(key, batch[key], stats[key], offset[:, i], views, patch, jnp.dtype("float32"))
         patches[key] = cut[:, 0]
     return patches, jnp.asarray(batch["present"]).astype(bool)[:, jnp.array(columns)]
 
@@ -93,29 +92,25 @@ def tile_encoder(spec: ModelSpec, stats: Stats, *, size: int) -> Callable[[Any, 
     return encode
 
 
-def tile_features(
-    encode: Callable[[Mapping[str, Any]], Array], batches: Iterable[Mapping[str, Any]], *, limit: int = 0
-) -> TileFeatures:
+def tile_features(encode: Callable[[Mapping[str, Any]], Array], batches: Iterable[Mapping[str, Any]]) -> TileFeatures:
     """Runs ``encode(batch) -> [B, d]`` over batches of prepared tiles; rows with ``index`` < 0 are padding.
 
-    Results are fetched one batch late, so that the device works while the host reads. ``limit`` > 0 stops there.
+    Results are fetched one batch late, so that the device works while the host reads.
+
+    Raises FeatureError where there is no batch.
     """
     rows: list[tuple[Any, np.ndarray, np.ndarray]] = []
     pending: tuple[Any, np.ndarray, np.ndarray] | None = None
-    found = 0
     for batch in batches:
-        index = np.asarray(batch["index"])
-        current = (encode(batch), np.asarray(batch["landcover"]), index)
+        current = (encode(batch), np.asarray(batch["landcover"]), np.asarray(batch["index"]))
         if pending is not None:
             rows.append((np.asarray(pending[0]), *pending[1:]))
-        pending, found = current, found + int((index >= 0).sum())
-        if limit and found >= limit:
-            break
+        pending = current
     if pending is None:
         raise FeatureError("tile features: the split has no batch")
     rows.append((np.asarray(pending[0]), *pending[1:]))
     cls, landcover, index = (np.concatenate(part) for part in zip(*rows, strict=True))
-    keep = np.nonzero(index >= 0)[0][: limit or None]
+    keep = np.nonzero(index >= 0)[0]
     return TileFeatures(cls[keep].astype(np.float32), landcover[keep], index[keep])
 
 

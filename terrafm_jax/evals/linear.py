@@ -179,9 +179,9 @@ def headline(task: str, scores: np.ndarray, targets: np.ndarray) -> float:
     return -float(np.sqrt(np.mean((scores[:, 0] - targets) ** 2)))
 
 
-def hold_out(train: Split, share: float = 0.2, seed: int = 0) -> tuple[Split, Split]:
-    """(rest, held out): a stratified share of the train split (``datasets.base.held_out``)."""
-    rest, held = held_out(train.targets, share, seed)
+def hold_out(train: Split, seed: int) -> tuple[Split, Split]:
+    """(rest, held out): a stratified fifth of the train split (``datasets.base.held_out``)."""
+    rest, held = held_out(train.targets, 0.2, seed)
     return Split(train.features[rest], train.targets[rest]), Split(train.features[held], train.targets[held])
 
 
@@ -196,7 +196,7 @@ def linear_probe(
     task = task_of(train.targets)
     chosen_from = "val"
     if val is None or not len(val.targets):
-        (train, val), chosen_from = hold_out(train, seed=seed), "a fifth of train"
+        (train, val), chosen_from = hold_out(train, seed), "a fifth of train"
     center, scale = 0.0, 1.0
     if task == "regression":
         center, scale = float(np.mean(train.targets)), float(np.std(train.targets)) or 1.0
@@ -267,7 +267,7 @@ def logistic_regression(
         raise ValueError("logreg: targets are numbers, not classes; use a linear probe")
     whole, label = train, "logreg/1"
     if val is None or not len(val.targets):
-        train, val = hold_out(train, seed=seed)
+        train, val = hold_out(train, seed)
     elif not refit_on_val:
         label += " (fitted on train alone)"
     else:

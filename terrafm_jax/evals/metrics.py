@@ -29,9 +29,6 @@ class Interval:
             return f"{self.value:.4f}"
         return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
 
-    def __float__(self) -> float:
-        return self.value
-
 
 @dataclasses.dataclass(frozen=True)
 class Result:

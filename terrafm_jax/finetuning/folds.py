@@ -133,7 +133,7 @@ class Tuner:
         """Classes of the rows ``test`` after choosing the rate and training on ``train``."""
         rates = self.recipe.rates
         if len(rates) > 1:
-            rest, held = hold_out(Split(np.asarray(train), self.targets[train]), seed=seed)
+            rest, held = hold_out(Split(np.asarray(train), self.targets[train]), seed)
             scores = []
             for rate in rates:
                 found = self.logits(rest.features, rate, seed)[held.features]

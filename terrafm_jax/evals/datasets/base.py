@@ -272,8 +272,8 @@ def batches(split: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
         yield group
 
 
-def label_fraction(labels: np.ndarray, fraction: float, seed: int, minimum: int = 1) -> np.ndarray:
-    """Sorted indices of a random subset that holds ``fraction`` of every class, at least ``minimum`` of each.
+def label_fraction(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Sorted indices of a random subset that holds ``fraction`` of every class, at least one sample of each.
 
     Multilabel targets bool [N, C] and targets that are not classes are drawn without stratification.
     """
@@ -284,12 +284,12 @@ def label_fraction(labels: np.ndarray, fraction: float, seed: int, minimum: int 
     if fraction == 1:
         return np.arange(len(labels))
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        count = max(minimum, round(fraction * len(labels)))
+        count = max(1, round(fraction * len(labels)))
         return np.sort(rng.permutation(len(labels))[:count])
     picked = []
     for c in np.unique(labels):
         members = rng.permutation(np.nonzero(labels == c)[0])
-        picked.append(members[: max(minimum, round(fraction * len(members)))])
+        picked.append(members[: max(1, round(fraction * len(members)))])
     return np.sort(np.concatenate(picked))
 
 
