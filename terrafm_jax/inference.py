@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from terrafm_jax import checks, weights
 from terrafm_jax import units as units_lib
@@ -27,6 +26,7 @@ from terrafm_jax.arguments import (
     says,
     unmeasured,
 )
+from terrafm_jax.devices import LocalDevices
 from terrafm_jax.loader import COMPUTE_FIELDS, Loaded, read
 from terrafm_jax.models import Features, ModelSpec, patchify, terrafm
 from terrafm_jax.sensors import NORMALIZED_MEAN, SENSOR_KEYS, SENSORS, Sensor, normalize
@@ -65,14 +65,13 @@ class Model:
         return weights.content_hash(self.backbone)
 
     @functools.cached_property
-    def _mesh(self) -> jax.sharding.Mesh:
-        devices = jax.local_devices()
-        return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    def _devices(self) -> LocalDevices:
+        return LocalDevices()
 
     @functools.cached_property
     def _placed(self) -> Any:
         """The backbone on every local device, copied once."""
-        return jax.device_put(self.backbone, NamedSharding(self._mesh, PartitionSpec()))
+        return self._devices.everywhere(self.backbone)
 
     def encode(
         self,
@@ -247,26 +246,20 @@ class Model:
     # --- computing on the devices ---
 
     def _chunks(self, inputs: dict[str, dict[str, np.ndarray]], batch_size: int) -> Iterator[tuple[Any, int]]:
-        """Pieces of at most ``batch_size`` images a device, padded to a multiple of the devices."""
+        """Pieces of at most ``batch_size`` images a device, each with its number of images."""
         count = len(next(iter(inputs.values()))["offset"])
-        size = max(1, batch_size) * self._mesh.size
+        size = max(1, batch_size) * self._devices.count
         for start in range(0, count, size):
-            piece = jax.tree.map(lambda x, a=start: x[a : a + size], inputs)
-            kept = min(size, count - start)
-            missing = -kept % self._mesh.size
-            if missing:
-                piece = jax.tree.map(lambda x, n=missing: np.concatenate([x, np.repeat(x[-1:], n, 0)]), piece)
-            yield piece, kept
+            yield jax.tree.map(lambda x, a=start: x[a : a + size], inputs), min(size, count - start)
 
     def _run(self, chunk: tuple[Any, int], columns: Mapping[str, tuple[int, ...]], layers: tuple[int, ...]) -> Features:
-        inputs, kept = chunk
+        inputs, count = chunk
         key = (tuple(sorted(columns.items())), layers, self.upstream_l2a_stem)
         if key not in self._compiled:
             forward = functools.partial(self._forward, columns=dict(columns), layers=layers)
             self._compiled[key] = jax.jit(forward)
-        rows = NamedSharding(self._mesh, PartitionSpec("data"))
-        found = self._compiled[key](self._placed, jax.device_put(inputs, rows))
-        return jax.tree.map(lambda x: np.asarray(x)[:kept], found)
+        found = self._compiled[key](self._placed, self._devices.rows(inputs))
+        return jax.tree.map(lambda x: np.asarray(x)[:count], found)
 
     def _forward(
         self, backbone: Any, inputs: Any, *, columns: Mapping[str, tuple[int, ...]], layers: tuple[int, ...]

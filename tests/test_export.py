@@ -11,6 +11,7 @@ import pytest
 from weights_samples import TINY, assert_bitwise, assert_close, images, sample
 
 from terrafm_jax import weights
+from terrafm_jax.devices import LocalDevices
 from terrafm_jax.export import formats, torch_weights
 from terrafm_jax.export.__main__ import main as export_main
 from terrafm_jax.export.formats import ExportError
@@ -148,7 +149,7 @@ def test_published_sizes_agree_at_every_input_size(size):
     spec = ModelSpec.of_size(size, scan=True, prototypes=8)
     loaded = sample(spec, head=False)
     model, module = Model(loaded), formats.torch_module(loaded)
-    model.__dict__["_mesh"] = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    model.__dict__["_devices"] = LocalDevices(jax.devices()[:1])
     cases = [spec.sensors, *((s,) for s in spec.sensors)]
     for shape, alone in itertools.zip_longest(SIZES, spec.sensors):
         x = images(shape, batch=len(cases), sensors=spec.sensors)

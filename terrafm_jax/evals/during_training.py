@@ -12,9 +12,10 @@ import jax
 import numpy as np
 
 from terrafm_jax.data.source import DataError
+from terrafm_jax.devices import LocalDevices
 from terrafm_jax.evals import landcover_knn, protocols, store
 from terrafm_jax.evals.datasets import open_suite
-from terrafm_jax.evals.features import Encoder, FeatureError, ImageBatch, LocalDevices, tile_encoder
+from terrafm_jax.evals.features import Encoder, FeatureError, ImageBatch, tile_encoder
 from terrafm_jax.evals.landcover_knn import TileSets
 from terrafm_jax.landcover import NAMES
 from terrafm_jax.processes import to_host

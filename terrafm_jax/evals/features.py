@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from terrafm_jax.devices import LocalDevices
+from terrafm_jax.inference import sensors_present
 from terrafm_jax.models import terrafm
 from terrafm_jax.models.spec import ModelSpec
 from terrafm_jax.sensors import SENSOR_KEYS, SENSORS, Statistics, normalize
@@ -187,35 +189,7 @@ def encode_images(
         image = prepare_image(images[key], *stats[key], offset[key], bands[key], size)
         patches[key] = terrafm.patchify(image, spec.patch).astype(spec.dtype)
         measured[key] = (jnp.isfinite(images[key]) & bands[key][None, None, None]).any((1, 2, 3))
-    present = None
-    if len(patches) > 1:
-        given = jnp.array([k in patches for k in spec.sensors])
-        nothing = jnp.zeros_like(next(iter(measured.values())))
-        present = jnp.stack([measured.get(k, nothing) for k in spec.sensors], axis=1)
-        present = jnp.where(present.any(1, keepdims=True), present, given[None])  # one without any has to stay defined
-    return terrafm.encode(spec, params, patches, present, drop_key=drop_key, layers=layers)
-
-
-class LocalDevices:
-    """Spreads rows over the devices of this process, and copies weights to all of them."""
-
-    def __init__(self) -> None:
-        devices = jax.local_devices()
-        mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
-        self._count = len(devices)
-        self._split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-        self._whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-
-    def rows(self, tree: Any) -> Any:
-        """NumPy arrays [B, ...] -> device arrays; the last row is repeated until the devices divide B."""
-        return jax.tree.map(lambda x: jax.device_put(self._padded(np.asarray(x)), self._split), tree)
-
-    def _padded(self, x: np.ndarray) -> np.ndarray:
-        pad = -len(x) % self._count
-        return np.concatenate([x, np.repeat(x[-1:], pad, axis=0)]) if pad else x
-
-    def everywhere(self, tree: Any) -> Any:
-        return jax.device_put(tree, self._whole)
+    return terrafm.encode(spec, params, patches, sensors_present(spec, measured), drop_key=drop_key, layers=layers)
 
 
 class Encoder:
