@@ -99,8 +99,7 @@ class Bench:
         self.rare = np.flatnonzero(counts < RARE * counts.sum())
         self.labels = np.zeros(0, int)
         statistics = pipeline.load_statistics(data)
-        arrays = {key: statistics.arrays(key) for key in SENSOR_KEYS}
-        self._cut = jax.jit(lambda batch: tile_patches(batch, SENSOR_KEYS, arrays, size=size))
+        self._cut = jax.jit(lambda batch: tile_patches(batch, SENSOR_KEYS, statistics, size=size))
 
     def _right(self, gallery: TileFeatures, queries: TileFeatures) -> np.ndarray:
         self.labels = queries.landcover

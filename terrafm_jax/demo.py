@@ -101,7 +101,7 @@ class Comparison:
     data: Path
     config: Any
     spec: Any
-    arrays: Mapping[str, Any]
+    stats: Any
     backbones: Mapping[str, Any]
 
     @classmethod
@@ -121,7 +121,7 @@ class Comparison:
             "random init": init_params(spec, jax.random.key(1))["backbone"],
             "pretrained": trained["backbone"],
         }
-        return cls(data, config, spec, {name: stats.arrays(name) for name in spec.sensors}, backbones)
+        return cls(data, config, spec, stats, backbones)
 
     def knn(self) -> tuple[dict[str, Any], int, int]:
         """Top-1 with interval by name, number of held-out tiles, number of their classes."""
@@ -138,7 +138,7 @@ class Comparison:
             "majority class": majority_class(gallery.landcover, queries.landcover),
             "raw band statistics": landcover_knn.score(gallery, queries, PROTOCOL).metrics["top1"],
         }
-        encode = tile_encoder(self.spec, self.arrays, size=INPUT)
+        encode = tile_encoder(self.spec, self.stats, size=INPUT)
         for name, backbone in self.backbones.items():
             features = sets.encode(lambda batch, b=backbone: encode(b, without_mask(batch)))
             results[name] = landcover_knn.score(*features, PROTOCOL).metrics["top1"]
@@ -165,7 +165,7 @@ class Comparison:
         size = 4 * self.config.views.global_size  # a finer grid of patches than in training: prettier maps
         found = {}
         for name, backbone in self.backbones.items():
-            patches, present = tile_patches(without_mask(batch), self.spec.sensors, self.arrays, size=size)
+            patches, present = tile_patches(without_mask(batch), self.spec.sensors, self.stats, size=size)
             found[name] = np.asarray(encode(self.spec, backbone, patches, present).patches)
         return images, found, [landcover.NAMES[k] for k in batch["landcover"]]
 

@@ -57,8 +57,7 @@ class LandCoverKnn:
             plan.config.data.dir, (knn.gallery, knn.train_examples), (knn.split, knn.test_examples),
             spec.model.sensors, max(1, knn.batch_size // jax.process_count()), plan.config.data.canvases,
         )  # fmt: skip
-        stats = {name: spec.stats.arrays(name) for name in spec.model.sensors}
-        self._encode = tile_encoder(spec.model, stats, size=spec.views.global_size)
+        self._encode = tile_encoder(spec.model, spec.stats, size=spec.views.global_size)
         self._devices = LocalDevices()
 
     def unknown(self) -> str:

@@ -29,7 +29,7 @@ class RawStatistics:
 
     def __init__(self, image_size: int = 0, patch: int = 16):
         self.image_size, self.patch, self.depth = image_size, patch, 1
-        self.stats = {k: Statistics.published().arrays(k) for k in SENSOR_KEYS}
+        self.stats = Statistics.published()
 
     def check(self, sensors: Iterable[str]) -> tuple[str, ...]:
         return tuple(k for k in SENSOR_KEYS if k in set(sensors))
@@ -100,7 +100,7 @@ def open_encoder(text: str, image_size: int = 224, dtype: str = "", upstream_l2a
         found = open_encoder(path, image_size, dtype)
         if isinstance(found, RawStatistics):
             raise FeatureError(f"--checkpoint {text}: raw has no network; expected random@PATH[:SEED] of a checkpoint")
-        return random_encoder(found.spec, int(seed), image_size, found.statistics, name)
+        return random_encoder(found.spec, int(seed), image_size, found.stats, name)
     return _from_weights(rest, name, image_size, dtype, upstream_l2a_stem)
 
 

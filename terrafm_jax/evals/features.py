@@ -23,7 +23,7 @@ from terrafm_jax.models.spec import ModelSpec
 from terrafm_jax.sensors import SENSOR_KEYS, SENSORS, Statistics, normalize
 from terrafm_jax.ssl.resample import FILL, MIN_WEIGHT, resample_sensor
 
-Stats = Mapping[str, tuple[np.ndarray, np.ndarray]]
+Stats = Statistics | Mapping[str, tuple[np.ndarray, np.ndarray]]  # sensor -> mean and std, each [bands]
 
 
 class FeatureError(ValueError):
@@ -207,10 +207,9 @@ class Encoder:
     ):
         target_size(1, 1, image_size, spec.patch)
         self.spec, self.name, self.weights_hash, self.image_size = spec, name, weights_hash, image_size
-        self.statistics = stats
+        self.stats = stats
         text = f"{weights_hash} {spec.dtype} {stats.to_json()}"
         self.cache_key = hashlib.sha256(text.encode()).hexdigest()
-        self.stats = {k: stats.arrays(k) for k in spec.sensors}
         self._devices = LocalDevices()
         self.params = self._devices.everywhere(backbone)
         self._jit = jax.jit(self._encode, static_argnames=("size", "layers", "patches"))

@@ -96,7 +96,7 @@ class Job:
             values = np.array([float(sources["train"].read(i).target) for i in range(len(sources["train"]))])
             scale = (float(values.mean()), float(values.std()) or 1.0)
         return Plan(
-            spec=spec, adam=adam, rate=rate, stats=self.encoder.statistics, mesh=mesh, batch_size=c.batch_size,
+            spec=spec, adam=adam, rate=rate, stats=self.encoder.stats, mesh=mesh, batch_size=c.batch_size,
             microbatches=c.microbatches, eval_batch_size=c.eval_batch_size, epochs=c.epochs, seed=c.seed, flips=c.flips,
             mixup=c.mixup, smoothing=c.label_smoothing, patience=c.patience, class_weights=weights, scale=scale,
             classes=tuple(info.classes), resamples=c.resamples, name=c.name or self.encoder.name,

@@ -77,10 +77,6 @@ class Plan:
     resamples: int
     name: str
 
-    @property
-    def arrays(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        return {k: self.stats.arrays(k) for k in self.spec.model.sensors}
-
 
 def shardings(plan: Plan, state: TuneState) -> TuneState:
     everywhere = NamedSharding(plan.mesh, P())
@@ -101,7 +97,7 @@ def init_state(plan: Plan, backbone: Mapping[str, Any]) -> TuneState:
 
 def make_step(plan: Plan) -> Callable[[TuneState, Any], tuple[TuneState, dict[str, Array]]]:
     """The jitted update; everything random is a function of (seed, step)."""
-    spec, arrays = plan.spec, plan.arrays
+    spec = plan.spec
     weight = None if plan.class_weights is None else jnp.asarray(plan.class_weights)
 
     def loss_of(trainable: Flat, frozen: Flat, head: dict, batch: Batch, key: Array) -> tuple[Array, dict]:
@@ -114,7 +110,7 @@ def make_step(plan: Plan) -> Callable[[TuneState, Any], tuple[TuneState, dict[st
         if spec.task == "regression":
             targets = (targets - plan.scale[0]) / plan.scale[1]
         params = network.merged(spec, trainable, frozen)
-        outputs, head = network.forward(spec, params, head, arrays, batch, train=True, key=for_net)
+        outputs, head = network.forward(spec, params, head, plan.stats, batch, train=True, key=for_net)
         return network.loss(spec, outputs, targets, weight, plan.smoothing), head
 
     def step(state: TuneState, batch: Any, rate: Array) -> tuple[TuneState, dict[str, Array]]:
@@ -148,12 +144,12 @@ def make_step(plan: Plan) -> Callable[[TuneState, Any], tuple[TuneState, dict[st
 
 def make_predict(plan: Plan) -> Callable[[TuneState, Any], Array]:
     """(state, batch) -> scores [B, C], values [B, 1], or classes of every pixel uint8 [B, H, W]."""
-    spec, arrays = plan.spec, plan.arrays
+    spec = plan.spec
 
     @partial(jax.jit, static_argnames="size")
     def predict(trainable: Flat, frozen: Flat, head: dict, batch: Batch, size: tuple[int, int]) -> Array:
         params = network.merged(spec, trainable, frozen)
-        (logits, *_), _ = network.forward(spec, params, head, arrays, batch)
+        (logits, *_), _ = network.forward(spec, params, head, plan.stats, batch)
         logits = logits.astype(jnp.float32)
         if spec.task == "segmentation":
             return heads.resize(logits, size).argmax(-1).astype(jnp.uint8)
@@ -172,11 +168,11 @@ def make_predict(plan: Plan) -> Callable[[TuneState, Any], Array]:
 
 def make_measure(plan: Plan) -> Callable[[TuneState, Any], Any]:
     """(state, batch) -> the head's batch-norm statistics of this batch alone, in the shape of ``state.head``."""
-    spec, arrays = plan.spec, plan.arrays
+    spec = plan.spec
 
     @partial(jax.jit, out_shardings=NamedSharding(plan.mesh, P()))
     def measure(trainable: Flat, frozen: Flat, head: dict, batch: Batch) -> dict:
-        return network.measured(spec, network.merged(spec, trainable, frozen), head, arrays, batch)
+        return network.measured(spec, network.merged(spec, trainable, frozen), head, plan.stats, batch)
 
     return lambda state, batch: measure(
         state.trainable, state.frozen, state.head, {k: v for k, v in batch.items() if k != "targets"}

@@ -47,11 +47,10 @@ class Tuned:
         self.scale = tuple(recorded["scale"])
         self.image_px: int = recorded.get("image_px", 0)
         self.head, self.state = head["head"], head.get("head_state", {})
-        self._stats = {k: self.loaded.stats.arrays(k) for k in self.spec.inputs}
         self._jit = jax.jit(self._forward, static_argnames="size")
 
     def _forward(self, params: Any, state: Any, batch: Any, size: tuple[int, int]) -> jax.Array:
-        (logits, *_), _ = network.forward(self.spec, params, state, self._stats, batch)
+        (logits, *_), _ = network.forward(self.spec, params, state, self.loaded.stats, batch)
         logits = logits.astype(jnp.float32)
         if self.spec.task == "segmentation":
             return jax.nn.softmax(heads.resize(logits, size), axis=-1)
