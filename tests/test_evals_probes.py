@@ -182,7 +182,7 @@ def test_patch_linear_head_places_patches():
 
 
 def test_upernet_shapes_and_layers():
-    head = heads.upernet_head(8, 3, channels=6, auxiliary=4)
+    head = heads.upernet_head(8, 3, channels=8)
     params, state = jax.eval_shape(head.init, jax.random.key(0))
 
     def run(params, state, maps):

@@ -203,8 +203,8 @@ class _Scope:
         return _dense(self.params[name], x)
 
 
-def upernet_head(width: int, classes: int, *, channels: int = 512, auxiliary: int = 256) -> Head:
-    """UPerNet on four maps of one grid, with an FCN on the third as auxiliary output (weight 0.4 in the loss).
+def upernet_head(width: int, classes: int, channels: int) -> Head:
+    """UPerNet on four maps of one grid, with an FCN of half its ``channels`` on the third as auxiliary output.
 
     Neck 4x, 2x, 1x, 1/2x; pyramid pooling (1, 2, 3, 6) on the last; top-down additions; logits at 4x the grid.
     Source: Xiao et al. 2018 (UPerNet) with the neck for plain ViTs that Copernicus-Bench uses.
@@ -229,7 +229,7 @@ def upernet_head(width: int, classes: int, *, channels: int = 512, auxiliary: in
         size = outs[0].shape[1:3]
         fused = scope.block("fuse", jnp.concatenate([resize(x, size) for x in outs], -1), 3, channels)
         logits = scope.classify("classes", fused, classes)
-        return logits, scope.classify("aux_classes", scope.block("aux", c, 3, auxiliary), classes)
+        return logits, scope.classify("aux_classes", scope.block("aux", c, 3, max(1, channels // 2)), classes)
 
     def init(key: Array) -> tuple[dict, dict]:
         scope = _Scope(None, {}, key, False)

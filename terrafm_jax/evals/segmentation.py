@@ -78,7 +78,7 @@ class DenseSplit:
 
 def make_head(protocol: DenseProtocol, width: int, classes: int, patch: int) -> heads.Head:
     if protocol.head == "upernet":
-        return heads.upernet_head(width, classes, channels=protocol.channels, auxiliary=max(1, protocol.channels // 2))
+        return heads.upernet_head(width, classes, protocol.channels)
     return heads.patch_linear_head(width, classes, patch)
 
 

@@ -56,9 +56,7 @@ class TuneSpec:
     def make_head(self) -> heads.Head:
         width, classes = self.model.width, self.outputs
         if self.head == "upernet":
-            return heads.upernet_head(
-                width, classes, channels=self.upernet_channels, auxiliary=max(1, self.upernet_channels // 2)
-            )
+            return heads.upernet_head(width, classes, self.upernet_channels)
         if self.head == "patch_linear":
             return heads.patch_linear_head(width, classes, self.model.patch)
         return heads.linear_head(width, classes, norm=self.head_norm)
@@ -162,6 +160,18 @@ def loss(
         soft = soft * class_weights[None]
         return heads.soft_cross_entropy(logits, soft) * len(soft) / jnp.maximum(soft.sum(), 1e-9)
     return heads.soft_cross_entropy(logits, soft)
+
+
+def scores(spec: TuneSpec, logits: Array, scale: tuple[float, float]) -> Array:
+    """Logits [..., C] as probabilities, or as values in the unit of the targets.
+
+    ``scale`` is the mean and the deviation of regression targets.
+    """
+    if spec.task == "multilabel":
+        return jax.nn.sigmoid(logits)
+    if spec.task == "regression":
+        return logits * scale[1] + scale[0]
+    return jax.nn.softmax(logits, axis=-1)
 
 
 def mixup(key: Array, batch: Batch, targets: Array, alpha: float, outputs: int) -> tuple[dict, Array]:

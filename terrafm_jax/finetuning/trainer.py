@@ -153,15 +153,10 @@ def make_predict(plan: Plan) -> Callable[[TuneState, Any], Array]:
         logits = logits.astype(jnp.float32)
         if spec.task == "segmentation":
             return heads.resize(logits, size).argmax(-1).astype(jnp.uint8)
-        if spec.task == "multilabel":
-            return jax.nn.sigmoid(logits)
-        if spec.task == "regression":
-            return logits * plan.scale[1] + plan.scale[0]
-        return jax.nn.softmax(logits, axis=-1)
+        return network.scores(spec, logits, plan.scale)
 
     def run(state: TuneState, batch: Any, size: tuple[int, int] = (0, 0)) -> Array:
-        rows = {k: v for k, v in batch.items() if k != "targets"}
-        return predict(state.trainable, state.frozen, state.head, rows, size)
+        return predict(state.trainable, state.frozen, state.head, batch, size)
 
     return run
 
@@ -174,9 +169,7 @@ def make_measure(plan: Plan) -> Callable[[TuneState, Any], Any]:
     def measure(trainable: Flat, frozen: Flat, head: dict, batch: Batch) -> dict:
         return network.measured(spec, network.merged(spec, trainable, frozen), head, plan.stats, batch)
 
-    return lambda state, batch: measure(
-        state.trainable, state.frozen, state.head, {k: v for k, v in batch.items() if k != "targets"}
-    )
+    return lambda state, batch: measure(state.trainable, state.frozen, state.head, batch)
 
 
 def to_device(plan: Plan, batch: Mapping[str, Any]) -> dict[str, Any]:

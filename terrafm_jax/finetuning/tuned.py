@@ -53,12 +53,8 @@ class Tuned:
         (logits, *_), _ = network.forward(self.spec, params, state, self.loaded.stats, batch)
         logits = logits.astype(jnp.float32)
         if self.spec.task == "segmentation":
-            return jax.nn.softmax(heads.resize(logits, size), axis=-1)
-        if self.spec.task == "multilabel":
-            return jax.nn.sigmoid(logits)
-        if self.spec.task == "regression":
-            return logits * self.scale[1] + self.scale[0]
-        return jax.nn.softmax(logits, axis=-1)
+            logits = heads.resize(logits, size)
+        return network.scores(self.spec, logits, self.scale)
 
     @functools.cached_property
     def weights_hash(self) -> str:
