@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from terrafm_jax.evals.datasets.base import Dataset, DatasetError, Sample, batches, collate
+from terrafm_jax.evals.datasets.base import Dataset, DatasetError, Sample, batches, collate, spread
 from terrafm_jax.evals.features import ImageBatch
 from terrafm_jax.paths import save_array, write_atomically
 
@@ -108,7 +108,7 @@ def extract(
     encoder.check(request.inputs)
     dataset.info.select(request.inputs)
     samples = dataset.split(split)
-    if request.limit and len(samples) > request.limit:
+    if request.limit:
         samples = samples.subset(spread(len(samples), request.limit))
     if not len(samples):
         raise DatasetError(f"{dataset.info.name}: split {split!r} is empty")
@@ -120,11 +120,6 @@ def extract(
         if progress:
             progress(rows[-1] + 1, len(samples))
     return _assemble(dataset, samples.ids, chunks)
-
-
-def spread(count: int, limit: int) -> np.ndarray:
-    """Indices of ``limit`` of ``count`` samples, evenly spread."""
-    return np.unique(np.linspace(0, count - 1, limit).astype(int))
 
 
 def _key(encoder: Any, dataset: Dataset, split: str, request: Request) -> Path:

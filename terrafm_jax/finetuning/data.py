@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from terrafm_jax.evals.datasets.base import DatasetError, DatasetInfo, Sample, Split, collate
+from terrafm_jax.evals.datasets.base import DatasetError, DatasetInfo, Sample, Split, collate, spread
 
 AHEAD = 3  # batches read before they are needed
 
@@ -49,8 +49,7 @@ class Source:
 
     def side(self) -> int:
         """Side in px that images of this split have as they are delivered: the median over some of them."""
-        some = np.unique(np.linspace(0, len(self) - 1, 8).astype(int)) if len(self) else []
-        shapes = [np.shape(self.read(i).images[self.inputs[0]])[:2] for i in some]
+        shapes = [np.shape(self.read(i).images[self.inputs[0]])[:2] for i in spread(len(self), 8)]
         return round(float(np.median([np.sqrt(h * w) for h, w in shapes]))) if shapes else 0
 
     def batch(self, rows: Sequence[int]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from terrafm_jax.config import ConfigError
 from terrafm_jax.evals import charts, protocols, report, store
 from terrafm_jax.evals.datasets import open_suite
-from terrafm_jax.evals.datasets.base import Dataset, Split, by_image, few_shot, held_out, label_fraction
+from terrafm_jax.evals.datasets.base import Dataset, Split, by_image, few_shot, held_out, label_fraction, spread
 from terrafm_jax.evals.datasets.doubts import doubts, unseen
 from terrafm_jax.evals.encoders import open_encoder
 from terrafm_jax.evals.features import Encoder, FeatureError
@@ -64,7 +64,7 @@ class Job:
             splits["train"], splits["val"] = _hold_out(splits["train"], c.seed)
             self.say(f"no validation split: {len(splits['val'])} train samples are held out")
         if c.data.limit:
-            splits = {k: s.subset(store.spread(len(s), min(c.data.limit, len(s)))) for k, s in splits.items()}
+            splits = {k: s.subset(spread(len(s), c.data.limit)) for k, s in splits.items()}
         cache = c.data.cache == "ram"
         return {k: Source(self.dataset.info, s, self.inputs, c.data.threads, cache) for k, s in splits.items()}
 

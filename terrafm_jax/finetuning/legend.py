@@ -14,6 +14,8 @@ from typing import Any
 
 from terrafm_jax.palette import colors
 
+NODATA = 255  # in class maps and masks
+
 
 def as_tag(names: Sequence[str]) -> str:
     """``0=water;1=crop``: for readers without the sidecar."""

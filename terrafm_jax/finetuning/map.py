@@ -23,8 +23,6 @@ from terrafm_jax.finetuning import legend
 from terrafm_jax.finetuning.tuned import Tuned
 from terrafm_jax.sensors import SENSORS
 
-NODATA = 255
-
 
 class WindowClassifier:
     """The tuned network in the shape that ``scenes.run.Job`` expects of an encoder: tokens that carry probabilities.
@@ -81,7 +79,7 @@ def write_map(out: Path, tokens: np.ndarray, plan: Any, tuned: Tuned, tags: Mapp
     profile = {
         "driver": "GTiff", "height": grid.height, "width": grid.width, "crs": grid.crs, "transform": grid.transform,
         "count": 1, "dtype": "float32" if regression else "uint8", "compress": "deflate",
-        "nodata": np.nan if regression else NODATA, "tiled": True, "blockxsize": 256, "blockysize": 256,
+        "nodata": np.nan if regression else legend.NODATA, "tiled": True, "blockxsize": 256, "blockysize": 256,
     }  # fmt: skip
     paths = {"regression": out} if regression else {"class": out, "probability (%)": probability_file(out)}
     with contextlib.ExitStack() as stack:
@@ -116,8 +114,8 @@ def _planes(scores: np.ndarray, regression: bool) -> np.ndarray:
         return scores[None, ..., 0].astype(np.float32)
     empty = np.isnan(scores).any(-1)
     filled = np.nan_to_num(scores, nan=0.0)
-    classes = np.where(empty, NODATA, filled.argmax(-1))
-    sure = np.where(empty, NODATA, np.round(100 * filled.max(-1)))
+    classes = np.where(empty, legend.NODATA, filled.argmax(-1))
+    sure = np.where(empty, legend.NODATA, np.round(100 * filled.max(-1)))
     return np.stack([classes, sure]).astype(np.uint8)
 
 
@@ -209,14 +207,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace MAP.tif, which holds something else")
     args = parser.parse_args(argv)
     try:
-        how = {
-            "window": args.window,
-            "overlap": args.overlap,
-            "gsd": args.gsd,
-            "batch": args.batch,
-            "overwrite": args.overwrite,
-        }
-        said = predict_scene(Tuned(args.workdir), args.sensor, args.out, declared=declared(args), **how)
+        said = predict_scene(
+            Tuned(args.workdir), args.sensor, args.out, declared=declared(args), window=args.window,
+            overlap=args.overlap, gsd=args.gsd, batch=args.batch, overwrite=args.overwrite,
+        )  # fmt: skip
     except (ValueError, OSError, Stopped) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1

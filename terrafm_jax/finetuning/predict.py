@@ -13,8 +13,6 @@ from terrafm_jax.evals.datasets.base import DatasetInfo
 from terrafm_jax.finetuning import legend
 from terrafm_jax.finetuning.trainer import Run, TuneState
 
-NODATA = 255
-
 
 def write_predictions(folder: Path, run: Run, state: TuneState, split: str, info: DatasetInfo) -> None:
     """``predictions.csv`` for whole images; one ``<id>.tif`` a mask, georeferenced where the image file is."""
@@ -54,7 +52,7 @@ def write_mask(
     """
     import rasterio
 
-    profile = {"driver": "GTiff", "count": 1, "dtype": "uint8", "nodata": NODATA, "compress": "deflate",
+    profile = {"driver": "GTiff", "count": 1, "dtype": "uint8", "nodata": legend.NODATA, "compress": "deflate",
                "height": classes.shape[0], "width": classes.shape[1]}  # fmt: skip
     if like.lower().endswith((".tif", ".tiff")) and Path(like).exists():
         with rasterio.open(like) as src:

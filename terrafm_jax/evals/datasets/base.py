@@ -272,6 +272,11 @@ def batches(split: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
         yield group
 
 
+def spread(count: int, most: int) -> np.ndarray:
+    """Sorted indices of at most ``most`` of ``count`` samples, evenly spread; all where there are no more."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int))
+
+
 def label_fraction(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """Sorted indices of a random subset that holds ``fraction`` of every class, at least one sample of each.
 

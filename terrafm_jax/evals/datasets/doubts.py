@@ -8,7 +8,7 @@ import numpy as np
 
 from terrafm_jax import checks
 from terrafm_jax.checks import EIGHT_BIT
-from terrafm_jax.evals.datasets.base import Dataset, Input, Sample, Split, canonical
+from terrafm_jax.evals.datasets.base import Dataset, Input, Sample, Split, canonical, spread
 from terrafm_jax.sensors import BASELINE_OFFSET, L1C_CIRRUS_THRESHOLD, L2A_THRESHOLD, SENSORS, band_name
 from terrafm_jax.units import DN_PER_REFLECTANCE, NOISE_FLOOR
 
@@ -23,7 +23,7 @@ def doubts(dataset: Dataset) -> list[str]:
     Reads up to 16 samples spread over the first split. A sample that cannot be read is left to the evaluation.
     """
     split = next(iter(dataset.splits.values()))
-    rows = np.unique(np.linspace(0, len(split) - 1, min(SAMPLES, len(split))).astype(int)) if len(split) else []
+    rows = spread(len(split), SAMPLES)
     levels = [checks.without_b10(k, i.bands) for k, i in dataset.info.inputs.items() if "L1C" not in i.level.upper()]
     found = [f"{dataset.info.name}: {text} If not, say level: L1C" for text in levels if text]
     for key, source in dataset.info.inputs.items():
