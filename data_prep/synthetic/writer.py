@@ -23,6 +23,7 @@ from scipy.ndimage import map_coordinates
 
 from data_prep.synthetic.cell import S1_NODATA, Cell, Product, fractions
 from data_prep.synthetic.geography import CellPlan, block_of
+from data_prep.worldcover import map_name
 from terrafm_jax import landcover
 from terrafm_jax.sensors import SENSORS
 
@@ -192,9 +193,8 @@ class Patch:
 
 def worldcover_name(block: tuple[int, int]) -> str:
     """Official file name of the 3-degree block with that lower left corner (lat, lon)."""
-    lat, lon = block
-    corner = f"{'N' if lat >= 0 else 'S'}{abs(lat):02d}{'E' if lon >= 0 else 'W'}{abs(lon):03d}"
-    return f"ESA_WorldCover_10m_2021_v200_{corner}_Map.tif"
+    south, west = block
+    return f"ESA_WorldCover_10m_2021_v200_{map_name(west, south)}_Map.tif"
 
 
 def worldcover_patches(cell: Cell) -> list[Patch]:
