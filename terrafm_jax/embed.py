@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
-import json
 import logging
 import sys
 import time
@@ -29,7 +27,6 @@ from typing import Any
 
 import numpy as np
 
-from terrafm_jax.provenance import place, portable
 from terrafm_jax.scenes.errors import SceneError
 from terrafm_jax.scenes.flags import declared, parse, quiet_libraries
 
@@ -63,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_scene(args: argparse.Namespace) -> None:
     """Plans, loads the weights, embeds, writes."""
     from terrafm_jax.scenes import masks, output, read
+    from terrafm_jax.scenes import tags as tags_lib
     from terrafm_jax.scenes.area import read_aoi
     from terrafm_jax.scenes.grid import Plan, target_grid
     from terrafm_jax.scenes.inputs import resolve_all
@@ -85,7 +83,7 @@ def run_scene(args: argparse.Namespace) -> None:
     from terrafm_jax.scenes.encoder import WindowEncoder
 
     encoder = WindowEncoder(model, reader.bands, batch)
-    tags = provenance(model, reader, plan, args)
+    tags = tags_lib.of_scene(model, reader, plan, args)
     _say_plan(plan, reader, encoder, args)
     inside = None if aoi is None else read.inside(aoi, plan.output)
     if args.points:
@@ -134,32 +132,6 @@ def _load(args: argparse.Namespace) -> Any:
         raise SceneError(" ".join(str(error).split())) from None
     model.upstream_l2a_stem = args.upstream_l2a_stem
     return model
-
-
-def provenance(model: Any, reader: Any, plan: Any, args: argparse.Namespace) -> dict[str, str]:
-    """Tags of the output: everything needed to make it again, files by name (others get it)."""
-    from terrafm_jax.scenes.readback import WEIGHTS_TAG
-
-    statistics = {k: [np.asarray(v).tolist() for v in model.stats[k]] for k in reader.bands}
-    area = portable(args.aoi) or "none"
-    sources = {
-        key: [
-            {"files": [place(p) for p in a.paths], **{k: getattr(a, k) for k in ("product", "time", "unit", "offset")}}
-            for a in dates
-        ]
-        for key, dates in reader.dates.items()
-    }
-    return {
-        WEIGHTS_TAG: str(model.weights_hash),
-        "TERRAFM_CHECKPOINT": place(args.checkpoint) + (" (upstream L2A stem)" if args.upstream_l2a_stem else ""),
-        "TERRAFM_CODE": f"terrafm_jax {importlib.metadata.version('terrafm_jax')}",
-        "TERRAFM_STATISTICS": json.dumps(statistics),
-        "TERRAFM_BANDS": json.dumps({k: list(v) for k, v in reader.bands.items()}),
-        "TERRAFM_SOURCES": json.dumps(sources),
-        "TERRAFM_GSD": f"{plan.grid.gsd:g}",
-        "TERRAFM_WINDOW": f"{plan.window} px, overlap {plan.overlap} px, stride {plan.stride} px",
-        "TERRAFM_COMPOSITE": f"{args.composite}; masks {portable(args.mask)}; scl {args.use_scl}; aoi {area}",
-    }
 
 
 def _say_plan(plan: Any, reader: Any, encoder: Any, args: argparse.Namespace) -> None:
@@ -293,12 +265,13 @@ def _whole(args: argparse.Namespace, kind: str, plan: Any, reader: Any, encoder:
 
 def _write_windows(out: Path, plan: Any, reader: Any, unfinished: Any, meta: Any) -> None:
     from terrafm_jax.scenes import output
+    from terrafm_jax.scenes import tags as tags_lib
 
     cls = unfinished.class_tokens(plan.count())
     boxes = [(x, c.row, x + c.width, c.row + c.height) for c in plan.chunks() for x in c.columns]
     first = next(iter(reader.dates.values()))[0]
     rows = [
-        output.window_row(plan.grid, box, np.asarray(vector), first.product, first.time, meta.tags["TERRAFM_WEIGHTS"])
+        output.window_row(plan.grid, box, np.asarray(vector), first.product, first.time, meta.tags[tags_lib.WEIGHTS])
         for box, vector in zip(boxes, cls, strict=True)
         if np.isfinite(vector).all()
     ]

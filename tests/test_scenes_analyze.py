@@ -18,10 +18,11 @@ from rasterio.warp import transform
 from terrafm_jax import embed
 from terrafm_jax.scenes import analyze, flags, output, points
 from terrafm_jax.scenes.grid import Grid
-from terrafm_jax.scenes.readback import WEIGHTS_TAG, open_embedding, whole
+from terrafm_jax.scenes.readback import open_embedding, whole
+from terrafm_jax.scenes.tags import WEIGHTS
 
 GRID = Grid(CRS.from_epsg(32632), 600_000.0, 5_100_000.0, 160.0, 40, 50)
-TAGS = {WEIGHTS_TAG: "abc"}
+TAGS = {WEIGHTS: "abc"}
 
 
 def stored(
@@ -51,7 +52,7 @@ def test_zarr_is_read_as_geotiff_is(tmp_path: Path, tokens: np.ndarray, dtype: s
     tif, zarr = (stored(tmp_path / f"a.{kind}", tokens, dtype=dtype) for kind in ("tif", "zarr"))
     with open_embedding(tif) as first, open_embedding(zarr) as second:
         assert second.grid == first.grid
-        assert (second.width, second.tags[WEIGHTS_TAG]) == (first.width, first.tags[WEIGHTS_TAG])
+        assert (second.width, second.tags[WEIGHTS]) == (first.width, first.tags[WEIGHTS])
         assert np.array_equal(whole(second), whole(first), equal_nan=True)
 
 
@@ -123,7 +124,7 @@ def test_a_map_of_change_has_a_picture_but_no_features(tmp_path: Path, tokens: n
 
 def test_change_refuses_what_cannot_be_compared(tmp_path: Path, tokens: np.ndarray, capsys: Any) -> None:
     first = stored(tmp_path / "a.tif", tokens)
-    moved = stored(tmp_path / "b.tif", tokens, {WEIGHTS_TAG: "xyz"}, GRID.window(1, 0, 40, 50))
+    moved = stored(tmp_path / "b.tif", tokens, {WEIGHTS: "xyz"}, GRID.window(1, 0, 40, 50))
     assert embed.main(["change", str(first), str(moved), f"--out={tmp_path / 'c.tif'}"]) == 1
     line = capsys.readouterr().err
     assert "different grids" in line

@@ -159,10 +159,10 @@ def predict_scene(
       SceneError: unreadable or unfitting files. ValueError: sensors or bands missing.
     """
     from terrafm_jax.scenes import finish, run, store
+    from terrafm_jax.scenes import tags as tags_lib
     from terrafm_jax.scenes.grid import Plan, target_grid
     from terrafm_jax.scenes.inputs import Declared, resolve_all
     from terrafm_jax.scenes.read import SceneReader
-    from terrafm_jax.scenes.readback import WEIGHTS_TAG
 
     acquisitions = resolve_all(sensors, declared or Declared())
     grid = target_grid(acquisitions, gsd)
@@ -183,7 +183,7 @@ def predict_scene(
     )
     job.run(threads=threads)
     finish.refuse_nothing(unfinished.tokens(), unfinished, out)
-    tags = {**tuned.tags(), WEIGHTS_TAG: tuned.weights_hash, **finish.closing_tags(this, reader.warnings)}
+    tags = {**tuned.tags(), tags_lib.WEIGHTS: tuned.weights_hash, **finish.closing_tags(this, reader.warnings)}
     write_map(out, unfinished.tokens(), plan, tuned, tags)
     unfinished.remove()
     return f"written {out}{finish.closing_words(reader.warnings)}"

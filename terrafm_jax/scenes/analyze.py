@@ -16,21 +16,12 @@ import numpy as np
 from PIL import Image
 
 from terrafm_jax.paths import write_atomically
-from terrafm_jax.scenes import compare, output
+from terrafm_jax.scenes import output
+from terrafm_jax.scenes import tags as tags_lib
 from terrafm_jax.scenes.errors import SceneError, first_line
-from terrafm_jax.scenes.finish import JOB_TAG, WARNINGS_TAG
-from terrafm_jax.scenes.readback import (
-    WEIGHTS_TAG,
-    Embedding,
-    lonlat,
-    lonlat_bounds,
-    open_embedding,
-    place_of,
-    whole,
-)  # fmt: skip
+from terrafm_jax.scenes.readback import Embedding, lonlat, lonlat_bounds, open_embedding, place_of, whole
 
 _log = logging.getLogger(__name__)
-_CHANGE_TAG = "TERRAFM_CHANGE"  # of what change() writes: it has the weights' tag, but holds no features
 
 
 def unit(values: np.ndarray) -> np.ndarray:
@@ -52,9 +43,9 @@ def change(first: Path, second: Path, out: Path) -> tuple[dict[str, float], list
         faults = []
         if a.grid != b.grid:
             faults.append("they lie on different grids; embed both with the same --aoi, --gsd and --stride")
-        if a.tags[WEIGHTS_TAG] != b.tags[WEIGHTS_TAG] or a.width != b.width:
+        if a.tags[tags_lib.WEIGHTS] != b.tags[tags_lib.WEIGHTS] or a.width != b.width:
             faults.append("they come from different weights; embed both with the same --checkpoint")
-        wrong, doubts = compare.tags(a.tags, b.tags)
+        wrong, doubts = tags_lib.against(a.tags, b.tags)
         faults += wrong
         if faults:
             raise SceneError(f"{first} and {second}: {'; '.join(faults)}")
@@ -63,9 +54,9 @@ def change(first: Path, second: Path, out: Path) -> tuple[dict[str, float], list
         result = np.full((a.grid.height, a.grid.width, 1), np.nan, np.float32)
         for block in a.blocks():
             result[(*block, 0)] = 1.0 - (unit(a.read(block)) * unit(b.read(block))).sum(-1)
-        tags = {k: v for k, v in a.tags.items() if k not in (JOB_TAG, WARNINGS_TAG)}
-        tags |= {_CHANGE_TAG: f"1 - cosine of {first.name} and {second.name}"}
-        tags |= {WARNINGS_TAG: "; ".join(doubts)} if doubts else {}
+        tags = {k: v for k, v in a.tags.items() if k not in (tags_lib.JOB, tags_lib.WARNINGS)}
+        tags |= {tags_lib.CHANGE: f"1 - cosine of {first.name} and {second.name}"}
+        tags |= {tags_lib.WARNINGS: "; ".join(doubts)} if doubts else {}
         output.write_cog(out, result, a.grid, output.Meta(("change",), tags))
     found = result[np.isfinite(result)]
     return {f"p{q}": float(np.percentile(found, q)) for q in (50, 90, 99)} if found.size else {}, doubts
@@ -73,7 +64,7 @@ def change(first: Path, second: Path, out: Path) -> tuple[dict[str, float], list
 
 def _features(found: Embedding) -> None:
     """Raises SceneError if a file holds a map of change and no embedding."""
-    if _CHANGE_TAG in found.tags:
+    if tags_lib.CHANGE in found.tags:
         raise SceneError(f"{found.path}: is a map of change and holds no embedding; give what it was made from")
 
 
@@ -151,8 +142,8 @@ def _parquet_hits(
     try:
         file = pq.ParquetFile(path)
         tags = {k.decode(): v.decode() for k, v in (file.schema_arrow.metadata or {}).items()}
-        if WEIGHTS_TAG not in tags or "embedding" not in file.schema_arrow.names:
-            raise SceneError(f"{path}: is no embedding of this program (metadata {WEIGHTS_TAG} is missing)")
+        if tags_lib.WEIGHTS not in tags or "embedding" not in file.schema_arrow.names:
+            raise SceneError(f"{path}: is no embedding of this program (metadata {tags_lib.WEIGHTS} is missing)")
         x, y = ("centre_lon", "centre_lat") if "centre_lon" in file.schema_arrow.names else ("lon", "lat")
         row = 0
         for batch in file.iter_batches(4096, columns=["embedding", x, y]):
@@ -177,10 +168,10 @@ class _Compared:
 
     def __call__(self, path: Path, tags: Mapping[str, str], width: int) -> None:
         """Warns of what speaks against it. Raises SceneError for other weights."""
-        expected = self.tags.get(WEIGHTS_TAG, "")
-        if (expected and tags[WEIGHTS_TAG] != expected) or width != self.width:
+        expected = self.tags.get(tags_lib.WEIGHTS, "")
+        if (expected and tags[tags_lib.WEIGHTS] != expected) or width != self.width:
             raise SceneError(f"{path}: comes from other weights than the query; embed both with the same --checkpoint")
-        wrong, doubts = compare.tags(self.tags, tags)
+        wrong, doubts = tags_lib.against(self.tags, tags)
         for text in (f"{path.name} and the query: {t}" for t in wrong + doubts):
             if text not in self.said:
                 self.said.append(text)
@@ -222,7 +213,7 @@ def change_picture(path: Path, out: Path) -> tuple[float, float] | None:
     Returns the values shown as black and as white.
     """
     with open_embedding(path) as source:
-        if _CHANGE_TAG not in source.tags:
+        if tags_lib.CHANGE not in source.tags:
             return None
         image = whole(source)[..., 0]
     shown, ends = _gray(image, (0, 99))

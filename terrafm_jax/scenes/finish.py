@@ -10,10 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from terrafm_jax.scenes import tags
 from terrafm_jax.scenes.errors import SceneError
-
-JOB_TAG = "TERRAFM_JOB"  # digest of inputs and settings of the finished job
-WARNINGS_TAG = "TERRAFM_WARNINGS"
 
 
 def digest(mark: str, **how: Any) -> str:
@@ -29,7 +27,7 @@ def done_already(out: Path, job: str, overwrite: bool) -> bool:
     """
     if overwrite or not out.exists():
         return False
-    found = _tags(out).get(JOB_TAG)
+    found = _tags(out).get(tags.JOB)
     if found == job:
         return True
     what = "was made from other inputs or settings" if found else "exists and was not made by this command"
@@ -56,7 +54,7 @@ def _tags(out: Path) -> Mapping[str, str]:
 
 def closing_tags(job: str, warnings: Sequence[str]) -> dict[str, str]:
     """What is known at the end only."""
-    return {JOB_TAG: job, **({WARNINGS_TAG: "; ".join(warnings)} if warnings else {})}
+    return {tags.JOB: job, **({tags.WARNINGS: "; ".join(warnings)} if warnings else {})}
 
 
 def closing_words(warnings: Sequence[str]) -> str:

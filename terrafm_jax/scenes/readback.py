@@ -15,13 +15,12 @@ from rasterio.warp import transform as transform_points
 from rasterio.warp import transform_bounds
 from rasterio.windows import Window
 
-from terrafm_jax.scenes import output
+from terrafm_jax.scenes import output, tags
 from terrafm_jax.scenes.errors import SceneError, first_line
 from terrafm_jax.scenes.grid import Grid
 from terrafm_jax.scenes.layers import broken, open_raster
 from terrafm_jax.scenes.points import to_grid
 
-WEIGHTS_TAG = "TERRAFM_WEIGHTS"
 Block = tuple[slice, slice]  # rows and columns
 
 
@@ -58,9 +57,9 @@ def open_embedding(path: Any) -> Embedding:
             "or --query; embed with --out OUT.tif or OUT.zarr"
         )
     found = StoredZarr(path) if kind == "zarr" else StoredTiff(path)
-    if WEIGHTS_TAG not in found.tags:
+    if tags.WEIGHTS not in found.tags:
         found.__exit__()
-        raise SceneError(f"{path}: is no embedding of this program (tag {WEIGHTS_TAG} is missing); run embed first")
+        raise SceneError(f"{path}: is no embedding of this program (tag {tags.WEIGHTS} is missing); run embed first")
     return found
 
 
