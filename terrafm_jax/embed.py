@@ -23,12 +23,22 @@ import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from terrafm_jax.scenes.errors import SceneError
 from terrafm_jax.scenes.flags import declared, parse, quiet_libraries
+
+if TYPE_CHECKING:
+    from terrafm_jax.inference import Model
+    from terrafm_jax.scenes.encoder import WindowEncoder
+    from terrafm_jax.scenes.grid import Plan
+    from terrafm_jax.scenes.output import Meta
+    from terrafm_jax.scenes.places import Places
+    from terrafm_jax.scenes.read import SceneReader
+    from terrafm_jax.scenes.run import Windows
+    from terrafm_jax.scenes.store import Unfinished
 
 _say = logging.getLogger("terrafm_jax.embed").info
 
@@ -123,7 +133,7 @@ def _batch(wanted: int) -> int:
     return -(-max(1, wanted) // devices) * devices
 
 
-def _load(args: argparse.Namespace) -> Any:
+def _load(args: argparse.Namespace) -> Model:
     import terrafm_jax
 
     try:
@@ -134,7 +144,7 @@ def _load(args: argparse.Namespace) -> Any:
     return model
 
 
-def _say_plan(plan: Any, reader: Any, encoder: Any, args: argparse.Namespace) -> None:
+def _say_plan(plan: Plan, reader: SceneReader, encoder: WindowEncoder, args: argparse.Namespace) -> None:
     from terrafm_jax.scenes import output
     from terrafm_jax.scenes.run import area
 
@@ -144,17 +154,11 @@ def _say_plan(plan: Any, reader: Any, encoder: Any, args: argparse.Namespace) ->
     shown = (f"{k} ({len(b)} bands, {len(reader.dates[k])} date(s))" for k, b in reader.bands.items())
     _say("sensors %s", ", ".join(shown))
     if args.points:
-        _say(
-            "a window of %d px around each of %s, %d features -> %s", plan.window, args.points, encoder.width, args.out
-        )
+        _say("a window of %d px around each of %s, %d features -> %s",
+            plan.window, args.points, encoder.width, args.out)  # fmt: skip
     elif output.format_of(args.out) == "parquet":
-        _say(
-            "%d windows of %d px, a vector of %d features each -> %s",
-            plan.count(),
-            plan.window,
-            encoder.width,
-            args.out,
-        )
+        _say("%d windows of %d px, a vector of %d features each -> %s",
+            plan.count(), plan.window, encoder.width, args.out)  # fmt: skip
     else:
         _say("%d windows of %d px, %d x %d tokens of %d features every %g m -> %s", plan.count(), plan.window,
             rows, columns, encoder.width, plan.output.gsd, args.out)  # fmt: skip
@@ -162,8 +166,8 @@ def _say_plan(plan: Any, reader: Any, encoder: Any, args: argparse.Namespace) ->
         _say("note: pretraining crops spanned 12 to 28 m a pixel, this is %g m; see --gsd pretraining", plan.grid.gsd)
 
 
-def _dry_run(plan: Any, reader: Any, encoder: Any, inside: Any) -> None:
-    """Times two batches on the middle of the scene and scales up."""
+def _dry_run(plan: Plan, reader: SceneReader, encoder: WindowEncoder, inside: np.ndarray | None) -> None:
+    """Times one batch from the middle of the scene and scales up."""
     from terrafm_jax.scenes.run import prepare
     from terrafm_jax.scenes.store import Blender
 
@@ -175,10 +179,7 @@ def _dry_run(plan: Any, reader: Any, encoder: Any, inside: Any) -> None:
     reading = time.perf_counter() - began
     if work is None:
         raise SceneError("--dry-run: the scene holds no valid pixel; check --mask, --nodata and --aoi")
-    encoder(work.windows).result()  # compiles
-    began = time.perf_counter()
-    encoder(work.windows).result()
-    encoding = time.perf_counter() - began
+    encoding = _encoding_seconds(encoder, work.windows)
     blender = Blender(plan, encoder.width)
     pixels = sum(p.values.nbytes + p.valid.nbytes for p in work.windows.values())
     memory = blender.sums.nbytes + 8 * pixels + 64e6 * 3
@@ -189,7 +190,17 @@ def _dry_run(plan: Any, reader: Any, encoder: Any, inside: Any) -> None:
     _say("memory about %.0f MB beside the weights; unfinished result %.1f MB on disk", memory / 1e6, disk / 1e6)
 
 
-def _points(args: argparse.Namespace, plan: Any, reader: Any, encoder: Any, tags: Any, inside: Any) -> None:
+def _encoding_seconds(encoder: WindowEncoder, windows: Windows) -> float:
+    encoder(windows).result()  # compiles
+    began = time.perf_counter()
+    encoder(windows).result()
+    return time.perf_counter() - began
+
+
+def _points(
+    args: argparse.Namespace, plan: Plan, reader: SceneReader, encoder: WindowEncoder, tags: dict[str, str],
+    inside: np.ndarray | None,
+) -> None:  # fmt: skip
     from terrafm_jax.scenes import finish, points, run, store
     from terrafm_jax.scenes.places import Places
 
@@ -216,7 +227,7 @@ def _points(args: argparse.Namespace, plan: Any, reader: Any, encoder: Any, tags
     _say("%d places, %d without data -> %s%s", len(where), empty, args.out, finish.closing_words(said))
 
 
-def _dry_run_places(job: Any, encoder: Any) -> None:
+def _dry_run_places(job: Places, encoder: WindowEncoder) -> None:
     """Times the first batch and scales up."""
     began = time.perf_counter()
     with contextlib.closing(job.groups(0, 1)) as groups:
@@ -225,16 +236,16 @@ def _dry_run_places(job: Any, encoder: Any) -> None:
     if group is None:
         raise SceneError("--dry-run: no place has a valid pixel; check --points, --mask, --nodata and --aoi")
     windows = job.windows(group)
-    encoder(windows).result()  # compiles
-    began = time.perf_counter()
-    encoder(windows).result()
-    encoding = time.perf_counter() - began
+    encoding = _encoding_seconds(encoder, windows)
     batches = -(-len(job.chunks) // job.batch)
     _say("dry run: %d places in %d batches, about %.1f s reading and %.1f s encoding on %d device(s)",
         len(job.chunks), batches, reading * batches, encoding * batches, encoder.devices)  # fmt: skip
 
 
-def _whole(args: argparse.Namespace, kind: str, plan: Any, reader: Any, encoder: Any, tags: Any, inside: Any) -> None:
+def _whole(
+    args: argparse.Namespace, kind: str, plan: Plan, reader: SceneReader, encoder: WindowEncoder, tags: dict[str, str],
+    inside: np.ndarray | None,
+) -> None:  # fmt: skip
     from terrafm_jax.scenes import finish, output, run, store
 
     mark = run.signature(plan, reader, inside, tags=tags)
@@ -263,7 +274,7 @@ def _whole(args: argparse.Namespace, kind: str, plan: Any, reader: Any, encoder:
     )  # fmt: skip
 
 
-def _write_windows(out: Path, plan: Any, reader: Any, unfinished: Any, meta: Any) -> None:
+def _write_windows(out: Path, plan: Plan, reader: SceneReader, unfinished: Unfinished, meta: Meta) -> None:
     from terrafm_jax.scenes import output
     from terrafm_jax.scenes import tags as tags_lib
 

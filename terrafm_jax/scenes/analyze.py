@@ -275,10 +275,8 @@ def _save_image(out: Path, image: np.ndarray) -> None:
     pixels = (np.clip(np.nan_to_num(image), 0, 1) * 255).round().astype(np.uint8)
     picture = Image.fromarray(np.dstack([pixels, valid.astype(np.uint8) * 255]))
     factor = max(1, 512 // max(picture.size))
-    picture, buffer = (
-        picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST),
-        io.BytesIO(),
-    )
+    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
     try:
         picture.save(buffer, Image.registered_extensions()[out.suffix.lower()])
     except (KeyError, OSError, ValueError) as error:  # no format, or one without transparency

@@ -194,26 +194,21 @@ class Job:
 
     def _finish(self, work: Work, features: Future[tuple[np.ndarray, np.ndarray]] | None) -> None:
         """Blends the windows of one chunk; rows that no later chunk reaches go to disk."""
+        columns, plan, blender = work.chunk.columns, self._plan, self._blender
+        every = np.full((len(columns), blender.sums.shape[-1]), np.nan, np.float32)
         if features is not None:
-            cls, patches = (f[: len(work.kept)] for f in features.result())
+            cls, patches = features.result()
             for i, position in enumerate(work.kept):
-                self._blender.add(work.chunk, work.chunk.columns[position], patches[i], work.valid[i])
-            every = np.full((len(work.chunk.columns), cls.shape[1]), np.nan, np.float32)
-            every[list(work.kept)] = cls
-            self._unfinished.write_cls(self._before[self._done], every)
-        else:
-            width = self._blender.sums.shape[-1]
-            empty = np.full((len(work.chunk.columns), width), np.nan, np.float32)
-            self._unfinished.write_cls(self._before[self._done], empty)
+                blender.add(work.chunk, columns[position], patches[i], work.valid[i])
+                every[position] = cls[i]
+        self._unfinished.write_cls(self._before[self._done], every)
         self.summary.encoded += len(work.kept)
-        self.summary.empty += len(work.chunk.columns) - len(work.kept)
+        self.summary.empty += len(columns) - len(work.kept)
         self._done += 1
-        following = self._chunks[self._done].row // self._plan.stride if self._done < len(self._chunks) else None
-        first = self._blender.first
-        self._unfinished.write_rows(
-            first, self._blender.finish(self._plan.shape[0] if following is None else following)
-        )
-        self._progress(len(work.chunk.columns))
+        reached = self._chunks[self._done].row // plan.stride if self._done < len(self._chunks) else plan.shape[0]
+        first = blender.first  # which finish() moves on
+        self._unfinished.write_rows(first, blender.finish(reached))
+        self._progress(len(columns))
 
 
 @contextmanager
@@ -240,8 +235,8 @@ def signals() -> Iterator[list[int]]:
 def signature(plan: Plan, reader: SceneReader, inside: np.ndarray | None, **more: Any) -> str:
     """What an interrupted job has to have in common with the one that goes on: files, grid, windows, area, ``more``."""
     files = {p: (Path(p).stat().st_size, Path(p).stat().st_mtime_ns) for p in reader.paths if Path(p).exists()}
-    area = None if inside is None else zlib.crc32(inside.tobytes())
-    return json.dumps({"plan": str(plan), "files": files, "area": area, **more}, sort_keys=True, default=str)
+    wanted = None if inside is None else zlib.crc32(inside.tobytes())
+    return json.dumps({"plan": str(plan), "files": files, "area": wanted, **more}, sort_keys=True, default=str)
 
 
 def area(grid: Grid) -> float:
