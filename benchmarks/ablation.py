@@ -113,7 +113,7 @@ class Bench:
         """The same per encoder; tiles are read and resampled once for all of them."""
 
         def together(batch: Mapping[str, Any]) -> np.ndarray:
-            patches, present = self._cut({k: v for k, v in batch.items() if k != "mask"})
+            patches, present = self._cut(batch)
             return np.concatenate([np.asarray(e(patches, present)) for e in encoders], axis=1)
 
         gallery, queries = self.sets.encode(together)

@@ -140,7 +140,7 @@ class Comparison:
         }
         encode = tile_encoder(self.spec, self.stats, size=INPUT)
         for name, backbone in self.backbones.items():
-            features = sets.encode(lambda batch, b=backbone: encode(b, without_mask(batch)))
+            features = sets.encode(lambda batch, b=backbone: encode(b, batch))
             results[name] = landcover_knn.score(*features, PROTOCOL).metrics["top1"]
         return results, len(queries.index), len(set(queries.landcover.tolist()))
 
@@ -159,19 +159,16 @@ class Comparison:
         (batch,) = pipeline.iterate_split(
             self.data, "holdout", len(chosen), sensors=self.spec.sensors, canvases=1, records=chosen
         )
+        shown = {key: value for key, value in batch.items() if key != "mask"}
         dn = batch["s2_l2a"]["10m"]["dn"][..., [2, 1, 0]].astype(np.float32)
         dn -= batch["offset"][:, SENSOR_KEYS.index("s2_l2a"), None, None, None]
         images = np.clip(dn / np.percentile(dn, 98, axis=(1, 2, 3), keepdims=True), 0, 1)
         size = 4 * self.config.views.global_size  # a finer grid of patches than in training: prettier maps
         found = {}
         for name, backbone in self.backbones.items():
-            patches, present = tile_patches(without_mask(batch), self.spec.sensors, self.stats, size=size)
+            patches, present = tile_patches(shown, self.spec.sensors, self.stats, size=size)
             found[name] = np.asarray(encode(self.spec, backbone, patches, present).patches)
         return images, found, [landcover.NAMES[k] for k in batch["landcover"]]
-
-
-def without_mask(batch: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in batch.items() if key != "mask"}
 
 
 def evaluate(data: Path, run: Path, out: Path) -> None:

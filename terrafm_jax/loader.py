@@ -277,8 +277,8 @@ def _report(found: Mapping[str, tuple], wanted: Mapping[str, tuple], source: str
         if found[name] != wanted[name]:
             faults.append(f"{name} is {list(found[name])}, expected {list(wanted[name])}")
     if faults:
-        raise WeightsError(f"{source}: does not fit TerraFM of width {wanted_width(wanted)}: {'; '.join(faults)}")
+        raise WeightsError(f"{source}: does not fit TerraFM of width {_width(wanted)}: {'; '.join(faults)}")
 
 
-def wanted_width(shapes: Mapping[str, tuple]) -> int:
+def _width(shapes: Mapping[str, tuple]) -> int:
     return next(shape[-1] for name, shape in shapes.items() if name.endswith("cls_token"))

@@ -39,12 +39,6 @@ def _start_jax() -> None:
         )
 
 
-def _read_weights(path: str) -> dict:
-    from terrafm_jax.loader import read_params
-
-    return read_params(path)
-
-
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")
 
@@ -58,12 +52,13 @@ def main(_argv: list[str]) -> None:
     from terrafm_jax.data.reader import TooManySkipped
     from terrafm_jax.data.shards import FetchError
     from terrafm_jax.evals.during_training import during_training
+    from terrafm_jax.loader import read_params
     from terrafm_jax.training import loop
     from terrafm_jax.training.checkpoint import CheckpointError
     from terrafm_jax.training.tools import TrainingError
 
     try:
-        outcome = loop.train(_CONFIG.value, _WORKDIR.value, during_training, _read_weights)
+        outcome = loop.train(_CONFIG.value, _WORKDIR.value, during_training, read_params)
     except (ValueError, OSError, FetchError, TooManySkipped, CheckpointError, TrainingError) as e:
         # Faults of config, data, sensors and mesh are ValueErrors that say what to do; OSErrors name the file.
         if os.environ.get("TERRAFM_TRACEBACK"):

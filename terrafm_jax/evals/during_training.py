@@ -77,7 +77,7 @@ class LandCoverKnn:
 
         def encode(batch: Any) -> Any:
             poll()  # a notice of preemption leaves less time than a gallery takes
-            found, rows = self._encode(backbone, self._devices.rows(_arrays(batch))), len(batch["mask"])
+            found, rows = self._encode(backbone, self._devices.rows(batch)), len(batch["index"])
             return found if len(found) == rows else found[:rows]
 
         gallery, queries = self.sets.encode(encode)
@@ -147,11 +147,6 @@ class _Teacher(Encoder):
     ) -> tuple[np.ndarray, list[np.ndarray] | None]:
         self._poll()
         return super().__call__(batch, layers=layers, patches=patches)
-
-
-def _arrays(batch: Any) -> Any:
-    """The batch without what only the host reads (the mask of padding)."""
-    return {key: value for key, value in batch.items() if key != "mask"}
 
 
 def _whole(params: Any) -> Any:

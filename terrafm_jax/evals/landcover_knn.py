@@ -51,12 +51,13 @@ class TileSets:
         return np.sort(chosen)
 
     def batches(self, which: tuple[str, int]) -> Iterator[Mapping[str, Any]]:
+        """Batches as data/tiles.py lays them out, without the host's ``mask``; rows with ``index`` < 0 are padding."""
         loader = pipeline.iterate_split(
             self.data_dir, which[0], self.batch_size, sensors=self.sensors, canvases=self.canvases,
             records=self.records(which), process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
         try:
-            yield from loader
+            yield from ({k: v for k, v in batch.items() if k != "mask"} for batch in loader)
         finally:
             loader.close()
 
