@@ -199,10 +199,8 @@ class _Shards:
         """Removes what is not published."""
         for writer, path, flusher in self._writers.values():
             flusher.close()
-            try:
+            with suppress(Exception):  # the writer failed before, this only frees it
                 writer.close()
-            except Exception as error:  # the writer failed before, this only frees it
-                del error
             path.unlink(missing_ok=True)
         self._writers.clear()
 

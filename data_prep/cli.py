@@ -99,14 +99,14 @@ def options_of(args: argparse.Namespace) -> Options:
     )
 
 
-def outlook(center: tuple[float, float] | None, blocks: BlockSplit, margin: float = 0.08) -> str:
+def outlook(center: tuple[float, float] | None, blocks: BlockSplit) -> str:
     """Split that a cell of about 10 km around (lat, lon) will have, ``mixed`` or ``unknown``."""
     if center is None:
         return "unknown"
     lat, lon = center
+    margin = 0.08  # degrees
     wide = margin / max(0.05, float(np.cos(np.radians(lat))))
-    found = blocks.splits(np.array([lon - wide, lon + wide]), np.array([lat - margin, lat + margin]))
-    return found.pop() if len(found) == 1 else "mixed"
+    return blocks.split(np.array([lon - wide, lon + wide]), np.array([lat - margin, lat + margin])) or "mixed"
 
 
 def check_maps(cover: WorldCover, needed: Iterable[str]) -> None:

@@ -48,7 +48,7 @@ from data_prep.scenes import (
     stated_orders,
 )
 from data_prep.units import delivered_units, unit_word
-from data_prep.worldcover import WorldCover, lonlat_outline, maps_under
+from data_prep.worldcover import WorldCover, codes_on, lonlat_outline, maps_under
 from terrafm_jax.checks import hides
 from terrafm_jax.data.tiles import EXTENT_ORDER
 from terrafm_jax.sensors import SENSORS
@@ -209,12 +209,9 @@ def _window(grid: Grid, area: _Area) -> Window:
 
 def _landcover(files: Sequence[SceneFile], target: Grid) -> Raster:
     """WorldCover codes of the scene's own map, nearest neighbor on ``target``."""
-    from data_prep.worldcover import codes_on
-
     codes = np.full(target.shape, 255, np.uint8)
     for file in files:
-        found = codes_on(file.path, target)
-        codes = np.where(codes == 255, found, codes)
+        codes = np.where(codes == 255, codes_on(file.path, target), codes)
     return Raster(codes, target)
 
 
@@ -253,8 +250,7 @@ def units_of(scene: Scene, options: Options, split: str | None) -> tuple[list[Un
     for block in parts:
         name = scene.cell if block is None else f"{scene.cell}@r{block[0]}_c{block[1]}"
         area = outline if block is None else lonlat_outline(grid.window(*block))
-        expected = options.blocks.splits(*area)
-        outlook = split or (expected.pop() if len(expected) == 1 else "mixed")
+        outlook = split or options.blocks.split(*area) or "mixed"
         found.append(Unit(name, scene.number, (scene, block), products, split, outlook))
     center = (float(lat.mean()), (float(lon.mean()) + 180.0) % 360.0 - 180.0)
     return found, Place(scene.cell, split, center, ground.radius(outline), grid)

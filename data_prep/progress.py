@@ -38,10 +38,9 @@ class Progress:
         elif self.total:
             self._line()
 
-    def step(self, finished: bool = True) -> None:
-        """One more cell, if ``finished``."""
-        if finished:
-            self.set(self.done + 1)
+    def step(self) -> None:
+        """One more cell is done."""
+        self.set(self.done + 1)
 
     def set(self, done: int) -> None:
         """Cells done so far."""

@@ -76,7 +76,12 @@ def decode(data: bytes | memoryview, what: str) -> Raster:
         raise BadInput(f"{what}: empty")
     try:
         with MemoryFile(data) as memory, memory.open() as source:
-            return read(source, what)
+            grid = grid_of(source, what)
+            try:
+                pixels = source.read(1)
+            except RasterioError as error:
+                raise BadInput(f"{what}: band 1 cannot be read, truncated? ({first_line(error)})") from error
+            return Raster(pixels, grid, source.nodata)
     except RasterioError as error:
         raise BadInput(f"{what}: cannot be read as an image ({first_line(error)})") from error
 
@@ -87,18 +92,6 @@ def open_raster(path: Any) -> rasterio.DatasetReader:
         return rasterio.open(path)
     except RasterioError as error:
         raise BadInput(f"{path}: cannot be read as an image ({first_line(error)})") from error
-
-
-def read(source: rasterio.DatasetReader, what: str, band: int = 1, window: Any = None) -> Raster:
-    """Reads one band (counted from 1) of an open file. Raises BadInput."""
-    grid = grid_of(source, what)
-    try:
-        pixels = source.read(band, window=window)
-    except (RasterioError, IndexError) as error:
-        raise BadInput(f"{what}: band {band} cannot be read, truncated? ({first_line(error)})") from error
-    if window is not None:
-        grid = grid.window(window.row_off, window.col_off, *pixels.shape)
-    return Raster(pixels, grid, source.nodata)
 
 
 def grid_of(source: rasterio.DatasetReader, what: str) -> Grid:

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,12 +87,15 @@ def prepare_all(
 
             run_chunks(job, {i: chunks[i] for i in todo}, runner, beam_options)
         else:
-            with Progress(
-                sum(map(len, chunks)), sum(len(chunks[i]) for i in range(len(chunks)) if i not in set(todo))
-            ) as bar:
+            with Progress(len(units), len(units) - sum(len(chunks[i]) for i in todo)) as bar:
                 if workers <= 1:
+
+                    def count(key: str) -> None:
+                        if not key:  # done with a cell
+                            bar.step()
+
                     for i in todo:
-                        write_chunk(job, i, chunks[i], (), lambda key: bar.step(not key))
+                        write_chunk(job, i, chunks[i], (), count)
                 else:
                     _Pool(job, chunks, workers, bar).run(todo)
         told = {"sea_keep": job.options.sea_keep, "digest": digest["digest"], "job": digest}
@@ -274,10 +277,8 @@ def _work(job: Job, chunk: int, units: list[Unit], poisoned: list[str]) -> int:
 
 def _probe(job: Job, unit: Unit) -> None:
     """Reads and prepares one cell for the sake of surviving it."""
-    try:
+    with suppress(Exception):  # the real run reports it
         prepare(read(job, unit), job.cover, job.options)
-    except Exception as error:
-        del error  # the real run reports it
 
 
 def _report(key: str) -> None:

@@ -304,8 +304,7 @@ def plan(args: argparse.Namespace, options: Options, cover: WorldCover) -> tuple
             lon, lat = lonlat_outline(block)
             used = {key: [items[key][i] for i in names] for key, names in ids.items()}
             products = tuple((key, _product(those[0])) for key, those in used.items())
-            names = options.blocks.splits(lon, lat)
-            outlook = names.pop() if len(names) == 1 else "mixed"
+            outlook = options.blocks.split(lon, lat) or "mixed"
             units.append(Unit(f"{name}@r{row}_c{col}", 0, (used, block), products, None, outlook))
             centers.append((float(lat.mean()), float(lon.mean())))
     keep, fixed = cli.chosen_cells([u.cell for u in units], centers, args)

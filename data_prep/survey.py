@@ -15,7 +15,6 @@ from pathlib import Path
 from data_prep.chunks import Job, SourceUnavailable, Unit
 from data_prep.harmonize import Offset, decide_offset
 from data_prep.optical import optical
-from data_prep.raster import BadInput
 from data_prep.write import write_text
 from terrafm_jax.data.source import read_json
 
@@ -34,9 +33,9 @@ def look(job: Job, unit: Unit) -> Verdicts:
             for key, given in cell.sensors.items()
             if key != "s1" and given.offset is None
         }
-    except (BadInput, ValueError, OSError, RuntimeError) as error:
-        if isinstance(error, SourceUnavailable):
-            raise
+    except SourceUnavailable:
+        raise
+    except (ValueError, OSError, RuntimeError):
         return {}  # it will be rejected, with the reason, when it is prepared
 
 

@@ -16,7 +16,7 @@ from affine import Affine
 from rasterio.warp import Resampling, reproject
 
 from data_prep.synthetic import landscape as ground
-from data_prep.synthetic import radar as radar
+from data_prep.synthetic import radar
 from data_prep.synthetic import reflectance as optical
 from data_prep.synthetic.geography import Acquisition, CellPlan, sun_elevation
 from terrafm_jax import landcover
