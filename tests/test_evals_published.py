@@ -94,7 +94,7 @@ def test_copernicus_segmentation_and_lcz(tmp_path):
 
 
 def test_landslide4sense_restores_dn(tmp_path):
-    from terrafm_jax.evals.datasets.published import L4S_DIVISORS
+    from terrafm_jax.evals.datasets.layouts import L4S_DIVISORS
 
     for folder in ("TrainData", "ValidData", "TestData"):
         for kind in ("img", "mask"):

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from terrafm_jax.evals.datasets import published
+from terrafm_jax.evals.datasets import layouts
 from terrafm_jax.evals.datasets.base import Dataset, DatasetError
 from terrafm_jax.evals.datasets.copernicus import open_copernicus
 from terrafm_jax.evals.datasets.folder import open_folder
@@ -21,9 +21,9 @@ SUITES: dict[str, Callable[..., list[Dataset]]] = {
     "copernicus": open_copernicus,
     "tfds": open_tfds,
     "folder": open_folder,
-    **{name: partial(published.open_published, name) for name in published.DATASETS},
+    **{name: partial(layouts.open_layout, name) for name in layouts.DATASETS},
 }
-_ALONE = ("folder", *published.DATASETS)  # hold one data set, so there is no name to choose by
+_ALONE = ("folder", *layouts.DATASETS)  # hold one data set, so there is no name to choose by
 _OPTIONS = {"geobench": {"bands", "partition"}, "tfds": {"seed"}}
 
 

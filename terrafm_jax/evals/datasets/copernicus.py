@@ -36,12 +36,8 @@ def _eurosat(folder: Path, name: str) -> Dataset:
 def _eurosat_reader(folder: Path, names: list[str], targets: np.ndarray, source: Input) -> Callable[[int], Sample]:
     def read(i: int) -> Sample:
         path = folder / "all_imgs" / names[i].split("_")[0] / names[i]
-        return Sample(
-            names[i],
-            {source.sensor: files.read_image(files.need(path, "an image"), source)},
-            int(targets[i]),
-            path=str(path),
-        )
+        images = files.read_images({source.sensor: path}, {source.sensor: source})
+        return Sample(names[i], images, int(targets[i]), path=str(path))
 
     return read
 
@@ -72,8 +68,8 @@ def _bigearthnet_reader(
     place = {"s1": ("BigEarthNet-S1-5%", "s1_path"), "s2_l2a": ("BigEarthNet-S2-5%", "s2_path")}
 
     def read(i: int) -> Sample:
-        paths = {k: files.need(folder / place[k][0] / rows[i][place[k][1]], f"the {k} image") for k in wanted}
-        images = {k: files.read_image(p, wanted[k]) for k, p in paths.items()}
+        paths = {k: folder / place[k][0] / rows[i][place[k][1]] for k in wanted}
+        images = files.read_images(paths, wanted)
         return Sample(rows[i]["s2_path"], images, targets[i], path=str(next(iter(paths.values()))))
 
     return read
@@ -116,13 +112,13 @@ def _pairs(
     remap: dict[int, int] | None = None,
 ) -> Callable[[int], Sample]:
     def read(i: int) -> Sample:
-        paths = {k: files.need(folder / place(names[i]), f"the {k} image") for k, place in images.items()}
+        paths = {k: folder / place(names[i]) for k, place in images.items()}
+        loaded = files.read_images(paths, inputs)
         found = files.read_tiff(files.need(folder / mask.format(names[i]), "the mask"))[..., 0].astype(np.int64)
         if remap is not None:
             table = np.full(256, 255)
             table[list(remap)] = list(remap.values())
             found = table[np.clip(found, 0, 255)]
-        loaded = {k: files.read_image(p, inputs[k]) for k, p in paths.items()}
         return Sample(names[i], loaded, found, path=str(next(iter(paths.values()))))
 
     return read

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,12 @@ def read_image(path: Path, source: Input, at: tuple[int, int] | None = None) -> 
     return _read_image(path, source.sensor, [i for i, _ in source.channels], at)
 
 
-def _read_image(path: Path, sensor: str, used: Sequence[int], at: tuple[int, int] | None = None) -> np.ndarray:
+def read_images(paths: Mapping[str, Path], inputs: Mapping[str, Input]) -> dict[str, np.ndarray]:
+    """:func:`read_image` of every sensor. Raises DatasetError, also for a file that is not there."""
+    return {k: read_image(need(path, f"the {k} image"), inputs[k]) for k, path in paths.items()}
 
+
+def _read_image(path: Path, sensor: str, used: Sequence[int], at: tuple[int, int] | None = None) -> np.ndarray:
     def measured(source: Any) -> np.ndarray:
         image, gone = _pixels(source), np.zeros(source.shape, bool)
         if image.dtype.kind == "c":

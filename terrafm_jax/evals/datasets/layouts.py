@@ -71,7 +71,7 @@ def _sen1floods11(root: Path) -> Dataset:
 def _floods_reader(data: Path, names: list[str], inputs: Mapping[str, Input]) -> Callable[[int], Sample]:
     def read(i: int) -> Sample:
         paths = {"s1": data / "S1Hand" / f"{names[i]}_S1Hand.tif", "s2_l1c": data / "S2Hand" / f"{names[i]}_S2Hand.tif"}
-        images = {k: files.read_image(files.need(p, f"the {k} chip"), inputs[k]) for k, p in paths.items()}
+        images = files.read_images(paths, inputs)
         mask = files.read_tiff(files.need(data / "LabelHand" / f"{names[i]}_LabelHand.tif", "the label"))[..., 0]
         return Sample(names[i], images, mask.astype(np.int64), path=str(paths["s1"]))
 
@@ -152,9 +152,8 @@ def _pastis_reader(root: Path, ids: list[int], sensors: Sequence[str]) -> Callab
         images = {"s2_l2a": np.median(series, axis=0).transpose(1, 2, 0)}
         if "s1" in sensors:
             radar = load(root / "DATA_S1A" / f"S1A_{ids[i]}.npy").astype(np.float32)
-            images["s1"] = np.median(radar, axis=0).transpose(
-                1, 2, 0
-            )  # of dB: the median commutes with the logarithm (odd counts)
+            # Of dB: the median commutes with the logarithm (for an odd number of dates).
+            images["s1"] = np.median(radar, axis=0).transpose(1, 2, 0)
         mask = load(root / "ANNOTATIONS" / f"TARGET_{ids[i]}.npy")[0].astype(np.int64)
         return Sample(str(ids[i]), images, np.where(mask >= len(labels.PASTIS), -1, mask))
 
@@ -251,7 +250,7 @@ DATASETS: dict[str, Callable[[Path], Dataset]] = {
 }
 
 
-def open_published(name: str, root: str | Path) -> list[Dataset]:
+def open_layout(name: str, root: str | Path) -> list[Dataset]:
     """Opens one data set in its authors' layout. Raises DatasetError when nothing of it is below ``root``."""
     root = files.need(Path(root), f"the folder of {name}")
     dataset = DATASETS[name](root)
