@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from conftest import run_module
 
-from terrafm_jax import crossvalidate, weights
+from terrafm_jax import weights
 from terrafm_jax.evals import arms, encoders
 from terrafm_jax.evals.arms import RANDOM, RAW, Score
 from terrafm_jax.evals.datasets import open_suite
 from terrafm_jax.evals.datasets.base import DatasetError, collate
+from terrafm_jax.finetuning.experiment import Experiment
 from terrafm_jax.finetuning.folds import Recipe, Tuner, order
 from terrafm_jax.models import init_params
 from terrafm_jax.models.spec import ModelSpec
@@ -44,10 +45,10 @@ def checkpoint(tmp_path_factory) -> Path:
     return path
 
 
-def experiment(folder, checkpoint, out, **fields) -> crossvalidate.Experiment:
+def experiment(folder, checkpoint, out, **fields) -> Experiment:
     chosen = {"protocols": ("torchgeo-bench-knn5", "fold-finetune"), "folds": 2, "repeats": 3, "tune_repeats": 1,
               "random_seeds": 1, "rates": (3e-3,), "epochs": 2, **fields}  # fmt: skip
-    return crossvalidate.Experiment((str(checkpoint),), "folder", str(folder), out, **chosen)
+    return Experiment((str(checkpoint),), "folder", str(folder), out, **chosen)
 
 
 def test_every_epoch_shows_every_row():
@@ -161,7 +162,7 @@ def test_writes_resumes_and_keeps_folds_paired(folder, checkpoint, tmp_path, mon
         raise AssertionError("computed again")
 
     monkeypatch.setattr(Tuner, "logits", fail)
-    monkeypatch.setattr(crossvalidate.Experiment, "_features", fail)
+    monkeypatch.setattr(Experiment, "_features", fail)
     again = experiment(folder, checkpoint, tmp_path).run(lambda text: None)
     assert [s.by_seed for s in again] == [s.by_seed for s in scores]
 
