@@ -169,9 +169,9 @@ def tiny_encoder() -> object:
 @pytest.fixture
 def loaded(tiny_encoder: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """``--checkpoint`` means the tiny network, whatever it names."""
-    from terrafm_jax import embed
+    from terrafm_jax.scenes import commands
 
-    monkeypatch.setattr(embed, "_load", lambda args: tiny_encoder)
+    monkeypatch.setattr(commands, "_load", lambda args: tiny_encoder)
 
 
 @pytest.fixture(scope="session")

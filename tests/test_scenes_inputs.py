@@ -12,9 +12,8 @@ import pytest
 import rasterio
 from scenes_fake import CRS, NORTH, WEST, call, optical, radar, surface, tiny_model, tokens, write
 
-from terrafm_jax import embed
+from terrafm_jax.scenes import commands, points, products, read
 from terrafm_jax.scenes import grid as grid_lib
-from terrafm_jax.scenes import points, products, read
 from terrafm_jax.scenes.errors import SceneError
 from terrafm_jax.scenes.grid import Grid, Plan
 from terrafm_jax.scenes.inputs import Declared, resolve
@@ -95,7 +94,7 @@ def test_safe_product(tmp_path: Path) -> None:
 
 def test_products_are_embedded_by_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A SAFE folder and a STAC item of the same pixels and offset give the same tokens."""
-    monkeypatch.setattr(embed, "_load", lambda args: tiny_model())
+    monkeypatch.setattr(commands, "_load", lambda args: tiny_model())
     root = safe(tmp_path)
     outs = [tmp_path / "safe.tif", tmp_path / "stac.tif", tmp_path / "clear.tif"]
     assert call(out=outs[0], sensors={"s2_l2a": root}) == 0

@@ -17,10 +17,9 @@ import rasterio
 from scenes_fake import CRS, NORTH, WEST, call, tokens, write
 from weights_samples import sample
 
-from terrafm_jax import embed
 from terrafm_jax.inference import Model
+from terrafm_jax.scenes import commands, inputs, output, read, run, store
 from terrafm_jax.scenes import grid as grid_lib
-from terrafm_jax.scenes import inputs, output, read, run, store
 from terrafm_jax.scenes.encoder import WindowEncoder
 from terrafm_jax.scenes.errors import SceneError
 from terrafm_jax.scenes.grid import Plan
@@ -102,7 +101,7 @@ def test_progress(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, caplog: Any, terminal: bool, words: str
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    with caplog.at_level("INFO"), embed._Progress(4, "window") as progress:
+    with caplog.at_level("INFO"), commands._Progress(4, "window") as progress:
         progress(3)
         progress(1)
     assert words in (capsys.readouterr().err if terminal else caplog.text)

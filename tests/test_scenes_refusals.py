@@ -14,8 +14,8 @@ from rasterio.control import GroundControlPoint
 from scenes_fake import CRS, NORTH, WEST, optical, radar, surface, tiny_model, write
 
 from terrafm_jax import embed
+from terrafm_jax.scenes import commands, read
 from terrafm_jax.scenes import grid as grid_lib
-from terrafm_jax.scenes import read
 from terrafm_jax.scenes.errors import SceneError
 from terrafm_jax.scenes.grid import Grid, Plan
 from terrafm_jax.scenes.inputs import Declared, resolve
@@ -207,9 +207,9 @@ def test_weights_that_do_not_fit(
     l2a, s1 = optical(tmp_path / "a.tif", 64, 64), radar(tmp_path / "b.tif", 64, 64)
     both = (f"--sensor=s2_l2a={l2a}", f"--sensor=s1={s1}")
     assert "none.pth: not found" in fails(capsys, *both)
-    monkeypatch.setattr(embed, "_load", lambda args: tiny_model(fusion=False))
+    monkeypatch.setattr(commands, "_load", lambda args: tiny_model(fusion=False))
     assert "no fusion" in fails(capsys, *both)
-    monkeypatch.setattr(embed, "_load", lambda args: tiny_model(sensors=("s2_l2a",)))
+    monkeypatch.setattr(commands, "_load", lambda args: tiny_model(sensors=("s2_l2a",)))
     assert "--sensor s1: these weights know ['s2_l2a'] only" in fails(capsys, *both)
 
 
