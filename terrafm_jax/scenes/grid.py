@@ -83,21 +83,10 @@ def target_grid(
     path, native = _finest(reference)
     with open_raster(path) as source:
         own, origin, box = source.crs, source.transform, area.narrowed(source.bounds, source.crs, aoi)
-        stretch = _stretch(own, box) if own.is_projected else 1.0
-        true = own.is_projected and abs(stretch - 1) <= _STRETCHED
-        try:
-            target = _crs(crs) if crs else (own if true else _utm(own, box))
-        except ValueError as error:
-            raise SceneError(f"--crs {crs}: {first_line(error)}; expected something like EPSG:32631") from None
-    if not target.is_projected or not math.isclose(target.linear_units_factor[1], 1.0):
-        raise SceneError(f"--crs {crs or own}: is not metric; pass a projected CRS in meters such as EPSG:32631")
-    if crs and target != own:
-        stretch_there = _stretch(target, transform_bounds(own, target, *box))
-        if abs(stretch_there - 1) > _STRETCHED:
-            utm = _utm(own, box).to_string()
-            raise SceneError(
-                f"--crs {crs}: its meters are {1 / stretch_there:.2f} m on the ground here; pass {utm}, or leave it out"
-            )
+    stretch = _stretch(own, box) if own.is_projected else 1.0
+    true = own.is_projected and abs(stretch - 1) <= _STRETCHED
+    target = _stated_crs(crs) if crs else own if true else _utm(own, box)
+    _check_meters(target, crs, own, box)
     step = gsd or (native / (1.0 if true else stretch) if own.is_projected else _meters(native))
     if not 0.1 <= step <= 10_000:
         raise SceneError(f"--gsd {step:g}: expected meters per pixel between 0.1 and 10000")
@@ -133,8 +122,25 @@ def _finest(acquisition: Acquisition) -> tuple[str, float]:
     return path, sizes[path]
 
 
-def _crs(text: str) -> CRS:
-    return CRS.from_user_input(f"EPSG:{text}" if text.isdigit() else text)
+def _stated_crs(text: str) -> CRS:
+    try:
+        return CRS.from_user_input(f"EPSG:{text}" if text.isdigit() else text)
+    except ValueError as error:
+        raise SceneError(f"--crs {text}: {first_line(error)}; expected something like EPSG:32631") from None
+
+
+def _check_meters(target: CRS, stated: str, own: CRS, box: Sequence[float]) -> None:
+    """Raises SceneError unless the meters of ``target`` are meters on the ground of ``box``, which is in ``own``."""
+    if not target.is_projected or not math.isclose(target.linear_units_factor[1], 1.0):
+        raise SceneError(f"--crs {stated or own}: is not metric; pass a projected CRS in meters such as EPSG:32631")
+    if not stated or target == own:
+        return
+    stretch = _stretch(target, transform_bounds(own, target, *box))
+    if abs(stretch - 1) > _STRETCHED:
+        utm = _utm(own, box).to_string()
+        raise SceneError(
+            f"--crs {stated}: its meters are {1 / stretch:.2f} m on the ground here; pass {utm}, or leave it out"
+        )
 
 
 def _stretch(crs: CRS, box: Sequence[float]) -> float:
