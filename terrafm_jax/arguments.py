@@ -161,7 +161,7 @@ def mask_of(key: str, given: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def check_by_sensor(**arguments: Any) -> None:
-    """Raises InputError for what is no dict by sensor, or names none."""
+    """Raises InputError unless arguments are dicts by sensor, and bands lists of names."""
     examples = {"units": "{'s2_l2a': 'reflectance'}", "bands": "{'s2_l2a': ['B02', 'B03']}"}
     for name, value in arguments.items():
         if value is not None and not isinstance(value, Mapping):

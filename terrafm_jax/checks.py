@@ -24,7 +24,7 @@ from terrafm_jax.sensors import (
 )
 from terrafm_jax.units import DN_PER_REFLECTANCE, MAX_REFLECTANCE, NOISE_FLOOR
 
-TWICE = 500.0  # a darkest p1 below: with the offset inside, this were a reflectance of -5 %
+TWICE = 500.0  # DN: where the darkest p1 is below, subtracting the offset leaves a reflectance under -5 %
 EIGHT_BIT = 255
 _PERCENT = 150.0
 _FILL_DN = -3000.0  # below: no reflectance, but -9999 or -32768

@@ -265,11 +265,11 @@ def summarize_seeds(values: Sequence[float]) -> tuple[float, float]:
 def over_draws(values: Sequence[float], images: Interval) -> Interval:
     """95 % interval of a mean over draws of labels: Student's t over the draws and ``images``, added in squares.
 
-    The draws are tested on the same samples, so their spread knows nothing of the choice of those samples: the
-    interval that does stands in ``images``. Student's t and not a bootstrap over the draws, of which there are a
-    handful. In simulations (600 repetitions a case, 100 and 1,000 test samples of unequal difficulty, 2 to 10 draws)
-    it held the truth in 96 to 99 % of cases with ``images`` of the mean and 97 to 100 % with :func:`mean_interval`;
-    resampling draws and samples together held it in 78 to 99 %, Student's t alone in 64 to 97 %.
+    The draws are tested on the same samples, so their spread does not cover the choice of those samples; ``images``
+    does. There are only a handful of draws, hence Student's t and no bootstrap over them. In simulations (600
+    repetitions a case, 100 and 1,000 test samples of unequal difficulty, 2 to 10 draws) it held the truth in 96 to 99 %
+    of cases with ``images`` of the mean and 97 to 100 % with :func:`mean_interval`; resampling draws and samples
+    together held it in 78 to 99 %, Student's t alone in 64 to 97 %.
 
     Args:
       values: the metric of every draw, two or more.

@@ -53,7 +53,7 @@ _IDENTITY = ("model", "weights", "dataset", "note", "inputs", "image_size", "pro
 
 
 def newest(rows: Sequence[Row]) -> list[Row]:
-    """Of each evaluation the row written last: done again, with more resamples say, it is no second draw of labels."""
+    """The last row of each evaluation: one repeated, say with more resamples, is not a second draw of labels."""
     return list({json.dumps([r.get(k) for k in _IDENTITY]): r for r in rows if "error" not in r}.values())
 
 

@@ -218,7 +218,7 @@ def tiled(dataset: Dataset, size: int) -> Dataset:
     those of the masks: an image of other sampling gives the same ground in pixels of its own.
 
     Raises:
-      DatasetError: when a window is read of which an image has no whole number of pixels.
+      DatasetError: on reading a window that is not a whole number of an image's pixels.
     """
     from terrafm_jax.evals.datasets.base import Split
 

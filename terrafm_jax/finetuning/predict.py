@@ -47,8 +47,8 @@ def write_mask(
 ) -> None:
     """uint8 GeoTIFF of class numbers [H, W], with colors and names.
 
-    CRS and extent are those of the raster ``like``, at the sampling of the mask, of which ``window`` was cut
-    (``Sample.window``). Without either where the two have not the same shape.
+    CRS and extent are those of the raster ``like``, or of the ``window`` of it that the mask covers
+    (``Sample.window``); a mask whose sides are in another proportion gets neither.
     """
     import rasterio
 

@@ -33,7 +33,7 @@ def change(first: Path, second: Path, out: Path) -> tuple[dict[str, float], list
     """Writes 1 - cosine of the tokens of two dates (0 = same, 2 = opposite) as a COG.
 
     Returns:
-      Its quantiles, and what speaks against the comparison (also warned of, and in the tags).
+      Its quantiles, and reasons to doubt the comparison (also logged, and written to the tags).
 
     Raises:
       SceneError: other grid, weights, sensors, bands or sampling.
@@ -98,7 +98,7 @@ def search(
 
     Args:
       query: float32 [d]. tags: of the output that it comes from.
-      said: gets what speaks against comparing with some output, which is also warned of.
+      said: collects reasons to doubt the comparison with an output; each is also logged.
 
     Raises:
       SceneError: unreadable, or of other weights.
@@ -167,7 +167,7 @@ class _Compared:
     said: list[str]
 
     def __call__(self, path: Path, tags: Mapping[str, str], width: int) -> None:
-        """Warns of what speaks against it. Raises SceneError for other weights."""
+        """Logs reasons to doubt the comparison. Raises SceneError for other weights."""
         expected = self.tags.get(tags_lib.WEIGHTS, "")
         if (expected and tags[tags_lib.WEIGHTS] != expected) or width != self.width:
             raise SceneError(f"{path}: comes from other weights than the query; embed both with the same --checkpoint")

@@ -69,8 +69,8 @@ def _polygons(data: dict[str, Any]) -> dict[str, Any]:
 def project(aoi: dict[str, Any], crs: CRS, bounds: Sequence[float]) -> dict[str, Any] | None:
     """The part of an area around ``bounds`` (left, bottom, right, top in ``crs``), in ``crs``; None if there is none.
 
-    What lies far away is cut off first, since a UTM zone bends or folds it, and edges become short, since parallels
-    are no straight lines there.
+    Distant parts are cut off first, because a UTM zone bends or folds them. Edges are divided into short ones,
+    because parallels are curves there.
     """
     west, south, east, north = transform_bounds(crs, "EPSG:4326", *bounds)
     spans = [(west, east)] if west <= east else [(west, 180.0), (-180.0, east)]
@@ -92,7 +92,7 @@ def bounds_of(aoi: dict[str, Any], crs: CRS, near: Sequence[float]) -> tuple[flo
 def narrowed(box: Sequence[float], crs: CRS, aoi: dict[str, Any] | None) -> tuple[float, ...]:
     """The part of a raster's bounds around an area, with a margin; all of them where the area does not meet them.
 
-    A raster may be wider than what a UTM zone can hold, and its own center far from the area.
+    A raster may be wider than a UTM zone can hold, with its center far from the area.
     """
     if aoi is None:
         return tuple(box)

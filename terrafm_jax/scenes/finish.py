@@ -15,7 +15,7 @@ from terrafm_jax.scenes.errors import SceneError
 
 
 def digest(mark: str, **how: Any) -> str:
-    """Of what makes one output another: ``run.signature`` and how it is written."""
+    """SHA-256 of what tells one output from another: ``run.signature`` and how the output is written."""
     return hashlib.sha256(json.dumps([mark, how], sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -53,17 +53,20 @@ def _tags(out: Path) -> Mapping[str, str]:
 
 
 def closing_tags(job: str, warnings: Sequence[str]) -> dict[str, str]:
-    """What is known at the end only."""
+    """Tags that are known only at the end of a job."""
     return {tags.JOB: job, **({tags.WARNINGS: "; ".join(warnings)} if warnings else {})}
 
 
 def closing_words(warnings: Sequence[str]) -> str:
-    """For the last line of a job: what was warned of has scrolled away by then."""
+    """The warnings once more, for the last line of a job: by then they have scrolled away."""
     return f"; {len(warnings)} warning(s): {'; '.join(warnings)}" if warnings else ""
 
 
 def refuse_nothing(tokens: np.ndarray, unfinished: Any, out: Path) -> None:
-    """Raises SceneError, and clears away, if no token [rows, ..., d] holds a value; reads on to the first that does."""
+    """Raises SceneError and deletes the unfinished result if no token of [rows, ..., d] holds a value.
+
+    Reads only as far as the first one that does.
+    """
     if not any(np.isfinite(row).any() for row in tokens):
         unfinished.remove()
         raise SceneError(

@@ -23,9 +23,9 @@ _PLACES = ("--aoi", "--point", "--similar-to")
 
 
 def quiet_libraries() -> None:
-    """What GDAL, rasterio and JAX would say of themselves, or take, in a command that reads scenes."""
+    """Quiets GDAL, rasterio and JAX in a command that reads scenes, and limits GDAL's cache."""
     logging.getLogger("rasterio").setLevel(logging.CRITICAL)
-    logging.getLogger("jax").setLevel(logging.WARNING)  # it tells of every accelerator that is not there
+    logging.getLogger("jax").setLevel(logging.WARNING)  # it reports every accelerator that is missing
     os.environ.setdefault("GDAL_CACHEMAX", "256")  # MB; by itself GDAL takes a twentieth of the machine's memory
     # rasterio warns about the arrays that it warps; files without a georeference are an error of ours.
     warnings.filterwarnings("ignore", message="Dataset has no geotransform")
@@ -168,7 +168,7 @@ def picture_parser() -> argparse.ArgumentParser:
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The description as it stands, and every default that says something."""
+    """Keeps the description's line breaks, and shows the defaults that say something."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         said = "default" in (action.help or "") or action.default in (None, "", [], False)

@@ -52,7 +52,7 @@ class Grid:
 
 
 def bounds_in(source: Any, grid: Grid) -> tuple[float, float, float, float]:
-    """left, bottom, right, top of a grid in the CRS of an open raster, degrees by whole turns to where its own lie."""
+    """left, bottom, right, top of a grid in the CRS of an open raster; degrees are shifted to the raster's range."""
     bounds = grid.bounds
     if source.crs != grid.crs:
         bounds = transform_bounds(grid.crs, source.crs, *bounds, densify_pts=21)
@@ -60,7 +60,7 @@ def bounds_in(source: Any, grid: Grid) -> tuple[float, float, float, float]:
 
 
 def _turned(bounds: Sequence[float], source: Sequence[float]) -> tuple[float, float, float, float]:
-    """Bounds in degrees by whole turns to where a raster's own lie: one across the antimeridian goes on beyond 180."""
+    """Shifts bounds by whole turns to those of a raster, which run beyond 180 degrees across the antimeridian."""
     left, bottom, right, top = bounds
     right += 360.0 if right < left else 0.0
     turn = 360.0 * round((source[0] + source[2] - left - right) / 720.0)
@@ -73,8 +73,8 @@ def target_grid(
     """The common grid of all sensors: the intersection of their extents, cut to the area of interest.
 
     Origin and pixel borders are those of the reference raster (finest band of the first of s2_l2a, s2_l1c,
-    s1), so that at native sampling nothing is resampled. Geographic rasters, and those whose meters are none on
-    the ground (Web Mercator), go to the UTM zone of the center of what is asked for, because tokens need meters.
+    s1), so that at native sampling nothing is resampled. Tokens need meters: geographic rasters, and those whose
+    meters are not meters on the ground (Web Mercator), are warped to the UTM zone of the requested area's center.
 
     Raises:
       SceneError: sensors (or the area of interest) do not meet, CRS not metric, fewer than 16 pixels.

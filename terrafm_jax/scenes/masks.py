@@ -1,4 +1,4 @@
-"""What leaves pixels out: rasters of zeros, and scene classifications of Level 2A."""
+"""Masks: rasters that are zero where pixels do not count, and scene classifications of Level-2A."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from terrafm_jax.scenes.errors import SceneError
 from terrafm_jax.scenes.grid import Grid, bounds_in
 from terrafm_jax.scenes.layers import Acquisition, open_raster
 
-# Scene classification of Level 2A: no data, saturated, cloud shadow, medium and high cloud, cirrus, snow stays.
+# Scene classification of Level-2A: no data, saturated, cloud shadow, medium and high cloud, cirrus. Snow stays.
 SCL_INVALID = (0, 1, 3, 8, 9, 10)
 _COARSE = 12  # pixels that the edge of a mask may lack: two of 60 m on a grid of 10 m
 

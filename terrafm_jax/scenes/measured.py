@@ -83,9 +83,9 @@ def measured(
 ) -> np.ndarray:
     """Harmonized DN or linear power, NaN where nothing was measured; ``data`` float32 [bands, H, W] may be changed.
 
-    Sentinel-2: zero is nodata where ``empty`` bool [H, W] says so, see :func:`nothing`, any other declared value in
-    whichever band. Sentinel-1: any band without a finite, positive power. Values that the unit cannot hold are no
-    measurement either: a job of hours should not end over one.
+    A pixel of Sentinel-2 is nodata where any band holds a declared value other than zero, or where ``empty`` bool
+    [H, W] is set (zero, see :func:`nothing`); of Sentinel-1 where any band lacks a finite, positive power. Values
+    that the unit cannot hold count as nodata too: one of them should not end a job of hours.
     """
     bad = np.zeros(data.shape[1:], bool)
     if not np.isfinite(data.sum(dtype=np.float64)):  # NaN and infinity survive every sum

@@ -66,7 +66,7 @@ def scales(tokens: np.ndarray, rows: int = 64) -> np.ndarray:
 
 
 def _release(tokens: np.ndarray) -> None:
-    """Gives the pages of a mapped file back at once: they would count as memory until somebody needs them."""
+    """Gives the pages of a mapped file back now: they would count as used memory until the system wants them."""
     mapped = getattr(tokens, "_mmap", None)
     if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
         mapped.madvise(mmap.MADV_DONTNEED)

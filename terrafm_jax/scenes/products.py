@@ -86,7 +86,7 @@ def _product_folder(folder: Path) -> Path:
 
 
 def _refuse_radar_geometry(folder: Path) -> None:
-    """Sentinel-1 as ESA delivers it: no band names worth reading, so that it is told by the folder."""
+    """Raises SceneError for Sentinel-1 as ESA delivers it, which only the folder's name gives away."""
     if re.match(r"S1[A-D]_\w+_(GRD|SLC)", folder.name) and (folder / "measurement").is_dir():
         kind = re.match(r"S1[A-D]_\w+?_(GRD|SLC)", folder.name).group(1)
         raise SceneError(

@@ -83,7 +83,7 @@ class SceneReader:
 
     @property
     def warnings(self) -> list[str]:
-        """What looks wrong with the inputs, as far as it is known by now: reading goes on finding things."""
+        """What looks wrong with the inputs, as far as known: reading may find more."""
         return list(
             dict.fromkeys([*(t for dates in self.dates.values() for d in dates for t in d.doubts), *self._noted])
         )

@@ -55,7 +55,7 @@ class Work:
       chunk: the windows.
       kept: positions in ``chunk.columns`` of the windows with any token that counts.
       windows: pixels of those, padded to a constant batch by repeating the last one; empty if there are none.
-      valid: bool [kept, h, w] tokens that are wanted and of whose ground within the scene enough was measured.
+      valid: bool [kept, h, w] tokens that are wanted and whose ground within the scene was measured well enough.
     """
 
     chunk: Chunk
@@ -67,7 +67,7 @@ class Work:
 def prepare(
     reader: SceneReader, plan: Plan, chunk: Chunk, min_ground: float = 0.5, inside: np.ndarray | None = None
 ) -> Work:
-    """Reads the pixels under a chunk once and cuts its windows out of them; min_ground and inside as in Job."""
+    """Reads the pixels under a chunk once and cuts its windows out of them; ``min_ground``, ``inside``: see Job."""
     p, left = plan.patch, chunk.columns[0]
     tokens = (len(chunk.columns), chunk.height // p, chunk.width // p)
     wanted = np.ones(tokens, bool)
@@ -233,7 +233,7 @@ def signals() -> Iterator[list[int]]:
 
 
 def signature(plan: Plan, reader: SceneReader, inside: np.ndarray | None, **more: Any) -> str:
-    """What an interrupted job has to have in common with the one that goes on: files, grid, windows, area, ``more``."""
+    """What must be equal for a job to continue an interrupted one: files, grid, windows, area, and ``more``."""
     files = {p: (Path(p).stat().st_size, Path(p).stat().st_mtime_ns) for p in reader.paths if Path(p).exists()}
     wanted = None if inside is None else zlib.crc32(inside.tobytes())
     return json.dumps({"plan": str(plan), "files": files, "area": wanted, **more}, sort_keys=True, default=str)

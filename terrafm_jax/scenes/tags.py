@@ -53,9 +53,9 @@ def of_scene(model: Model, reader: SceneReader, plan: Plan, args: argparse.Names
 
 
 def against(a: Mapping[str, str], b: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """What makes two embeddings of the same weights incomparable, and what only speaks against comparing them.
+    """What makes two embeddings of the same weights incomparable, and what only casts doubt on a comparison.
 
-    A tag that one of them lacks (written before there was such a tag) says nothing.
+    A tag that only one of them has (the other is older) says nothing.
     """
     wrong, doubts = [], []
     ours, theirs = _json(a, BANDS), _json(b, BANDS)

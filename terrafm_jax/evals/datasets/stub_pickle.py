@@ -27,7 +27,7 @@ class Stub:
         return stub
 
     def __init__(self, *args: Any, **kwargs: Any):
-        """Arguments were kept by ``__new__``."""
+        """``__new__`` keeps the arguments."""
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
