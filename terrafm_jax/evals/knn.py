@@ -28,7 +28,7 @@ class KnnProtocol(Versioned):
     Attributes:
       similarity: ``cosine`` or ``euclidean``.
       temperature: a neighbor's vote is exp(similarity / temperature); 0 means one neighbor, one vote.
-      headline, headline_multilabel: the metric that the protocol's tables print (all are computed).
+      headline_multilabel: the metric that the protocol's tables print for several labels (all are computed).
       top5: also top-5 accuracy; with several labels the five highest classes count as present. Else a class is
         present when more than half of the vote says so (a binary vote per class).
     """
@@ -37,7 +37,6 @@ class KnnProtocol(Versioned):
     k: int
     similarity: str
     temperature: float
-    headline: str = "top1"
     headline_multilabel: str = "f1_micro"
     top5: bool = False
     version: int = 1

@@ -170,8 +170,8 @@ def _scores(task: str, logits: np.ndarray) -> np.ndarray:
     return logits
 
 
-def headline(task: str, scores: np.ndarray, targets: np.ndarray) -> float:
-    """What selection on validation maximises: accuracy, micro mAP, or minus RMSE."""
+def quality(task: str, scores: np.ndarray, targets: np.ndarray) -> float:
+    """What selection on validation maximizes: accuracy, micro mAP, or minus RMSE."""
     if task == "multilabel":
         return metrics.mean_average_precision(targets, scores)["map_micro"]
     if task == "classification":
@@ -206,7 +206,7 @@ def linear_probe(
     scaled = Split(train.features, (train.targets - center) / scale) if task == "regression" else train
     predict = fit(protocol, scaled, outputs, rates, seeds)
     on_val, on_test = (_scores(task, predict(s.features)) * scale + center for s in (val, test))
-    best = [int(np.argmax([headline(task, s, val.targets) for s in run])) for run in on_val]
+    best = [int(np.argmax([quality(task, s, val.targets) for s in run])) for run in on_val]
     picked = [on_test[i, b] for i, b in enumerate(best)]
     settings = {
         "rates": [float(rates[b]) for b in best], "runs": len(seeds), "train": len(train.targets),
@@ -291,8 +291,8 @@ def logistic_regression(
     # Many small fits: the threads of the matrix library cost more than they give.
     threads = 1 if train.features.size < 1 << 22 else None
     with threadpool_limits(threads):
-        quality = [headline(task, scores(fitted(c, train), val.features), val.targets) for c in cs]
-        best = cs[int(np.argmax(quality))]
+        found = [quality(task, scores(fitted(c, train), val.features), val.targets) for c in cs]
+        best = cs[int(np.argmax(found))]
         on_test = scores(fitted(best, whole), test.features)
     settings = {"C": best, "train": len(whole.targets), "test": len(test.targets)}
     return score_classification(label, on_test, test.targets, settings, resamples=resamples)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import time
@@ -104,6 +105,20 @@ def note(dataset: Dataset, keys: Sequence[str], doubts: Sequence[str], limit: in
     return "; ".join(parts)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Evaluation:
+    """What becomes one row: an encoder on sensors of a data set, under one protocol, with some of the labels."""
+
+    encoder: AnyEncoder
+    dataset: Dataset
+    keys: tuple[str, ...]
+    protocol: str
+    options: Options
+
+    def __str__(self) -> str:
+        return f"{self.dataset.info.name} {'+'.join(self.keys)} {self.protocol}"
+
+
 def _takes(encoder: AnyEncoder, keys: Sequence[str]) -> bool:
     try:
         return bool(encoder.check(keys))
@@ -147,26 +162,24 @@ class Session:
         return rows
 
     def _evaluate(self, encoder: AnyEncoder, dataset: Dataset, done: set[str]) -> None:
-        info = dataset.info
         try:
             inputs = combinations(encoder, dataset, self.settings.inputs)
         except (FeatureError, DatasetError) as e:
-            return self._fail(encoder, dataset, (), "", Options(), e)
-        for keys in inputs:
-            for protocol in self.settings.protocols or protocols.DEFAULTS[info.task]:
-                if info.task not in protocols.TASKS_OF[protocol]:
-                    continue
-                for options in self._options():
-                    key = self._key(encoder, dataset, keys, protocol, options)
-                    if key in done:
-                        self.say(f"{info.name} {'+'.join(keys)} {protocol}: already there")
-                        continue
-                    try:
-                        self._one(encoder, dataset, keys, protocol, options, key)
-                        done.add(key)
-                    except (DatasetError, FeatureError, ProtocolError, ValueError) as e:
-                        self._fail(encoder, dataset, keys, protocol, options, e)
-        return None
+            self._fail(_Evaluation(encoder, dataset, (), "", Options()), e)
+            return
+        task = dataset.info.task
+        wanted = [p for p in self.settings.protocols or protocols.DEFAULTS[task] if task in protocols.TASKS_OF[p]]
+        for what in itertools.product(inputs, wanted, self._options()):
+            evaluation = _Evaluation(encoder, dataset, *what)
+            key = self._key(evaluation)
+            if key in done:
+                self.say(f"{evaluation}: already there")
+                continue
+            try:
+                self._one(evaluation, key)
+                done.add(key)
+            except (DatasetError, FeatureError, ProtocolError, ValueError) as e:
+                self._fail(evaluation, e)
 
     def _options(self) -> Iterator[Options]:
         s = self.settings
@@ -176,49 +189,44 @@ class Session:
             for seed in range(s.seeds if drawn else 1):
                 yield Options(fraction, shots, seed, s.runs, s.resamples, s.epochs)
 
-    def _key(
-        self, encoder: AnyEncoder, dataset: Dataset, keys: tuple[str, ...], protocol: str, options: Options
-    ) -> str:
+    def _key(self, e: _Evaluation) -> str:
         s = self.settings
-        prints = [dataset.fingerprint(k, keys) for k in dataset.splits]
+        prints = [e.dataset.fingerprint(k, e.keys) for k in e.dataset.splits]
         text = json.dumps([
-            encoder.cache_key, encoder.image_size, prints, protocol, dataclasses.asdict(options), s.limit, s.dtype,
-            (s.folds, s.repeats) if s.folds else 0,
+            e.encoder.cache_key, e.encoder.image_size, prints, e.protocol, dataclasses.asdict(e.options), s.limit,
+            s.dtype, (s.folds, s.repeats) if s.folds else 0,
         ])  # fmt: skip
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 
-    def _one(
-        self, encoder: AnyEncoder, dataset: Dataset, keys: tuple[str, ...], protocol: str, options: Options, key: str
-    ) -> None:
-        s, info, start = self.settings, dataset.info, time.monotonic()
+    def _one(self, e: _Evaluation, key: str) -> None:
+        s, info, encoder, start = self.settings, e.dataset.info, e.encoder, time.monotonic()
         dense = protocols.is_dense(info.task)
-        layers = protocols.layers_for(protocol, encoder.depth) if dense else ()
-        request = store.Request(keys, dense, layers, s.batch_size, s.limit)
+        layers = protocols.layers_for(e.protocol, encoder.depth) if dense else ()
+        request = store.Request(e.keys, dense, layers, s.batch_size, s.limit)
         splits = {}
-        for name in dataset.splits:
-            shown = self.progress(f"{encoder.name} · {info.name} · {'+'.join(keys)} · {name}")
-            splits[name] = store.extract(encoder, dataset, name, request, self.cache, shown)
+        for name in e.dataset.splits:
+            shown = self.progress(f"{encoder.name} · {info.name} · {'+'.join(e.keys)} · {name}")
+            splits[name] = store.extract(encoder, e.dataset, name, request, self.cache, shown)
+        scale = encoder.standardize
         if s.folds:
             whole = store.joined(list(splits.values()))
-            result = protocols.run_folds(protocol, whole, info, options, s.folds, s.repeats, scale=encoder.standardize)
+            result = protocols.run_folds(e.protocol, whole, info, e.options, s.folds, s.repeats, scale=scale)
             splits = {"test": whole}
         else:
-            result = protocols.run(protocol, splits, info, options, patch=encoder.patch, scale=encoder.standardize)
-        self._keep(encoder, dataset, keys, options, key, result, splits["test"], time.monotonic() - start)
+            result = protocols.run(e.protocol, splits, info, e.options, patch=encoder.patch, scale=scale)
+        self._keep(e, key, result, splits["test"], time.monotonic() - start)
 
-    def _keep(
-        self, encoder: AnyEncoder, dataset: Dataset, keys: tuple[str, ...], options: Options, key: str, result: Result,
-        test: Extracted, seconds: float,
-    ) -> None:  # fmt: skip
-        info, limit = dataset.info, self.settings.limit
+    def _keep(self, e: _Evaluation, key: str, result: Result, test: Extracted, seconds: float) -> None:
+        """Writes the row and its predictions."""
+        encoder, info, options, limit = e.encoder, e.dataset.info, e.options, self.settings.limit
         row = {
             "key": key, "model": encoder.name, "weights": encoder.weights_hash, "suite": self.settings.suite,
-            "dataset": info.name, "task": info.task, "inputs": list(keys), "image_size": encoder.image_size,
+            "dataset": info.name, "task": info.task, "inputs": list(e.keys), "image_size": encoder.image_size,
             "protocol": result.protocol, "fraction": info.share * options.fraction, "shots": options.shots,
-            "seed": options.seed, "samples": {k: min(len(v), limit or len(v)) for k, v in dataset.splits.items()},
+            "seed": options.seed, "samples": {k: min(len(v), limit or len(v)) for k, v in e.dataset.splits.items()},
             "metrics": report.as_entry(result.metrics), "per_class": result.per_class, "classes": list(info.classes),
             "confusion": result.confusion, "settings": result.settings,
-            "note": note(dataset, keys, self._doubts[info.name], limit), "seconds": round(seconds, 2),
+            "note": note(e.dataset, e.keys, self._doubts[info.name], limit), "seconds": round(seconds, 2),
         }  # fmt: skip
         if result.predictions.size:
             folder = self.out / "predictions"
@@ -235,21 +243,18 @@ class Session:
         drawn = ""
         if options.fraction < 1 or options.shots:
             drawn = f", {report.amount(options.fraction, options.shots)}, draw {options.seed}"
-        shown = f"{info.name} {'+'.join(keys)} {result.protocol} {encoder.name}{drawn}"
+        shown = f"{info.name} {'+'.join(e.keys)} {result.protocol} {encoder.name}{drawn}"
         self.say(f"{shown}: {headline} {result.metrics[headline]}")
 
-    def _fail(
-        self, encoder: AnyEncoder, dataset: Dataset, keys: tuple[str, ...], protocol: str, options: Options,
-        error: Exception,
-    ) -> None:  # fmt: skip
-        text = f"{dataset.info.name} {'+'.join(keys)} {protocol} {encoder.name}: {error}"
+    def _fail(self, e: _Evaluation, error: Exception) -> None:
+        text = f"{e} {e.encoder.name}: {error}"
         log.error(text)
         self.say(f"FAILED {text}")
         key = hashlib.sha256(text.encode()).hexdigest()[:20]
         self._append({
-            "key": key, "model": encoder.name, "dataset": dataset.info.name, "inputs": list(keys), "protocol": protocol,
-            "fraction": dataset.info.share * options.fraction, "shots": options.shots, "seed": options.seed,
-            "error": str(error),
+            "key": key, "model": e.encoder.name, "dataset": e.dataset.info.name, "inputs": list(e.keys),
+            "protocol": e.protocol, "fraction": e.dataset.info.share * e.options.fraction, "shots": e.options.shots,
+            "seed": e.options.seed, "error": str(error),
         })  # fmt: skip
 
     def _append(self, row: dict[str, Any]) -> None:

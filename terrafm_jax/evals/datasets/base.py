@@ -150,7 +150,6 @@ class DatasetInfo:
       ignore: label that does not count in segmentation.
       note: printed with the results: band order used, what was cut, traps.
       share: of the published train split that this opening holds (1 % partitions of GEO-Bench).
-      unit: of a regression target.
     """
 
     name: str
@@ -159,8 +158,6 @@ class DatasetInfo:
     inputs: Mapping[str, Input]
     ignore: int = -1
     note: str = ""
-    unit: str = ""
-    licence: str = ""
     share: float = 1.0
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ from terrafm_jax.sensors import SENSORS, band_name
 
 log = logging.getLogger(__name__)
 
-_FIELDS = {
+_FIELDS = {  # licence and unit (of a regression target) are for readers of the file alone
     "name": str, "root": str, "task": str, "classes": list, "inputs": dict, "masks": str, "mask_suffix": str,
     "labels": (str, dict), "splits": (str, dict), "ignore": int, "licence": str, "note": str, "unit": str,
 }  # fmt: skip
@@ -112,8 +112,6 @@ class _Reader:
             inputs={i.sensor: i for i in self.inputs.values()},
             ignore=int(self.spec.get("ignore", -1)),
             note=self.spec.get("note", ""),
-            unit=self.spec.get("unit", ""),
-            licence=self.spec.get("licence", ""),
         )
 
         def read(i: int) -> Sample:
