@@ -31,7 +31,7 @@ from data_prep.chunks import Source, Unit
 from data_prep.delivered import Cell, SensorInput
 from data_prep.ground import Place, Rival
 from data_prep.raster import BadInput, Grid, Raster, decode, normalize_crs
-from data_prep.times import days_apart, iso_time
+from data_prep.times import days_apart, iso_time, paired
 from data_prep.worldcover import WorldCover, lonlat_outline, maps_at
 from terrafm_jax.sensors import SENSOR_KEYS, SENSORS
 
@@ -212,20 +212,10 @@ def _by_cell(order: int, rows: Iterable[Row], key: str, counts: Counter[str]) ->
 
 
 def _acquisitions(found: dict[str, list[Row]]) -> Iterable[dict[str, Row]]:
-    level_1c = list(found["s2_l1c"])
-    partners: dict[str, Row] = {}
-    for row in found["s2_l2a"]:
-        same = next((r for r in level_1c if sensing(r.product) == sensing(row.product) != ""), None)
-        if same is not None:
-            partners[row.product] = same
-            level_1c.remove(same)
-    for row in found["s2_l2a"]:
-        if row.product not in partners and level_1c:
-            partners[row.product] = level_1c.pop(0)
-    optical = [
-        {"s2_l2a": r, **({"s2_l1c": partners[r.product]} if r.product in partners else {})} for r in found["s2_l2a"]
-    ]
-    optical += [{"s2_l1c": r} for r in level_1c]
+    level_2a = found["s2_l2a"]
+    partners, alone = paired(level_2a, found["s2_l1c"], lambda a, b: sensing(a.product) == sensing(b.product) != "")
+    optical = [{"s2_l2a": r, **({"s2_l1c": p} if p else {})} for r, p in zip(level_2a, partners, strict=True)]
+    optical += [{"s2_l1c": r} for r in alone]
     if not optical:
         return [{"s1": row} for row in found["s1"]]
     for unit in optical:

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from data_prep.times import days_apart, iso_time
+from data_prep.times import days_apart, iso_time, paired
 from terrafm_jax.sensors import SENSORS, SensorError, band_name, listed, sensor
 
 LANDCOVER = "landcover"
@@ -219,17 +219,9 @@ def _joined(sets: Mapping[str, Sequence[list[SceneFile]]]) -> list[list[SceneFil
 
     Level 1C goes with the Level 2A of its time, what is left over in order; Sentinel-1 with each, the nearest in time.
     """
-    left = list(sets["s2_l1c"])
-    partners: dict[int, list[SceneFile]] = {}
-    for i, files in enumerate(sets["s2_l2a"]):
-        same = next((other for other in left if _same_time(files[0].time, other[0].time)), None)
-        if same is not None:
-            partners[i] = same
-            left.remove(same)
-    for i in range(len(sets["s2_l2a"])):
-        if i not in partners and left:
-            partners[i] = left.pop(0)
-    optical = [[*partners.get(i, []), *files] for i, files in enumerate(sets["s2_l2a"])] + left
+    level_2a = sets["s2_l2a"]
+    partners, alone = paired(level_2a, sets["s2_l1c"], lambda a, b: _same_time(a[0].time, b[0].time))
+    optical = [[*(partner or []), *files] for partner, files in zip(partners, level_2a, strict=True)] + alone
     radar, cover = sets["s1"], sets[LANDCOVER]
     result = []
     for number, files in enumerate(optical or radar):

@@ -1,10 +1,13 @@
-"""One spelling of times: ISO 8601, UTC; and the days between them."""
+"""One spelling of times: ISO 8601, UTC; the days between them; and acquisitions of one time as pairs."""
 
 from __future__ import annotations
 
 import datetime as dt
 import re
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def iso_time(value: Any) -> str:
@@ -39,3 +42,22 @@ def days_apart(time: str, other: str) -> float:
         return abs((dt.date.fromisoformat(time[:10]) - dt.date.fromisoformat(other[:10])).days)
     except ValueError:
         return float("inf")
+
+
+def paired(
+    level_2a: Sequence[T], level_1c: Sequence[T], same: Callable[[T, T], bool]
+) -> tuple[list[T | None], list[T]]:
+    """The Level 1C of every Level 2A, None where there is none; and the Level 1C without a Level 2A.
+
+    Those of the ``same`` time belong together; what is left over is paired in order.
+    """
+    left, found = list(level_1c), list[T | None]()
+    for one in level_2a:
+        match = next((other for other in left if same(one, other)), None)
+        if match is not None:
+            left.remove(match)
+        found.append(match)
+    for i, match in enumerate(found):
+        if match is None and left:
+            found[i] = left.pop(0)
+    return found, left

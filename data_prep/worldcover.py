@@ -155,13 +155,7 @@ def lonlat(crs: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarr
     """Coordinates -> longitudes, latitudes in degrees, float64. Raises BadInput on a CRS nobody knows."""
     if crs == "EPSG:4326":
         return np.asarray(x, np.float64), np.asarray(y, np.float64)
-    try:
-        lon, lat = transform_points(_crs(crs), _crs("EPSG:4326"), list(x), list(y))
-    except RasterioError as error:
-        raise BadInput(f"CRS {crs!r} cannot be used ({first_line(error)})") from error
-    except Exception:  # PROJ's, of a class of their own, or infinity without any: where it cannot say where they lie
-        lon = lat = [np.inf]
-    lon, lat = np.asarray(lon), np.asarray(lat)
+    lon, lat = _transformed(crs, crs, "EPSG:4326", x, y)
     if not (np.isfinite(lon).all() and np.isfinite(lat).all()):
         raise BadInput(
             f"coordinates lie outside of CRS {crs!r}: x {min(x):.0f}..{max(x):.0f}, y {min(y):.0f}..{max(y):.0f}"
@@ -173,16 +167,21 @@ def project(crs: str, lon: np.ndarray, lat: np.ndarray) -> tuple[np.ndarray, np.
     """Degrees -> coordinates of ``crs``, float64. Raises BadInput where that has no place for them."""
     if crs == "EPSG:4326":
         return lon, lat
-    try:
-        x, y = transform_points(_crs("EPSG:4326"), _crs(crs), list((lon + 180.0) % 360.0 - 180.0), list(lat))
-    except RasterioError as error:
-        raise BadInput(f"CRS {crs!r} cannot be used ({first_line(error)})") from error
-    except Exception:  # as above
-        x = y = [np.inf]
-    x, y = np.asarray(x), np.asarray(y)
+    x, y = _transformed(crs, "EPSG:4326", crs, (lon + 180.0) % 360.0 - 180.0, lat)
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise BadInput(f"{lon.mean():.2f} E {lat.mean():.2f} N lies outside of CRS {crs!r}")
     return x, y
+
+
+def _transformed(crs: str, source: str, target: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates in another system, infinite where PROJ finds none. Raises BadInput where ``crs`` is to blame."""
+    try:
+        a, b = transform_points(_crs(source), _crs(target), list(x), list(y))
+    except RasterioError as error:
+        raise BadInput(f"CRS {crs!r} cannot be used ({first_line(error)})") from error
+    except Exception:  # PROJ has exceptions of its own, and elsewhere returns infinity without any
+        a = b = [np.inf]
+    return np.asarray(a), np.asarray(b)
 
 
 @lru_cache(maxsize=256)

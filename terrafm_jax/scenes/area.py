@@ -49,8 +49,12 @@ def read_aoi(text: str) -> dict[str, Any]:
 def _box(w: float, s: float, e: float, n: float) -> dict[str, Any]:
     if s > n:
         raise ValueError(f"south {s:g} is above north {n:g}")
-    spans = [(w, e)] if w <= e else [(w, 180.0), (-180.0, e)]
-    return shapely.geometry.mapping(shapely.MultiPolygon([shapely.box(a, s, b, n) for a, b in spans]))
+    return shapely.geometry.mapping(shapely.MultiPolygon([shapely.box(a, s, b, n) for a, b in _spans(w, e)]))
+
+
+def _spans(west: float, east: float) -> list[tuple[float, float]]:
+    """The longitudes from west to east: two spans across the antimeridian."""
+    return [(west, east)] if west <= east else [(west, 180.0), (-180.0, east)]
 
 
 def _polygons(data: dict[str, Any]) -> dict[str, Any]:
@@ -73,8 +77,8 @@ def project(aoi: dict[str, Any], crs: CRS, bounds: Sequence[float]) -> dict[str,
     because parallels are curves there.
     """
     west, south, east, north = transform_bounds(crs, "EPSG:4326", *bounds)
-    spans = [(west, east)] if west <= east else [(west, 180.0), (-180.0, east)]
-    near = shapely.union_all([shapely.box(a, south, b, north).buffer(_MARGIN, join_style="mitre") for a, b in spans])
+    boxes = [shapely.box(a, south, b, north) for a, b in _spans(west, east)]
+    near = shapely.union_all([box.buffer(_MARGIN, join_style="mitre") for box in boxes])
     world = shapely.box(-180, -90, 180, 90)
     found = shapely.make_valid(shapely.geometry.shape(aoi)).intersection(near).intersection(world)
     faces = [part for part in shapely.get_parts(found) if part.area > 0]
