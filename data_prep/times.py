@@ -51,7 +51,8 @@ def paired(
 
     Those of the ``same`` time belong together; what is left over is paired in order.
     """
-    left, found = list(level_1c), list[T | None]()
+    left = list(level_1c)
+    found: list[T | None] = []
     for one in level_2a:
         match = next((other for other in left if same(one, other)), None)
         if match is not None:

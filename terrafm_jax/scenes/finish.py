@@ -12,6 +12,7 @@ import numpy as np
 
 from terrafm_jax.scenes import tags
 from terrafm_jax.scenes.errors import SceneError
+from terrafm_jax.scenes.store import Unfinished, UnfinishedPlaces
 
 
 def digest(mark: str, **how: Any) -> str:
@@ -62,7 +63,7 @@ def closing_words(warnings: Sequence[str]) -> str:
     return f"; {len(warnings)} warning(s): {'; '.join(warnings)}" if warnings else ""
 
 
-def refuse_nothing(tokens: np.ndarray, unfinished: Any, out: Path) -> None:
+def refuse_nothing(tokens: np.ndarray, unfinished: Unfinished | UnfinishedPlaces, out: Path) -> None:
     """Raises SceneError and deletes the unfinished result if no token of [rows, ..., d] holds a value.
 
     Reads only as far as the first one that does.
