@@ -120,26 +120,31 @@ def check_maps(cover: WorldCover, needed: Iterable[str]) -> None:
         )
 
 
-Planner = Callable[[Options, WorldCover], tuple[Source, list[Unit], dict[str, Any]]]
+# Flags, options and land cover -> the source, its units, and what was seen by the way.
+Planner = Callable[[argparse.Namespace, Options, WorldCover], tuple[Source, list[Unit], dict[str, Any]]]
 
 
-def main(args: argparse.Namespace, plan: Planner, beam_options: Sequence[str] = ()) -> int:
-    """Plans, prepares, reports; returns the exit code. Every expected failure is one clear message."""
+def run(parser: argparse.ArgumentParser, plan: Planner, argv: Sequence[str] | None) -> int:
+    """Parses and runs; flags that the parser does not know go to Beam, where a Beam runner is chosen."""
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.runner == "local":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        return _main(args, plan, beam_options)
+        return _prepare(args, plan, rest)
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _main(args: argparse.Namespace, plan: Planner, beam_options: Sequence[str]) -> int:
+def _prepare(args: argparse.Namespace, plan: Planner, beam_options: Sequence[str]) -> int:
+    """Plans, prepares, reports; returns the exit code. Every expected failure is one clear message."""
     try:
         options = options_of(args)
         source = str(getattr(args, "source", ""))
         if source and "://" not in source and Path(source).resolve() == args.out.resolve():
             raise ValueError(f"--out {args.out}: is the folder of the source, whose files stay apart; give another one")
         cover = WorldCover.open(args.worldcover, args.worldcover_missing)
-        source, units, seen = plan(options, cover)
+        source, units, seen = plan(args, options, cover)
         if not units:
             counts = ", ".join(f"{n} {what}" for what, n in seen.items())
             also = "--collection, --datetime, " if hasattr(args, "datetime") else ""
@@ -173,14 +178,6 @@ class Formatter(argparse.RawTextHelpFormatter, argparse.ArgumentDefaultsHelpForm
     def _get_help_string(self, action: argparse.Action) -> str | None:
         said = "default" in (action.help or "") or action.default in (None, "", [], False)
         return action.help if said else super()._get_help_string(action)
-
-
-def run(parser: argparse.ArgumentParser, plan: Callable[..., Any], argv: Sequence[str] | None) -> int:
-    """Parses and runs; flags that the parser does not know go to Beam, where a Beam runner is chosen."""
-    args, rest = parser.parse_known_args(argv)
-    if rest and args.runner == "local":
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return main(args, lambda options, cover: plan(args, options, cover), rest)
 
 
 def _terminate(number: int, frame: Any) -> None:

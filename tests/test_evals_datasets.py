@@ -79,11 +79,11 @@ def test_stratified_fractions_and_shots():
 
 def test_what_is_held_out_leaves_every_class_to_learn_from():
     y = np.repeat([0, 1, 2], [50, 2, 1])
-    rest, held = held_out(y, 0.2, seed=0)
+    rest, held = held_out(y, seed=0)
     np.testing.assert_array_equal(np.sort(np.concatenate([rest, held])), np.arange(53))
     np.testing.assert_array_equal(np.bincount(y[held], minlength=3), [10, 1, 0])
     for few in (np.arange(4), np.array([7]), np.zeros((1, 3), bool)):  # nothing to spare: chosen by what is learned
-        for part in held_out(few, 0.2, seed=0):
+        for part in held_out(few, seed=0):
             np.testing.assert_array_equal(part, np.arange(len(few)))
 
 

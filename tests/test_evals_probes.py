@@ -11,7 +11,7 @@ import pytest
 
 from terrafm_jax.evals import heads, linear, protocols, segmentation
 from terrafm_jax.evals.datasets.base import DatasetInfo, Input
-from terrafm_jax.evals.linear import PROBES, Split
+from terrafm_jax.evals.linear import PROBES, FeatureSplit
 from terrafm_jax.evals.segmentation import DENSE, DenseSplit
 from terrafm_jax.evals.store import Extracted
 
@@ -19,11 +19,11 @@ pytest.importorskip("sklearn")
 SMALL = dataclasses.replace(PROBES["galileo-linear"], rates=(1e-4, 1e-2, 1e-1), epochs=15, runs=2, batch=32)
 
 
-def blobs(n: int, seed: int, d: int = 16, classes: int = 4, spread: float = 0.7) -> Split:
+def blobs(n: int, seed: int, d: int = 16, classes: int = 4, spread: float = 0.7) -> FeatureSplit:
     rng = np.random.default_rng(seed)
     centers = np.random.default_rng(5).normal(size=(classes, d))
     y = rng.integers(0, classes, n)
-    return Split((centers[y] + spread * rng.normal(size=(n, d))).astype(np.float32), y)
+    return FeatureSplit((centers[y] + spread * rng.normal(size=(n, d))).astype(np.float32), y)
 
 
 def test_published_settings_stand_in_the_table():
@@ -75,7 +75,7 @@ def test_copernicus_probe_multilabel_and_regression():
     assert linear.linear_probe(protocol, train, val, test, resamples=0).top1 > 0.9
 
     def several(s):
-        return Split(s.features, np.stack([s.targets == 0, s.targets < 2, s.targets == 3], 1))
+        return FeatureSplit(s.features, np.stack([s.targets == 0, s.targets < 2, s.targets == 3], 1))
 
     result = linear.linear_probe(protocol, *map(several, (train, val, test)), resamples=50)
     assert result.settings["rates"] == [1.0]
@@ -83,7 +83,7 @@ def test_copernicus_probe_multilabel_and_regression():
     weights = np.random.default_rng(3).normal(size=16)
 
     def numbers(s):
-        return Split(s.features, 100 + 5 * (s.features @ weights))
+        return FeatureSplit(s.features, 100 + 5 * (s.features @ weights))
 
     result = linear.linear_probe(SMALL, *map(numbers, (train, val, test)), resamples=50)
     assert result.metrics["r2"].value > 0.9
@@ -101,8 +101,8 @@ def test_logistic_regression_equals_scikit_learn():
     model = LogisticRegression(C=result.settings["C"], max_iter=1000)
     model.fit(scaler.transform(both), np.concatenate([train.targets, val.targets]))
     np.testing.assert_allclose(result.scores, model.predict_proba(scaler.transform(test.features)), atol=1e-6)
-    truth = Split(test.features, np.stack([test.targets == 0, test.targets == 1], 1))
-    multi = Split(train.features, np.stack([train.targets == 0, train.targets == 1], 1))
+    truth = FeatureSplit(test.features, np.stack([test.targets == 0, test.targets == 1], 1))
+    multi = FeatureSplit(train.features, np.stack([train.targets == 0, train.targets == 1], 1))
     found = linear.logistic_regression(multi, None, truth, cs=(0.1, 1.0), resamples=0)
     assert found.metrics["map_micro"].value > 0.7
 

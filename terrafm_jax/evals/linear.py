@@ -73,11 +73,14 @@ def schedule(protocol: ProbeProtocol, steps: int) -> Callable[[Array], Array]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
+class FeatureSplit:
     """Features [N, d] and targets: int [N], bool [N, C] or float [N]."""
 
     features: np.ndarray
     targets: np.ndarray
+
+    def take(self, rows: np.ndarray) -> FeatureSplit:
+        return FeatureSplit(self.features[rows], self.targets[rows])
 
 
 def task_of(targets: np.ndarray) -> str:
@@ -87,7 +90,7 @@ def task_of(targets: np.ndarray) -> str:
     return "classification" if np.issubdtype(targets.dtype, np.integer) else "regression"
 
 
-def _classes(told: int, *splits: Split) -> int:
+def _classes(told: int, *splits: FeatureSplit) -> int:
     """Columns of multilabel targets; else what the caller told, or what the labels show."""
     if splits[0].targets.ndim == 2:
         return splits[0].targets.shape[1]
@@ -103,7 +106,7 @@ def _loss(task: str, logits: Array, targets: Array) -> Array:
 
 
 def fit(
-    protocol: ProbeProtocol, train: Split, outputs: int, rates: Sequence[float], seeds: Sequence[int]
+    protocol: ProbeProtocol, train: FeatureSplit, outputs: int, rates: Sequence[float], seeds: Sequence[int]
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Trains len(seeds) x len(rates) probes at once; returns features [n, d] -> logits [seeds, rates, n, outputs]."""
     task = task_of(train.targets)
@@ -179,15 +182,15 @@ def quality(task: str, scores: np.ndarray, targets: np.ndarray) -> float:
     return -float(np.sqrt(np.mean((scores[:, 0] - targets) ** 2)))
 
 
-def hold_out(train: Split, seed: int) -> tuple[Split, Split]:
+def hold_out(train: FeatureSplit, seed: int) -> tuple[FeatureSplit, FeatureSplit]:
     """(rest, held out): a stratified fifth of the train split (``datasets.base.held_out``)."""
-    rest, held = held_out(train.targets, 0.2, seed)
-    return Split(train.features[rest], train.targets[rest]), Split(train.features[held], train.targets[held])
+    rest, held = held_out(train.targets, seed)
+    return train.take(rest), train.take(held)
 
 
 def linear_probe(
-    protocol: ProbeProtocol, train: Split, val: Split | None, test: Split, *, classes: int = 0, runs: int = 0,
-    seed: int = 0, resamples: int = 1000,
+    protocol: ProbeProtocol, train: FeatureSplit, val: FeatureSplit | None, test: FeatureSplit, *, classes: int = 0,
+    runs: int = 0, seed: int = 0, resamples: int = 1000,
 ) -> Result:  # fmt: skip
     """Trains on ``train``, chooses the rate of each run on ``val``, reports means over runs on ``test``.
 
@@ -203,7 +206,7 @@ def linear_probe(
     outputs = 1 if task == "regression" else _classes(classes, train, val, test)
     rates = protocol.multilabel_rates if task == "multilabel" and protocol.multilabel_rates else protocol.rates
     seeds = [seed + i for i in range(runs or protocol.runs)]
-    scaled = Split(train.features, (train.targets - center) / scale) if task == "regression" else train
+    scaled = FeatureSplit(train.features, (train.targets - center) / scale) if task == "regression" else train
     predict = fit(protocol, scaled, outputs, rates, seeds)
     on_val, on_test = (_scores(task, predict(s.features)) * scale + center for s in (val, test))
     best = [int(np.argmax([quality(task, s, val.targets) for s in run])) for run in on_val]
@@ -247,8 +250,8 @@ LOGREG_C = tuple(10.0**e for e in range(-6, 5))
 
 
 def logistic_regression(
-    train: Split, val: Split | None, test: Split, *, classes: int = 0, cs: Sequence[float] = LOGREG_C, seed: int = 0,
-    resamples: int = 1000, refit_on_val: bool = True,
+    train: FeatureSplit, val: FeatureSplit | None, test: FeatureSplit, *, classes: int = 0,
+    cs: Sequence[float] = LOGREG_C, seed: int = 0, resamples: int = 1000, refit_on_val: bool = True,
 ) -> Result:  # fmt: skip
     """``logreg/1``: scikit-learn's L-BFGS, C from 1e-6 to 1e4 chosen on val, refitted on train and val together.
 
@@ -271,10 +274,10 @@ def logistic_regression(
     elif not refit_on_val:
         label += " (fitted on train alone)"
     else:
-        whole = Split(*(np.concatenate([getattr(train, f), getattr(val, f)]) for f in ("features", "targets")))
+        whole = FeatureSplit(*(np.concatenate([getattr(train, f), getattr(val, f)]) for f in ("features", "targets")))
     outputs = _classes(classes, whole, val, test)
 
-    def fitted(c: float, on: Split) -> Pipeline:
+    def fitted(c: float, on: FeatureSplit) -> Pipeline:
         model = LogisticRegression(C=c, max_iter=1000)
         return make_pipeline(StandardScaler(), OneVsRestClassifier(model) if task == "multilabel" else model).fit(
             on.features, on.targets

@@ -11,7 +11,7 @@ import numpy as np
 from terrafm_jax.evals import crossval, knn, linear, segmentation
 from terrafm_jax.evals.datasets.base import DatasetInfo, few_shot, label_fraction
 from terrafm_jax.evals.heads import upernet_layers
-from terrafm_jax.evals.linear import Split
+from terrafm_jax.evals.linear import FeatureSplit
 from terrafm_jax.evals.metrics import Result
 from terrafm_jax.evals.raw import standardize
 from terrafm_jax.evals.segmentation import DenseSplit
@@ -178,12 +178,12 @@ def _shorter(protocol: Any, options: Options) -> Any:
 def _whole_image(
     protocol: str, splits: Mapping[str, Extracted], info: DatasetInfo, options: Options, rows: np.ndarray, scale: bool
 ) -> Result:
-    parts = {k: Split(e.cls, e.targets) for k, e in splits.items()}
-    parts["train"] = Split(parts["train"].features[rows], parts["train"].targets[rows])
+    parts = {k: FeatureSplit(e.cls, e.targets) for k, e in splits.items()}
+    parts["train"] = parts["train"].take(rows)
     if scale:
         names = ["train", *(k for k in parts if k != "train")]
         scaled = standardize(*(parts[k].features for k in names))
-        parts = {k: Split(rows, parts[k].targets) for k, rows in zip(names, scaled, strict=True)}
+        parts = {k: FeatureSplit(rows, parts[k].targets) for k, rows in zip(names, scaled, strict=True)}
     train, val, test = parts["train"], parts.get("val"), parts["test"]
     classes = len(info.classes)
     if protocol in knn.PROTOCOLS:

@@ -16,9 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from terrafm_jax.evals.datasets.base import DatasetInfo
+from terrafm_jax.evals.datasets.base import DatasetInfo, held_out
 from terrafm_jax.evals.features import Encoder, ImageBatch
-from terrafm_jax.evals.linear import Split, hold_out
 from terrafm_jax.evals.versioned import Versioned
 from terrafm_jax.finetuning import network
 from terrafm_jax.finetuning.data import steps_per_epoch
@@ -124,7 +123,7 @@ class Tuner:
     def logits(self, rows: np.ndarray, rate: float, seed: int) -> np.ndarray:
         """float32 [N, C] of all samples after training on ``rows``."""
         r = self.recipe
-        shown = order(np.asarray(rows), r.batch_size, r.epochs, seed)
+        shown = order(rows, r.batch_size, r.epochs, seed)
         fit = _program(self.spec, r)
         stats = {k: self.encoder.stats[k] for k in self.inputs}
         return np.asarray(fit(self.encoder.params, stats, self._data, seed, jnp.float32(rate), jnp.asarray(shown)))
@@ -133,10 +132,10 @@ class Tuner:
         """Classes of the rows ``test`` after choosing the rate and training on ``train``."""
         rates = self.recipe.rates
         if len(rates) > 1:
-            rest, held = hold_out(Split(np.asarray(train), self.targets[train]), seed)
+            rest, held = (train[rows] for rows in held_out(self.targets[train], seed))
             scores = []
             for rate in rates:
-                found = self.logits(rest.features, rate, seed)[held.features]
-                scores.append((found.argmax(1) == held.targets).mean())
+                found = self.logits(rest, rate, seed)[held]
+                scores.append((found.argmax(1) == self.targets[held]).mean())
             rates = (rates[int(np.argmax(scores))],)
         return self.logits(train, rates[0], seed)[test].argmax(1)

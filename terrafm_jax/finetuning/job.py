@@ -249,6 +249,6 @@ def _subset(split: Split, fraction: float, shots: int, seed: int) -> Split:
 def _hold_out(split: Split, seed: int) -> tuple[Split, Split]:
     images = by_image(split.ids)
     whole = len(images) == len(split)
-    parts = held_out(_targets(split) if whole else np.zeros((len(images), 1)), 0.2, seed)
+    parts = held_out(_targets(split) if whole else np.zeros((len(images), 1)), seed)
     rest, held = (split.subset(np.sort(np.concatenate([images[i] for i in part]))) for part in parts)
     return rest, held

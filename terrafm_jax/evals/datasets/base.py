@@ -295,14 +295,14 @@ def label_fraction(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray
     return np.sort(np.concatenate(picked))
 
 
-def held_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted indices (rest, held): a stratified ``share`` to choose by, where there is no validation split.
+def held_out(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted indices (rest, held): a stratified fifth to choose by, where there is no validation split.
 
     The only sample of a class stays in the rest, else the class would never be learned. Where that leaves nothing to
     one of the two, both are all samples.
     """
     labels = np.asarray(labels)
-    held = label_fraction(labels, share, seed)
+    held = label_fraction(labels, 0.2, seed)
     if labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer):
         values, counts = np.unique(labels, return_counts=True)
         held = held[~np.isin(labels[held], values[counts == 1])]
