@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import logging
 import sys
 import time
@@ -52,14 +53,31 @@ def scene(args: argparse.Namespace) -> None:
 
     encoder = WindowEncoder(model, reader.bands, batch)
     tags = tags_lib.of_scene(model, reader, plan, args)
-    _say_plan(plan, reader, encoder, args)
     inside = None if aoi is None else read.inside(aoi, plan.output)
+    planned = _Planned(plan, reader, encoder, tags, inside)
+    _say_plan(args, kind, planned)
     if args.points:
-        _points(args, plan, reader, encoder, tags, inside)
+        _points(args, planned)
     elif args.dry_run:
-        _dry_run(plan, reader, encoder, inside)
+        _dry_run(planned)
     else:
-        _whole(args, kind, plan, reader, encoder, tags, inside)
+        _whole(args, kind, planned)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Planned:
+    """What is known before anything is encoded.
+
+    Attributes:
+      tags: of the output.
+      inside: bool [rows, columns] of the output, tokens in the area of interest; None = all.
+    """
+
+    plan: Plan
+    reader: SceneReader
+    encoder: WindowEncoder
+    tags: dict[str, str]
+    inside: np.ndarray | None
 
 
 def _make_folder(out: Path) -> None:
@@ -100,9 +118,9 @@ def _load(args: argparse.Namespace) -> Model:
     return model
 
 
-def _say_plan(plan: Plan, reader: SceneReader, encoder: WindowEncoder, args: argparse.Namespace) -> None:
-    rows, columns = plan.shape
-    grid = plan.grid
+def _say_plan(args: argparse.Namespace, kind: str, planned: _Planned) -> None:
+    plan, reader, encoder = planned.plan, planned.reader, planned.encoder
+    (rows, columns), grid = plan.shape, plan.grid
     _say("scene %d x %d px of %g m (%.1f km2), %s",
         grid.height, grid.width, grid.gsd, run.area(grid), grid.crs.to_string())  # fmt: skip
     shown = (f"{k} ({len(b)} bands, {len(reader.dates[k])} date(s))" for k, b in reader.bands.items())
@@ -110,7 +128,7 @@ def _say_plan(plan: Plan, reader: SceneReader, encoder: WindowEncoder, args: arg
     if args.points:
         _say("a window of %d px around each of %s, %d features -> %s",
             plan.window, args.points, encoder.width, args.out)  # fmt: skip
-    elif output.format_of(args.out) == "parquet":
+    elif kind == "parquet":
         _say("%d windows of %d px, a vector of %d features each -> %s",
             plan.count(), plan.window, encoder.width, args.out)  # fmt: skip
     else:
@@ -120,8 +138,9 @@ def _say_plan(plan: Plan, reader: SceneReader, encoder: WindowEncoder, args: arg
         _say("note: pretraining crops spanned 12 to 28 m a pixel, this is %g m; see --gsd pretraining", grid.gsd)
 
 
-def _dry_run(plan: Plan, reader: SceneReader, encoder: WindowEncoder, inside: np.ndarray | None) -> None:
+def _dry_run(planned: _Planned) -> None:
     """Times one batch from the middle of the scene and scales up."""
+    plan, reader, encoder, inside = planned.plan, planned.reader, planned.encoder, planned.inside
     every = plan.chunks()
     chunks = [c for c in every if inside is None or any(inside[plan.tokens_of(c, x)].any() for x in c.columns)]
     began = time.perf_counter()
@@ -148,17 +167,15 @@ def _encoding_seconds(encoder: WindowEncoder, windows: run.Windows) -> float:
     return time.perf_counter() - began
 
 
-def _points(
-    args: argparse.Namespace, plan: Plan, reader: SceneReader, encoder: WindowEncoder, tags: dict[str, str],
-    inside: np.ndarray | None,
-) -> None:  # fmt: skip
+def _points(args: argparse.Namespace, planned: _Planned) -> None:
+    plan, reader, encoder, inside = planned.plan, planned.reader, planned.encoder, planned.inside
     where, columns = points.read_points(args.points)
     job = Places(encoder, reader, plan, points.to_grid(where, plan.grid), encoder.width, inside)
     outside = points.outside(args.points, where, job.wanted, plan.grid)
     if args.dry_run:
         _dry_run_places(job, encoder)
         return
-    mark = run.signature(plan, reader, inside, tags=tags, places=zlib.crc32(where.tobytes()))
+    mark = run.signature(plan, reader, inside, tags=planned.tags, places=zlib.crc32(where.tobytes()))
     this = finish.digest(mark, columns=columns)
     unfinished = store.UnfinishedPlaces(args.out, encoder.width, mark)
     if finish.done_already(args.out, this, args.overwrite):
@@ -169,7 +186,7 @@ def _points(
         patches, cls = job.run(unfinished, progress=progress, threads=args.threads, save_seconds=args.save_seconds)
     finish.refuse_nothing(patches, unfinished, args.out)
     said = [*outside, *reader.warnings]
-    points.write_points(args.out, where, columns, patches, cls, tags | finish.closing_tags(this, said))
+    points.write_points(args.out, where, columns, patches, cls, planned.tags | finish.closing_tags(this, said))
     unfinished.remove()
     empty = int(np.isnan(patches[:, 0]).sum())
     _say("%d places, %d without data -> %s%s", len(where), empty, args.out, finish.closing_words(said))
@@ -190,11 +207,9 @@ def _dry_run_places(job: Places, encoder: WindowEncoder) -> None:
         len(job.chunks), batches, reading * batches, encoding * batches, encoder.devices)  # fmt: skip
 
 
-def _whole(
-    args: argparse.Namespace, kind: str, plan: Plan, reader: SceneReader, encoder: WindowEncoder, tags: dict[str, str],
-    inside: np.ndarray | None,
-) -> None:  # fmt: skip
-    mark = run.signature(plan, reader, inside, tags=tags)
+def _whole(args: argparse.Namespace, kind: str, planned: _Planned) -> None:
+    plan, reader, encoder, inside = planned.plan, planned.reader, planned.encoder, planned.inside
+    mark = run.signature(plan, reader, inside, tags=planned.tags)
     this = finish.digest(mark, kind=kind, dtype=args.dtype)
     unfinished = store.Unfinished(args.out, plan, encoder.width, mark)
     if finish.done_already(args.out, this, args.overwrite):
@@ -205,7 +220,7 @@ def _whole(
         job = run.Job(encoder, reader, plan, encoder.width, unfinished, inside=inside, progress=progress)
         summary = job.run(threads=args.threads, save_seconds=args.save_seconds)
     finish.refuse_nothing(unfinished.tokens(), unfinished, args.out)
-    tags = tags | finish.closing_tags(this, reader.warnings)
+    tags = planned.tags | finish.closing_tags(this, reader.warnings)
     meta = output.Meta(tuple(f"feature {i}" for i in range(encoder.width)), tags)
     if kind == "parquet":
         _write_windows(args.out, plan, reader, unfinished, meta)
