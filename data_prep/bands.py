@@ -54,7 +54,7 @@ def unnamed(key: str, source: rasterio.DatasetReader, what: str) -> Unnamed:
 def together(nameless: Sequence[tuple[str, Unnamed]]) -> BadInput:
     """One error of all sensors of a scene whose bands nobody names, short enough for rejected.csv."""
     if len(nameless) == 1:
-        return BadInput(str(nameless[0][1]))  # of the plain kind, which travels between processes
+        return BadInput(str(nameless[0][1]))  # a plain BadInput, which can be sent between processes
     sensors, fits = ", ".join(key for key, _ in nameless), "; ".join(error.fits for _, error in nameless)
     return BadInput(f"{sensors}: bands without names{_STATE}; {fits}")
 

@@ -120,9 +120,9 @@ def shard_path(job: Job, chunk: int, split: str) -> Path:
 
 
 def _unfinished(path: Path) -> Path:
-    """A name for a file until it is whole: another one each time, since runners of Beam may do a chunk twice at once.
+    """A name for a file until it is whole, another one each time: Beam may run a chunk twice at once.
 
-    Numbers of processes would not do: threads share one, and so do containers.
+    Process ids would not do: threads share one, and containers have equal ones.
     """
     return path.with_suffix(f".tmp-{uuid.uuid4().hex}")
 
@@ -284,7 +284,7 @@ def read(job: Job, unit: Unit) -> Cell:
     cell = job.source.read(unit)
     for key, given in cell.sensors.items():
         decided = job.offsets.get(unit.product_of(key))
-        # The offset that the id of a product speaks of is no longer in its reflectance.
+        # Whoever computed reflectance has subtracted the offset that the product id states.
         if decided is not None and (given.unit != "reflectance" or decided.source in WITHOUT_ID):
             given.offset = given.offset or decided
     return cell

@@ -60,7 +60,7 @@ def optical(key: str, given: SensorInput, snap: str) -> Layer:
     if key == "s2_l1c":
         check_cirrus(pixels, by_band)
     verdict = pixel_offset(key, pixels, by_band) if given.offset is None else None
-    # Who computes reflectance has used the offset that the id speaks of.
+    # Whoever computed reflectance has subtracted the offset that the product id states.
     product = "" if given.unit == "reflectance" else given.product
     offset = given.offset or decide_offset(product, verdict)
     stored = {g: Group(tuple(pixels[b] for b in bands), valid[g], grids[g]) for g, bands in sensor.groups.items()}

@@ -102,7 +102,7 @@ def by_name(path: PurePath) -> tuple[str, SceneFile] | str:
     stated = re.search(r"_(10|20|60)m$", path.stem)
     if stem.split("_")[-1].lower() in _IGNORED or path.stem.lower() in _IGNORED:
         return "no band of the model"
-    if "QI_DATA" in path.parts:  # of a SAFE: MSK_DETFOO_B02.jp2 is no B02
+    if "QI_DATA" in path.parts:  # of a SAFE: MSK_DETFOO_B02.jp2 is not B02
         return "quality mask"
     parts = [*path.parts[:-1], stem]
     product = next((m.group(1) for part in reversed(parts) if (m := PRODUCT.match(part))), "")

@@ -172,7 +172,7 @@ def search(
         import pystac_client
     except ImportError as error:
         raise ValueError(f"STAC needs pystac-client and odc-stac: pip install 'terrafm_jax[stac]' ({error})") from error
-    with warnings.catch_warnings():  # a static catalog is no API, as pystac-client says for each of its folders
+    with warnings.catch_warnings():  # pystac-client warns of every folder of a static catalog that it is not an API
         warnings.filterwarnings("ignore", category=pystac_client.warnings.PystacClientWarning)
         return _found(pystac_client.Client.open(catalog), collections, bbox, when)
 

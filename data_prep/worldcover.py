@@ -91,7 +91,7 @@ class WorldCover:
                 f"WorldCover maps {', '.join(faults)} are not in {self.folder}; add them, list them in absent.txt, "
                 "or pass --worldcover-missing=sea"
             )
-        table = landcover.code_to_index().tobytes()  # 255 is no code: unknown
+        table = landcover.code_to_index().tobytes()  # 255 is not a code: unknown
         todo: np.ndarray | None = None
         for name in needed:
             if name in self.maps:

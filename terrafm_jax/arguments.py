@@ -1,4 +1,4 @@
-"""What users hand to ``Model.encode``: shapes of the arguments, names of bands, pixels without a measurement."""
+"""Checks of what users hand to ``Model.encode``: shapes, names of bands, pixels that were not measured, values."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ def values(
     """Findings on measurements of one sensor.
 
     Args:
-      bands: per band the pixels [N] (any N) that are no nodata, as delivered, in the unit that ``said`` declares.
+      bands: per band the pixels [N] (any N) that are not nodata, as delivered, in the unit that ``said`` declares.
       cirrus: those of B10, where a Level-1C input holds it; the best evidence of the offset.
       among: this is one image of many that were looked at together. A lake alone proves little: only what no ground,
         however dark or bright, can look like is found.

@@ -91,9 +91,9 @@ class Model:
 
         Args:
           s2_l2a, s2_l1c, s1: [B, H, W, bands] (or [H, W, bands], a batch of one) of one or several sensors,
-            which are fused. H and W are at least 16; sides that are no multiple of the patch are continued by
+            which are fused. H and W are at least 16; sides that are not a multiple of the patch are continued by
             repeating the last row or column, so the grid is ceil(H / 16) x ceil(W / 16).
-          mask: bool, True where a pixel is no measurement: [B, H, W] for all sensors, or a dict by sensor. Pixels
+          mask: bool, True where a pixel was not measured: [B, H, W] for all sensors, or a dict by sensor. Pixels
             that are not finite or zero (Sentinel-2: in all bands; Sentinel-1: power of any band) are masked anyway.
             Masked pixels get the mean; a sensor without any measurement in an image takes no part in its fusion,
             and an image without any gets NaN.

@@ -1,4 +1,4 @@
-"""Files on disks and in buckets: which of them a path means, and how to write one so that it is never half there."""
+"""Files on disk and in buckets: which one a path means, and writing that never leaves half a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the processes of a job hold, brought together; with one process nothing has to be."""
+"""Gathers what the processes of a job hold; with a single process there is nothing to gather."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ def read_csv(path: str | Path, columns: Sequence[str] = (), *, lower: bool = Fal
     """Rows of a CSV file by column. Names and cells lose the blanks around them; cells that a row lacks are empty.
 
     The header says what separates: commas, else semicolons or tabs, which spreadsheets write in many countries. A
-    byte-order mark is no part of the first name.
+    byte-order mark is not part of the first name.
 
     Args:
       columns: names that must be there.

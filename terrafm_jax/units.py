@@ -1,6 +1,6 @@
 """Units of what users hand in: the words for them, conversion, and refusal of values that a unit cannot hold.
 
-Whether values that a unit could hold really are in it, :mod:`terrafm_jax.checks` asks.
+:mod:`terrafm_jax.checks` asks whether values that a unit could hold really are in it.
 """
 
 from __future__ import annotations

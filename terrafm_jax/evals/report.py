@@ -16,7 +16,7 @@ from terrafm_jax.evals.protocols import headline
 from terrafm_jax.evals.published import published
 
 Row = dict[str, Any]
-RAW_UNITS = ("rmse", "mae", "r2")  # metrics that are no shares: printed as they are
+RAW_UNITS = ("rmse", "mae", "r2")  # metrics that are not shares: printed as they are
 _LIMITS = {"rmse": (0.0, np.inf), "mae": (0.0, np.inf), "r2": (-np.inf, 1.0)}  # shares: 0 to 1
 
 
@@ -34,7 +34,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def failures(rows: Sequence[Row]) -> list[Row]:
-    """What failed and still does: the last error of each evaluation of which there is no result."""
+    """The last error of each evaluation that has no result so far."""
 
     def tried(row: Row) -> tuple:
         names = row["model"], row["dataset"]

@@ -1,4 +1,4 @@
-"""How protocols are called beside every number."""
+"""The name and version of a protocol, which stand beside every number."""
 
 from __future__ import annotations
 

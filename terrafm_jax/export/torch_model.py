@@ -219,7 +219,7 @@ class TerraFM(nn.Module):
             of Sentinel-2, say that a pixel was not measured.
           present: bool [B, sensors of ``images`` in the model's order], for images that lack some. Without it a
             sensor takes no part in the fusion of an image in which it has no pixel.
-          mask: bool [B, H, W], True where a pixel is no measurement.
+          mask: bool [B, H, W], True where a pixel was not measured.
           layers: blocks (0-based, negative from the end) to return as well.
         """
         images = self._checked(images)

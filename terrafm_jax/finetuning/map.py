@@ -140,7 +140,6 @@ def predict_scene(
     overlap: int | None = None,
     gsd: float | None = None,
     batch: int = 8,
-    threads: int = 2,
     declared: Any = None,
     overwrite: bool = False,
 ) -> str:
@@ -181,7 +180,7 @@ def predict_scene(
     job = run.Job(
         classify, reader, plan, classify.width, unfinished, min_ground=ground, progress=_shown(out, plan.count())
     )
-    job.run(threads=threads)
+    job.run()
     finish.refuse_nothing(unfinished.tokens(), unfinished, out)
     tags = {**tuned.tags(), tags_lib.WEIGHTS: tuned.weights_hash, **finish.closing_tags(this, reader.warnings)}
     write_map(out, unfinished.tokens(), plan, tuned, tags)

@@ -27,7 +27,7 @@ def write_predictions(folder: Path, run: Run, state: TuneState, split: str, info
         return
     with (folder / "predictions.csv").open("w", newline="") as f:
         writer = csv.writer(f)
-        scored = info.task != "regression"  # of a number the answer says all
+        scored = info.task != "regression"  # a number needs no scores beside it
         writer.writerow(["id", "predicted", *(info.classes if scored else ())])
         for i, scores in enumerate(found):
             shown = (f"{s:.5g}" for s in np.ravel(scores)) if scored else ()

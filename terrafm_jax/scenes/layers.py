@@ -96,7 +96,7 @@ def broken(error: BaseException) -> str:
 
 
 def bands_of(source: rasterio.DatasetReader, sensor: Sensor, names: Sequence[str] = ()) -> list[str | None]:
-    """ESA name of every band of a raster; None for a band that is no band of the sensor.
+    """ESA name of every band of a raster; None for a band that the sensor does not have.
 
     ``names`` (from --bands), then band descriptions, then, for one band, the file name.
 

@@ -97,7 +97,7 @@ def _unscaled(stored: np.ndarray, step: np.ndarray | None) -> np.ndarray:
 
 
 class StoredTiff:
-    """See :class:`Embedding`. Raises SceneError if the file is no raster."""
+    """See :class:`Embedding`. Raises SceneError if the file is not a raster."""
 
     def __init__(self, path: Path):
         self.path, self._source = path, open_raster(path)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from terrafm_jax.scenes.grid import Plan
     from terrafm_jax.scenes.read import SceneReader
 
-WEIGHTS = "TERRAFM_WEIGHTS"  # hash of the weights; a file without it is no embedding of ours
+WEIGHTS = "TERRAFM_WEIGHTS"  # hash of the weights; a file without it is not one of our embeddings
 CHECKPOINT, CODE, STATISTICS = "TERRAFM_CHECKPOINT", "TERRAFM_CODE", "TERRAFM_STATISTICS"
 BANDS, SOURCES, GSD = "TERRAFM_BANDS", "TERRAFM_SOURCES", "TERRAFM_GSD"
 WINDOW, COMPOSITE = "TERRAFM_WINDOW", "TERRAFM_COMPOSITE"

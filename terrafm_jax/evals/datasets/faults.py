@@ -63,7 +63,7 @@ def _survey(read: Callable[[int], Sample], count: int, first: str) -> str:
 def check_mask(path: Path, mask: np.ndarray, image: np.ndarray, classes: Sequence[str], ignore: int) -> np.ndarray:
     """The mask [H, W, 1] of an image [H, W, bands] as int64 [H, W]. Raises DatasetError where it cannot be one.
 
-    A loss takes a number beyond the classes for NaN, and NaN in the end is blamed on the learning rate.
+    A number beyond the classes makes the loss NaN, and the learning rate would be blamed for it.
     """
     if mask.shape[-1] != 1:
         raise DatasetError(f"{path}: {mask.shape[-1]} bands; a mask has one, which holds the numbers of classes")

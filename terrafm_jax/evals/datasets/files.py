@@ -95,7 +95,7 @@ def tiff_header(path: Path) -> dict[str, Any]:
 def read_band_files(folder: Path, source: Input, pattern: str) -> np.ndarray:
     """One raster per band (``pattern`` with {band}) -> [H, W, bands]; coarser bands are repeated to the finest grid.
 
-    NaN as in :func:`read_image`. Raises DatasetError listing every missing file, and sizes that are no whole multiples.
+    NaN as in :func:`read_image`. Raises DatasetError naming all missing files, and for sizes that do not divide evenly.
     """
     paths = [folder / pattern.format(band=b) for b in source.bands]
     missing = [p.name for p in paths if not p.exists()]

@@ -149,7 +149,7 @@ class _Reader:
         found = (p for p in folder.rglob("*") if p.suffix.lower() in (".tif", ".tiff") and p.name.endswith(suffix))
         found = (p for p in found if not p.name.startswith("."))  # macOS leaves ._a.tif beside a.tif
         masks = self.root / self.spec.get("masks", ".")
-        inside = folder in masks.parents  # masks below the images' folder are no images
+        inside = folder in masks.parents  # masks below the images' folder are not images
         return sorted(p for p in found if not (inside and masks in p.parents))
 
     def _relative(self, path: Path) -> str:

@@ -107,7 +107,7 @@ def _folder(root: Path, name: str) -> Path:
 def _open(folder: Path, name: str, bands: str, partition: str) -> Dataset:
     spec = DATASETS[name]
     corrected = bands == "corrected" and bool(spec.corrected)
-    # A plane labelled B10 in a Level-2A set is no band of that sensor.
+    # A plane labelled B10 in a Level-2A set is not a band of that sensor.
     named = tuple(n if band_name(n, SENSORS[spec.level]) else "" for n in spec.names)
     optical = spec.corrected if corrected else named
     level = {"s2_l1c": "L1C", "s2_l2a": "L2A"}[spec.level]

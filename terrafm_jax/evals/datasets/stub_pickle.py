@@ -135,7 +135,7 @@ def _clean(value: Any) -> Any:
 
 
 def loads(data: bytes) -> Any:
-    """Plain data in a pickle. Raises ValueError when it is no pickle or needs more than plain data to be rebuilt."""
+    """Plain data in a pickle. Raises ValueError for anything else, and for a pickle that needs more than plain data."""
     try:
         return _clean(_Unpickler(io.BytesIO(data)).load())
     except Exception as e:  # a foreign pickle may fail in any way, and every way means "not readable"
