@@ -120,7 +120,7 @@ def check_maps(cover: WorldCover, needed: Iterable[str]) -> None:
         )
 
 
-# Flags, options and land cover -> the source, its units, and what was seen by the way.
+# (flags, options, land cover) -> the source, the units to prepare, and counts for the summary
 Planner = Callable[[argparse.Namespace, Options, WorldCover], tuple[Source, list[Unit], dict[str, Any]]]
 
 
