@@ -24,7 +24,7 @@ from terrafm_jax.evals.features import Encoder, FeatureError
 from terrafm_jax.evals.linear import task_of
 from terrafm_jax.evals.session import note
 from terrafm_jax.finetuning import config as schema
-from terrafm_jax.finetuning.data import Source, class_weights, steps_per_epoch
+from terrafm_jax.finetuning.data import Source, class_weights, digest, steps_per_epoch
 from terrafm_jax.finetuning.network import Adam, TuneSpec
 from terrafm_jax.finetuning.trainer import Plan, Run, TuningError
 from terrafm_jax.training import workdir as workdir_lib
@@ -57,12 +57,15 @@ class Job:
     def sources(self) -> dict[str, Source]:
         """The splits to read; without a validation split a fifth of train is held out."""
         c, splits = self.config, dict(self.dataset.splits)
+        splits = {name: split for name, split in splits.items() if len(split)}  # a share of 0, or of few images
         if "train" not in splits:
             raise ConfigError(f"{self.dataset.info.name}: has no train split, only {list(splits)}")
         splits["train"] = _subset(splits["train"], c.data.fraction, c.data.shots, c.seed)
-        if "val" not in splits or not len(splits["val"]):
+        if "val" not in splits:
             splits["train"], splits["val"] = _hold_out(splits["train"], c.seed)
             self.say(f"no validation split: {len(splits['val'])} train samples are held out")
+        if "test" not in splits:
+            self.say("no test split: the result is that of validation, which chose the epoch, so it flatters")
         if c.data.limit:
             splits = {k: s.subset(store.spread(len(s), min(c.data.limit, len(s)))) for k, s in splits.items()}
         cache = c.data.cache == "ram"
@@ -125,9 +128,11 @@ class Job:
                 stack.callback(source.close)
             runs: list[Run] = []
             diverged: dict[float, TuningError] = {}
+            origin = {"config.init_from": self.encoder.weights_hash, "config.data.dir": digest(sources)}
             for rate in self.config.rates:
                 run = Run(self.plan(sources, rate), self.folder / f"lr_{rate:g}", sources,
-                          tensorboard=self.config.tensorboard, say=self.say)  # fmt: skip
+                          tensorboard=self.config.tensorboard, say=self.say, origin=origin,
+                          strict=not self.config.allow_config_change)  # fmt: skip
                 stack.enter_context(contextlib.closing(run))
                 try:
                     complete = run.train(self.encoder.params, self.config.stop_at_epoch, stop)
