@@ -74,7 +74,7 @@ def read(path: Any, *, which: str = "teacher", heads: int = 0, fusion_heads: int
         from terrafm_jax.export.hub import download
 
         return read(download(str(path).removeprefix(HUB_PREFIX)), which=which)
-    path = epath.Path(path)
+    path = epath.Path(path).expanduser()
     if not path.exists():
         raise WeightsError(f"{path}: not found; expected a workdir, a checkpoint or hub folder, .pth or .safetensors")
     if path.is_dir():

@@ -47,7 +47,7 @@ def assert_same(found: Loaded, wanted: Loaded, *, head: bool = True) -> None:
 # --- kinds of weights ---------------------------------------------------------------------------------------------
 
 
-def test_workdir_opens_its_newest_teacher(tmp_path):
+def test_workdir_opens_its_newest_teacher(tmp_path, monkeypatch):
     old, new = sample(seed=1), sample(seed=2)
     weights.save_npz(tmp_path / "teacher" / "90", old.params, meta_of(old))
     weights.save_npz(tmp_path / "teacher" / "200", new.params, meta_of(new))
@@ -57,6 +57,8 @@ def test_workdir_opens_its_newest_teacher(tmp_path):
     assert found.spec == TINY
     assert found.stats.mean == new.stats.mean
     assert_same(read(tmp_path / "teacher" / "90"), old)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert_same(read("~/teacher/90"), old)
 
 
 def test_a_workdir_whose_checkpoints_went_on_says_so(tmp_path, caplog):
