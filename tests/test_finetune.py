@@ -385,3 +385,4 @@ def test_an_empty_test_split_is_none(tmp_path):
     row = Job(config(data, epochs=1), str(tmp_path / "run"), said.append).run()
     assert row["settings"]["split"] == "val"
     assert any("no test split" in line for line in said)
+    assert "no test split: the result is that of validation" in (tmp_path / "run/results.md").read_text()

@@ -64,8 +64,6 @@ class Job:
         if "val" not in splits:
             splits["train"], splits["val"] = _hold_out(splits["train"], c.seed)
             self.say(f"no validation split: {len(splits['val'])} train samples are held out")
-        if "test" not in splits:
-            self.say("no test split: the result is that of validation, which chose the epoch, so it flatters")
         if c.data.limit:
             splits = {k: s.subset(store.spread(len(s), min(c.data.limit, len(s)))) for k, s in splits.items()}
         cache = c.data.cache == "ram"
@@ -120,6 +118,8 @@ class Job:
         self.say(f"{self.dataset.info.name} ({self.dataset.info.task}): {shown}; inputs {'+'.join(self.inputs)}")
         info, splits = self.dataset.info, {key: source.split for key, source in sources.items()}
         doubted = doubts(self.dataset) + unseen(info.name, info.classes, splits)
+        if "test" not in splits:
+            doubted.append(f"{info.name}: no test split: the result is that of validation, which chose, so it flatters")
         for text in doubted:
             self.say(f"WARNING {text}")
         with contextlib.ExitStack() as stack:
