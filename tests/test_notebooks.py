@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,26 @@ def test_weights_may_be_named_relative_to_the_notebook(stem, tmp_path, monkeypat
     scope = {"os": os, "Path": Path, "terrafm_jax": terrafm_jax, "WORK": tmp_path, "QUICK": True}
     exec(code, scope)
     assert scope[variable] == str(tmp_path / "out/run")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_what_was_interrupted_is_made_anew(path, tmp_path):
+    """Half a folder, taken for a whole one by the next run of the cell, fails much later."""
+    cells = ("".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code")
+    code = next(c for c in cells if "def once(" in c)
+    scope = {"Path": Path, "shutil": shutil}
+    exec(code[code.index("def once(") :], scope)
+
+    def make(folder, fail):
+        folder.mkdir()
+        (folder / "first").touch()
+        if fail:
+            raise KeyboardInterrupt
+        (folder / "last").touch()
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            scope["once"](tmp_path / "cells", lambda to: make(to, True))
+    assert scope["once"](tmp_path / "cells", lambda to: make(to, False)) == tmp_path / "cells"
+    assert {p.name for p in (tmp_path / "cells").iterdir()} == {"first", "last"}
+    scope["once"](tmp_path / "cells", lambda to: make(to, True))
