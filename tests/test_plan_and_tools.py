@@ -174,3 +174,12 @@ def test_a_sensor_that_no_tile_holds_is_told_of(tmp_path: Path) -> None:
         folder, "train", SamplingSpec("uniform"), batch_size=2, seed=0, sensors=("s2_l1c", "s2_l2a")
     )
     assert len(plans.held_sensors(held)) == 1
+
+
+def test_weights_that_come_too_late_are_told_of() -> None:
+    """The flag of a start that resumes: without a word the run would pass for one that began with them."""
+    assert tools.unread_weights("", {"config": {"init_from": "a"}}) == ""
+    assert tools.unread_weights("a", {"config": {"init_from": "a"}}) == ""
+    assert "init_from=b is not read: this run began with random ones" in tools.unread_weights(
+        "b", {"config": {"init_from": ""}}
+    )
