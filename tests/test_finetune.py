@@ -386,3 +386,12 @@ def test_an_empty_test_split_is_none(tmp_path):
     assert row["settings"]["split"] == "val"
     assert any("no test split" in line for line in said)
     assert "no test split: the result is that of validation" in (tmp_path / "run/results.md").read_text()
+
+
+@pytest.mark.slow
+def test_validation_on_what_is_trained_on_is_said(tmp_path):
+    """One image a class: nothing can be held out. It was said that they were."""
+    data, said = fake.eurosat_like(tmp_path / "data", per_class=1, size=24, yaml="splits: {train: 1.0}\n"), []
+    Job(config(data, epochs=1), str(tmp_path / "run"), said.append).run()
+    assert not any("are held out" in line for line in said)
+    assert "validation is on those trained on" in (tmp_path / "run/results.md").read_text()

@@ -53,6 +53,7 @@ class Job:
         self.encoder, self.dataset = encoder, _dataset(c)
         self.inputs = _inputs(c, encoder, self.dataset)
         self.folder = Path(self.workdir)
+        self._too_few = False  # samples to hold some of them out
 
     def sources(self) -> dict[str, Source]:
         """The splits to read; without a validation split a fifth of train is held out."""
@@ -63,7 +64,9 @@ class Job:
         splits["train"] = _subset(splits["train"], c.data.fraction, c.data.shots, c.seed)
         if "val" not in splits:
             splits["train"], splits["val"] = _hold_out(splits["train"], c.seed)
-            self.say(f"no validation split: {len(splits['val'])} train samples are held out")
+            self._too_few = not set(splits["train"].ids).isdisjoint(splits["val"].ids)
+            if not self._too_few:
+                self.say(f"no validation split: {len(splits['val'])} train samples are held out")
         if c.data.limit:
             splits = {k: s.subset(store.spread(len(s), min(c.data.limit, len(s)))) for k, s in splits.items()}
         cache = c.data.cache == "ram"
@@ -120,6 +123,8 @@ class Job:
         doubted = doubts(self.dataset) + unseen(info.name, info.classes, splits)
         if "test" not in splits:
             doubted.append(f"{info.name}: no test split: the result is that of validation, which chose, so it flatters")
+        if self._too_few:
+            doubted.append(f"{info.name}: too few samples to hold any out, validation is on those trained on")
         for text in doubted:
             self.say(f"WARNING {text}")
         with contextlib.ExitStack() as stack:
