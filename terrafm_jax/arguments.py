@@ -79,11 +79,25 @@ class Asked:
                 b10 = np.concatenate([c for _, c in some]) if self.cirrus.shape[-1] else None
                 said = dataclasses.replace(self.said, offset=float(value))
                 found += checks.values(self.key, bands, said, cirrus=b10, spell=checks.KEYWORDS)
+        if any(finding.sure for finding in found):
+            return found
+        return found + [checks.Finding(text, True) for text in list(self.fills().values())[:1]]
+
+    def fills(self) -> dict[int, str]:
+        """Images with nodata that nobody masked: few pixels spoil a patch, and no sample shows them."""
+        if not checks.fill(self.key, checks.lowest(self.image), self.said, checks.KEYWORDS):
+            return {}
+        found = {}
+        for i in range(len(self.image)):
+            measured = self.image[i][~self.ignore[i]]
+            low = checks.lowest(measured) if measured.size else np.inf
+            for finding in checks.fill(self.key, low, self.said, checks.KEYWORDS):
+                found[i] = finding.text
         return found
 
     def faults(self, most: int | None = LOOKED_AT) -> dict[int, str]:
         """What is surely wrong with single images: among many right ones it would not show. All pixels, or ``most``."""
-        found = {}
+        found = self.fills()
         for i in range(len(self.image)):
             pixels, _ = self._pixels(i, most)
             said = dataclasses.replace(self.said, offset=float(self.offset[i]))

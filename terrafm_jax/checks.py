@@ -187,7 +187,7 @@ def values(
         found = _radar(key, seen, said, spell, among)
         return found if among or found else _zeros(key, sample, said, spell) or _polarizations(sample, said)
     small = all(pixels.dtype in (np.uint8, np.int8, np.bool_) for pixels in bands.values())
-    found = _optical(key, seen, said, small, spell, among)
+    found = _optical(key, seen, said, small, spell, among) + _shifted(key, sample, said, spell)
     if not among and not any(f.sure for f in found):
         b10 = None if cirrus is None else _thinned(cirrus)
         found += _order(sample, said, b10) or _baseline(key, sample, said, b10, spell)
@@ -208,10 +208,8 @@ def _optical(key: str, seen: np.ndarray, said: Declared, small: bool, spell: Spe
     low, high = float(np.percentile(seen, 0.5)), float(np.percentile(seen, 99.5))
     whole, found = bool(np.all(seen == np.round(seen))), _range(seen)
     dn, share = (spell.unit.format(key=key, value=unit) for unit in ("dn", "reflectance"))
-    fill = _FILL_DN if said.unit == "dn" else _FILL_DN / 1e3
-    if seen.min() < fill:
-        nodata = spell.nodata.format(key=key, value=seen.min())
-        return [Finding(f"{found}: {seen.min():g} is no reflectance but nodata; pass {nodata}", True)]
+    for nodata in fill(key, float(seen.min()), said, spell):
+        return [Finding(f"{found}: {nodata.text}", True)]
     if not whole and -20 < low < -0.3 and high < 20 and np.mean(seen < 0) > 0.05:
         text = f"{found} look standardized (mean {seen.mean():.2g}, deviation {seen.std():.2g})"
         return [Finding(f"{text}; give DN (reflectance x 10000), normalizing is done here", True)]
@@ -228,6 +226,34 @@ def _optical(key: str, seen: np.ndarray, said: Declared, small: bool, spell: Spe
     if np.median(seen) > _BRIGHT_DN:
         return [Finding(f"{found} are very bright for DN (reflectance x 10000)", False)]
     return []
+
+
+def lowest(image: np.ndarray) -> float:
+    """The smallest of all numbers in it; infinity where it holds none."""
+    return float(np.fmin.reduce(image, axis=None, initial=np.inf)) if image.dtype.kind == "f" else float(image.min())
+
+
+def fill(key: str, low: float, said: Declared, spell: Spelling) -> list[Finding]:
+    """Nodata that is called a measurement of Sentinel-2. ``low``: the smallest value."""
+    if SENSORS[key].unit != "DN" or not low < (_FILL_DN if said.unit == "dn" else _FILL_DN / 1e3):
+        return []
+    nodata = spell.nodata.format(key=key, value=low)
+    return [Finding(f"{low:g} is no reflectance but nodata; pass {nodata}", True)]
+
+
+def _shifted(key: str, bands: Mapping[str, np.ndarray], said: Declared, spell: Spelling) -> list[Finding]:
+    """Nodata of zero from which the baseline offset was subtracted as if it were a measurement."""
+    scale = DN_PER_REFLECTANCE if said.unit == "reflectance" else 1.0
+    below = [np.round(pixels * scale) == -BASELINE_OFFSET for pixels in bands.values() if pixels.size]
+    if len(below) < 2 or len({len(b) for b in below}) > 1:
+        return []
+    share = float(np.logical_and.reduce(below).mean())
+    if share <= UNDECLARED:
+        return []
+    value = -BASELINE_OFFSET / scale
+    nodata = spell.nodata.format(key=key, value=value)
+    text = f"{share:.1%} of the pixels are {value:g} in all bands, which is nodata (0) less the baseline offset"
+    return [Finding(f"{text}; pass {nodata}", True)]
 
 
 def _reflectance(found: str, high: float, dn: str) -> list[Finding]:

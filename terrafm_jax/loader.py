@@ -6,8 +6,10 @@ shadow the function ``terrafm_jax.load``.) Nothing here unpickles code: ``.pth``
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +22,8 @@ from terrafm_jax.models import ModelSpec, init_params
 from terrafm_jax.models.spec import SIZES
 from terrafm_jax.sensors import SENSOR_KEYS, Statistics
 from terrafm_jax.weights import WeightsError
+
+log = logging.getLogger(__name__)
 
 CONFIG_FILE, SAFETENSORS_FILE = "config.json", "model.safetensors"  # of a hub folder
 HUB_PREFIX = "hf://"
@@ -70,7 +74,7 @@ def read(path: Any, *, which: str = "teacher", heads: int = 0, fusion_heads: int
         from terrafm_jax.export.hub import download
 
         return read(download(str(path).removeprefix(HUB_PREFIX)), which=which)
-    path = epath.Path(path)
+    path = epath.Path(path).expanduser()
     if not path.exists():
         raise WeightsError(f"{path}: not found; expected a workdir, a checkpoint or hub folder, .pth or .safetensors")
     if path.is_dir():
@@ -97,6 +101,7 @@ def _read_folder(path: Any, which: str) -> Loaded:
     if which == "teacher":
         newest = weights.newest_teacher(path)
         if newest is not None:
+            _tell_of_newer(path, int(newest.name))
             return _read_export(newest, which)
     from terrafm_jax.export.checkpoint_weights import find_checkpoint, read_checkpoint
 
@@ -114,6 +119,19 @@ def _read_folder(path: Any, which: str) -> Loaded:
         f"{path}: no weights found (it holds {', '.join(inside) or 'nothing'}); expected a workdir with teacher/ or "
         f"checkpoints/, one of their steps, or a hub folder with {CONFIG_FILE} and {SAFETENSORS_FILE}"
     )
+
+
+def _tell_of_newer(path: Any, step: int) -> None:
+    """Warns where a workdir's checkpoints went on after its last export, as those of a run under way or stopped do."""
+    from terrafm_jax.export.checkpoint_weights import find_checkpoint
+
+    with contextlib.suppress(WeightsError):  # none in a bucket is known to be complete
+        newer = find_checkpoint(path)
+        if newer is not None and newer.name.isdigit() and int(newer.name) > step:
+            log.warning(
+                "%s: these are the weights of step %d, the last that were exported; for those of step %s give %s",
+                path, step, newer.name, newer,
+            )  # fmt: skip
 
 
 def _read_export(path: Any, which: str) -> Loaded:

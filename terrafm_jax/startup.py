@@ -27,6 +27,7 @@ flags.disclaim_key_flags()  # --help shows the flags defined below as those of t
 
 SHIPPED = Path(__file__).resolve().parents[1]  # holds configs/, in a checkout and in site-packages alike
 _NOT_GIVEN = re.compile(r"flag (--\w+)=None: Flag --\w+ must have a value other than None\.")  # absl's words
+_HOME = re.compile(r"^(--?[\w.]+=)~(?=/|$)")  # no shell expands it behind an equals sign; it would name a folder here
 # What other projects call a field, where spelling alone does not lead to ours.
 _ELSEWHERE = {
     "lr": ("optim.base_lr", "rates"),
@@ -120,6 +121,7 @@ def _own_code(file: Path, function: Any, *arguments: Any) -> Any:
 
 def parse_flags(arguments: list[str]) -> list[str]:
     """For ``app.run(main, flags_parser=parse_flags)``: what is wrong is one line and exit code 2, --help is code 0."""
+    arguments = [_HOME.sub(lambda m: m[1] + os.path.expanduser("~"), argument) for argument in arguments]
     try:
         rest = flags.FLAGS(arguments)
     except SystemExit:  # --help and its relatives, which absl ends with code 1

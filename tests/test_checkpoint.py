@@ -46,3 +46,24 @@ def test_another_model_is_refused_with_the_folder(saved: tuple[Path, TrainState]
     with pytest.raises(CheckpointError, match=r"(?s)checkpoints/7: does not restore .* init_from=PATH"):
         checkpoints.restore(abstract_state(tiny(("s1", "s2_l2a")), one_device()))
     checkpoints.close()
+
+
+def test_a_damaged_checkpoint_names_the_one_before(tmp_path: Path) -> None:
+    """A disk that lost files of the newest one: the error is one line and says how to go on, and so it goes."""
+    spec = tiny()
+    like = abstract_state(spec, one_device())
+    checkpoints = Checkpointer(str(tmp_path))
+    for step in (3, 7):
+        checkpoints.save(step, init_state(spec, one_device()), {"example": step})
+    checkpoints.wait()
+    for file in (tmp_path / "checkpoints/7/state").rglob("ocdbt.process_0/d/*"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match=r"7: .* damaged, move that folder elsewhere .* step 3$") as told:
+        checkpoints.restore(like)
+    assert "\n" not in str(told.value)
+    assert len(str(told.value)) < 900
+    checkpoints.close()
+    (tmp_path / "checkpoints/7").rename(tmp_path / "moved")
+    checkpoints = Checkpointer(str(tmp_path))
+    assert checkpoints.restore(like)[1] == {"example": 3}
+    checkpoints.close()

@@ -173,6 +173,16 @@ def test_known_land_cover_is_evaluated(splits):
     assert during_training(run) == []
 
 
+def test_tiles_are_not_their_own_neighbors(splits):
+    """With one split for both, random weights had 97 % right."""
+    run = a_run("", gallery="holdout", split="holdout")
+    run.config.data.dir = str(splits[0])
+    with pytest.raises(DataError, match=r"both 'holdout', so each tile .* --config.knn.every=0$"):
+        during_training(run)
+    run.steps["knn.every"] = 0
+    assert during_training(run) == []
+
+
 def test_as_many_tiles_as_asked_for_show_a_sensor_of_the_model(tmp_path):
     """Those that lack all of them are not among the number, and none is left where all do."""
     records = [fake_record(i, sensors=("s2_l2a",) if i % 2 else ("s1",), category=i % 3) for i in range(20)]

@@ -232,6 +232,11 @@ def test_values_that_cannot_be_what_they_are_called(model):
         ({"s2_l2a": (dn % 256).astype(np.uint8)}, "8-bit preview"),
         ({"s2_l2a": (dn - 3000.0) / 1700.0}, "look standardized"),
         ({"s2_l2a": np.where(dn > 3000, dn.astype(np.float32), -9999)}, "-9999 is no reflectance but nodata"),
+        ({"s2_l2a": np.where(dn[..., :1] > 3000, dn.astype(np.int16), -1000)}, "-1000 in all bands, which is nodata"),
+        (
+            {"s2_l2a": np.where(dn[..., :1] > 3000, dn / 1e4, -0.1), "units": {"s2_l2a": "reflectance"}},
+            "-0.1 in all bands, which is nodata",
+        ),
         ({"s1": (s1 + 14) / 4}, "look standardized"),
         ({"s1": -s1.clip(None, -1)}, "lost their sign"),
         ({"s1": (10 ** (s1 / 20) * 2000).astype(np.uint16)}, "amplitude in DN"),
@@ -273,6 +278,19 @@ def test_all_images_of_a_batch_that_are_wrong_are_named_at_once(model):
     dn[4, 7, 7] = 1e6  # one pixel that no unit holds
     with pytest.raises(UnitError, match=r"image 4 of 14: .*cannot be DN"):
         model.encode(s2_l2a=dn)
+
+
+def test_one_pixel_of_nodata_is_found_in_any_number_of_images(model):
+    """It spoils its patch, but no sample of the pixels shows it."""
+    for count, side in ((40, 96), (1, 320)):
+        dn = np.full((count, side, side, 12), 1500, np.int16)
+        dn += np.arange(side, dtype=np.int16)[:, None]
+        dn[-1, 41, 43, 2] = -9999
+        with pytest.raises(UnitError, match=rf"{'image 39 of 40: ' if count > 1 else ''}.*-9999 is no reflectance but"):
+            model.encode(s2_l2a=dn)
+        mask = np.zeros(dn.shape[:3], bool)
+        mask[-1, 41, 43] = True
+        assert np.isfinite(model.encode(s2_l2a=dn, mask=mask).cls).all()
 
 
 def test_a_dark_image_among_others_is_not_refused(model):

@@ -32,6 +32,12 @@ def test_class_folders_are_split_by_share(tmp_path):
     assert dataset.split("train")[0].images["s2_l2a"].shape == (32, 32, 12)
 
 
+def test_a_share_of_nothing_is_no_split(tmp_path):
+    """It was an empty one, at which evaluation, and pretraining that evaluates, failed."""
+    dataset = open_one(fake.eurosat_like(tmp_path, yaml="splits: {train: 0.8, val: 0.0, test: 0.2}\n"))
+    assert list(dataset.splits) == ["train", "test"]
+
+
 @pytest.mark.parametrize(
     ("classes", "per_class", "shares", "counts"),
     [

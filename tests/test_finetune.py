@@ -344,3 +344,54 @@ def test_upstream_stem_of_level_2a_needs_no_flag_afterwards(folder, tmp_path, mo
     released.upstream_l2a_stem = True
     np.testing.assert_allclose(tuned.encode(**x).cls, released.encode(**x).cls, atol=1e-4)
     assert np.abs(tuned.encode(**x).cls - plain).max() > 1e-2
+
+
+# --- what a workdir began with ---
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A data set that may be changed, and a complete run on it."""
+    yaml = "splits: {train: 0.6, val: 0.2, test: 0.2}\n"
+    data = fake.eurosat_like(tmp_path / "data", per_class=6, size=24, yaml=yaml)
+    Job(config(data, epochs=1), str(tmp_path / "run"), quiet).run()
+    return data, str(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_run_is_not_continued_with_other_labels(begun):
+    data, run = begun
+    (data / "class_0").rename(data / "moved")
+    (data / "class_1").rename(data / "class_0")
+    (data / "moved").rename(data / "class_1")
+    with pytest.raises(ConfigError, match=r"lr_0.003: was tuned with another content of config.data.dir "):
+        Job(config(data, epochs=1), run, quiet).run()
+    assert Job(config(data, epochs=1, allow_config_change=True), run, quiet).run()
+
+
+@pytest.mark.slow
+def test_a_run_is_not_continued_with_other_weights(begun, monkeypatch):
+    data, run = begun
+    other = encoders.random_encoder(TINY, 1, 32, Statistics.published(), "other")
+    monkeypatch.setattr(job_lib, "open_encoder", lambda *_: other)
+    with pytest.raises(ConfigError, match=r"lr_0.003: was tuned with another content of config.init_from "):
+        Job(config(data, epochs=1), run, quiet).run()
+
+
+@pytest.mark.slow
+def test_an_empty_test_split_is_none(tmp_path):
+    yaml = "splits: {train: 0.7, val: 0.3, test: 0.0}\n"
+    data, said = fake.eurosat_like(tmp_path / "data", per_class=6, size=24, yaml=yaml), []
+    row = Job(config(data, epochs=1), str(tmp_path / "run"), said.append).run()
+    assert row["settings"]["split"] == "val"
+    assert any("no test split" in line for line in said)
+    assert "no test split: the result is that of validation" in (tmp_path / "run/results.md").read_text()
+
+
+@pytest.mark.slow
+def test_validation_on_what_is_trained_on_is_said(tmp_path):
+    """One image a class: nothing can be held out. It was said that they were."""
+    data, said = fake.eurosat_like(tmp_path / "data", per_class=1, size=24, yaml="splits: {train: 1.0}\n"), []
+    Job(config(data, epochs=1), str(tmp_path / "run"), said.append).run()
+    assert not any("are held out" in line for line in said)
+    assert "validation is on those trained on" in (tmp_path / "run/results.md").read_text()

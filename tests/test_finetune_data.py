@@ -118,6 +118,9 @@ def test_bad_configs_are_named(folder, tmp_path):
         ({"mixup": -1.0}, "config.mixup: found -1.0, expected 0"),
         ({"stop_at_epoch": -1}, "config.stop_at_epoch: found -1, expected 0"),  # would stop after the first one
         ({"patience": -1}, "config.patience: found -1, expected 0"),
+        ({"eval_batch_size": 0}, "config.eval_batch_size: found 0, expected at least 1"),  # failed after an epoch
+        ({"label_smoothing": 2.0}, "config.label_smoothing: found 2.0, expected 0..1"),
+        ({"drop_path": 1.0}, "config.drop_path: found 1.0, expected 0..1"),
     ):
         c = config(folder, **overrides)
         with pytest.raises((ConfigError, ValueError), match=message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import re
 import struct
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def assert_same(found: Loaded, wanted: Loaded, *, head: bool = True) -> None:
 # --- kinds of weights ---------------------------------------------------------------------------------------------
 
 
-def test_workdir_opens_its_newest_teacher(tmp_path):
+def test_workdir_opens_its_newest_teacher(tmp_path, monkeypatch):
     old, new = sample(seed=1), sample(seed=2)
     weights.save_npz(tmp_path / "teacher" / "90", old.params, meta_of(old))
     weights.save_npz(tmp_path / "teacher" / "200", new.params, meta_of(new))
@@ -56,6 +57,22 @@ def test_workdir_opens_its_newest_teacher(tmp_path):
     assert found.spec == TINY
     assert found.stats.mean == new.stats.mean
     assert_same(read(tmp_path / "teacher" / "90"), old)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert_same(read("~/teacher/90"), old)
+
+
+def test_a_workdir_whose_checkpoints_went_on_says_so(tmp_path, caplog):
+    """A run that is under way, or was preempted: its newest weights have not been exported yet."""
+    loaded = sample(seed=1)
+    weights.save_npz(tmp_path / "teacher" / "90", loaded.params, meta_of(loaded))
+    for item in ("state", "meta"):
+        (tmp_path / "checkpoints/90" / item).mkdir(parents=True)
+    read(tmp_path)
+    assert not caplog.messages
+    for item in ("state", "meta"):
+        (tmp_path / "checkpoints/130" / item).mkdir(parents=True)
+    assert_same(read(tmp_path), loaded)
+    assert re.search(r"weights of step 90, .* step 130 give .*checkpoints/130$", caplog.text.strip())
 
 
 def test_checkpoint_gives_teacher_and_student(tmp_path, monkeypatch, caplog):

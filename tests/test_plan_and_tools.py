@@ -159,3 +159,27 @@ def test_warmups_that_outlast_the_run_are_named() -> None:
     assert plans.unfinished_schedules(steps, 300).endswith("within config.optim.freeze_last (300 steps)")
     found = plans.unfinished_schedules(steps, 100)
     assert found.endswith("within config.optim.warmup (100 steps), config.optim.freeze_last (300 steps)")
+
+
+def test_a_sensor_that_no_tile_holds_is_told_of(tmp_path: Path) -> None:
+    """Its stem stays random, and the model would give features of it all the same."""
+    records = [fake_record(i, sensors=("s2_l2a",) if i % 4 else ("s2_l1c", "s2_l2a")) for i in range(8)]
+    folder = write_dataset(tmp_path, records)
+    order = pipeline.make_order(folder, "train", SamplingSpec("uniform"), batch_size=2, seed=0)
+    told, warned = plans.held_sensors(order)
+    assert told == "sensors: s1 in 0 tiles, s2_l1c in 2 tiles, s2_l2a in 8 tiles"
+    assert "no tile holds s1," in warned
+    assert warned.endswith("--config.model.sensors=\"('s2_l1c', 's2_l2a')\"")
+    held = pipeline.make_order(
+        folder, "train", SamplingSpec("uniform"), batch_size=2, seed=0, sensors=("s2_l1c", "s2_l2a")
+    )
+    assert len(plans.held_sensors(held)) == 1
+
+
+def test_weights_that_come_too_late_are_told_of() -> None:
+    """The flag of a start that resumes: without a word the run would pass for one that began with them."""
+    assert tools.unread_weights("", {"config": {"init_from": "a"}}) == ""
+    assert tools.unread_weights("a", {"config": {"init_from": "a"}}) == ""
+    assert "init_from=b is not read: this run began with random ones" in tools.unread_weights(
+        "b", {"config": {"init_from": ""}}
+    )

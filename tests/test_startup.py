@@ -127,6 +127,16 @@ def test_configs_are_found_from_anywhere_own_ones_first_and_their_bugs_keep_the_
     assert mine == ("error: flag --config=configs/demo.py:runlocal: mine\n", "2")
 
 
+def test_a_tilde_behind_an_equals_sign_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells leave it alone there: `--workdir=~/run` made a folder called `~`."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    command = "terrafm_jax.main --config=configs/demo.py:runlocal --workdir=~/run --config.data.dir=~/tiles"
+    ((text, code),) = outcomes([command], tmp_path)
+    assert code == "1"
+    assert f"error: {tmp_path}/home/tiles: no dataset_info.json" in text
+    assert not (tmp_path / "~").exists()
+
+
 def test_what_a_disk_refuses_is_one_line_and_code_1(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended, startup.one_line(KeyError):
         raise OSError(28, "No space left on device", "out/results.md")

@@ -185,7 +185,7 @@ class Mixture:
 
 
 class Order:
-    """The records of every global batch.
+    """The records of every global batch. ``holding``: how many of those that may be drawn have each sensor.
 
     Args:
       index: rows of :data:`terrafm_jax.data.tiles.INDEX_DTYPE`, one per record of the split.
@@ -224,6 +224,8 @@ class Order:
             )
         self.num_eligible = int(keep.sum())
         self.sensors = tuple(sensors)
+        present = index["present"][keep]
+        self.holding = {key: int(np.count_nonzero(present >> SENSOR_KEYS.index(key) & 1)) for key in sensors}
         self.table = np.arange(256) if buckets is None else np.asarray(buckets, np.int64)
         strata = _strata(index, spec, self.table)
         self._group(strata, keep)

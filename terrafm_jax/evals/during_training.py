@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 def during_training(plan: Plan) -> list[Evaluator]:
     """The evaluators of a run: none when ``config.knn.every`` is 0, none of land cover where no tile's is known.
 
-    Raises DatasetError for bad labelled data, DataError where ``config.knn`` names splits that are not there.
+    Raises DatasetError for bad labelled data, DataError where ``config.knn`` names splits that are not there, or one
+    split twice.
     """
     if not plan.steps["knn.every"]:
         return []
@@ -40,6 +41,8 @@ def during_training(plan: Plan) -> list[Evaluator]:
         log.warning(
             "config.knn: no tile of %s has a known land cover and a sensor of the model; its kNN is left out", unknown
         )
+    if not unknown:
+        land_cover.refuse_itself()
     labelled = [LabelledSets(plan)] if plan.config.knn.labelled else []
     return [*([] if unknown else [land_cover]), *labelled]
 
@@ -71,6 +74,15 @@ class LandCoverKnn:
         if faults:
             raise DataError(f"{'; '.join(faults)}; name another split, or train without kNN: --config.knn.every=0")
         return ", ".join(dict.fromkeys(empty))
+
+    def refuse_itself(self) -> None:
+        """Raises DataError where gallery and queries are one split: random weights know 97 % of such tiles."""
+        if self.sets.gallery[0] == self.sets.queries[0]:
+            raise DataError(
+                f"config.knn.gallery and config.knn.split are both {self.sets.queries[0]!r}, so each tile would be its "
+                "own nearest neighbor; name another split (preparation has --split-shares), or train without kNN: "
+                "--config.knn.every=0"
+            )
 
     def __call__(self, step: int, state: Any, poll: Callable[[], None]) -> Iterator[tuple[str, Any]]:
         backbone = self._devices.everywhere(_whole(state.teacher["backbone"]))

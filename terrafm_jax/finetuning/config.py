@@ -114,6 +114,9 @@ def _values(c: ConfigDict) -> list[tuple[bool, str]]:
             f"config.microbatches: {c.microbatches} does not divide batch_size {c.batch_size}",
         ),
         (not 0 < c.layer_decay <= 1, f"config.layer_decay: found {c.layer_decay}, expected above 0, at most 1"),
+        (c.eval_batch_size < 1, f"config.eval_batch_size: found {c.eval_batch_size}, expected at least 1"),
+        (not 0 <= c.label_smoothing < 1, f"config.label_smoothing: found {c.label_smoothing}, expected 0..1"),
+        (not 0 <= c.drop_path < 1, f"config.drop_path: found {c.drop_path}, expected 0..1"),
         (not 0 <= c.warmup < 1, f"config.warmup: found {c.warmup}, expected 0..1"),
         (c.mode == "lora" and c.lora_rank < 1, f"config.lora_rank: found {c.lora_rank}, expected at least 1"),
     ]

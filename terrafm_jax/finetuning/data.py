@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
+from terrafm_jax.config import ConfigError
 from terrafm_jax.evals.datasets.base import DatasetError, DatasetInfo, Sample, Split, collate, spread
 
 AHEAD = 3  # batches read before they are needed
@@ -95,6 +98,30 @@ class Source:
 
 def steps_per_epoch(samples: int, batch_size: int) -> int:
     return -(-samples // batch_size)
+
+
+def digest(sources: Mapping[str, Source]) -> str:
+    """Of what is trained on and chosen by: samples, their labels (not masks, which would have to be read), classes.
+
+    Not of the test split, which may be added later, nor of the files' dates: a data set may be copied elsewhere.
+    """
+    info = next(iter(sources.values())).info
+    said = [info.task, info.classes, info.ignore, {k: dataclasses.asdict(i) for k, i in info.inputs.items()}]
+    for name in ("train", "val"):
+        split = sources[name].split
+        said += [name, split.ids, None if split.labels is None else np.asarray(split.labels).tolist()]
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def check_origin(folder: Any, theirs: Mapping[str, str], mine: Mapping[str, str]) -> None:
+    """Raises ConfigError where a run began with other weights or labels, whose scores its result would pass on."""
+    other = [key for key in mine if theirs.get(key, mine[key]) != mine[key]]
+    if other:
+        raise ConfigError(
+            f"{folder}: was tuned with another content of {' and '.join(other)} (weights, or samples, labels and "
+            "classes); give it again (it may have moved), another --workdir, or --config.allow_config_change=True to "
+            "continue with this one"
+        )
 
 
 def class_weights(source: Source, classes: int, ignore: int) -> np.ndarray:

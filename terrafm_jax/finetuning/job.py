@@ -24,7 +24,7 @@ from terrafm_jax.evals.features import Encoder, FeatureError
 from terrafm_jax.evals.linear import task_of
 from terrafm_jax.evals.session import note
 from terrafm_jax.finetuning import config as schema
-from terrafm_jax.finetuning.data import Source, class_weights, steps_per_epoch
+from terrafm_jax.finetuning.data import Source, class_weights, digest, steps_per_epoch
 from terrafm_jax.finetuning.network import Adam, TuneSpec
 from terrafm_jax.finetuning.trainer import Plan, Run, TuningError
 from terrafm_jax.training import workdir as workdir_lib
@@ -53,16 +53,20 @@ class Job:
         self.encoder, self.dataset = encoder, _dataset(c)
         self.inputs = _inputs(c, encoder, self.dataset)
         self.folder = Path(self.workdir)
+        self._too_few = False  # samples to hold some of them out
 
     def sources(self) -> dict[str, Source]:
         """The splits to read; without a validation split a fifth of train is held out."""
         c, splits = self.config, dict(self.dataset.splits)
+        splits = {name: split for name, split in splits.items() if len(split)}  # a share of 0, or of few images
         if "train" not in splits:
             raise ConfigError(f"{self.dataset.info.name}: has no train split, only {list(splits)}")
         splits["train"] = _subset(splits["train"], c.data.fraction, c.data.shots, c.seed)
-        if "val" not in splits or not len(splits["val"]):
+        if "val" not in splits:
             splits["train"], splits["val"] = _hold_out(splits["train"], c.seed)
-            self.say(f"no validation split: {len(splits['val'])} train samples are held out")
+            self._too_few = not set(splits["train"].ids).isdisjoint(splits["val"].ids)
+            if not self._too_few:
+                self.say(f"no validation split: {len(splits['val'])} train samples are held out")
         if c.data.limit:
             splits = {k: s.subset(spread(len(s), c.data.limit)) for k, s in splits.items()}
         cache = c.data.cache == "ram"
@@ -117,6 +121,10 @@ class Job:
         self.say(f"{self.dataset.info.name} ({self.dataset.info.task}): {shown}; inputs {'+'.join(self.inputs)}")
         info, splits = self.dataset.info, {key: source.split for key, source in sources.items()}
         doubted = doubts(self.dataset) + unseen(info.name, info.classes, splits)
+        if "test" not in splits:
+            doubted.append(f"{info.name}: no test split: the result is that of validation, which chose, so it flatters")
+        if self._too_few:
+            doubted.append(f"{info.name}: too few samples to hold any out, validation is on those trained on")
         for text in doubted:
             self.say(f"WARNING {text}")
         with contextlib.ExitStack() as stack:
@@ -125,9 +133,11 @@ class Job:
                 stack.callback(source.close)
             runs: list[Run] = []
             diverged: dict[float, TuningError] = {}
+            origin = {"config.init_from": self.encoder.weights_hash, "config.data.dir": digest(sources)}
             for rate in self.config.rates:
                 run = Run(self.plan(sources, rate), self.folder / f"lr_{rate:g}", sources,
-                          tensorboard=self.config.tensorboard, say=self.say)  # fmt: skip
+                          tensorboard=self.config.tensorboard, say=self.say, origin=origin,
+                          strict=not self.config.allow_config_change)  # fmt: skip
                 stack.enter_context(contextlib.closing(run))
                 try:
                     complete = run.train(self.encoder.params, self.config.stop_at_epoch, stop)

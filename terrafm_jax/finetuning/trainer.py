@@ -22,7 +22,7 @@ from terrafm_jax.evals import heads, linear, metrics, segmentation
 from terrafm_jax.evals.knn import score_classification
 from terrafm_jax.evals.metrics import Result
 from terrafm_jax.finetuning import network
-from terrafm_jax.finetuning.data import Source, steps_per_epoch
+from terrafm_jax.finetuning.data import Source, check_origin, steps_per_epoch
 from terrafm_jax.finetuning.network import Adam, Batch, Flat, TuneSpec
 from terrafm_jax.processes import to_host
 from terrafm_jax.sensors import SENSORS, Statistics
@@ -184,13 +184,17 @@ class Run:
 
     Attributes:
       best: (score, epoch) on validation so far.
+      origin: config key -> digest of what it led to; stands in checkpoints; if ``strict``, one of another is not
+        continued.
     """
 
     def __init__(
         self, plan: Plan, folder: Any, sources: Mapping[str, Source], *, tensorboard: bool = False,
-        say: Callable[[str], None] = print,
+        say: Callable[[str], None] = print, origin: Mapping[str, str] | None = None,
+        strict: bool = True,
     ):  # fmt: skip
         self.plan, self.folder, self.sources, self.say = plan, epath.Path(folder), dict(sources), say
+        self.origin, self.strict = dict(origin or {}), strict
         self.folder.mkdir(parents=True, exist_ok=True)
         self.checkpoints = Checkpointer(str(self.folder), keep_last=1)
         self.writer = MetricWriter(str(self.folder), True, tensorboard)
@@ -209,6 +213,8 @@ class Run:
         if self.checkpoints.latest() is not None:
             abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
             state, meta = self.checkpoints.restore(abstract)
+            if self.strict:
+                check_origin(self.folder, meta.get("origin", {}), self.origin)
             self.best = (float(meta["best"]), int(meta["best_epoch"]))
             self.say(f"{self.folder.name}: resumed at step {int(state.step)}")
         start, last = int(state.step), plan.epochs * self.per_epoch
@@ -288,7 +294,7 @@ class Run:
         return bool(self.plan.patience) and epoch - max(self.best[1], 0) >= self.plan.patience
 
     def _save(self, state: TuneState) -> None:
-        meta = {"best": float(self.best[0]), "best_epoch": int(self.best[1])}
+        meta = {"best": float(self.best[0]), "best_epoch": int(self.best[1]), "origin": self.origin}
         self.writer.flush()
         self.checkpoints.save(int(state.step), state, meta)
 

@@ -85,14 +85,21 @@ class Checkpointer:
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
             )
         except OSError as e:
-            raise CheckpointError(f"{self.folder / str(step)}: cannot be read: {e}") from e
+            raise CheckpointError(f"{self.folder / str(step)}: cannot be read: {e}{self._before(step)}") from e
         except Exception as e:
+            reason = " ".join(str(e).split())[:300] or type(e).__name__  # TensorStore adds pages of its settings
             raise CheckpointError(
-                f"{self.folder / str(step)}: does not restore into the state of this config: {e}. "
+                f"{self.folder / str(step)}: does not restore into the state of this config: {reason}. "
                 "Was the workdir written by another model or recipe? Give a new --workdir, or init_from=PATH "
-                "to take its weights alone"
+                f"to take its weights alone{self._before(step)}"
             ) from e
         return found["state"], found["meta"]
+
+    def _before(self, step: int | None) -> str:
+        """What to do about a damaged checkpoint: the words that end an error."""
+        older = [s for s in self._manager.all_steps() if step is not None and s < step]
+        rest = f"go on from step {max(older)}" if older else "begin anew"
+        return f". If its files are damaged, move that folder elsewhere to {rest}"
 
     def close(self) -> None:
         """Waits for what is being written and stops. Raises CheckpointError."""

@@ -27,7 +27,7 @@ from terrafm_jax.training.preemption import Interrupted, StopRequest
 from terrafm_jax.training.sharding import local_rows, make_batch
 from terrafm_jax.training.state import TrainState, with_weights
 from terrafm_jax.training.step import abstract_state, init_state, views_of_step
-from terrafm_jax.training.tools import Evaluator, Tools, TrainingError, skipped_before
+from terrafm_jax.training.tools import Evaluator, Tools, TrainingError, skipped_before, unread_weights
 from terrafm_jax.training.trace import Trace
 
 log = logging.getLogger(__name__)
@@ -100,6 +100,8 @@ def _train(
         skipped = skipped_before(meta)
         evaluated = int(state.step) if meta.get("evaluated", True) else None
         progress.line(f"resumed step {int(state.step)} of {checkpoints.folder}; {report.goodput_line(workdir)}")
+        if unread := unread_weights(config.init_from, meta):
+            progress.line(unread)
     else:
         state = init_state(plan.spec, plan.mesh)
         if config.init_from:

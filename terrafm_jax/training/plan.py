@@ -168,12 +168,28 @@ def unfinished_schedules(steps: Mapping[str, int], total: int) -> str:
     return f"warning: the run ends after {total} steps, within {', '.join(long)}" if long else ""
 
 
+def held_sensors(order: Order) -> list[str]:
+    """How many tiles hold each sensor, and a warning about those that none holds.
+
+    The stem of such a sensor stays as it was drawn, but the model will take the sensor and give features of it.
+    """
+    lines = ["sensors: " + ", ".join(f"{key} in {count} tiles" for key, count in order.holding.items())]
+    never = [key for key, count in order.holding.items() if not count]
+    if never:
+        rest = tuple(key for key in order.sensors if key not in never)
+        lines.append(
+            f"warning: no tile holds {', '.join(never)}, so nothing is learned of it; leave it out: "
+            f'--config.model.sensors="{rest}"'
+        )
+    return lines
+
+
 def describe(plan: Plan, progress: Progress) -> None:
     """Logs the plan and writes ``config_resolved.json``, ``statistics.json``, ``parameters.txt``, ``landcover.png``."""
     frequent = [n for n, f in zip(landcover.NAMES, plan.spec.frequent, strict=True) if f]
     progress.line(f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(plan.mesh.shape)}")
     progress.line(f"{plan.total} steps of {plan.config.batch_size}, {plan.order.examples_per_epoch} records an epoch")
-    for line in plan.order.describe().splitlines():
+    for line in [*plan.order.describe().splitlines(), *held_sensors(plan.order)]:
         progress.line(line)
     progress.line(f"frequent land cover: {', '.join(frequent) or 'none, so there is one center'}")
     if unfinished := unfinished_schedules(plan.steps, plan.total):

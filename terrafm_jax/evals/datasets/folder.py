@@ -131,7 +131,8 @@ class _Reader:
             return " ".join(f"{found.st_size}:{found.st_mtime_ns}" for found in files)
 
         whole = Split([self._relative(p) for p in kept], faults.naming_all(read, len(kept)), labels, state)
-        return Dataset(info, {k: whole.subset(rows) for k, rows in self._splits(kept, labels).items()})
+        # A share of 0, or of a few images, makes no split: readers would be told that there is one and find it empty.
+        return Dataset(info, {k: whole.subset(rows) for k, rows in self._splits(kept, labels).items() if rows})
 
     # --- files ---
 
