@@ -119,6 +119,7 @@ def base() -> ConfigDict:
     c.compute.remat = "none"  # "block" recomputes blocks in the backward pass
     c.compute.attention = "auto"  # "xla", "head_major", "cudnn" or "pallas"
     c.compute.fusion_kernel = "auto"  # "xla", or "pallas": one pass over the values; "auto" takes it on TPU
+    c.compute.view_kernel = "auto"  # "xla", or "pallas": nothing turned round in memory; "auto" takes it on TPU
     c.compute.reduce_dtype = "float32"  # of sums of gradients over devices; "bfloat16" halves the traffic
     c.compute.overlap = True  # TPU: sums gradients beside computing, by options that another compiler may not know
     c.compute.stems = "all"  # of all views, or of those that "drawn" the sensor; that needs views.modality_group
@@ -377,6 +378,7 @@ def train_spec(config: ConfigDict, steps: Mapping[str, int], stats: Statistics, 
             flips=v.flips, modality_rule=v.modality_rule, modality_threshold=v.modality_threshold,
             modality_group=v.modality_group,
             aspect=tuple(v.aspect), min_valid=v.min_valid, box_tries=v.box_tries, dtype=config.compute.dtype,
+            kernel=config.compute.view_kernel,
         ),
         optim=OptimSpec(
             base_lr=opt.base_lr, batch_size=config.batch_size, warmup_steps=steps["optim.warmup"], min_lr=opt.min_lr,

@@ -15,11 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import get_abstract_mesh
 
 from terrafm_jax.sensors import SENSOR_KEYS
+from terrafm_jax.ssl import resample, view_kernels
 from terrafm_jax.ssl.boxes import draw_boxes
 from terrafm_jax.ssl.modalities import RULES, draw_modalities, most_drawn
-from terrafm_jax.ssl.resample import resample_sensor
+
+KERNELS = ("auto", "xla", "pallas")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,7 @@ class ViewSpec:
         draws every view independently.
       box_tries: candidates per box; the first with at least ``min_valid`` valid pixels is taken.
       dtype: of the matrix products and of the patches, ``float32`` or ``bfloat16``.
+      kernel: ``xla``, ``pallas`` (TPU kernels, for the column layout) or ``auto``.
     """
 
     sensors: tuple[str, ...] = SENSOR_KEYS
@@ -56,6 +60,7 @@ class ViewSpec:
     box_tries: int = 4
     min_valid: float = 0.5
     dtype: str = "float32"
+    kernel: str = "auto"
 
     def __post_init__(self) -> None:
         for field in ("sensors", "global_scale", "local_scale", "aspect"):
@@ -77,6 +82,7 @@ def _checks(spec: ViewSpec) -> list[tuple[bool, str]]:
         (spec.modality_group < 0, f"modality_group {spec.modality_group}, expected >= 0"),
         (spec.box_tries < 1, f"box_tries {spec.box_tries}, expected >= 1"),
         (not 0 <= spec.min_valid <= 1, f"min_valid {spec.min_valid}, expected 0..1"),
+        (spec.kernel not in KERNELS, f"kernel {spec.kernel!r}, expected one of {list(KERNELS)}"),
         (spec.dtype not in ("float32", "bfloat16"), f"dtype {spec.dtype!r}, expected float32 or bfloat16"),
         (not 0 < spec.aspect[0] <= spec.aspect[1], f"aspect {spec.aspect}, expected 0 < low <= high"),
     ]
@@ -205,13 +211,24 @@ def make_views(
     offsets = _columns(spec, batch["offset"], "offset")
     patches: list[dict[str, Array]] = [{} for _ in kinds]
     for i, name in enumerate(spec.sensors):
-        cut = resample_sensor(
-            name, batch[name], stats[name], offsets[:, i], grids, spec.patch, jnp.dtype(spec.dtype), layout
-        )
+        arguments = (name, batch[name], stats[name], offsets[:, i], grids, spec.patch, jnp.dtype(spec.dtype))
+        if _by_kernels(spec, name, batch[name], layout):
+            cut = view_kernels.resample_sensor(*arguments)
+        else:
+            cut = resample.resample_sensor(*arguments, layout)
         for out, value in zip(patches, cut, strict=True):
             out[name] = value
     sets = [ViewSet(p, s, t, b, f) for p, (b, f, s, t) in zip(patches, draws, strict=True)]
     return sets[0], sets[1] if spec.locals else _empty(spec, sets[0])
+
+
+def _by_kernels(spec: ViewSpec, sensor: str, entry: Mapping[str, Any], layout: str) -> bool:
+    """Whether Pallas kernels cut a sensor's views. "auto": in the column layout and with a mesh, if they can."""
+    if layout != "columns" or spec.kernel == "xla":
+        return False
+    kinds = [(spec.globals, spec.global_size), *([(spec.locals, spec.local_size)] if spec.locals else [])]
+    can = not view_kernels.faults(sensor, entry, kinds, spec.patch, jnp.dtype(spec.dtype))
+    return spec.kernel == "pallas" or (can and not get_abstract_mesh().empty)
 
 
 def _empty(spec: ViewSpec, like: ViewSet) -> ViewSet:

@@ -233,7 +233,7 @@ def _loss_and_gradients(
     stats = {name: spec.stats.arrays(name) for name in spec.model.sensors}
     with jax.named_scope("views"):
         # The column layout is cheaper to produce on TPU, the plain one elsewhere.
-        layout = "columns" if spec.model.backend == "tpu" else "patches"
+        layout = "columns" if spec.model.backend == "tpu" or spec.views.kernel == "pallas" else "patches"
         global_views, local_views = make_views(spec.views, stats, batch, view_key, layout=layout)
     with jax.named_scope("teacher"):
         weights = gather(state.teacher)

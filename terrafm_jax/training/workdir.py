@@ -25,8 +25,8 @@ from terrafm_jax.training.report import read_rows
 _FREE = (
     "stop_at_step", "allow_config_change", "exit_code_preempted", "max_nonfinite", "init_from", "data.dir",
     "data.workers", "data.cache", "data.max_skipped", "compute.scan", "compute.remat", "compute.attention",
-    "compute.fusion_kernel", "compute.stems", "compute.folded", "compute.overlap", "mesh.", "checkpoint.", "log.",
-    "knn.", "profile.",
+    "compute.fusion_kernel", "compute.view_kernel", "compute.stems", "compute.folded", "compute.overlap", "mesh.",
+    "checkpoint.", "log.", "knn.", "profile.",
 )  # fmt: skip
 
 
