@@ -13,7 +13,7 @@ import numpy as np
 import rasterio
 from rasterio.crs import CRS
 from rasterio.enums import Resampling
-from rasterio.errors import RasterioError
+from rasterio.errors import CRSError, RasterioError
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform as transform_points
 
@@ -177,7 +177,7 @@ def _transformed(crs: str, source: str, target: str, x: np.ndarray, y: np.ndarra
     """Coordinates in another system, infinite where PROJ finds none. Raises BadInput where ``crs`` is to blame."""
     try:
         a, b = transform_points(_crs(source), _crs(target), list(x), list(y))
-    except RasterioError as error:
+    except (RasterioError, CRSError) as error:
         raise BadInput(f"CRS {crs!r} cannot be used ({first_line(error)})") from error
     except Exception:  # PROJ has exceptions of its own, and elsewhere returns infinity without any
         a = b = [np.inf]

@@ -15,7 +15,7 @@ from rasterio.warp import transform
 
 from data_prep import geotiff, majortom
 from data_prep.ground import Place, radius, rivals, share_ground
-from data_prep.raster import Grid
+from data_prep.raster import BadInput, Grid
 from data_prep.worldcover import lonlat, lonlat_outline, project
 from terrafm_jax.sensors import SENSORS
 
@@ -31,6 +31,14 @@ def test_edges_that_touch_are_not_shared_ground():
     assert share_ground(grid, _grid(500_990, 5_000_990))
     assert not share_ground(grid, _grid(500_990, 5_001_000))
     assert not share_ground(grid, _grid(500_000, 5_000_000, crs="EPSG:32732")), "the other hemisphere"
+
+
+def test_a_system_that_nobody_knows_is_told_from_one_without_a_place_for_the_point():
+    there = np.array([500_000.0]), np.array([5_000_000.0])
+    with pytest.raises(BadInput, match=r"CRS 'EPSG:999999' cannot be used \(.*999999"):
+        lonlat("EPSG:999999", *there)
+    with pytest.raises(BadInput, match="lie outside of CRS 'EPSG:32632'"):
+        lonlat("EPSG:32632", there[0] * 1e3, there[1] * 1e3)
 
 
 def test_footprints_across_systems_agree_with_their_points():

@@ -133,6 +133,38 @@ def test_both_cores_of_a_chip_share_the_fusion():
         assert 0.4 * cycles < two[kernel] < 0.6 * cycles
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2", "v5p:2x2x1", "v4:2x2x1"])
+def test_views_of_usual_tiles_compile_and_take_longer_than_their_products(topology):
+    if not client.available():
+        pytest.skip("libtpu is not installed")
+    from terrafm_jax.sensors import SENSORS
+    from terrafm_jax.ssl import view_kernels
+    from terrafm_jax.training.batches import TILE_METERS, batch_shapes
+
+    chip = chips.Topology.parse(topology)
+    where = jax.sharding.SingleDeviceSharding(client.compile_only_devices(chip)[0])
+    entry = batch_shapes(("s2_l2a",), 4, TILE_METERS, where)["s2_l2a"]
+
+    def run(entry, offset, *views):
+        stats = SENSORS["s2_l2a"].mean, SENSORS["s2_l2a"].std
+        return view_kernels.resample_sensor("s2_l2a", entry, stats, offset, [(*views, 96)], 16, "bfloat16")
+
+    shapes = ((4,), jnp.float32), ((4, 8, 4), jnp.float32), ((4, 8, 2), jnp.bool_)
+    arguments = [jax.ShapeDtypeStruct(*shape, sharding=where) for shape in shapes]
+    _, module = client.compile_only(jax.jit(run).trace(entry, *arguments).lower(lowering_platforms=("tpu",)))
+    found = {}
+    for _, i in module.walk():
+        if i.is_kernel:
+            name = i.name.split(".")[0]
+            found[name] = found.get(name, 0) + i.cycles
+    assert set(found) == {"view_planes", "view_patches"}
+    sides = {group: entry[group]["dn"].shape[1] for group in entry}
+    planes = {group: len(names) + 1 for group, names in SENSORS["s2_l2a"].groups.items()}
+    products = sum(planes[g] * 8 * 96 * side * (side + 96) for g, side in sides.items()) * 4
+    assert found["view_patches"] > 2 * products / (chip.chip.flops / chip.chip.clock)
+
+
 def _fusion_cycles(topology: str, spec: ModelSpec) -> dict[str, float]:
     """Cycles of either direction for 32 local views."""
     from terrafm_jax.models.tpu import fusion_kernels
