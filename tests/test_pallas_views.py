@@ -111,6 +111,13 @@ def test_what_the_kernels_cannot_cut_is_named():
         make_views(spec, STATS, fake_batch(2, 60), jax.random.key(0), layout="columns")
 
 
+def test_bands_that_are_not_pairs_of_sixteen_bits_are_named():
+    entry = fake_batch(2, 60)["s1"]
+    entry["10m"]["dn"] = entry["10m"]["dn"].astype(np.float32)[..., :1]
+    found = view_kernels.faults("s1", entry, [(1, 32)], 8, "float32")
+    assert found == ["10m has 1 bands, not pairs", "bands are stored as float32, not in 16 bits"]
+
+
 def test_tiles_of_the_usual_size_fit_on_chip_memory_in_bfloat16_and_twice_the_size_does_not():
     kinds = [(2, 224), (8, 96)]
     for key in SENSOR_KEYS:

@@ -78,6 +78,8 @@ def faults(
     sensor, found = sensors.SENSORS[key], []
     shapes = {group: entry[group]["dn"].shape for group in sensor.groups}
     found += [f"{group} has {shape[3]} bands, not pairs" for group, shape in shapes.items() if shape[3] % 2]
+    stored_as = {jnp.dtype(entry[group]["dn"].dtype) for group in shapes}
+    found += [f"bands are stored as {kind}, not in 16 bits" for kind in stored_as if kind.itemsize != 2]
     deep = ROWS * 4 // jnp.dtype(dtype).itemsize
     found += [f"views of {out} pixels, no multiple of {deep}" for _, out in kinds if out % deep]
     for _, *sides, bands in shapes.values():
