@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from views_fake import STATS, fake_batch
+from views_fake import CASES, STATS, fake_batch
 
 from terrafm_jax.sensors import SENSOR_KEYS
 from terrafm_jax.ssl import view_kernels
@@ -18,13 +18,6 @@ from terrafm_jax.ssl.views import ViewSet, ViewSpec, make_views
 from terrafm_jax.training.batches import TILE_METERS, batch_shapes
 
 SPEC = ViewSpec(globals=2, locals=3, global_size=32, local_size=16, patch=8)
-CASES = {
-    "plain": {},
-    "small extent on a canvas": {"canvas": 72},
-    "shifted coarse grids": {"shift": 0.58},
-    "nodata": {"hole": 0.3},
-    "all of it": {"canvas": 72, "shift": 0.58, "hole": 0.2},
-}
 
 
 def cut(batch: dict[str, Any], spec: ViewSpec, kernel: str) -> tuple[ViewSet, ViewSet]:

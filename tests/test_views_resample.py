@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from views_fake import STATS, fake_batch, slow_view, unpatch, views_of
+from views_fake import CASES, STATS, fake_batch, slow_view, unpatch, views_of
 
 from terrafm_jax.sensors import SENSOR_KEYS, SENSORS
 from terrafm_jax.ssl import resample
@@ -44,15 +44,6 @@ def group_views(entry: dict, mean: float, std: float, boxes: np.ndarray, flips: 
         return resample.to_patches(planes, 8)
 
     return unpatch(np.asarray(cut(entry)), 8)[0]
-
-
-CASES = {
-    "plain": {},
-    "small extent on a canvas": {"canvas": 72},
-    "shifted coarse grids": {"shift": 0.58},
-    "nodata": {"hole": 0.3},
-    "all of it": {"canvas": 72, "shift": 0.58, "hole": 0.2},
-}
 
 
 @pytest.mark.parametrize("case", CASES)

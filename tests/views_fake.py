@@ -11,6 +11,13 @@ import numpy as np
 from terrafm_jax.sensors import SENSOR_KEYS, SENSORS, Statistics
 from terrafm_jax.ssl.views import ViewSet, ViewSpec, make_views
 
+CASES = {  # arguments of fake_batch with sides of 60
+    "plain": {},
+    "small extent on a canvas": {"canvas": 72},
+    "shifted coarse grids": {"shift": 0.58},
+    "nodata": {"hole": 0.3},
+    "all of it": {"canvas": 72, "shift": 0.58, "hole": 0.2},
+}
 STATS = {k: Statistics.published().arrays(k) for k in SENSOR_KEYS}
 
 
