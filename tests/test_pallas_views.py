@@ -80,7 +80,7 @@ def test_devices_cut_their_own_records(shape):
         assert word not in program.as_text()
     expected = jitted(batch, SPEC, "pallas")
     for a, b in zip(jax.tree.leaves(program(jax.device_put(batch, split))), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6)
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
 
 
 def kernels_in(spec: ViewSpec, batch: dict[str, Any], layout: str) -> int:

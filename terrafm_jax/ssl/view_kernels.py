@@ -151,7 +151,7 @@ def _planes_kernel(
     pairs = dn.bitcast(jnp.int32)  # a word holds two bands of a pixel, the first one low
     for start in range(0, height, LANES):
         rows = slice(start, min(start + LANES, height))
-        valid = _unpacked(packed[0, :, rows], width)
+        valid = _unpacked(packed[0, :, rows], width, out.dtype)
         out[0, bands, rows] = valid.astype(jnp.float32).astype(out.dtype)
         for band in range(bands):
             word = pairs[0, rows, band // 2, :]
@@ -161,13 +161,13 @@ def _planes_kernel(
             out[0, band, rows] = jnp.where(valid, values, 0.0).astype(out.dtype)
 
 
-def _unpacked(packed: Array, width: int) -> Array:
-    """uint8 [bytes, H] -> bool [H, W]: a product repeats every byte over its eight columns."""
+def _unpacked(packed: Array, width: int, dtype: Any) -> Array:
+    """uint8 [bytes, H] -> bool [H, W]: a product in ``dtype``, exact below 256, repeats every byte over its columns."""
     count, height = packed.shape
     byte, column = (lax.broadcasted_iota(jnp.int32, (count, width), axis) for axis in (0, 1))
-    spread = (lax.shift_right_logical(column, 3) == byte).astype(jnp.float32).astype(jnp.bfloat16)
-    packed = packed.astype(jnp.int32).astype(jnp.float32).astype(jnp.bfloat16)  # exact: below 256
-    found = lax.dot_general(packed, spread, _TRANSPOSED, preferred_element_type=jnp.float32).astype(jnp.int32)
+    spread = (lax.shift_right_logical(column, 3) == byte).astype(jnp.float32).astype(dtype)
+    packed = packed.astype(jnp.int32).astype(jnp.float32).astype(dtype)
+    found = _dot(packed, spread, _TRANSPOSED).astype(jnp.int32)
     place = 7 - (lax.broadcasted_iota(jnp.int32, (height, width), 1) & 7)
     return (lax.shift_right_logical(found, place) & 1) == 1
 
@@ -275,8 +275,8 @@ def _patches_kernel(places: pl.Ref, *refs: pl.Ref, order: Sequence[int], patch: 
             patches[0, i, line] = jnp.concatenate(pieces, axis=1)
 
 
-def _dot(a: Array, b: Array) -> Array:
-    return lax.dot_general(a, b, _ROWS_BY_ROWS, precision=precision(a.dtype), preferred_element_type=jnp.float32)
+def _dot(a: Array, b: Array, dims: tuple = _ROWS_BY_ROWS) -> Array:
+    return lax.dot_general(a, b, dims, precision=precision(a.dtype), preferred_element_type=jnp.float32)
 
 
 def _weights(start: Array, stop: Array, flip: Array, extent: Array, shape: tuple[int, int], patch: int = 0) -> Array:
