@@ -149,7 +149,7 @@ def _planes_kernel(
     signed = jnp.issubdtype(dn.dtype, jnp.signedinteger)
     shift_right = lax.shift_right_arithmetic if signed else lax.shift_right_logical
     pairs = dn.bitcast(jnp.int32)  # a word holds two bands of a pixel, the first one low
-    for start in range(0, height, LANES):
+    for start in range(0, height, LANES):  # rows of pixels are lanes in ``packed``
         rows = slice(start, min(start + LANES, height))
         valid = _unpacked(packed[0, :, rows], width, out.dtype)
         out[0, bands, rows] = valid.astype(jnp.float32).astype(out.dtype)
