@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -30,6 +31,16 @@ def jitted_views(spec: ViewSpec, batch: dict[str, Any], key: jax.Array) -> tuple
 def views_of(spec: ViewSpec, batch: dict[str, Any], seed: int = 0) -> tuple[ViewSet, ViewSet]:
     """The view sets of a batch as NumPy arrays."""
     return jax.device_get(jitted_views(spec, batch, jax.random.key(seed)))
+
+
+def as_columns(x: Any, patch: int) -> np.ndarray:
+    """Patches in the plain layout [..., h, w, p * p * C] -> the column layout [..., h, p / m, w, m * C * p]."""
+    *outer, h, w, values = x.shape
+    bands = values // patch**2
+    m = 128 // math.gcd(128, bands * patch)  # 128 lanes are full with so many columns
+    m = m if patch % m == 0 else 1
+    x = np.asarray(x).reshape(-1, h, w, patch, m, patch // m, bands)
+    return x.transpose(0, 1, 5, 2, 4, 6, 3).reshape(*outer, h, patch // m, w, m * bands * patch)
 
 
 def fake_batch(

@@ -1,8 +1,9 @@
 """Stems: a sensor's patches times its kernel, with the patches in either of two layouts.
 
-The plain layout is [B, h, w, p * p * C]. On TPU, ``ssl.views`` delivers the column layout [B, h, p, w, C * p]: the
-column inside the patch comes before the patch, and the last axis is ordered (band, row in the patch). A TPU produces it
-at a fraction of the cost. The values are the same; instead of the activations we permute the kernel, which is a
+The plain layout is [B, h, w, p * p * C]. On TPU, ``ssl.views`` delivers the column layout [B, h, p / m, w, m * C * p]:
+the column inside the patch comes before the patch, and the last axis is ordered (band, row in the patch). Of the
+columns, m that lie p / m apart (:func:`together`) are side by side in the last axis, before the bands. A TPU produces
+it at a fraction of the cost. The values are the same; instead of the activations we permute the kernel, which is a
 thousand times smaller.
 """
 
@@ -21,6 +22,8 @@ from terrafm_jax.models.layers import expand, linear, precision, sum_rows, unifo
 from terrafm_jax.models.spec import ModelSpec
 from terrafm_jax.sensors import NORMALIZED_MEAN
 
+LANES = 128  # of a TPU's vector register
+
 
 class Stem(nnx.Module):
     """A convolution with kernel = stride = patch, as a matrix product: kernel [p*p*C, 3d].
@@ -34,6 +37,21 @@ class Stem(nnx.Module):
         fan_in = spec.patch_features(sensor)
         self.kernel = nnx.Param(uniform_fan_in(rngs.params(), (fan_in, spec.stem_width), fan_in))
         self.bias = nnx.Param(-NORMALIZED_MEAN * self.kernel[...].sum(0))
+
+
+def together(bands: int, patch: int) -> int:
+    """How many columns of a patch share the last axis in the column layout: the fewest that fill whole registers.
+
+    Lanes that stay empty are stored, moved and multiplied like the others: of Sentinel-1's 32 values of a column they
+    would be three quarters. 1 where no number of columns fills them.
+    """
+    return next((m for m in range(1, patch + 1) if patch % m == 0 and m * bands * patch % LANES == 0), 1)
+
+
+def column_shape(values: int, patch: int) -> tuple[int, int]:
+    """(p / m, m * C * p): how the column layout divides the p * p * C values of a patch."""
+    m = together(values // patch**2, patch)
+    return patch // m, values // (patch // m)
 
 
 def grid(x: Array) -> tuple[int, int, int]:
@@ -52,7 +70,7 @@ def stem_product(
     """``layers.linear`` for patches in either layout.
 
     Args:
-      x: [B, h, w, p * p * C] or [B, h, p, w, C * p].
+      x: [B, h, w, p * p * C] or [B, h, p / m, w, m * C * p].
       kernel: [p * p * C, N], rows ordered (row, column, band), or what :func:`ordered` made of it; bias: [N] or None.
 
     Returns:
@@ -90,18 +108,20 @@ def _cut(x: Array, widths: Sequence[int]) -> list[Array]:
 
 
 def ordered(kernel: Array, spec: ModelSpec) -> Array:
-    """[p * p * C, N] -> [p, C * p, N]: permutes a kernel for patches in the column layout.
+    """[p * p * C, N] -> [p / m, m * C * p, N]: permutes a kernel for patches in the column layout.
 
     Permute it once, before it is used for several sizes of views, so that their gradients are added locally before the
     all-reduce over devices.
     """
     p, (values, features) = spec.patch, kernel.shape
-    return kernel.reshape(p, p, -1, features).transpose(1, 2, 0, 3).reshape(p, values // p, features)
+    shape = column_shape(values, p)
+    kernel = kernel.reshape(p, -1, shape[0], values // p**2, features).transpose(2, 1, 3, 0, 4)
+    return kernel.reshape(*shape, features)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _product(x: Array, kernel: Array, dtype: jnp.dtype, out_dtype: jnp.dtype) -> Array:
-    """[B, h, p, w, C * p] times [p, C * p, N] -> [B, h, w, N]."""
+    """[B, h, j, w, k] times [j, k, N] -> [B, h, w, N]."""
     exact = precision(dtype)
     return jnp.einsum("bhjwk,jkn->bhwn", x, kernel.astype(dtype), precision=exact, preferred_element_type=out_dtype)
 

@@ -206,11 +206,19 @@ def _check(
         faults.append(f"sensors {tuple(patches)} together, but these weights have no fusion; give one sensor")
     shapes = {s: x.shape for s, x in patches.items()}
     if any(x.ndim not in (4, 5) for x in patches.values()) or len({stems.grid(x) for x in patches.values()}) > 1:
-        faults.append(f"patches must be [B, h, w, p*p*C] (or [B, h, p, w, C*p]) with equal B, h, w; found {shapes}")
+        faults.append(f"patches must be [B, h, w, p*p*C] (or [B, h, p/m, w, m*C*p]) with equal B, h, w; found {shapes}")
     for s, x in patches.items():
         # Expected by the weights, not by the sensor table: a caller may have sliced the stem to fewer bands.
-        if s in spec.sensors and stems.values(x) != (expected := embed[f"conv2d_{s}"]["kernel"].shape[0]):
+        if s not in spec.sensors:
+            continue
+        expected = embed[f"conv2d_{s}"]["kernel"].shape[0]
+        columns = stems.column_shape(expected, spec.patch)
+        if stems.values(x) != expected:
             faults.append(f"{s}: patches have {stems.values(x)} values; expected {expected}")
+        elif x.ndim == 5 and (x.shape[2], x.shape[4]) != columns:
+            faults.append(
+                f"{s}: {x.shape[2]} times {x.shape[4]} values in a patch; expected {columns[0]} times {columns[1]}"
+            )
     batch = next(iter(shapes.values()), (0,))[0]
     if present is not None and present.shape != (batch, len(spec.sensors)):
         faults.append(f"present has shape {present.shape}; expected {(batch, len(spec.sensors))}")

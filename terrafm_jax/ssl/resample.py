@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 
 from terrafm_jax import sensors
+from terrafm_jax.models.stems import together
 from terrafm_jax.ssl.boxes import to_pixels
 
 FILL = sensors.NORMALIZED_MEAN  # value of output pixels without any measurement
@@ -182,9 +183,9 @@ def to_patches(planes: list[Array], patch: int, layout: str = "patches") -> Arra
 
     Returns:
       ``patches``: [B, V, h, w, patch * patch * C], last axis (row, column, band).
-      ``columns``: [B, V, h, patch, w, C * patch], the fourth axis the column inside the patch, the last one
-      (band, row). On TPU this takes one transposition of matrices that fill the vector lanes, whereas moving
-      16-wide rows and 12 bands into place for ``patches`` takes longer than all of the resampling.
+      ``columns``: [B, V, h, patch / m, w, m * C * patch], see ``models.stems``. On TPU this takes one transposition of
+      matrices that fill the vector lanes, whereas moving 16-wide rows and 12 bands into place for ``patches`` takes
+      longer than all of the resampling.
     """
     merged = jnp.stack(planes, axis=2)
     size, views, bands, out, _ = merged.shape
@@ -196,4 +197,6 @@ def to_patches(planes: list[Array], patch: int, layout: str = "patches") -> Arra
     # Without the barrier, the TPU compiler merges this with the transpositions of whatever reads the patches, and
     # chooses a layout with the batch in the vector lanes.
     merged = jax.lax.optimization_barrier(merged.reshape(size * views, side, out, bands * patch))
-    return merged.reshape(size, views, side, patch, side, bands * patch)
+    m = together(bands, patch)
+    merged = merged.reshape(size * views, side, m, patch // m, side, bands * patch).transpose(0, 1, 3, 4, 2, 5)
+    return merged.reshape(size, views, side, patch // m, side, m * bands * patch)

@@ -28,11 +28,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from terrafm_jax import sensors
 from terrafm_jax.models.layers import precision
+from terrafm_jax.models.stems import LANES, column_shape
 from terrafm_jax.models.tpu.kernel_calls import over_batch, run
 from terrafm_jax.ssl.boxes import to_pixels
 from terrafm_jax.ssl.resample import FILL, MIN_WEIGHT, REACH
 
-LANES, ROWS = 128, 8  # of a vector register; a row holds two of bfloat16
+ROWS = 8  # of a vector register; a row holds two of bfloat16
 MEMORY = 15 << 20  # bytes of on-chip memory for a kernel: 16 MiB on v4, less what the compiler needs for itself
 
 _ROWS_BY_ROWS = (((1,), (1,)), ((), ()))  # [m, c] x [n, c] -> [m, n]
@@ -183,7 +184,7 @@ def _places(entry: Mapping[str, Array], boxes: Array, flips: Array) -> Array:
 
 
 def _patches(planes: Sequence[Array], places: Sequence[Array], order: Sequence[int], out: int, patch: int) -> Array:
-    """[B, V, h, patch, w, C * patch], see ``resample.to_patches``, of one size of views.
+    """[B, V, h, patch / m, w, m * C * patch], the column layout of ``models.stems``, of one size of views.
 
     Args:
       planes, places: of each group.
@@ -192,11 +193,12 @@ def _patches(planes: Sequence[Array], places: Sequence[Array], order: Sequence[i
     """
     places = jnp.stack(places, axis=1)
     shapes, dtype = [x.shape[1:] for x in planes], planes[0].dtype
-    views, side, width = places.shape[2], out // patch, len(order) * patch
+    views, side = places.shape[2], out // patch
+    lines, width = _patch_shape(out, patch, len(order))  # of one row of patches
     each, mode = _at_once(shapes, views, out, patch, len(order), dtype)
 
     def call(places: Array, *planes: Array) -> Array:
-        result = jax.ShapeDtypeStruct((places.shape[0], views, side, out, width), dtype)
+        result = jax.ShapeDtypeStruct((places.shape[0], views, side, lines, width), dtype)
         build = functools.partial(
             pl.pallas_call,
             functools.partial(_patches_kernel, order=order, patch=patch),
@@ -205,7 +207,7 @@ def _patches(planes: Sequence[Array], places: Sequence[Array], order: Sequence[i
                 pl.BlockSpec((1, *places.shape[1:]), lambda i, _: (i, 0, 0, 0), memory_space=pltpu.SMEM),
                 *(_record(x, mode) for x in planes),
             ],
-            out_specs=pl.BlockSpec((1, each, side, out, width), lambda i, j: (i, j, 0, 0, 0)),
+            out_specs=pl.BlockSpec((1, each, side, lines, width), lambda i, j: (i, j, 0, 0, 0)),
             out_shape=result,
             scratch_shapes=[pltpu.VMEM(shape, dtype) for shape in _scratch(shapes, each, out, len(order))],
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
@@ -214,7 +216,13 @@ def _patches(planes: Sequence[Array], places: Sequence[Array], order: Sequence[i
         )
         return run(build, places, *planes)
 
-    return over_batch(call, [places, *planes]).reshape(-1, views, side, patch, side, width)
+    return over_batch(call, [places, *planes]).reshape(-1, views, side, lines // side, side, width)
+
+
+def _patch_shape(out: int, patch: int, bands: int) -> tuple[int, int]:
+    """A row of patches: [columns in the patch / m * patches, m * bands * rows in the patch]."""
+    columns, values = column_shape(bands * patch**2, patch)
+    return columns * (out // patch), values
 
 
 def _at_once(shapes: Sequence[Shape], views: int, out: int, patch: int, bands: int, dtype: Any) -> tuple[int, Any]:
@@ -227,7 +235,7 @@ def _at_once(shapes: Sequence[Shape], views: int, out: int, patch: int, bands: i
     for copies, mode in ((2, None), (1, pl.Buffered(1))):
         for each in range(views, 0, -1):
             scratch = sum(_bytes(dtype, *shape) for shape in _scratch(shapes, each, out, bands))
-            results = 2 * each * _bytes(dtype, out // patch, out, bands * patch)
+            results = 2 * each * _bytes(dtype, out // patch, *_patch_shape(out, patch, bands))
             if views % each == 0 and copies * planes + scratch + results + product <= MEMORY:
                 return each, mode
     return 0, None
@@ -248,9 +256,10 @@ def _cost(planes: Sequence[Array], views: int, out: int, result: jax.ShapeDtypeS
 
 def _patches_kernel(places: pl.Ref, *refs: pl.Ref, order: Sequence[int], patch: int) -> None:
     """Some views of a record: places [1, groups, V, 8] and planes [1, bands + 1, H, W] of each group ->
-    patches [1, views, h, out, C * patch]; then the scratch."""
+    patches [1, views, h, out / m, m * C * patch]; then the scratch."""
     *stored, patches, lines, cut, across, down = refs
-    _, each, side, out, _ = patches.shape
+    _, each, side, columns, _ = patches.shape
+    out = side * patch
     views = [slice(i * out, (i + 1) * out) for i in range(each)]
     done = 0
     for group, planes in enumerate(stored):
@@ -269,9 +278,11 @@ def _patches_kernel(places: pl.Ref, *refs: pl.Ref, order: Sequence[int], patch: 
             for band, value in enumerate(values):
                 cut[done + band, rows] = (value * share + FILL).astype(cut.dtype)
         done += count - 1
-    for i, rows in enumerate(views):
+    for i, view in enumerate(views):
+        parts = [slice(start, start + columns) for start in range(view.start, view.stop, columns)]
         for line in range(side):
-            pieces = [cut[band, rows, line * patch : (line + 1) * patch] for band in order]
+            rows = slice(line * patch, (line + 1) * patch)
+            pieces = [cut[band, part, rows] for part in parts for band in order]
             patches[0, i, line] = jnp.concatenate(pieces, axis=1)
 
 

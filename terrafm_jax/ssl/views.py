@@ -195,9 +195,8 @@ def make_views(
       stats: per configured sensor mean and std [C] in the sensor's unit, of harmonized values.
       batch: as described in ``data/tiles.py``; tiles may be windows, with shifted geometry.
       key: threefry key, e.g. ``fold_in(seed, step)``.
-      layout: ``patches``, or ``columns`` [B, V, h, patch, w, C * patch] (column in the patch before the patch,
-        last axis (band, row in the patch)): the same values in an order that is cheaper to produce on TPU.
-        ``models.encode`` takes both.
+      layout: ``patches``, or ``columns`` [B, V, h, patch / m, w, m * C * patch]: the same values in an order that is
+        cheaper to produce on TPU. ``models.encode`` takes both (``models.stems``).
 
     Returns:
       (global, local) view sets; with ``locals = 0`` the local one has V = 0.
@@ -237,7 +236,7 @@ def _empty(spec: ViewSpec, like: ViewSet) -> ViewSet:
     none = jax.tree.map(lambda x: x[:, :0], like)
 
     def no_patches(x: Array) -> Array:
-        middle = (side, side) if x.ndim == 5 else (side, spec.patch, side)
+        middle = (side, side) if x.ndim == 5 else (side, x.shape[3], side)
         return jnp.zeros((x.shape[0], 0, *middle, x.shape[-1]), x.dtype)
 
     patches = {k: no_patches(x) for k, x in like.patches.items()}
