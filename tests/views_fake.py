@@ -39,8 +39,8 @@ def as_columns(x: Any, patch: int) -> np.ndarray:
     bands = values // patch**2
     m = 128 // math.gcd(128, bands * patch)  # 128 lanes are full with so many columns
     m = m if patch % m == 0 else 1
-    x = np.asarray(x).reshape(-1, h, w, patch, m, patch // m, bands)
-    return x.transpose(0, 1, 5, 2, 4, 6, 3).reshape(*outer, h, patch // m, w, m * bands * patch)
+    x = np.asarray(x).reshape(-1, h, w, patch, patch // m, m, bands)
+    return x.transpose(0, 1, 4, 2, 5, 6, 3).reshape(*outer, h, patch // m, w, m * bands * patch)
 
 
 def fake_batch(

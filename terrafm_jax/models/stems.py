@@ -1,10 +1,9 @@
 """Stems: a sensor's patches times its kernel, with the patches in either of two layouts.
 
 The plain layout is [B, h, w, p * p * C]. On TPU, ``ssl.views`` delivers the column layout [B, h, p / m, w, m * C * p]:
-the column inside the patch comes before the patch, and the last axis is ordered (band, row in the patch). Of the
-columns, m that lie p / m apart (:func:`together`) are side by side in the last axis, before the bands. A TPU produces
-it at a fraction of the cost. The values are the same; instead of the activations we permute the kernel, which is a
-thousand times smaller.
+the column inside the patch comes before the patch, m neighbors at a time (:func:`together`), and the last axis is
+ordered (which of them, band, row in the patch). A TPU produces it at a fraction of the cost. The values are the same;
+instead of the activations we permute the kernel, which is a thousand times smaller.
 """
 
 from __future__ import annotations
@@ -114,9 +113,8 @@ def ordered(kernel: Array, spec: ModelSpec) -> Array:
     all-reduce over devices.
     """
     p, (values, features) = spec.patch, kernel.shape
-    shape = column_shape(values, p)
-    kernel = kernel.reshape(p, -1, shape[0], values // p**2, features).transpose(2, 1, 3, 0, 4)
-    return kernel.reshape(*shape, features)
+    kernel = kernel.reshape(p, p, -1, features).transpose(1, 2, 0, 3)
+    return kernel.reshape(*column_shape(values, p), features)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

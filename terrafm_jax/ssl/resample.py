@@ -198,5 +198,5 @@ def to_patches(planes: list[Array], patch: int, layout: str = "patches") -> Arra
     # chooses a layout with the batch in the vector lanes.
     merged = jax.lax.optimization_barrier(merged.reshape(size * views, side, out, bands * patch))
     m = together(bands, patch)
-    merged = merged.reshape(size * views, side, m, patch // m, side, bands * patch).transpose(0, 1, 3, 4, 2, 5)
+    merged = merged.reshape(size * views, side, patch // m, m, side, bands * patch).transpose(0, 1, 2, 4, 3, 5)
     return merged.reshape(size, views, side, patch // m, side, m * bands * patch)

@@ -260,6 +260,7 @@ def _patches_kernel(places: pl.Ref, *refs: pl.Ref, order: Sequence[int], patch: 
     *stored, patches, lines, cut, across, down = refs
     _, each, side, columns, _ = patches.shape
     out = side * patch
+    grid = (side, columns // side, out // columns)
     views = [slice(i * out, (i + 1) * out) for i in range(each)]
     done = 0
     for group, planes in enumerate(stored):
@@ -267,7 +268,7 @@ def _patches_kernel(places: pl.Ref, *refs: pl.Ref, order: Sequence[int], patch: 
         for i, rows in enumerate(views):
             view = pl.program_id(1) * each + i
             top, bottom, left, right, upside, mirrored, high, wide = (places[0, group, view, n] for n in range(8))
-            across[rows, :width] = _weights(left, right, mirrored, wide, (out, width), patch).astype(across.dtype)
+            across[rows, :width] = _weights(left, right, mirrored, wide, (out, width), grid).astype(across.dtype)
             down[rows, :height] = _weights(top, bottom, upside, high, (out, height)).astype(down.dtype)
         for band in range(count):
             lines[band, :, :height] = _dot(across[:, :width], planes[0, band]).astype(lines.dtype)
@@ -290,11 +291,23 @@ def _dot(a: Array, b: Array, dims: tuple = _ROWS_BY_ROWS) -> Array:
     return lax.dot_general(a, b, dims, precision=precision(a.dtype), preferred_element_type=jnp.float32)
 
 
-def _weights(start: Array, stop: Array, flip: Array, extent: Array, shape: tuple[int, int], patch: int = 0) -> Array:
-    """``resample.triangle_weights`` of one view, [out, size], from scalars; with ``patch`` in the order of columns."""
+def _weights(
+    start: Array,
+    stop: Array,
+    flip: Array,
+    extent: Array,
+    shape: tuple[int, int],
+    grid: tuple[int, int, int] | None = None,
+) -> Array:
+    """``resample.triangle_weights`` of one view, [out, size], from scalars.
+
+    With ``grid`` = (patches, p / m, m) of the column layout, rows are ordered (which of m neighbors, p / m, patch).
+    """
     out, number = shape[0], lax.broadcasted_iota(jnp.int32, shape, 0)
-    if patch:
-        number = lax.rem(number, out // patch) * patch + lax.div(number, out // patch)
+    if grid:
+        side, groups, m = grid
+        column, place = lax.div(number, side), lax.rem(number, side)
+        number = (place * groups + lax.rem(column, groups)) * m + lax.div(column, groups)
     position = (number.astype(jnp.float32) + 0.5) / out
     position = jnp.where(flip > 0, 1.0 - position, position)
     center = start + (stop - start) * position
