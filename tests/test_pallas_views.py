@@ -48,6 +48,15 @@ def test_views_are_those_of_the_products(case):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5, err_msg=str(path))
 
 
+@pytest.mark.parametrize("side", [140, 170])
+def test_lines_beyond_whole_registers(side):
+    """12 more than 128: those of all bands are cut together. 42 more: of Sentinel-2's 10 m bands too many for that."""
+    batch = fake_batch(1, side, shift=0.58)
+    expected, found = jitted(batch, SPEC, "xla"), jitted(batch, SPEC, "pallas")
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
+
+
 def test_one_sensor_and_no_local_views():
     batch, spec = fake_batch(2, 60, sensors=("s1",)), dataclasses.replace(SPEC, sensors=("s1",), locals=0)
     (expected, _), (found, none) = jitted(batch, spec, "xla"), jitted(batch, spec, "pallas")

@@ -270,8 +270,7 @@ def _patches_kernel(places: pl.Ref, *refs: pl.Ref, order: Sequence[int], patch: 
             top, bottom, left, right, upside, mirrored, high, wide = (places[0, group, view, n] for n in range(8))
             across[rows, :width] = _weights(left, right, mirrored, wide, (out, width), grid).astype(across.dtype)
             down[rows, :height] = _weights(top, bottom, upside, high, (out, height)).astype(down.dtype)
-        for band in range(count):
-            lines[band, :, :height] = _dot(across[:, :width], planes[0, band]).astype(lines.dtype)
+        _make_lines(lines, across[:, :width], planes)
         for rows in views:
             every = jnp.concatenate([lines[band, rows, :height] for band in range(count)])
             *values, weight = jnp.split(_dot(every, down[rows, :height]), count)
@@ -285,6 +284,24 @@ def _patches_kernel(places: pl.Ref, *refs: pl.Ref, order: Sequence[int], patch: 
             rows = slice(line * patch, (line + 1) * patch)
             pieces = [cut[band, part, rows] for part in parts for band in order]
             patches[0, i, line] = jnp.concatenate(pieces, axis=1)
+
+
+def _make_lines(lines: pl.Ref, across: Array, planes: pl.Ref) -> None:
+    """First product: across [rows, W] and planes [1, bands, H, W] -> lines [bands, rows, H].
+
+    The matrix units hold 128 lines of a plane at a time. Usual tiles have a few more than a multiple of it (534 and
+    267): these last ones are taken from all planes together.
+    """
+    _, count, height, _ = planes.shape
+    rest = height % LANES
+    together = 0 < rest < height and count * rest <= LANES
+    whole = height - rest if together else height
+    for band in range(count):
+        lines[band, :, :whole] = _dot(across, planes[0, band, :whole]).astype(lines.dtype)
+    if together:
+        ends = _dot(across, jnp.concatenate([planes[0, band, whole:] for band in range(count)])).astype(lines.dtype)
+        for band in range(count):
+            lines[band, :, whole:height] = ends[:, band * rest : (band + 1) * rest]
 
 
 def _dot(a: Array, b: Array, dims: tuple = _ROWS_BY_ROWS) -> Array:
