@@ -164,7 +164,7 @@ class Job:
         settings |= {"diverged": list(diverged)} if diverged else {}
         row = {
             "key": f"finetune-{Path(self.workdir).name}", "model": best.plan.name, "weights": self.encoder.weights_hash,
-            "suite": c.data.suite, "dataset": info.name, "task": info.task, "inputs": list(self.inputs),
+            "suite": c.data.suite, "dataset": info.name, "task": info.task, **info.printed, "inputs": list(self.inputs),
             "image_size": c.image_size, "protocol": self.protocol(), "fraction": c.data.fraction,
             "shots": c.data.shots, "seed": c.seed, "samples": {k: len(s) for k, s in sources.items()},
             "metrics": report.as_entry(result.metrics),

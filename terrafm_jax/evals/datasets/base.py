@@ -150,6 +150,8 @@ class DatasetInfo:
       ignore: label that does not count in segmentation.
       note: printed with the results: band order used, what was cut, traps.
       share: of the published train split that this opening holds (1 % partitions of GEO-Bench).
+      unit: of a regression target, for people ("t/ha").
+      license: of the data, printed with the results.
     """
 
     name: str
@@ -159,12 +161,19 @@ class DatasetInfo:
     ignore: int = -1
     note: str = ""
     share: float = 1.0
+    unit: str = ""
+    license: str = ""
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise DatasetError(f"{self.name}: task {self.task!r}, expected one of {list(TASKS)}")
         if not self.inputs:
             raise DatasetError(f"{self.name}: declares no input")
+
+    @property
+    def printed(self) -> dict[str, str]:
+        """Fields of a row of results that only people read."""
+        return {k: v for k, v in (("unit", self.unit), ("license", self.license)) if v}
 
     def select(self, keys: Sequence[str]) -> dict[str, Input]:
         """The inputs of the given sensors. Raises DatasetError naming those the data set lacks."""

@@ -21,9 +21,10 @@ from terrafm_jax.sensors import SENSORS, band_name
 
 log = logging.getLogger(__name__)
 
-_FIELDS = {  # licence and unit (of a regression target) are for readers of the file alone
+_FIELDS = {
     "name": str, "root": str, "task": str, "classes": list, "inputs": dict, "masks": str, "mask_suffix": str,
-    "labels": (str, dict), "splits": (str, dict), "ignore": int, "licence": str, "note": str, "unit": str,
+    "labels": (str, dict), "splits": (str, dict), "ignore": int, "license": str, "licence": str, "note": str,
+    "unit": str,
 }  # fmt: skip
 _INPUT_FIELDS = {
     "bands": list, "unit": str, "offset": (int, float), "level": str, "folder": str, "suffix": str, "after": str,
@@ -112,6 +113,8 @@ class _Reader:
             inputs={i.sensor: i for i in self.inputs.values()},
             ignore=int(self.spec.get("ignore", -1)),
             note=self.spec.get("note", ""),
+            unit=self.spec.get("unit", ""),
+            license=self.spec.get("license", self.spec.get("licence", "")),
         )
 
         def read(i: int) -> Sample:
