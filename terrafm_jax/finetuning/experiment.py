@@ -64,7 +64,9 @@ class Experiment:
         self.recipe = Recipe(**{k: v for k, v in chosen.items() if v})
         samples = [s[i] for s in self.dataset.splits.values() for i in range(len(s))]
         self.labels = np.array([s.target for s in samples])
-        self.images = collate(self.info, samples, list(self.info.inputs))
+        self.images = collate(
+            self.info, samples, list(self.info.inputs), side=self.image_size, remedy="give --image_size, e.g. 224"
+        )
         self.out.mkdir(parents=True, exist_ok=True)
 
     def arms(self) -> Iterator[tuple[str, int, AnyEncoder]]:

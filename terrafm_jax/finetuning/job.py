@@ -70,7 +70,9 @@ class Job:
         if c.data.limit:
             splits = {k: s.subset(spread(len(s), c.data.limit)) for k, s in splits.items()}
         cache = c.data.cache == "ram"
-        return {k: Source(self.dataset.info, s, self.inputs, c.data.threads, cache) for k, s in splits.items()}
+        return {
+            k: Source(self.dataset.info, s, self.inputs, c.data.threads, cache, c.image_size) for k, s in splits.items()
+        }
 
     def plan(self, sources: dict[str, Source], rate: float) -> Plan:
         c, info = self.config, self.dataset.info

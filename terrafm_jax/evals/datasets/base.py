@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from terrafm_jax.evals.features import ImageBatch
+from terrafm_jax.evals.features import ImageBatch, resized
 from terrafm_jax.sensors import SENSORS, band_name, sensor
 from terrafm_jax.units import DN_PER_REFLECTANCE, UNITS, unit_word
 
@@ -247,16 +247,29 @@ class Dataset:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def collate(info: DatasetInfo, samples: Sequence[Sample], keys: Sequence[str], after: bool = False) -> ImageBatch:
-    """Batch of equally sized samples for the encoder, through ``canonical``."""
+def collate(
+    info: DatasetInfo,
+    samples: Sequence[Sample],
+    keys: Sequence[str],
+    after: bool = False,
+    side: int = 0,
+    remedy: str = "",
+) -> ImageBatch:
+    """Batch of samples for the encoder, through ``canonical``.
+
+    Images of a sensor that differ in size are resized to ``side`` px, to which the network would resize them; 0: raises
+    DatasetError, which ends in ``remedy``.
+    """
     inputs = info.select(keys)
     images = {}
     for key, source in inputs.items():
         parts = [canonical(source, (s.after if after else s.images)[key], f"{info.name}/{s.id}/{key}") for s in samples]
         shapes = {p.shape: s.id for p, s in zip(parts, samples, strict=True)}
+        if len(shapes) > 1 and not side:
+            shown = ", ".join(f"{name} {h}x{w} px" for (h, w, _), name in shapes.items())
+            raise DatasetError(f"{info.name}: {key} images differ in size: {shown}{remedy and '; '}{remedy}")
         if len(shapes) > 1:
-            shown = ", ".join(f"{name} {shape}" for shape, name in shapes.items())
-            raise DatasetError(f"{info.name}: {key} images of one batch differ in size: {shown}")
+            parts = [resized(p, side) for p in parts]
         images[key] = np.stack(parts)
     offset = {k: np.array([s.offset.get(k, inputs[k].offset) for s in samples], np.float32) for k in keys}
     return ImageBatch(images, {k: i.mask for k, i in inputs.items()}, offset)
