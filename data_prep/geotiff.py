@@ -47,11 +47,12 @@ from data_prep.scenes import (
     from_folder,
     stated_orders,
 )
-from data_prep.units import delivered_units, unit_word
+from data_prep.units import delivered_units, radar_scaled, stated_offset, unit_word
 from data_prep.worldcover import WorldCover, codes_on, lonlat_outline, maps_under
 from terrafm_jax.checks import hides
 from terrafm_jax.data.tiles import EXTENT_ORDER
 from terrafm_jax.sensors import SENSORS
+from terrafm_jax.units import AS_STORED, stated_scaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +118,14 @@ class GeoTiffs:
         mask = rasters.pop(CLOUD_MASK, None)
         first = files[0]
         unit = _common(key, "units", [f.unit for f in files]) or (self.s1_unit if key == "s1" else self.s2_unit)
+        offset = _common(key, "offsets", [f.offset for f in files])
+        known = None if offset is None else Offset(offset, "manifest")
+        if key == "s1":
+            rasters = {name: radar_scaled(r) if r.scaling != AS_STORED else r for name, r in rasters.items()}
+        else:
+            unit, known = stated_offset(key, rasters, unit, known)
         if unit == "auto":
             unit = guess_unit(rasters)
-        offset = _common(key, "offsets", [f.offset for f in files])
         return SensorInput(
             bands=rasters,
             product=first.product or Path(first.path).stem,
@@ -128,7 +134,7 @@ class GeoTiffs:
             orbit=first.orbit,
             unit=unit,
             cloud_mask=None if mask is None else mask.pixels,
-            offset=None if offset is None else Offset(offset, "manifest"),
+            offset=known,
         )
 
 
@@ -177,7 +183,8 @@ def _bands(key: str, file: SceneFile, area: _Area | None, order: Sequence[str]) 
         nodata = source.nodata if file.nodata is None else file.nodata
         if hides(source) and pixels.dtype.itemsize > 1:  # bytes are previews
             pixels, nodata = _hidden(pixels, source.read_masks(1, window=window) == 0, nodata), np.nan
-        return {name: Raster(pixels[i], grid, nodata) for i, name in enumerate(names)}
+        scaling = [stated_scaling(source, i + 1) for i in range(source.count)]
+        return {name: Raster(pixels[i], grid, nodata, scaling[i]) for i, name in enumerate(names)}
 
 
 def _hidden(pixels: np.ndarray, hidden: np.ndarray, nodata: float | None) -> np.ndarray:

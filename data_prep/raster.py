@@ -15,6 +15,8 @@ import rasterio
 from rasterio.errors import CRSError, RasterioError
 from rasterio.io import MemoryFile
 
+from terrafm_jax.units import AS_STORED
+
 T = TypeVar("T")
 Affine6 = tuple[float, float, float, float, float, float]
 
@@ -57,11 +59,15 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True)
 class Raster:
-    """Pixels [H, W] of one band on ``grid``; ``nodata`` as the file declares it."""
+    """Pixels [H, W] of one band on ``grid`` as stored; ``nodata`` and ``scaling`` as the file declares them.
+
+    ``scaling``: scale and offset that make values of what is stored (``units.stated_scaling``).
+    """
 
     pixels: np.ndarray
     grid: Grid
     nodata: float | None = None
+    scaling: tuple[float, float] = AS_STORED
 
 
 def normalize_crs(text: str) -> str:
