@@ -210,6 +210,26 @@ def test_windows_of_a_map_are_as_large_as_the_images_it_was_tuned_on(tmp_path):
     assert tuned_folder(tmp_path / "old", "linear", "regression", outputs=1).window == 32  # nothing recorded
 
 
+@pytest.mark.parametrize("task", ["regression", "segmentation"])
+def test_scenes_smaller_than_a_window_are_mirrored_and_not_stretched(tmp_path, task):
+    dense = task == "segmentation"
+    head, outputs = ("patch_linear", 3) if dense else ("linear", 1)
+    tuned = tuned_folder(tmp_path / "run", head, task, outputs=outputs, side=64)
+    names = tuned.bands["s2_l2a"]
+    scene = pixels(48, 1)[0][:32][..., S2_L2A.indices(names)].clip(1, 20000).astype(np.uint16)
+    file, out = fake.tiff(tmp_path / "scene.tif", scene, names=names), tmp_path / "map.tif"
+    mapping.predict_scene(tuned, [f"s2_l2a={file}"], out)
+    whole = np.zeros((1, 64, 64, 12), np.float32)
+    whole[..., S2_L2A.indices(names)] = np.pad(scene, ((0, 32), (0, 16), (0, 0)), "symmetric")
+    expected = tuned({"s2_l2a": whole})[0]
+    with rasterio.open(out) as found:
+        values = found.read(1)
+    if dense:
+        np.testing.assert_array_equal(values, expected[:32, :48].argmax(-1))
+    else:
+        np.testing.assert_allclose(values, np.full((2, 3), expected[0]), rtol=1e-4)
+
+
 @pytest.mark.slow
 def test_maps_of_other_weights_do_not_go_on(tmp_path, monkeypatch, capsys):
     tuned_folder(tmp_path / "run", "linear", "regression", outputs=1)
