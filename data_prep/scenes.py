@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -192,7 +193,8 @@ def facts(scenes: Iterable[Scene]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for scene in scenes:
         for file in scene.files:
-            digest.update(repr((scene.cell, dataclasses.replace(file, path=Path(file.path).name))).encode())
+            said = dataclasses.asdict(file) | {"path": Path(file.path).name, "cell": scene.cell}
+            digest.update(json.dumps(said, sort_keys=True).encode())
     return digest.hexdigest()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -174,7 +175,8 @@ def predict_scene(
     plan = Plan(grid, window, overlap, patch, batch=batch)
     reader = SceneReader(acquisitions, grid)
     classify = WindowClassifier(tuned, reader.bands, window)
-    mark = run.signature(plan, reader, None, weights=tuned.weights_hash, sensors=list(sensors), declared=str(declared))
+    said = dataclasses.asdict(declared or Declared())
+    mark = run.signature(plan, reader, None, weights=tuned.weights_hash, sensors=list(sensors), declared=said)
     this = finish.digest(mark)
     if finish.done_already(out, this, overwrite):
         return f"done already: {out}"
