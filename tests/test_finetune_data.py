@@ -18,7 +18,7 @@ from terrafm_jax.finetuning.data import Source, class_weights
 from terrafm_jax.finetuning.job import Job
 from terrafm_jax.finetuning.predict import write_predictions
 
-pytest.importorskip("rasterio")
+rasterio = pytest.importorskip("rasterio")
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,27 @@ def test_images_of_several_sizes_are_resized_as_the_network_would(tmp_path):
         own.batch([0, 1, 2])
     for s in (source, own):
         s.close()
+
+
+@pytest.mark.parametrize(("crs", "step"), [("EPSG:32632", 20.0), ("EPSG:4326", 20.0 / 111_195), (None, 20.0)])
+@pytest.mark.parametrize("tile", [0, 16])
+def test_sampling_of_the_images_is_measured_on_the_ground(tmp_path, crs, step, tile):
+    for folder, size, channels in (("images", 32, 2), ("masks", 64, 1)):  # masks finer than images
+        image = np.ones((size, size, channels), np.uint8 if channels == 1 else np.uint16)
+        corner = rasterio.Affine(
+            step * 32 / size, 0, 4e5 if step > 1 else 9.0, 0, -step * 32 / size, 5e6 if step > 1 else 45
+        )
+        with rasterio.open(fake.tiff(tmp_path / folder / "a.tif", image, crs=crs), "r+") as file:
+            file.transform = corner
+    (tmp_path / "dataset.yaml").write_text(
+        "task: segmentation\nclasses: [x, y]\ninputs: {s2_l2a: {folder: images, bands: [B04, B08]}}\nmasks: masks\n"
+        "splits: {train: 1.0}\n"
+    )
+    (dataset,) = job_lib.open_suite("folder", tmp_path)
+    dataset = store.tiled(dataset, tile) if tile else dataset
+    source = Source(dataset.info, dataset.split("train"), ("s2_l2a",))
+    assert source.gsd() == pytest.approx(20.0 if crs else 0.0, rel=0.01)
+    source.close()
 
 
 def test_images_of_several_sizes_under_masks_are_told_to_be_cut():

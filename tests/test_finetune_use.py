@@ -6,6 +6,9 @@ import dataclasses
 import functools
 import json
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import labelled_fake as fake
@@ -31,7 +34,15 @@ ONE, BOTH = ("s2_l2a",), ("s1", "s2_l2a")
 
 
 def tuned_folder(
-    folder, head: str, task: str, inputs=ONE, outputs: int = 3, seed: int = 0, side: int = 0, **fields
+    folder,
+    head: str,
+    task: str,
+    inputs=ONE,
+    outputs: int = 3,
+    seed: int = 0,
+    side: int = 0,
+    more: Mapping[str, Any] = MappingProxyType({}),
+    **fields,
 ) -> Tuned:
     """A workdir as a finished run leaves it, with random weights and lively batch norms."""
     spec = TuneSpec(TINY, inputs, task, outputs, head, image_size=32, upernet_channels=8, **fields)
@@ -43,7 +54,7 @@ def tuned_folder(
     recorded = {
         **{k: v for k, v in dataclasses.asdict(spec).items() if k != "model"},
         "classes": ["a", "b", "c"][:outputs] if task != "regression" else [], "scale": [5.0, 2.0],
-        "bands": {k: bands[k] for k in inputs}, **({"image_px": side} if side else {}),
+        "bands": {k: bands[k] for k in inputs}, **({"image_px": side} if side else {}), **more,
     }  # fmt: skip
     weights.save_npz(folder / "best/head", {"head": params, "head_state": state}, recorded)
     meta = {"model": dataclasses.asdict(TINY), "statistics": json.loads(Statistics.published().to_json()), "step": 1}
@@ -228,6 +239,20 @@ def test_scenes_smaller_than_a_window_are_mirrored_and_not_stretched(tmp_path, t
         np.testing.assert_array_equal(values, expected[:32, :48].argmax(-1))
     else:
         np.testing.assert_allclose(values, np.full((2, 3), expected[0]), rtol=1e-4)
+
+
+def test_a_map_at_another_sampling_warns(tmp_path):
+    tuned = tuned_folder(tmp_path / "run", "linear", "regression", outputs=1, more={"gsd": 20.0, "unit": "t/ha"})
+    scene = pixels(64, 1)[0].clip(1, 20000).astype(np.uint16)
+    file, out = fake.tiff(tmp_path / "scene.tif", scene, names=S2_L2A.band_names), tmp_path / "map.tif"
+    said = mapping.predict_scene(tuned, [f"s2_l2a={file}"], out)
+    assert "made at 10 m a pixel, but the network was tuned on images of 20 m" in said
+    with rasterio.open(out) as found:
+        assert "pass --gsd 20" in found.tags()["TERRAFM_WARNINGS"]
+        assert found.units == ("t/ha",)
+    assert "warning" not in mapping.predict_scene(tuned, [f"s2_l2a={file}"], out, gsd=20.0, overwrite=True)
+    assert tuned.other_sampling(20.4) == ""
+    assert tuned_folder(tmp_path / "old", "linear", "regression", outputs=1).other_sampling(10.0) == ""
 
 
 @pytest.mark.slow

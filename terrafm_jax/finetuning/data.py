@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from terrafm_jax.config import ConfigError
+from terrafm_jax.evals.datasets import files
 from terrafm_jax.evals.datasets.base import DatasetError, DatasetInfo, Sample, Split, collate, spread
 
 AHEAD = 3  # batches read before they are needed
@@ -56,6 +57,20 @@ class Source:
         """Side in px that images of this split have as they are delivered: the median over some of them."""
         shapes = [np.shape(self.read(i).images[self.inputs[0]])[:2] for i in spread(len(self), 8)]
         return round(float(np.median([np.sqrt(h * w) for h, w in shapes]))) if shapes else 0
+
+    def gsd(self) -> float:
+        """Meters per pixel of the images of this split, in pixels of the first sensor: the median over some of them.
+
+        0.0 where their files do not say where they lie.
+        """
+        found = []
+        for sample in map(self.read, spread(len(self), 8)):
+            pixels = np.shape(sample.images[self.inputs[0]])[0]
+            if sample.window is not None:  # a part of the file
+                pixels *= sample.window[2][0] / np.shape(sample.target)[0]
+            found.append(files.ground_height(sample.path) / pixels)
+        found = [value for value in found if value]
+        return round(float(np.median(found)), 2) if found else 0.0
 
     def batch(self, rows: Sequence[int]) -> dict[str, Any]:
         """images, bands, offset per sensor and targets of the given rows."""

@@ -93,6 +93,8 @@ def write_map(out: Path, tokens: np.ndarray, plan: Any, tuned: Tuned, tags: Mapp
             dst.update_tags(classes=legend.as_tag(tuned.classes), **tags)
         if not regression:
             legend.write_palette(files[0], tuned.classes)
+        elif tuned.unit:
+            files[0].units = (tuned.unit,)
         for row in range(len(tokens)):
             lines = _lines(np.asarray(tokens[row]), dense, patch, tuned.spec.outputs)
             height = min(step, grid.height - row * step)
@@ -174,6 +176,8 @@ def predict_scene(
     overlap = window // 2 // patch * patch if overlap is None else overlap
     plan = Plan(grid, window, overlap, patch, batch=batch)
     reader = SceneReader(acquisitions, grid)
+    if text := tuned.other_sampling(grid.gsd):
+        reader.warn(text)
     classify = WindowClassifier(tuned, reader.bands, window)
     said = dataclasses.asdict(declared or Declared())
     mark = run.signature(plan, reader, None, weights=tuned.weights_hash, sensors=list(sensors), declared=said)

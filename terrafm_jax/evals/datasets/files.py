@@ -116,6 +116,28 @@ def _scaled(
     return out
 
 
+def ground_height(path: Path | str) -> float:
+    """Meters on the ground from the upper to the lower edge of a raster, whatever its CRS; 0.0 where it says nothing.
+
+    Of the sphere, so off by up to half a percent.
+    """
+    import rasterio
+    from rasterio.warp import transform
+
+    if not str(path).lower().endswith((".tif", ".tiff")) or not Path(path).exists():
+        return 0.0
+    try:
+        with rasterio.open(path) as src:
+            if src.crs is None or src.transform.is_identity:
+                return 0.0
+            t, column, rows = src.transform, src.width / 2, np.array([0, src.height])
+            x, y = t.c + t.a * column + t.b * rows, t.f + t.d * column + t.e * rows
+            lon, lat = np.radians(transform(src.crs, "EPSG:4326", x, y))
+    except rasterio.errors.RasterioError:
+        return 0.0
+    return float(6_371_000 * np.hypot(lat[1] - lat[0], (lon[1] - lon[0]) * np.cos(lat.mean())))
+
+
 def tiff_header(path: Path) -> dict[str, Any]:
     """Shape, count and descriptions of the bands, and tags of a raster without its pixels."""
     import rasterio
