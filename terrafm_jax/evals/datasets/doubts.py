@@ -64,7 +64,10 @@ def _odd(source: Input, samples: Sequence[Sample], images: Sequence[np.ndarray])
 
 
 def unseen(name: str, classes: Sequence[str], splits: Mapping[str, Split]) -> list[str]:
-    """A sentence on classes that other splits hold and train does not, where labels are known without the pixels."""
+    """Sentences on classes that other splits hold and train does not, and on a single one in train.
+
+    Where labels are known without the pixels.
+    """
     count = {}
     for split, samples in splits.items():
         labels = samples.labels
@@ -76,7 +79,10 @@ def unseen(name: str, classes: Sequence[str], splits: Mapping[str, Split]) -> li
     for i, label in enumerate(classes) if train is not None else ():
         elsewhere = [f"{n[i]} in {split}" for split, n in count.items() if n[i]]
         found += [f"{label} ({', '.join(elsewhere)})"] if elsewhere and not train[i] else []
-    return [f"{name}: train has no sample of {', '.join(found)}: nothing can learn them"] if found else []
+    texts = [f"{name}: train has no sample of {', '.join(found)}: nothing can learn them"] if found else []
+    if train is not None and np.ndim(labels) == 1 and np.count_nonzero(train) == 1:
+        texts.append(f"{name}: all samples of train are {classes[int(np.argmax(train))]}: scores say nothing")
+    return texts
 
 
 def _radar(pixels: np.ndarray, source: Input) -> str:

@@ -53,15 +53,18 @@ def read_tiff(
         raise DatasetError(f"{path}: cannot be read as a raster ({str(e).splitlines()[0]})") from e
 
 
-def read_image(path: Path, source: Input, at: tuple[int, int] | None = None) -> np.ndarray:
+def read_image(
+    path: Path, source: Input, at: tuple[int, int] | None = None, look: Callable[[Any], None] = lambda raster: None
+) -> np.ndarray:
     """Pixels [H, W, channels] of a raster, float32 with NaN where a band holds its nodata or its own mask hides them.
 
     A scale and an offset that the file states (GDAL) are applied, and what comes is in the unit of ``source``: a scale
     below 0.01 makes reflectance of Sentinel-2, whose DN these are if DN were declared. Channels that
     the model has no use for are not asked. Declared zeros of Sentinel-2 stay: in some bands zero is dark ground, and in
-    all of them it is nodata anyway. ``at`` as for :func:`read_tiff`. Raises DatasetError.
+    all of them it is nodata anyway. ``at`` as for :func:`read_tiff`. ``look`` sees the open raster first.
+    Raises DatasetError.
     """
-    return _read_image(path, source, [i for i, _ in source.channels], at)
+    return _read_image(path, source, [i for i, _ in source.channels], at, look)
 
 
 def read_images(paths: Mapping[str, Path], inputs: Mapping[str, Input]) -> dict[str, np.ndarray]:
@@ -69,8 +72,12 @@ def read_images(paths: Mapping[str, Path], inputs: Mapping[str, Input]) -> dict[
     return {k: read_image(need(path, f"the {k} image"), inputs[k]) for k, path in paths.items()}
 
 
-def _read_image(path: Path, declared: Input, used: Sequence[int], at: tuple[int, int] | None = None) -> np.ndarray:
+def _read_image(
+    path: Path, declared: Input, used: Sequence[int], at: tuple[int, int] | None = None,
+    look: Callable[[Any], None] = lambda raster: None,
+) -> np.ndarray:  # fmt: skip
     def measured(source: Any) -> np.ndarray:
+        look(source)
         image, gone = _pixels(source), np.zeros(source.shape, bool)
         if image.dtype.kind == "c":
             raise DatasetError(f"{path}: complex values (SLC); detect, calibrate and terrain-correct them first")
@@ -136,6 +143,33 @@ def ground_height(path: Path | str) -> float:
     except rasterio.errors.RasterioError:
         return 0.0
     return float(6_371_000 * np.hypot(lat[1] - lat[0], (lon[1] - lon[0]) * np.cos(lat.mean())))
+
+
+def refuse_other_places(paths: Sequence[Path]) -> None:
+    """Raises DatasetError where rasters of one sample share no ground at all, as far as they say where they lie.
+
+    Masks shifted by some pixels are not told from those whose georeference is only rough.
+    """
+    import rasterio
+    from rasterio.warp import transform_bounds
+
+    first: Any = None
+    for path in paths if len(paths) > 1 else ():
+        try:
+            with rasterio.open(path) as src:
+                if src.crs is None or src.transform.is_identity:
+                    continue
+                found = (path, src.crs, src.bounds)
+                first = first or found
+                box = found[2] if src.crs == first[1] else transform_bounds(src.crs, first[1], *src.bounds)
+        except (rasterio.errors.RasterioError, rasterio.errors.CRSError):
+            continue  # told when its pixels are read
+        left, bottom, right, top = first[2]
+        if box[0] >= right or box[2] <= left or box[1] >= top or box[3] <= bottom:
+            shown = " and ".join(f"{str(crs)[:20]} {tuple(round(v, 4) for v in b)}" for _, crs, b in (found, first))
+            raise DatasetError(
+                f"{path}: shares no ground with {first[0]} ({shown}); files of one sample are of one place"
+            )
 
 
 def tiff_header(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import difflib
 import functools
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,7 @@ class _Reader:
 
         def read(i: int) -> Sample:
             path = kept[i]
+            files.refuse_other_places([*dict.fromkeys(file for file in self._files(path) if file.is_file())])
             loaded = {self.inputs[k].sensor: self._image(k, path) for k in self.inputs}
             after = None
             if self.task == "change":
@@ -174,7 +175,9 @@ class _Reader:
     def _image(self, key: str, path: Path, folder: Path | None = None) -> np.ndarray:
         folder = folder or self._folder(key)
         file = files.need(folder / (self._relative(path) + self.declared[key].get("suffix", "")), key)
-        image = files.read_image(file, self.inputs[key])
+        image = files.read_image(
+            file, self.inputs[key], look=lambda src: self._check_names(file, key, src.descriptions)
+        )
         self._check_count(file, key, image.shape[-1])
         return image
 
@@ -194,15 +197,19 @@ class _Reader:
 
     def _check_bands(self, path: Path) -> None:
         """A raster that names its bands must agree with the declaration; junk names count as none."""
-        for key, declared in self.inputs.items():
+        for key in self.inputs:
             suffix = self.declared[key].get("suffix", "")
             file = files.need(self._folder(key) / (self._relative(path) + suffix), f"the {key} image of {path.name}")
             found = files.tiff_header(file)
             self._check_count(file, key, found["count"])
-            names = [band_name(d, SENSORS[declared.sensor]) if d else None for d in found["descriptions"]]
-            wanted = [band_name(b, SENSORS[declared.sensor]) for b in declared.bands]
-            if all(names) and any(w and n != w for n, w in zip(names, wanted, strict=True)):
-                raise DatasetError(f"{file}: names its bands {names}, {self.file} declares {wanted}")
+            self._check_names(file, key, found["descriptions"])
+
+    def _check_names(self, file: Path, key: str, descriptions: Sequence[str | None]) -> None:
+        declared = self.inputs[key]
+        names = [band_name(d, SENSORS[declared.sensor]) if d else None for d in descriptions]
+        wanted = [band_name(b, SENSORS[declared.sensor]) for b in declared.bands]
+        if len(names) == len(wanted) and all(names) and any(w and n != w for n, w in zip(names, wanted, strict=True)):
+            raise DatasetError(f"{file}: names its bands {names}, {self.file} declares {wanted}")
 
     # --- labels ---
 
@@ -246,6 +253,12 @@ class _Reader:
         if self.task == "regression":
             return kept, [_value(p, rows[p]) for p in kept], []
         split = {p: v if isinstance(v, list) else _names(v) for p, v in rows.items()}
+        missing = [p.name for p in kept if not classes and any(str(name).lower() == "nan" for name in split[p])]
+        if missing:
+            raise DatasetError(
+                f"{self.file}: {len(missing)} images have the label 'nan', which is how missing ones are written: "
+                f"{missing[:5]}; leave their rows out, or say classes if it is one"
+            )
         classes = classes or sorted({name for names in split.values() for name in names})
         strange = sorted({name for names in split.values() for name in names} - set(classes))
         if strange:
