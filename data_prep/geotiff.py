@@ -184,7 +184,7 @@ def _bands(key: str, file: SceneFile, area: _Area | None, order: Sequence[str]) 
         if hides(source) and pixels.dtype.itemsize > 1:  # bytes are previews
             pixels, nodata = _hidden(pixels, source.read_masks(1, window=window) == 0, nodata), np.nan
         scaling = [stated_scaling(source, i + 1) for i in range(source.count)]
-        return {name: Raster(pixels[i], grid, nodata, scaling[i]) for i, name in enumerate(names)}
+        return {name: Raster(pixels[i], grid, nodata, scaling[i]) for i, name in enumerate(names) if name}
 
 
 def _hidden(pixels: np.ndarray, hidden: np.ndarray, nodata: float | None) -> np.ndarray:

@@ -116,6 +116,15 @@ def grid_of(source: rasterio.DatasetReader, what: str) -> Grid:
 
 
 @lru_cache(maxsize=256)
+def in_degrees(crs: str) -> bool:
+    """Whether a CRS is geographic; False for one that nobody knows."""
+    try:
+        return rasterio.CRS.from_user_input(crs).is_geographic
+    except CRSError:
+        return False
+
+
+@lru_cache(maxsize=256)
 def resampled(crs: str) -> bool:
     """Whether a CRS is a projection that no Sentinel tile comes in: not UTM (of any datum), not UPS, not degrees.
 
