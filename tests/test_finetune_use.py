@@ -17,6 +17,7 @@ import pytest
 
 from terrafm_jax import provenance, weights
 from terrafm_jax.evals import progress
+from terrafm_jax.evals.datasets.base import DatasetError, DatasetInfo, Input
 from terrafm_jax.evals.encoders import random_encoder
 from terrafm_jax.finetuning import export, legend
 from terrafm_jax.finetuning import map as mapping
@@ -239,6 +240,17 @@ def test_scenes_smaller_than_a_window_are_mirrored_and_not_stretched(tmp_path, t
         np.testing.assert_array_equal(values, expected[:32, :48].argmax(-1))
     else:
         np.testing.assert_allclose(values, np.full((2, 3), expected[0]), rtol=1e-4)
+
+
+def test_maps_and_masks_have_a_byte_for_a_class(tmp_path):
+    tuned = tuned_folder(tmp_path / "run", "linear", "classification", outputs=2, more={"classes": ["c"] * 256})
+    with pytest.raises(ValueError, match="256 classes; a map holds a byte a pixel, at most 255"):
+        mapping.predict_scene(tuned, ["s2_l2a=none.tif"], tmp_path / "map.tif")
+    inputs = {"s1": Input("s1", ("VV", "VH"))}
+    with pytest.raises(DatasetError, match="x: 256 classes of pixels, at most 255"):
+        DatasetInfo("x", "segmentation", ("c",) * 256, inputs)
+    assert DatasetInfo("x", "segmentation", ("c",) * 255, inputs).classes
+    assert DatasetInfo("x", "classification", ("c",) * 300, inputs).classes
 
 
 def test_a_map_at_another_sampling_warns(tmp_path):

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from terrafm_jax.evals import progress
+from terrafm_jax.evals.datasets.base import MOST_CLASSES
 from terrafm_jax.finetuning import legend
 from terrafm_jax.finetuning.tuned import Tuned
 from terrafm_jax.sensors import SENSORS
@@ -169,6 +170,10 @@ def predict_scene(
     from terrafm_jax.scenes.inputs import Declared, resolve_all
     from terrafm_jax.scenes.read import SceneReader
 
+    if len(tuned.classes) > MOST_CLASSES:  # it would be told by another's name
+        raise ValueError(
+            f"{tuned.folder}: {len(tuned.classes)} classes; a map holds a byte a pixel, at most {MOST_CLASSES}"
+        )
     acquisitions = resolve_all(sensors, declared or Declared())
     grid = target_grid(acquisitions, gsd)
     patch = tuned.spec.model.patch

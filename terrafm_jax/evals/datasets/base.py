@@ -21,6 +21,7 @@ from terrafm_jax.units import DN_PER_REFLECTANCE, UNITS, unit_word
 
 TASKS = ("classification", "multilabel", "segmentation", "regression", "change")
 SPLITS = ("train", "val", "test")
+MOST_CLASSES = 255  # of pixels: predicted masks and maps hold a byte for each, and 255 is no data there
 
 
 class DatasetError(ValueError):
@@ -169,6 +170,10 @@ class DatasetInfo:
             raise DatasetError(f"{self.name}: task {self.task!r}, expected one of {list(TASKS)}")
         if not self.inputs:
             raise DatasetError(f"{self.name}: declares no input")
+        if self.task == "segmentation" and len(self.classes) > MOST_CLASSES:
+            raise DatasetError(
+                f"{self.name}: {len(self.classes)} classes of pixels, at most {MOST_CLASSES}: a byte each"
+            )
 
     @property
     def printed(self) -> dict[str, str]:
