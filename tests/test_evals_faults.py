@@ -158,6 +158,23 @@ def test_a_table_that_contradicts_itself_is_refused(tmp_path):
         open_one(tmp_path)
 
 
+def test_images_beside_the_class_folders_are_no_class_of_their_own(tmp_path, caplog):
+    folder = fake.eurosat_like(tmp_path / "data", classes=3, per_class=4)
+    fake.tiff(folder / "stray.tif", fake.planes(RNG, 32, 12))
+    with pytest.raises(DatasetError, match=r"data: 1 images lie in no class folder: stray\.tif"):
+        open_one(folder)
+    text = (folder / "dataset.yaml").read_text()
+    (folder / "dataset.yaml").write_text(text + "classes: [class_0, class_2]\n")
+    assert sum(map(len, open_one(folder).splits.values())) == 8
+    assert "class folders left out, as they are none of classes: class_1, data" in caplog.text
+    (folder / "dataset.yaml").write_text(text + "classes: [class_0, class_1, class_0]\n")
+    with pytest.raises(DatasetError, match="classes name class_0 twice"):
+        open_one(folder)
+    (folder / "dataset.yaml").write_text(text.replace("bands:", "suffix: _S2.tif, bands:"))
+    with pytest.raises(DatasetError, match=r"no .tif below it whose name ends in '_S2.tif' \(inputs.s2_l2a.suffix\)"):
+        open_one(folder)
+
+
 def test_classes_that_train_lacks_are_told(tmp_path):
     fake.eurosat_like(tmp_path, classes=3, per_class=4, yaml="splits: split.csv\n")
     rows = [f"class_{c}_{i}.tif,{'test' if c == 2 else ('train', 'val')[i % 2]}" for c in range(3) for i in range(4)]

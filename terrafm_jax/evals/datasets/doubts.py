@@ -32,6 +32,12 @@ def doubts(dataset: Dataset) -> list[str]:
             images = [canonical(source, s.images[key]).reshape(-1, len(source.mask))[:, source.mask] for s in samples]
         except (ValueError, OSError):
             return found
+        empty = [s.id for s, image in zip(samples, images, strict=True) if not np.isfinite(image).all(1).any()]
+        if empty:
+            shown = f"{', '.join(empty[:5])}{' ...' * (len(empty) > 5)}"
+            found.append(
+                f"{dataset.info.name}, {key}: nothing was measured in {len(empty)} of {len(rows)} images: {shown}"
+            )
         pixels = np.concatenate(images or [np.zeros((0, 1), np.float32)])
         pixels = pixels[np.isfinite(pixels).all(1)]
         if not len(pixels):

@@ -103,9 +103,10 @@ def by_image(
     lacking = [path.name for path in images if path not in found]
     for names, text in ((stray, "rows name no image"), (lacking, "images have no row and are left out")):
         if names:
-            log.warning("%s: %d %s: %s", what, len(names), text, _few(names))
+            log.warning("%s: %d %s: %s", what, len(names), text, few(names))
     return found
 
 
-def _few(names: Sequence[str]) -> str:
+def few(names: Sequence[str]) -> str:
+    """The first five names, and whether there are more."""
     return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")

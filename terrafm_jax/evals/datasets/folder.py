@@ -9,6 +9,7 @@ import difflib
 import functools
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 
 from terrafm_jax.evals.datasets import faults, files
 from terrafm_jax.evals.datasets.base import SPLITS, TASKS, Dataset, DatasetError, DatasetInfo, Input, Sample, Split
+from terrafm_jax.evals.datasets.shares import random_splits
 from terrafm_jax.sensors import SENSORS, band_name
 
 log = logging.getLogger(__name__)
@@ -67,7 +69,10 @@ def _faults(found: Any, fields: dict[str, Any], where: str) -> list[str]:
         if not isinstance(found[name], kinds) or isinstance(found[name], bool):
             expected = " or ".join(_WORDS[kind] for kind in kinds if kind is not int or float not in kinds)
             faults.append(f"{where}{name} = {found[name]!r}, expected {expected}")
-    if any(isinstance(name, bool) for name in found.get("classes") or () if isinstance(found["classes"], list)):
+    classes = found["classes"] if isinstance(found.get("classes"), list) else []
+    twice = [name for name, count in Counter(map(str, classes)).items() if count > 1]
+    faults += [f"classes name {', '.join(twice)} twice"] if twice else []
+    if any(isinstance(name, bool) for name in classes):
         faults.append("classes hold yes or no, which YAML takes for truth values: quote them")
     return faults
 
@@ -103,7 +108,9 @@ class _Reader:
         first = next(iter(self.declared))
         images = self._find(first)
         if not images:
-            raise DatasetError(f"{self.root / self.declared[first].get('folder', '')}: no .tif below it")
+            suffix = self.declared[first].get("suffix", "")
+            named = f" whose name ends in {suffix!r} (inputs.{first}.suffix)" if suffix else ""
+            raise DatasetError(f"{self._folder(first)}: no .tif below it{named}")
         self._check_bands(images[0])
         kept, targets, classes = self._targets(images)
         info = DatasetInfo(
@@ -231,6 +238,12 @@ class _Reader:
 
     def _from_folders(self, images: list[Path], classes: list[str]) -> tuple[list[Path], list[int], list[str]]:
         names = [p.parent.name for p in images]
+        stray = [p.name for p in images if p.parent == self._folder(next(iter(self.declared)))]
+        if stray and not classes:  # the name of the whole folder would become a class
+            raise DatasetError(f"{self.root}: {len(stray)} images lie in no class folder: {faults.few(stray)}")
+        others = sorted(set(names) - set(classes)) if classes else []
+        if others:
+            log.warning("%s: class folders left out, as they are none of classes: %s", self.file, faults.few(others))
         classes = classes or sorted(set(names))
         kept = [(p, classes.index(n)) for p, n in zip(images, names, strict=True) if n in classes]
         if len(classes) < 2 or not kept:
@@ -309,7 +322,7 @@ class _Reader:
         if not shares or abs(sum(shares.values()) - 1) > 1e-6 or min(shares.values()) < 0:
             expected = f"shares of {list(SPLITS)} that sum to 1, or a CSV file"
             raise DatasetError(f"{self.file}: splits {given}, expected {expected}")
-        return _random_splits(len(images), labels, shares, seed)
+        return random_splits(len(images), labels, shares, seed)
 
     def _unused_splits(self) -> None:
         """A table beside the images that looks like splits is easily taken for used."""
@@ -319,38 +332,6 @@ class _Reader:
                 "%s: %s is ignored and splits are drawn at random; to use it say splits: %s",
                 self.file, ", ".join(found), found[0],
             )  # fmt: skip
-
-
-def _random_splits(count: int, labels: np.ndarray | None, shares: dict[str, float], seed: int) -> dict[str, list[int]]:
-    groups = [np.arange(count)]
-    if labels is not None and labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer):
-        groups = [np.nonzero(labels == c)[0] for c in np.unique(labels)]
-    rng, out = np.random.default_rng(seed), {k: [] for k in shares}
-    wanted = np.array(list(shares.values()))
-    seen, drawn = 0, np.zeros(len(wanted), int)
-    for members in groups:
-        seen += len(members)
-        sizes = _sizes(len(members), wanted, seen * wanted - drawn)
-        drawn += sizes
-        for name, part in zip(shares, np.split(rng.permutation(members), np.cumsum(sizes)[:-1]), strict=True):
-            out[name] += part.tolist()
-    return {k: sorted(v) for k, v in out.items()}
-
-
-def _sizes(count: int, shares: np.ndarray, lacking: np.ndarray) -> np.ndarray:
-    """How many of ``count`` each split gets: its share rounded down, the rest to where most is ``lacking``.
-
-    Rounding each class for itself would add up: twelve images a class gave 70, 30 and 20 of 120 instead of 72, 24, 24.
-    The first split with a share, train as a rule, gets one of every class before the others do.
-    """
-    sizes = np.floor(count * shares + 1e-9).astype(int)
-    lacking = np.where(shares > 0, lacking - sizes, -np.inf)
-    for _ in range(count - sizes.sum()):
-        first = int(np.argmax(shares > 0))
-        chosen = first if not sizes[first] else int(np.argmax(lacking))
-        sizes[chosen] += 1
-        lacking[chosen] -= 1
-    return sizes
 
 
 def _value(path: Path, found: Any) -> float:
