@@ -124,7 +124,8 @@ def prepare(cell: Cell, cover: WorldCover, options: Options) -> Prepared:
     notes = [f"{key} {x.given.product}: {x.offset.source}" for key, x in layers.items() if x.offset.conflict]
     levels = [checks.without_b10(key, list(x.given.bands), x.given.product) for key, x in layers.items()]
     sizes = [check_sampling(key, x.finest) for key, x in layers.items()]
-    return Prepared(tiles, dropped, notes, shared, [text for text in (*levels, *sizes) if text])
+    delivered = [text for x in layers.values() for text in x.given.doubts]
+    return Prepared(tiles, dropped, notes, shared, [text for text in (*levels, *sizes, *delivered) if text])
 
 
 def _layers(cell: Cell, options: Options, dropped: Counter[str]) -> dict[str, Layer]:

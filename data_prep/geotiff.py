@@ -109,8 +109,9 @@ class GeoTiffs:
     def _sensor(self, key: str, files: Sequence[SceneFile], area: _Area | None, systems: dict[str, str]) -> SensorInput:
         """The bands of one sensor; adds the CRS of each file to ``systems``. Raises BadInput."""
         rasters: dict[str, Raster] = {}
+        doubts: list[str] = []
         for file in files:
-            for name, raster in _bands(key, file, area, self.bands.get(key, ())).items():
+            for name, raster in _bands(key, file, area, self.bands.get(key, ()), doubts).items():
                 systems[file.path] = raster.grid.crs
                 if name in rasters:
                     raise BadInput(f"{key}: band {name} twice, again in {file.path}")
@@ -135,6 +136,7 @@ class GeoTiffs:
             unit=unit,
             cloud_mask=None if mask is None else mask.pixels,
             offset=known,
+            doubts=tuple(dict.fromkeys(doubts)),
         )
 
 
@@ -164,11 +166,20 @@ class _Area:
     warped: bool
 
 
-def _bands(key: str, file: SceneFile, area: _Area | None, order: Sequence[str]) -> dict[str, Raster]:
-    """Bands of one file, all of it or what lies under ``area``; ``order`` if it names none. Raises BadInput."""
+def _bands(key: str, file: SceneFile, area: _Area | None, order: Sequence[str], doubts: list[str]) -> dict[str, Raster]:
+    """Bands of one file, all of it or what lies under ``area``; ``order`` if it names none. Raises BadInput.
+
+    A manifest that names them otherwise than the file does is believed, and adds to ``doubts``.
+    """
     with open_raster(file.path) as source:
         grid = grid_of(source, file.path)
-        names = file.bands or named(key, source.descriptions) or tuple(order)
+        described = named(key, source.descriptions)
+        names = file.bands or described or tuple(order)
+        if file.bands and described and len(described) == len(names) and described != names:
+            wrong = [f"{said} for {own}" for said, own in zip(names, described, strict=True) if said != own]
+            doubts.append(
+                f"{key}: the manifest contradicts the names in the files: {', '.join(wrong[:5])}; which is right?"
+            )
         if not names:
             raise unnamed(key, source, file.path)
         if len(names) != source.count:

@@ -1,4 +1,4 @@
-"""Scale and offset that a GeoTIFF states of itself (GDAL): preparation, evaluation and scenes read the same values."""
+"""What a GeoTIFF states of itself: scale and offset, with which all commands read the same values, and band names."""
 
 from __future__ import annotations
 
@@ -129,3 +129,19 @@ def test_an_offset_is_not_taken_off_twice(tmp_path):
         (tmp_path / "list.csv").write_text(rows.format(offset))
         found = prepared(tmp_path, tmp_path / f"out{offset}", "--manifest", str(tmp_path / "list.csv"))
         assert ("rejected" not in found) == accepted, found
+
+
+def test_a_manifest_that_names_bands_otherwise_than_the_file_is_told(tmp_path, capsys):
+    path = write(tmp_path / "S2L2A" / "a.tif", optical(), L2A)
+    rows = 'file,location,sensor,bands\nS2L2A/a.tif,a,s2_l2a,"{}"\n'
+    swapped = (L2A[0], L2A[2], L2A[1], *L2A[3:])
+    for names, descriptions, told in ((L2A, L2A, False), (swapped, L2A, True), (swapped, ("junk",) * 12, False)):
+        with rasterio.open(path, "r+") as file:
+            file.descriptions = descriptions
+        (tmp_path / "list.csv").write_text(rows.format(",".join(names)))
+        out = tmp_path / f"out{names[1]}{descriptions[0]}"
+        record = prepared(tmp_path, out, "--manifest", str(tmp_path / "list.csv"))
+        assert "rejected" not in record
+        assert (
+            "the manifest contradicts the names in the files: B03 for B02, B02 for B03" in capsys.readouterr().out
+        ) == told
