@@ -80,6 +80,16 @@ def test_bands_that_another_file_than_the_first_names_otherwise_are_refused(tmp_
         [train[i] for i in range(len(train))]
 
 
+def test_labels_that_differ_in_spelling_alone_are_told(tmp_path, caplog):
+    table(tmp_path, ["p0.tif,Forest", "p1.tif,forest", "p2.tif,1", "p3.tif,1.0", "p4.tif,2"])
+    assert open_one(tmp_path).info.classes == ("1", "1.0", "2", "Forest", "forest")
+    assert "are 1 and 1.0, Forest and forest one class?" in caplog.text
+    caplog.clear()
+    table(tmp_path, ["p0.tif,a", "p1.tif,b"])
+    open_one(tmp_path)
+    assert "one class" not in caplog.text
+
+
 def test_labels_that_are_missing_are_no_class(tmp_path):
     rows = ["p0.tif,a", "p1.tif,nan", "p2.tif,b", "p3.tif,NaN"]
     table(tmp_path, rows)

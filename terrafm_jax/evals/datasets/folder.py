@@ -10,7 +10,7 @@ import functools
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +244,7 @@ class _Reader:
         others = sorted(set(names) - set(classes)) if classes else []
         if others:
             log.warning("%s: class folders left out, as they are none of classes: %s", self.file, faults.few(others))
-        classes = classes or sorted(set(names))
+        classes = classes or self._found(names)
         kept = [(p, classes.index(n)) for p, n in zip(images, names, strict=True) if n in classes]
         if len(classes) < 2 or not kept:
             raise DatasetError(f"{self.root}: class folders {sorted(set(names))}, expected at least two of {classes}")
@@ -272,7 +272,7 @@ class _Reader:
                 f"{self.file}: {len(missing)} images have the label 'nan', which is how missing ones are written: "
                 f"{missing[:5]}; leave their rows out, or say classes if it is one"
             )
-        classes = classes or sorted({name for names in split.values() for name in names})
+        classes = classes or self._found(name for names in split.values() for name in names)
         strange = sorted({name for names in split.values() for name in names} - set(classes))
         if strange:
             raise DatasetError(f"{self.file}: labels {strange} are none of the classes {classes}")
@@ -286,6 +286,12 @@ class _Reader:
             text = f"{len(several)} images have several labels: {', '.join(several[:5])}; is the task multilabel?"
             raise DatasetError(f"{self.file}: {text}")
         return kept, [classes.index(split[p][0]) for p in kept], classes
+
+    def _found(self, names: Iterable[str]) -> list[str]:
+        """Classes by their names alone, sorted."""
+        classes = sorted(set(names))
+        faults.tell_alike(self.file, classes)
+        return classes
 
     def _tag(self, path: Path, tag: str) -> Any:
         text = files.tiff_header(path)["tags"].get(tag)
