@@ -26,11 +26,16 @@ class Unnamed(BadInput):
 def named(key: str, descriptions: Sequence[str | None]) -> tuple[str, ...]:
     """Band names from the descriptions, () unless all are known (junk counts as none). Their number says nothing.
 
-    Files without names hold bands in ESA's order, with B8A at the end (EuroSAT) or in the order of a script.
+    Files without names hold bands in ESA's order, with B8A at the end (EuroSAT) or in the order of a script. Beside
+    all bands of the sensor others may stand, whose name is then "": scene classes, quality, the angle of incidence.
     """
     sensor = SENSORS[key]
-    known = [band_name(text, sensor) if text else None for text in descriptions]
-    return tuple(map(str, known)) if None not in known and len(set(known)) == len(known) else ()
+    known = [(band_name(text, sensor) if text else None) or "" for text in descriptions]
+    bands = [name for name in known if name]
+    other_level = key == "s2_l2a" and "B10" in [band_name(text) for text in descriptions if text]
+    if len(set(bands)) < len(bands) or other_level or ("" in known and not set(sensor.band_names) <= set(bands)):
+        return ()
+    return tuple(known)
 
 
 def unnamed(key: str, source: rasterio.DatasetReader, what: str) -> Unnamed:

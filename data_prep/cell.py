@@ -11,7 +11,7 @@ import numpy as np
 
 from data_prep import quality, records, tiling
 from data_prep.delivered import Cell, SensorInput
-from data_prep.doubts import check_radar, check_zeros
+from data_prep.doubts import check_radar, check_sampling, check_zeros
 from data_prep.ground import share_ground
 from data_prep.harmonize import Offset, snap_origin
 from data_prep.optical import optical
@@ -123,7 +123,9 @@ def prepare(cell: Cell, cover: WorldCover, options: Options) -> Prepared:
             dropped[tile] += 1
     notes = [f"{key} {x.given.product}: {x.offset.source}" for key, x in layers.items() if x.offset.conflict]
     levels = [checks.without_b10(key, list(x.given.bands), x.given.product) for key, x in layers.items()]
-    return Prepared(tiles, dropped, notes, shared, [text for text in levels if text])
+    sizes = [check_sampling(key, x.finest) for key, x in layers.items()]
+    delivered = [text for x in layers.values() for text in x.given.doubts]
+    return Prepared(tiles, dropped, notes, shared, [text for text in (*levels, *sizes, *delivered) if text])
 
 
 def _layers(cell: Cell, options: Options, dropped: Counter[str]) -> dict[str, Layer]:

@@ -24,6 +24,7 @@ class SensorInput:
       unit: ``DN`` or ``reflectance``, ``power`` or ``dB``.
       cloud_mask, cloud_percent: see ``quality.cloud_share``.
       offset: decided beforehand (a manifest, the survey of a product), or None: decide here.
+      doubts: what looks wrong with the files.
     """
 
     bands: dict[str, Raster]
@@ -35,6 +36,7 @@ class SensorInput:
     cloud_mask: np.ndarray | None = None
     cloud_percent: float | None = None
     offset: Offset | None = None
+    doubts: tuple[str, ...] = ()
 
     @cached_property
     def cloud(self) -> tuple[float, str]:

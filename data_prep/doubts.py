@@ -13,14 +13,29 @@ from typing import Any
 import numpy as np
 
 from data_prep.radar import NOTHING
-from data_prep.raster import BadInput, Raster
+from data_prep.raster import BadInput, Grid, Raster, in_degrees
 from terrafm_jax.checks import B10_DARK, EIGHT_BIT, UNDECLARED, exchanged, misplaced_b10, zero_share
 from terrafm_jax.sensors import S1, SENSORS
 from terrafm_jax.units import NOISE_FLOOR
 
+SAMPLING = (4.0, 41.0)  # meters: S1 of 40 m (medium resolution) to pixels resampled to half of 10 m
 RADAR = (-35.0, 5.0)  # dB: medians of land and sea, VV and VH, gamma0 and sigma0
+_DEGREE = 111_320.0  # meters of latitude
 _FEW = 16  # pixels that say nothing
 _DEVIATIONS = 6.0  # published standard deviations between a median and the published mean
+
+
+def check_sampling(key: str, grid: Grid) -> str:
+    """What looks wrong with the size of the finest pixels of a sensor, "" if nothing does."""
+    degrees = in_degrees(grid.crs)
+    across, down = (abs(grid.transform[i]) * (_DEGREE if degrees else 1.0) for i in (0, 4))
+    low, high = SAMPLING
+    if low <= down <= high and (degrees or max(across, down) <= 1.5 * min(across, down)):  # degrees of longitude shrink
+        return ""
+    return (
+        f"the finest pixels of {key} are {across:.3g} x {down:.3g} m, expected 10 x 10: is the georeference wrong, or "
+        "is it another sensor?"
+    )
 
 
 def eight_bit(what: str, pixels: np.ndarray) -> None:

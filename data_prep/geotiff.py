@@ -47,11 +47,12 @@ from data_prep.scenes import (
     from_folder,
     stated_orders,
 )
-from data_prep.units import delivered_units, unit_word
+from data_prep.units import delivered_units, radar_scaled, stated_offset, unit_word
 from data_prep.worldcover import WorldCover, codes_on, lonlat_outline, maps_under
 from terrafm_jax.checks import hides
 from terrafm_jax.data.tiles import EXTENT_ORDER
 from terrafm_jax.sensors import SENSORS
+from terrafm_jax.units import AS_STORED, stated_scaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +109,9 @@ class GeoTiffs:
     def _sensor(self, key: str, files: Sequence[SceneFile], area: _Area | None, systems: dict[str, str]) -> SensorInput:
         """The bands of one sensor; adds the CRS of each file to ``systems``. Raises BadInput."""
         rasters: dict[str, Raster] = {}
+        doubts: list[str] = []
         for file in files:
-            for name, raster in _bands(key, file, area, self.bands.get(key, ())).items():
+            for name, raster in _bands(key, file, area, self.bands.get(key, ()), doubts).items():
                 systems[file.path] = raster.grid.crs
                 if name in rasters:
                     raise BadInput(f"{key}: band {name} twice, again in {file.path}")
@@ -117,9 +119,14 @@ class GeoTiffs:
         mask = rasters.pop(CLOUD_MASK, None)
         first = files[0]
         unit = _common(key, "units", [f.unit for f in files]) or (self.s1_unit if key == "s1" else self.s2_unit)
+        offset = _common(key, "offsets", [f.offset for f in files])
+        known = None if offset is None else Offset(offset, "manifest")
+        if key == "s1":
+            rasters = {name: radar_scaled(r) if r.scaling != AS_STORED else r for name, r in rasters.items()}
+        else:
+            unit, known = stated_offset(key, rasters, unit, known)
         if unit == "auto":
             unit = guess_unit(rasters)
-        offset = _common(key, "offsets", [f.offset for f in files])
         return SensorInput(
             bands=rasters,
             product=first.product or Path(first.path).stem,
@@ -128,7 +135,8 @@ class GeoTiffs:
             orbit=first.orbit,
             unit=unit,
             cloud_mask=None if mask is None else mask.pixels,
-            offset=None if offset is None else Offset(offset, "manifest"),
+            offset=known,
+            doubts=tuple(dict.fromkeys(doubts)),
         )
 
 
@@ -158,11 +166,20 @@ class _Area:
     warped: bool
 
 
-def _bands(key: str, file: SceneFile, area: _Area | None, order: Sequence[str]) -> dict[str, Raster]:
-    """Bands of one file, all of it or what lies under ``area``; ``order`` if it names none. Raises BadInput."""
+def _bands(key: str, file: SceneFile, area: _Area | None, order: Sequence[str], doubts: list[str]) -> dict[str, Raster]:
+    """Bands of one file, all of it or what lies under ``area``; ``order`` if it names none. Raises BadInput.
+
+    A manifest that names them otherwise than the file does is believed, and adds to ``doubts``.
+    """
     with open_raster(file.path) as source:
         grid = grid_of(source, file.path)
-        names = file.bands or named(key, source.descriptions) or tuple(order)
+        described = named(key, source.descriptions)
+        names = file.bands or described or tuple(order)
+        if file.bands and described and len(described) == len(names) and described != names:
+            wrong = [f"{said} for {own}" for said, own in zip(names, described, strict=True) if said != own]
+            doubts.append(
+                f"{key}: the manifest contradicts the names in the files: {', '.join(wrong[:5])}; which is right?"
+            )
         if not names:
             raise unnamed(key, source, file.path)
         if len(names) != source.count:
@@ -177,7 +194,8 @@ def _bands(key: str, file: SceneFile, area: _Area | None, order: Sequence[str]) 
         nodata = source.nodata if file.nodata is None else file.nodata
         if hides(source) and pixels.dtype.itemsize > 1:  # bytes are previews
             pixels, nodata = _hidden(pixels, source.read_masks(1, window=window) == 0, nodata), np.nan
-        return {name: Raster(pixels[i], grid, nodata) for i, name in enumerate(names)}
+        scaling = [stated_scaling(source, i + 1) for i in range(source.count)]
+        return {name: Raster(pixels[i], grid, nodata, scaling[i]) for i, name in enumerate(names) if name}
 
 
 def _hidden(pixels: np.ndarray, hidden: np.ndarray, nodata: float | None) -> np.ndarray:

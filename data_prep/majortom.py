@@ -213,7 +213,12 @@ def _by_cell(order: int, rows: Iterable[Row], key: str, counts: Counter[str]) ->
 
 def _acquisitions(found: dict[str, list[Row]]) -> Iterable[dict[str, Row]]:
     level_2a = found["s2_l2a"]
-    partners, alone = paired(level_2a, found["s2_l1c"], lambda a, b: sensing(a.product) == sensing(b.product) != "")
+    partners, alone = paired(
+        level_2a,
+        found["s2_l1c"],
+        lambda a: sensing(a.product),
+        lambda a, b: sensing(a.product) == sensing(b.product) != "",
+    )
     optical = [{"s2_l2a": r, **({"s2_l1c": p} if p else {})} for r, p in zip(level_2a, partners, strict=True)]
     optical += [{"s2_l1c": r} for r in alone]
     if not optical:

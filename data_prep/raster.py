@@ -15,6 +15,8 @@ import rasterio
 from rasterio.errors import CRSError, RasterioError
 from rasterio.io import MemoryFile
 
+from terrafm_jax.units import AS_STORED
+
 T = TypeVar("T")
 Affine6 = tuple[float, float, float, float, float, float]
 
@@ -57,11 +59,15 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True)
 class Raster:
-    """Pixels [H, W] of one band on ``grid``; ``nodata`` as the file declares it."""
+    """Pixels [H, W] of one band on ``grid`` as stored; ``nodata`` and ``scaling`` as the file declares them.
+
+    ``scaling``: scale and offset that make values of what is stored (``units.stated_scaling``).
+    """
 
     pixels: np.ndarray
     grid: Grid
     nodata: float | None = None
+    scaling: tuple[float, float] = AS_STORED
 
 
 def normalize_crs(text: str) -> str:
@@ -107,6 +113,15 @@ def grid_of(source: rasterio.DatasetReader, what: str) -> Grid:
     if transform.b or transform.d or transform.a <= 0 or transform.e >= 0:
         raise BadInput(f"{what}: not a north-up grid, transform {six}")
     return Grid(_crs_text(source.crs.wkt), six, source.height, source.width)
+
+
+@lru_cache(maxsize=256)
+def in_degrees(crs: str) -> bool:
+    """Whether a CRS is geographic; False for one that nobody knows."""
+    try:
+        return rasterio.CRS.from_user_input(crs).is_geographic
+    except CRSError:
+        return False
 
 
 @lru_cache(maxsize=256)

@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from data_prep.times import days_apart, iso_time, paired
+from data_prep.times import iso_time, nearest_in_time, paired
 from terrafm_jax.sensors import SENSORS, SensorError, band_name, listed, sensor
 
 LANDCOVER = "landcover"
@@ -192,7 +193,8 @@ def facts(scenes: Iterable[Scene]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for scene in scenes:
         for file in scene.files:
-            digest.update(repr((scene.cell, dataclasses.replace(file, path=Path(file.path).name))).encode())
+            said = dataclasses.asdict(file) | {"path": Path(file.path).name, "cell": scene.cell}
+            digest.update(json.dumps(said, sort_keys=True).encode())
     return digest.hexdigest()
 
 
@@ -220,14 +222,16 @@ def _joined(sets: Mapping[str, Sequence[list[SceneFile]]]) -> list[list[SceneFil
     Level 1C goes with the Level 2A of its time, what is left over in order; Sentinel-1 with each, the nearest in time.
     """
     level_2a = sets["s2_l2a"]
-    partners, alone = paired(level_2a, sets["s2_l1c"], lambda a, b: _same_time(a[0].time, b[0].time))
+    partners, alone = paired(
+        level_2a, sets["s2_l1c"], lambda a: a[0].time[:10], lambda a, b: _same_time(a[0].time, b[0].time)
+    )
     optical = [[*(partner or []), *files] for partner, files in zip(partners, level_2a, strict=True)] + alone
     radar, cover = sets["s1"], sets[LANDCOVER]
+    nearest = nearest_in_time([files[0].time for files in radar])
     result = []
     for number, files in enumerate(optical or radar):
-        if radar and optical:  # of those as near, as where no times are known, the one in order
-            apart = [(days_apart(r[0].time, files[-1].time), abs(i - number)) for i, r in enumerate(radar)]
-            files = [*radar[apart.index(min(apart))], *files]
+        if radar and optical:
+            files = [*radar[nearest(files[-1].time, number)], *files]
         result.append([*files, *(cover[min(number, len(cover) - 1)] if cover else [])])
     return result
 

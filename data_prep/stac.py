@@ -83,7 +83,11 @@ class Stac:
         )
 
     def _load(self, key: str, items: list[dict[str, Any]], assets: dict[str, str], grid: Grid) -> dict[str, np.ndarray]:
-        """band -> [H, W] on ``grid``: S2 copied, S1 bilinear in power with nodata left out."""
+        """band -> [H, W] on ``grid``: S2 copied, S1 bilinear in power with nodata left out.
+
+        S2 is read as floats, which hold all that is delivered: read as uint16, what lies below zero became zero, dark
+        water nodata and reflectance black.
+        """
         import odc.stac
         import pystac
         from odc.geo.geobox import GeoBox
@@ -91,14 +95,14 @@ class Stac:
 
         found = [pystac.Item.from_dict(item) for item in items]
         radar = key == "s1"
-        described = {"data_type": "float32", "nodata": float("nan")} if radar else {"data_type": "uint16", "nodata": 0}
+        described = {"data_type": "float32", "nodata": float("nan") if radar else 0}
         try:
             cube = odc.stac.load(
                 found,
                 bands=list(assets.values()),
                 geobox=GeoBox(grid.shape, grid.affine, grid.crs),
                 resampling="bilinear" if radar else "nearest",
-                dtype="float32" if radar else "uint16",
+                dtype="float32",
                 groupby="solar_day",
                 stac_cfg={"*": {"assets": {"*": described}}},
                 patch_url=_signer(self.sign),
@@ -109,7 +113,15 @@ class Stac:
                 SourceUnavailable if any("://" in a["href"] for i in items for a in i["assets"].values()) else BadInput
             )
             raise where(f"{key}: item {items[0]['id']} cannot be read ({first_line(error)})") from error
-        return {name: np.asarray(cube[asset].isel(time=0).values) for name, asset in assets.items()}
+        loaded = {name: np.asarray(cube[asset].isel(time=0).values) for name, asset in assets.items()}
+        return loaded if radar else {name: _dn(pixels) for name, pixels in loaded.items()}
+
+
+def _dn(pixels: np.ndarray) -> np.ndarray:
+    """Pixels as uint16 where they all are; else as they came, to be refused for what they are."""
+    with np.errstate(invalid="ignore"):
+        whole = pixels.astype(np.uint16)
+    return whole if (whole == pixels).all() else pixels
 
 
 def _signer(text: str) -> Callable[[str], str] | None:

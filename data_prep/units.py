@@ -1,12 +1,18 @@
-"""The unit that a manifest or a flag states of delivered values; ``terrafm_jax.units`` has the words."""
+"""The unit that a manifest, a flag or a raster states of delivered values; ``terrafm_jax.units`` has the words."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
+from collections.abc import Mapping
 
-from terrafm_jax.sensors import SENSORS
-from terrafm_jax.units import SPELLINGS, UNITS
+import numpy as np
+
+from data_prep.harmonize import Offset
+from data_prep.raster import BadInput, Raster
+from terrafm_jax.sensors import BASELINE_OFFSET, SENSORS
+from terrafm_jax.units import AS_STORED, DN_PER_REFLECTANCE, SPELLINGS, UNITS, UnitError, makes_reflectance
 
 _NODATA = re.compile(r"(?i)no-?data(?:\s*value)?\s*[:=]?\s*(nan\b|[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?)")
 
@@ -52,3 +58,53 @@ def unit_word(key: str, text: str) -> str:
         return word if word == "auto" else stated_unit(key, word)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def radar_scaled(raster: Raster) -> Raster:
+    """Pixels as the file says that they are to be scaled (``Raster.scaling``), float32, NaN for its nodata."""
+    scale, shift = raster.scaling
+    pixels = raster.pixels.astype(np.float32)
+    if raster.nodata is not None:
+        pixels[raster.pixels == raster.nodata] = np.nan
+    return dataclasses.replace(
+        raster, pixels=pixels * np.float32(scale) + np.float32(shift), nodata=np.nan, scaling=AS_STORED
+    )
+
+
+def stated_offset(
+    key: str, rasters: Mapping[str, Raster], unit: str, offset: Offset | None
+) -> tuple[str, Offset | None]:
+    """Unit and offset of optical bands whose files state a scale and an offset (``Raster.scaling``).
+
+    Stored is what is delivered, so such bands must be DN that scaling makes reflectance, or DN as they are: the
+    offset then says what is still inside.
+
+    Args:
+      unit, offset: as manifest or flags have them.
+
+    Raises:
+      BadInput: bands scaled otherwise or each in its own way, or an offset that contradicts ``offset``.
+    """
+    sensor = SENSORS[key]
+    stated: dict[tuple[float, float], list[str]] = {}
+    for name, raster in rasters.items():
+        stated.setdefault(raster.scaling, []).append(name)
+    if not stated or set(stated) == {AS_STORED}:
+        return unit, offset
+    try:
+        made = makes_reflectance(sensor, list(stated))
+    except UnitError as error:
+        raise BadInput(f"{key}: {error}") from error
+    factor = DN_PER_REFLECTANCE if made else 1.0
+    inside = sorted({round(-shift * factor, 3) for _, shift in stated})
+    said = ", ".join(f"scale {a:g} and offset {b:g} in {', '.join(names)}" for (a, b), names in stated.items())
+    if any(abs(scale * factor - 1.0) > 1e-6 for scale, _ in stated) or len(inside) > 1:
+        raise BadInput(
+            f"{key}: the files state {said} (gdalinfo), expected a scale of {1 / DN_PER_REFLECTANCE:g} or 1, the same "
+            f"in all bands: what is stored is no DN (reflectance x {DN_PER_REFLECTANCE:.0f})"
+        )
+    if not 0 <= inside[0] <= BASELINE_OFFSET:
+        raise BadInput(f"{key}: the files state {said}: {inside[0]:g} DN inside, expected 0..{BASELINE_OFFSET:.0f}")
+    if inside[0] and offset is not None and offset.value != inside[0]:
+        raise BadInput(f"{key}: the files state {said}: {inside[0]:g} DN inside, the manifest {offset.value:g}")
+    return "DN" if made else unit, Offset(inside[0], "file") if inside[0] else offset

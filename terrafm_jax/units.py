@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
 from terrafm_jax.sensors import Sensor
@@ -23,10 +26,33 @@ _DB_RANGE = (-150.0, 100.0)  # below any noise floor, above any corner reflector
 MAX_POWER = 1e7
 NOISE_FLOOR = -60.0  # dB: thirty below the noise of the instrument, so what lies there was never measured
 _FLOOR = 1e-10  # power below it has no logarithm worth keeping
+_OF_DN = 0.01  # a raster that states a scale below it makes reflectance of DN; one above it keeps the unit
+AS_STORED = (1.0, 0.0)
 
 
 class UnitError(ValueError):
     """Values cannot be in the unit they were given in; says what they look like and how to say so."""
+
+
+def stated_scaling(source: Any, index: int) -> tuple[float, float]:
+    """Scale and offset that an open raster itself states for band ``index`` (from 1): its values are
+    ``stored * scale + offset`` (GDAL's tags). :data:`AS_STORED` where it states none.
+    """
+    return float(source.scales[index - 1]), float(source.offsets[index - 1])
+
+
+def makes_reflectance(sensor: Sensor, stated: Sequence[tuple[float, float]]) -> bool:
+    """Whether the bands of an optical raster say themselves (:func:`stated_scaling`) that scaling makes reflectance.
+
+    Raises:
+      UnitError: some bands do and others do not.
+    """
+    scales = sorted({scale for scale, _ in stated})
+    if sensor.unit != "DN" or not scales or scales[0] >= _OF_DN:
+        return False
+    if scales[-1] >= _OF_DN:
+        raise UnitError(f"its bands state the scales {scales}; rewrite them with one scale")
+    return True
 
 
 def unit_word(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -165,6 +166,15 @@ def test_writes_resumes_and_keeps_folds_paired(folder, checkpoint, tmp_path, mon
     monkeypatch.setattr(Experiment, "_features", fail)
     again = experiment(folder, checkpoint, tmp_path).run(lambda text: None)
     assert [s.by_seed for s in again] == [s.by_seed for s in scores]
+
+
+def test_images_of_several_sizes_need_a_size(folder, checkpoint, tmp_path):
+    mixed = tmp_path / "mixed"
+    shutil.copytree(folder, mixed)
+    fake.tiff(mixed / "class_0/other.tif", np.ones((20, 30, 12), np.uint16))
+    with pytest.raises(DatasetError, match=r"images differ in size: .*20x30 px.*; give --image_size, e.g. 224"):
+        experiment(mixed, checkpoint, tmp_path / "out")
+    assert experiment(mixed, checkpoint, tmp_path / "out", image_size=32).images.images["s2_l2a"].shape[1:3] == (32, 32)
 
 
 def test_checkpoints_of_one_name_are_seeds_of_one_arm(folder, checkpoint, tmp_path):

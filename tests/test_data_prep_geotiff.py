@@ -67,6 +67,10 @@ def test_bands_from_descriptions_never_from_their_number():
     assert named("s2_l1c", (None,) * 13) == ()
     every = tuple(f"B{n}" for n in (1, 2, 3, 4, 5, 6, 7, 8, "8A", 9, 11, 12))
     assert named("s2_l2a", every) == SENSORS["s2_l2a"].band_names
+    assert named("s1", ("VV", "angle", "VH")) == ("VV", "", "VH"), "all bands, and one of no use"
+    assert named("s2_l2a", (*every, "SCL", None)) == (*SENSORS["s2_l2a"].band_names, "", "")
+    assert named("s2_l2a", (*every[:-1], "SCL")) == (), "B12 may be what is called SCL"
+    assert named("s2_l2a", (*every, "B10")) == (), "B10 means Level-1C"
     assert band_list("s2_l1c", "B1..B8, B8A, B9", "x")[-3:] == ("B08", "B8A", "B09")
     with pytest.raises(ValueError, match="B77"):
         band_list("s2_l1c", "B1, B77", "x")

@@ -23,6 +23,8 @@ from data_prep_cells import (
 from rasterio.transform import from_origin
 
 from data_prep import chunks, majortom
+from data_prep.doubts import check_sampling
+from data_prep.raster import Grid
 
 
 def broken(cells: int, defects: dict[int, str]) -> tuple[dict[str, list[dict]], dict[str, list[dict]]]:
@@ -168,3 +170,22 @@ def test_a_decoder_that_raises_anything_quarantines_its_cell(tmp_path: Path, mon
     assert majortom.main(command(source, out)) == 3
     assert "502U_62R/p0" in (out / "rejected.csv").read_text()
     assert "ZeroDivisionError: deep inside" in (out / "rejected.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("crs", "across", "down", "wrong"),
+    [
+        ("EPSG:32632", 10.0, 10.0, ""),
+        ("EPSG:32632", 20.0, 20.0, ""),
+        ("EPSG:32632", 10.0092, 10.0178, ""),
+        ("EPSG:32632", 100.0, 100.0, "are 100 x 100 m"),
+        ("EPSG:32632", 1.0, 1.0, "are 1 x 1 m"),
+        ("EPSG:32632", 10.0, 20.0, "are 10 x 20 m"),
+        ("EPSG:4326", 9e-5, 9e-5, ""),
+        ("EPSG:4326", 25e-5, 9e-5, ""),  # at 70 degrees north
+        ("EPSG:4326", 9e-3, 9e-3, "are 1e+03 x 1e+03 m"),
+    ],
+)
+def test_pixels_of_no_sentinel_are_told(crs: str, across: float, down: float, wrong: str):
+    found = check_sampling("s2_l2a", Grid(crs, (across, 0.0, 9.0, 0.0, -down, 60.0), 48, 48))
+    assert (wrong in found) if wrong else not found

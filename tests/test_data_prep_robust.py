@@ -20,6 +20,7 @@ from data_prep_cells import command, make_source
 from data_prep import chunks, majortom, run, write
 from data_prep.chunks import Job, Unit
 from data_prep.run import make_chunks, prepare_all
+from data_prep.scenes import Scene, SceneFile, facts
 from data_prep.worldcover import WorldCover
 
 
@@ -302,6 +303,17 @@ def test_flushing_a_growing_file_changes_nothing(tmp_path: Path, monkeypatch: py
     flusher = chunks.Flusher(path)
     flusher.wrote(1000)
     flusher.close()
+
+
+def test_what_is_said_of_files_is_told_apart_by_fields_and_not_by_the_names_of_classes():
+    class Renamed(SceneFile):
+        """The same by another name."""
+
+    def said(kind: type[SceneFile], **fields) -> str:
+        return facts([Scene("a", 0, (kind("/here/a.tif", "s1", **fields),))])
+
+    assert said(Renamed) == said(SceneFile) == facts([Scene("a", 0, (SceneFile("/moved/a.tif", "s1"),))])
+    assert len({said(SceneFile), said(SceneFile, nodata=-99.0), said(SceneFile, unit="dB")}) == 3
 
 
 def test_chunks_are_fixed_by_the_plan():

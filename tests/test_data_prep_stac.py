@@ -115,6 +115,26 @@ def test_items_of_three_sensors_become_tiles_pixel_by_pixel(catalog: tuple[Path,
     assert record["s2_l2a"]["cloud"] == pytest.approx(0.07)
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda dn: dn.astype(np.int16) - np.int16(200), "are no DN"),  # below zero: it became nodata
+        (lambda dn: (dn / 10_000).astype(np.float32), "for 0..1 state the unit reflectance"),  # it became black
+    ],
+)
+def test_what_is_no_dn_is_refused_and_not_cut_off(change: Any, reason: str, tmp_path: Path):
+    catalog = pystac.Catalog("test", "one scene")
+    everywhere = pystac.Extent(pystac.SpatialExtent([[-180, -90, 180, 90]]), pystac.TemporalExtent([[None, None]]))
+    for key in SENSORS:
+        catalog.add_child(pystac.Collection(key, key, everywhere))
+    bands = {name: change(pixels) for name, pixels in scene(11, SIZE)["s2_l2a"].items()}
+    add_item(catalog, tmp_path, "s2_l2a", "S2A_T32UPU_20210611T103021", bands)
+    catalog.normalize_hrefs(str(tmp_path / "catalog"))
+    catalog.save(catalog_type=pystac.CatalogType.SELF_CONTAINED)
+    assert prepare(tmp_path / "catalog" / "catalog.json", tmp_path / "out") == 1
+    assert reason in (tmp_path / "out" / "rejected.csv").read_text()
+
+
 def test_search_by_place_and_day(catalog: tuple[Path, dict], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path, _ = catalog
     assert prepare(path, tmp_path / "a", "--datetime", "2020-01-01/2020-12-31") == 1

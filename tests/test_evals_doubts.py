@@ -40,6 +40,7 @@ def optical(image, bands=BANDS, sensor="s2_l2a", **fields) -> list[str]:
         (lambda: optical(LAND / 1e4, unit="reflectance"), None),
         (lambda: optical(LAND + 1000, offset=1000), None),
         (lambda: optical(LAND + 1000, own={"s2_l2a": 1000}), None),  # each image says its own
+        (lambda: optical(LAND * 0), "nothing was measured in 2 of 2 images: 0, 1"),
         (lambda: optical(LAND / 1e4), "unit: reflectance"),
         (lambda: optical(LAND / 40), "eight-bit"),
         (lambda: optical(LAND, unit="reflectance"), "unit: DN"),

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from terrafm_jax.evals import datasets
-from terrafm_jax.evals.datasets import folder, labels
+from terrafm_jax.evals.datasets import labels
 from terrafm_jax.evals.datasets.base import SPLITS, DatasetError, collate
+from terrafm_jax.evals.datasets.shares import random_splits
 
 pytest.importorskip("rasterio")
 RNG = np.random.default_rng(0)
@@ -50,7 +51,7 @@ def test_a_share_of_nothing_is_no_split(tmp_path):
 )
 def test_random_splits_have_the_shares_asked_for(classes, per_class, shares, counts):
     labels = np.repeat(np.arange(classes), per_class)
-    found = folder._random_splits(len(labels), labels, dict(zip(SPLITS, shares, strict=True)), 0)
+    found = random_splits(len(labels), labels, dict(zip(SPLITS, shares, strict=True)), 0)
     assert tuple(len(found[name]) for name in SPLITS) == counts
     assert sorted(i for rows in found.values() for i in rows) == list(range(len(labels)))
     for name, share in zip(SPLITS, shares, strict=True):  # and each class, to the next whole image

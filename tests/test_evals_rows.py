@@ -91,6 +91,24 @@ def test_notes_name_their_data_set_once(tmp_path):
     assert "\n- tiny: train has no sample of class_2" in (tmp_path / "out" / "results.md").read_text()
 
 
+@pytest.mark.parametrize("spelling", ["license", "licence"])
+def test_unit_and_license_stand_in_the_results(tmp_path, spelling):
+    folder = tmp_path / "tiny"
+    for i in range(20):
+        fake.tiff(folder / f"p{i}.tif", fake.planes(np.random.default_rng(i), 8, 2))
+    (folder / "t.csv").write_text("file,value\n" + "".join(f"p{i}.tif,{i}\n" for i in range(20)))
+    inputs = "inputs:\n  s2_l2a: {bands: [B04, B08]}\n"
+    (folder / "dataset.yaml").write_text(
+        f"{inputs}task: regression\nlabels: t.csv\nunit: t/ha\n{spelling}: CC-BY-4.0\n"
+    )
+    how = {"checkpoints": ("raw",), "protocols": ("galileo-linear",), "runs": 1, "epochs": 1, "figures": False}
+    (row,) = Session(settings(tmp_path, **how), say=lambda text: None).run()
+    assert (row["unit"], row["license"]) == ("t/ha", "CC-BY-4.0"), row.get("error")
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert "| tiny (rmse in t/ha) |" in text
+    assert "\n- tiny: license of the data: CC-BY-4.0\n" in text
+
+
 def test_a_failing_data_set_does_not_stop_the_others(tmp_path):
     fake.eurosat_like(tmp_path / "tiny", per_class=8)
     (tmp_path / "tiny/class_1/class_1_3.tif").write_bytes(b"broken")

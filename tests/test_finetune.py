@@ -90,6 +90,7 @@ def test_learns_keeps_the_best_and_reports(straight):
     _, meta = weights.load_npz(run / "best")
     assert meta["finetuned"]["classes"] == ["class_0", "class_1", "class_2"]
     assert meta["finetuned"]["image_px"] == 24  # the network saw 32
+    assert meta["finetuned"]["gsd"] == pytest.approx(10, rel=0.01)
     assert meta["finetuned"]["bands"] == {"s2_l2a": list(SENSORS["s2_l2a"].band_names)}
     assert weights.load_npz(run / "best/head")[0]["head"]["linear"]["kernel"].shape == (32, 3)
     scores = [json.loads(line).get("val_top1") for line in (run / "lr_0.003/metrics.jsonl").read_text().splitlines()]

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from terrafm_jax.config import ConfigError
-from terrafm_jax.evals import store
-from terrafm_jax.evals.datasets.base import Dataset, DatasetInfo, Input, Sample, Split
+from terrafm_jax.evals import features, store
+from terrafm_jax.evals.datasets.base import Dataset, DatasetError, DatasetInfo, Input, Sample, Split
 from terrafm_jax.finetuning import config as schema
 from terrafm_jax.finetuning import job as job_lib
 from terrafm_jax.finetuning.data import Source, class_weights
 from terrafm_jax.finetuning.job import Job
 from terrafm_jax.finetuning.predict import write_predictions
 
-pytest.importorskip("rasterio")
+rasterio = pytest.importorskip("rasterio")
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,69 @@ def test_batches_cover_every_epoch_once(folder):
     assert not np.array_equal(source.rows(0, 8, 1), source.rows(0, 8, 2))
     np.testing.assert_array_equal(source.rows(5, 8, 1), source.rows(5, 8, 1))
     np.testing.assert_allclose(class_weights(source, 3, -1), 1.0, atol=0.2)
+    source.close()
+
+
+def test_images_of_several_sizes_are_resized_as_the_network_would(tmp_path):
+    rng = np.random.default_rng(3)
+    for i, (rows, columns) in enumerate([(40, 40), (24, 70), (33, 32)]):
+        image = rng.uniform(500, 3000, (rows, columns, 2)).astype(np.float32)
+        image[:9, 3:9] = 0  # nodata
+        fake.tiff(tmp_path / f"{'ab'[i % 2]}/p{i}.tif", image)
+    inputs = "inputs: {s2_l2a: {bands: [B04, B08]}}\nsplits: {train: 1.0}\n"
+    (tmp_path / "dataset.yaml").write_text(inputs)
+    (dataset,) = job_lib.open_suite("folder", tmp_path)
+    source = Source(dataset.info, dataset.split("train"), ("s2_l2a",), side=32)
+    together, alone = source.batch([0, 1, 2]), [source.batch([i]) for i in range(3)]
+    assert together["images"]["s2_l2a"].shape == (3, 32, 32, 12)
+    assert {a["images"]["s2_l2a"].shape[1:3] for a in alone} == {(40, 40), (33, 32), (24, 70)}
+    assert np.isnan(together["images"]["s2_l2a"]).any()
+    for i in range(3):
+        seen = [
+            features.prepare_image(
+                batch["images"]["s2_l2a"], np.full(12, 1500.0), np.full(12, 800.0), np.zeros(1),
+                batch["bands"]["s2_l2a"], (32, 32),
+            )[0]
+            for batch in ({**together, "images": {"s2_l2a": together["images"]["s2_l2a"][i : i + 1]}}, alone[i])
+        ]  # fmt: skip
+        np.testing.assert_allclose(seen[0], seen[1], atol=1e-5)
+    own = Source(dataset.info, dataset.split("train"), ("s2_l2a",))
+    with pytest.raises(DatasetError, match=r"images differ in size: .*24x70 px.*; give config.image_size, e.g. 224"):
+        own.batch([0, 1, 2])
+    for s in (source, own):
+        s.close()
+
+
+@pytest.mark.parametrize(("crs", "step"), [("EPSG:32632", 20.0), ("EPSG:4326", 20.0 / 111_195), (None, 20.0)])
+@pytest.mark.parametrize("tile", [0, 16])
+def test_sampling_of_the_images_is_measured_on_the_ground(tmp_path, crs, step, tile):
+    for folder, size, channels in (("images", 32, 2), ("masks", 64, 1)):  # masks finer than images
+        image = np.ones((size, size, channels), np.uint8 if channels == 1 else np.uint16)
+        corner = rasterio.Affine(
+            step * 32 / size, 0, 4e5 if step > 1 else 9.0, 0, -step * 32 / size, 5e6 if step > 1 else 45
+        )
+        with rasterio.open(fake.tiff(tmp_path / folder / "a.tif", image, crs=crs), "r+") as file:
+            file.transform = corner
+    (tmp_path / "dataset.yaml").write_text(
+        "task: segmentation\nclasses: [x, y]\ninputs: {s2_l2a: {folder: images, bands: [B04, B08]}}\nmasks: masks\n"
+        "splits: {train: 1.0}\n"
+    )
+    (dataset,) = job_lib.open_suite("folder", tmp_path)
+    dataset = store.tiled(dataset, tile) if tile else dataset
+    source = Source(dataset.info, dataset.split("train"), ("s2_l2a",))
+    assert source.gsd() == pytest.approx(20.0 if crs else 0.0, rel=0.01)
+    source.close()
+
+
+def test_images_of_several_sizes_under_masks_are_told_to_be_cut():
+    info = DatasetInfo("mixed", "segmentation", ("a", "b"), {"s1": Input("s1", ("VV", "VH"))})
+
+    def read(i):
+        return Sample(str(i), {"s1": np.full((16 + i, 16, 2), -10.0)}, np.zeros((16 + i, 16), int))
+
+    source = Source(info, Split(["0", "1"], read), ("s1",), side=32)
+    with pytest.raises(DatasetError, match=r"0 16x16 px, 1 17x16 px; cut them alike with config.data.tile"):
+        source.batch([0, 1])
     source.close()
 
 

@@ -6,6 +6,9 @@ import dataclasses
 import functools
 import json
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import labelled_fake as fake
@@ -14,6 +17,7 @@ import pytest
 
 from terrafm_jax import provenance, weights
 from terrafm_jax.evals import progress
+from terrafm_jax.evals.datasets.base import DatasetError, DatasetInfo, Input
 from terrafm_jax.evals.encoders import random_encoder
 from terrafm_jax.finetuning import export, legend
 from terrafm_jax.finetuning import map as mapping
@@ -31,7 +35,15 @@ ONE, BOTH = ("s2_l2a",), ("s1", "s2_l2a")
 
 
 def tuned_folder(
-    folder, head: str, task: str, inputs=ONE, outputs: int = 3, seed: int = 0, side: int = 0, **fields
+    folder,
+    head: str,
+    task: str,
+    inputs=ONE,
+    outputs: int = 3,
+    seed: int = 0,
+    side: int = 0,
+    more: Mapping[str, Any] = MappingProxyType({}),
+    **fields,
 ) -> Tuned:
     """A workdir as a finished run leaves it, with random weights and lively batch norms."""
     spec = TuneSpec(TINY, inputs, task, outputs, head, image_size=32, upernet_channels=8, **fields)
@@ -43,7 +55,7 @@ def tuned_folder(
     recorded = {
         **{k: v for k, v in dataclasses.asdict(spec).items() if k != "model"},
         "classes": ["a", "b", "c"][:outputs] if task != "regression" else [], "scale": [5.0, 2.0],
-        "bands": {k: bands[k] for k in inputs}, **({"image_px": side} if side else {}),
+        "bands": {k: bands[k] for k in inputs}, **({"image_px": side} if side else {}), **more,
     }  # fmt: skip
     weights.save_npz(folder / "best/head", {"head": params, "head_state": state}, recorded)
     meta = {"model": dataclasses.asdict(TINY), "statistics": json.loads(Statistics.published().to_json()), "step": 1}
@@ -208,6 +220,51 @@ def test_windows_of_a_map_are_as_large_as_the_images_it_was_tuned_on(tmp_path):
     with rasterio.open(out) as found:
         np.testing.assert_allclose(found.read(1)[:4, :4], tuned({"s2_l2a": first})[0, 0], rtol=1e-4)
     assert tuned_folder(tmp_path / "old", "linear", "regression", outputs=1).window == 32  # nothing recorded
+
+
+@pytest.mark.parametrize("task", ["regression", "segmentation"])
+def test_scenes_smaller_than_a_window_are_mirrored_and_not_stretched(tmp_path, task):
+    dense = task == "segmentation"
+    head, outputs = ("patch_linear", 3) if dense else ("linear", 1)
+    tuned = tuned_folder(tmp_path / "run", head, task, outputs=outputs, side=64)
+    names = tuned.bands["s2_l2a"]
+    scene = pixels(48, 1)[0][:32][..., S2_L2A.indices(names)].clip(1, 20000).astype(np.uint16)
+    file, out = fake.tiff(tmp_path / "scene.tif", scene, names=names), tmp_path / "map.tif"
+    mapping.predict_scene(tuned, [f"s2_l2a={file}"], out)
+    whole = np.zeros((1, 64, 64, 12), np.float32)
+    whole[..., S2_L2A.indices(names)] = np.pad(scene, ((0, 32), (0, 16), (0, 0)), "symmetric")
+    expected = tuned({"s2_l2a": whole})[0]
+    with rasterio.open(out) as found:
+        values = found.read(1)
+    if dense:
+        np.testing.assert_array_equal(values, expected[:32, :48].argmax(-1))
+    else:
+        np.testing.assert_allclose(values, np.full((2, 3), expected[0]), rtol=1e-4)
+
+
+def test_maps_and_masks_have_a_byte_for_a_class(tmp_path):
+    tuned = tuned_folder(tmp_path / "run", "linear", "classification", outputs=2, more={"classes": ["c"] * 256})
+    with pytest.raises(ValueError, match="256 classes; a map holds a byte a pixel, at most 255"):
+        mapping.predict_scene(tuned, ["s2_l2a=none.tif"], tmp_path / "map.tif")
+    inputs = {"s1": Input("s1", ("VV", "VH"))}
+    with pytest.raises(DatasetError, match="x: 256 classes of pixels, at most 255"):
+        DatasetInfo("x", "segmentation", ("c",) * 256, inputs)
+    assert DatasetInfo("x", "segmentation", ("c",) * 255, inputs).classes
+    assert DatasetInfo("x", "classification", ("c",) * 300, inputs).classes
+
+
+def test_a_map_at_another_sampling_warns(tmp_path):
+    tuned = tuned_folder(tmp_path / "run", "linear", "regression", outputs=1, more={"gsd": 20.0, "unit": "t/ha"})
+    scene = pixels(64, 1)[0].clip(1, 20000).astype(np.uint16)
+    file, out = fake.tiff(tmp_path / "scene.tif", scene, names=S2_L2A.band_names), tmp_path / "map.tif"
+    said = mapping.predict_scene(tuned, [f"s2_l2a={file}"], out)
+    assert "made at 10 m a pixel, but the network was tuned on images of 20 m" in said
+    with rasterio.open(out) as found:
+        assert "pass --gsd 20" in found.tags()["TERRAFM_WARNINGS"]
+        assert found.units == ("t/ha",)
+    assert "warning" not in mapping.predict_scene(tuned, [f"s2_l2a={file}"], out, gsd=20.0, overwrite=True)
+    assert tuned.other_sampling(20.4) == ""
+    assert tuned_folder(tmp_path / "old", "linear", "regression", outputs=1).other_sampling(10.0) == ""
 
 
 @pytest.mark.slow

@@ -34,6 +34,29 @@ def test_colors_are_those_of_the_bands() -> None:
     np.testing.assert_array_equal(radar[0, 0], [255, 63, 255])
 
 
+def test_ground_is_seen_beside_clouds_and_views_stay_comparable() -> None:
+    rng = np.random.default_rng(0)
+    land = rng.uniform(0.30, 0.38, (32, 32, 12)).astype(np.float32)  # normalized: the darkest tenth of the scale
+    cloudy = land.copy()
+    cloudy[:16] = 1.2
+    lifted = land + 0.03
+    low, span = pictures.stretch("s2_l2a", [land, cloudy, lifted])
+    plain, clouds, bright = (pictures.as_rgb("s2_l2a", x, low, span).astype(int) for x in (land, cloudy, lifted))
+    assert np.median(plain) > 50, "ground is not black"
+    assert (clouds[:16] == 255).all()
+    assert plain.std() > 15, "nor is it one gray"
+    np.testing.assert_array_equal(clouds[16:], plain[16:])  # the same values look the same in all views of a row
+    assert bright.mean() > plain.mean() + 15, "a brighter view looks brighter"
+
+
+def test_noise_of_a_uniform_tile_is_not_stretched() -> None:
+    water = 0.3 + np.random.default_rng(0).normal(0, 0.0005, (16, 16, 12)).astype(np.float32)
+    assert pictures.as_rgb("s2_l2a", water, *pictures.stretch("s2_l2a", [water])).std() < 15
+    for nothing in ([], [np.zeros((4, 4, 12))]):  # no network saw it, or all of it was filled
+        low, span = pictures.stretch("s2_l2a", nothing)
+        assert (low.tolist(), span) == ([0, 0, 0], 1)
+
+
 def test_sheet_shows_every_view_and_grays_what_no_network_saw(tmp_path) -> None:
     sets = views_of(SPEC, fake_batch(6, 60))
     path = epath.Path(tmp_path) / "views.png"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import xml.etree.ElementTree as ET
@@ -51,6 +52,14 @@ def test_goodput_counts_repeated_steps_and_gaps():
     assert found.repeated == pytest.approx(8)
     assert found.startup == pytest.approx(5)
     assert found.wall == pytest.approx(131)
+
+
+def test_the_time_after_a_complete_run_is_not_lost():
+    """Started again days later, by mistake or with more steps: nobody waited for it in between."""
+    first, later = [start(0, 0), row(0, 0), row(20, 10, 2.0)], [start(90_000, 10) | {"after": "complete"}]
+    assert report.goodput([*first, *later]) == dataclasses.replace(report.goodput(first), starts=2)
+    longer = report.goodput([*first, *later, row(90_005, 11), row(90_010, 13, 2.5)])
+    assert (longer.between, longer.wall) == (0, pytest.approx(30))
 
 
 def test_three_starts_from_the_same_checkpoint():

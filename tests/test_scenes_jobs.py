@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -119,6 +120,23 @@ def test_what_a_finished_job_left_goes_with_the_next_start(
     made = out.read_bytes()
     assert call(out=out, sensors={"s2_l2a": l2a_scene}) == 0
     assert (left.exists(), out.read_bytes()) == (False, made)
+
+
+def test_a_job_is_known_by_its_fields_and_not_by_the_names_of_classes(l2a_scene: Path) -> None:
+    date = inputs.resolve(f"s2_l2a={l2a_scene}", inputs.Declared())
+    target = grid_lib.target_grid([date])
+    reader = read.SceneReader([date], target)
+
+    class Renamed(Plan):
+        """The same by another name."""
+
+    mark = run.signature(Plan(target, 64, 32, 16), reader, None)
+    assert run.signature(Renamed(target, 64, 32, 16), reader, None) == mark
+    assert run.signature(Plan(target, 64, 48, 16), reader, None) != mark
+    shifted = target.window(0, 1, target.height, target.width)
+    assert run.signature(Plan(shifted, 64, 32, 16), reader, None) != mark
+    other = dataclasses.replace(target, crs=rasterio.CRS.from_epsg(32631))
+    assert run.signature(Plan(other, 64, 32, 16), reader, None) != mark
 
 
 def test_other_settings_do_not_resume(l2a_scene: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -21,7 +21,7 @@ from tiles_fake import fake_record, write_dataset
 from configs.demo import get_config
 from terrafm_jax.config import flatten, model_spec
 from terrafm_jax.sensors import Statistics
-from terrafm_jax.training import flops, loop, tools
+from terrafm_jax.training import flops, loop, report, tools
 from terrafm_jax.training.plan import make_plan
 
 pytestmark = pytest.mark.slow
@@ -155,6 +155,8 @@ def test_a_step_whose_evaluation_was_stopped_is_evaluated_by_the_next_start(run:
     outcomes = [dataclasses.astuple(start.outcome) for start in run.starts]
     assert outcomes == [(3, False, 42), (6, False, 0), (9, False, 42), (9, True, 0), (9, True, 0)]
     assert ["DONE" in start.files for start in run.starts] == [False, False, False, True, True]
+    events = [row.get("after") for row in report.read_rows(run.workdir) if row.get("event") == "start"]
+    assert events == [None, None, None, None, "complete"], "the time before the last start is not lost"
 
 
 def test_a_person_who_stops_the_last_evaluation_finds_no_complete_run(tmp_path: Path) -> None:

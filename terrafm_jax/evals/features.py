@@ -159,6 +159,32 @@ def prepare_image(
     return jnp.where(bands[None, None, None], values + FILL, 0.0)
 
 
+def resized(image: np.ndarray, side: int) -> np.ndarray:
+    """float32 [H, W, C] -> [side, side, C] as :func:`prepare_image` resizes; NaN where too little was measured.
+
+    For images of several sizes that have to lie in one array before the device sees them.
+    """
+    if image.shape[:2] == (side, side):
+        return image
+    measured = np.isfinite(image)
+    rows, columns = (_triangles(count, side) for count in image.shape[:2])
+
+    def both_ways(values: np.ndarray) -> np.ndarray:
+        return np.moveaxis(np.tensordot(columns, np.tensordot(rows, values, 1), ((1,), (1,))), 0, 1)
+
+    weight = both_ways(measured.astype(np.float32))
+    total = both_ways(np.where(measured, image, np.float32(0)))
+    return np.where(weight > MIN_WEIGHT, total / np.maximum(weight, MIN_WEIGHT), np.float32(np.nan))
+
+
+def _triangles(count: int, side: int) -> np.ndarray:
+    """float32 [side, count]: weights of the pixels of one axis, half-pixel centers, antialiased when shrinking."""
+    step = count / side
+    away = np.abs((np.arange(side)[:, None] + 0.5) * step - (np.arange(count) + 0.5))
+    weight = np.maximum(0.0, 1.0 - away / max(step, 1.0))
+    return (weight / weight.sum(1, keepdims=True)).astype(np.float32)
+
+
 def target_size(height: int, width: int, image_size: int, patch: int) -> tuple[int, int]:
     """Network input of an image: ``image_size`` squared, or (0) its own size rounded up to whole patches."""
     if image_size:

@@ -17,6 +17,7 @@ from terrafm_jax.evals.published import published
 
 Row = dict[str, Any]
 RAW_UNITS = ("rmse", "mae", "r2")  # metrics that are not shares: printed as they are
+_IN_UNIT = ("rmse", "mae")  # of the target
 _LIMITS = {"rmse": (0.0, np.inf), "mae": (0.0, np.inf), "r2": (-np.inf, 1.0)}  # shares: 0 to 1
 
 
@@ -108,7 +109,8 @@ def markdown(rows: Sequence[Row]) -> str:
         chosen = [r for r in rows if _setting(r) == setting]
         parts.append(_table(setting, chosen))
     counts = {f"- {r['dataset']}: {_counts(r['samples'])} samples" for r in rows if r.get("samples")}
-    notes = sorted(counts | {f"- {r['dataset']}: {r['note']}" for r in rows if r.get("note")})
+    licenses = {f"- {r['dataset']}: license of the data: {r['license']}" for r in rows if r.get("license")}
+    notes = sorted(counts | licenses | {f"- {r['dataset']}: {r['note']}" for r in rows if r.get("note")})
     if notes:
         parts += ["## Notes\n", *notes, ""]
     return "\n".join(parts)
@@ -127,7 +129,9 @@ def _table(setting: tuple[str, float, int], rows: Sequence[Row]) -> str:
         for d, number in by_dataset.items():
             if any(number.metric in r["metrics"] for r in rows if r["dataset"] == d):
                 metric[d] = number.metric
-    header = ["model", "inputs", "px"] + [f"{d} ({metric[d]})" for d in datasets]
+    unit = {r["dataset"]: f" in {r['unit']}" for r in rows if r.get("unit")}
+    named = {d: metric[d] + unit.get(d, "") * (metric[d] in _IN_UNIT) for d in datasets}
+    header = ["model", "inputs", "px"] + [f"{d} ({named[d]})" for d in datasets]
     lines = [f"## {protocol}, {amount(fraction, shots)}\n"]
     lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     groups: dict[tuple, list[Row]] = defaultdict(list)

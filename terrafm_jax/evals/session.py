@@ -221,9 +221,10 @@ class Session:
         encoder, info, options, limit = e.encoder, e.dataset.info, e.options, self.settings.limit
         row = {
             "key": key, "model": encoder.name, "weights": encoder.weights_hash, "suite": self.settings.suite,
-            "dataset": info.name, "task": info.task, "inputs": list(e.keys), "image_size": encoder.image_size,
-            "protocol": result.protocol, "fraction": info.share * options.fraction, "shots": options.shots,
-            "seed": options.seed, "samples": {k: min(len(v), limit or len(v)) for k, v in e.dataset.splits.items()},
+            "dataset": info.name, "task": info.task, "inputs": list(e.keys), **info.printed,
+            "image_size": encoder.image_size, "protocol": result.protocol,
+            "fraction": info.share * options.fraction, "shots": options.shots, "seed": options.seed,
+            "samples": {k: min(len(v), limit or len(v)) for k, v in e.dataset.splits.items()},
             "metrics": report.as_entry(result.metrics), "per_class": result.per_class, "classes": list(info.classes),
             "confusion": result.confusion, "settings": result.settings,
             "note": note(e.dataset, e.keys, self._doubts[info.name], limit), "seconds": round(seconds, 2),

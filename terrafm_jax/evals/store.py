@@ -16,7 +16,7 @@ from terrafm_jax.evals.datasets.base import Dataset, DatasetError, Sample, batch
 from terrafm_jax.evals.features import ImageBatch
 from terrafm_jax.paths import save_array, write_atomically
 
-VERSION = 4  # raise when features change for the same weights and inputs: old caches are then not used
+VERSION = 5  # raise when features change for the same weights and inputs: old caches are then not used
 CHUNK = 256
 
 

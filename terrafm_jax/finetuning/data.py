@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from terrafm_jax.config import ConfigError
+from terrafm_jax.evals.datasets import files
 from terrafm_jax.evals.datasets.base import DatasetError, DatasetInfo, Sample, Split, collate, spread
 
 AHEAD = 3  # batches read before they are needed
@@ -24,6 +25,7 @@ class Source:
     Attributes:
       inputs: sensors to read. task: decides the type of targets. threads: of reading.
       cache: keep decoded samples in memory.
+      side: of the network's input in px; 0: the images' own size, which must then be one.
     """
 
     info: DatasetInfo
@@ -31,6 +33,7 @@ class Source:
     inputs: tuple[str, ...]
     threads: int = 4
     cache: bool = False
+    side: int = 0
 
     def __post_init__(self) -> None:
         self._kept: dict[int, Sample] = {}
@@ -50,15 +53,31 @@ class Source:
             self._kept[row] = sample
         return sample
 
-    def side(self) -> int:
+    def image_px(self) -> int:
         """Side in px that images of this split have as they are delivered: the median over some of them."""
         shapes = [np.shape(self.read(i).images[self.inputs[0]])[:2] for i in spread(len(self), 8)]
         return round(float(np.median([np.sqrt(h * w) for h, w in shapes]))) if shapes else 0
 
+    def gsd(self) -> float:
+        """Meters per pixel of the images of this split, in pixels of the first sensor: the median over some of them.
+
+        0.0 where their files do not say where they lie.
+        """
+        found = []
+        for sample in map(self.read, spread(len(self), 8)):
+            pixels = np.shape(sample.images[self.inputs[0]])[0]
+            if sample.window is not None:  # a part of the file
+                pixels *= sample.window[2][0] / np.shape(sample.target)[0]
+            found.append(files.ground_height(sample.path) / pixels)
+        found = [value for value in found if value]
+        return round(float(np.median(found)), 2) if found else 0.0
+
     def batch(self, rows: Sequence[int]) -> dict[str, Any]:
         """images, bands, offset per sensor and targets of the given rows."""
         samples = list(self._pool.map(self.read, rows))
-        found = collate(self.info, samples, self.inputs)
+        dense = self.info.task == "segmentation"  # masks lie on their images, so both are cut alike
+        remedy = "cut them alike with config.data.tile" if dense else "give config.image_size, e.g. 224"
+        found = collate(self.info, samples, self.inputs, side=0 if dense else self.side, remedy=remedy)
         kind = {"multilabel": np.float32, "regression": np.float32}.get(self.info.task, np.int32)
         sizes = {np.shape(s.target): s.id for s in samples}
         if len(sizes) > 1:

@@ -64,7 +64,9 @@ class Experiment:
         self.recipe = Recipe(**{k: v for k, v in chosen.items() if v})
         samples = [s[i] for s in self.dataset.splits.values() for i in range(len(s))]
         self.labels = np.array([s.target for s in samples])
-        self.images = collate(self.info, samples, list(self.info.inputs))
+        self.images = collate(
+            self.info, samples, list(self.info.inputs), side=self.image_size, remedy="give --image_size, e.g. 224"
+        )
         self.out.mkdir(parents=True, exist_ok=True)
 
     def arms(self) -> Iterator[tuple[str, int, AnyEncoder]]:
@@ -160,12 +162,14 @@ class Experiment:
         settings = {
             "dataset": self.info.name, "samples": len(self.labels), "classes": len(self.info.classes),
             "image_size": self.image_size or "own", "folds": self.folds, "repeats": self.repeats,
-            "note": self.info.note,
+            "note": self.info.note, **self.info.printed,
         }  # fmt: skip
         if PROTOCOL in self.protocols:
             settings |= {"tune_repeats": self.tune_repeats, "recipe": dataclasses.asdict(self.recipe)}
         store.write_json(self.out / "results.json", {"settings": settings, **found})
         title = f"{self.info.name}: {len(self.labels)} images, {len(self.info.classes)} classes"
-        (self.out / "results.md").write_text(f"{title}\n\n{arms_lib.markdown(scores)}")
+        license = f"License of the data: {self.info.license}" if self.info.license else ""
+        parts = [title, arms_lib.markdown(scores).rstrip(), self.info.note, license]
+        (self.out / "results.md").write_text("\n\n".join(part for part in parts if part) + "\n")
         chance = np.bincount(self.labels).max() / len(self.labels)
         arms_lib.figure(scores, self.out / "results.png", title, chance)

@@ -87,7 +87,8 @@ def _card(tuned: Tuned, recorded: Mapping[str, Any]) -> str:
         "regression": "values [B, 1]",
     }[task]
     size = f"at {recorded['image_size']} px, to which images are resized" if recorded["image_size"] else "at any size"
-    size += f" (the images it was tuned on had {tuned.image_px} px: give such)" if tuned.image_px else ""
+    sampling = f" of {tuned.gsd:g} m" if tuned.gsd else ""
+    size += f" (the images it was tuned on had {tuned.image_px} px{sampling}: give such)" if tuned.image_px else ""
     given = ", ".join(f'"{k}": {k}' for k in tuned.spec.inputs)
     bands = "\n".join(f"* `{k}`: {', '.join(names)}" for k, names in tuned.bands.items())
     classes = f"\nClasses, in this order: {', '.join(tuned.classes)}.\n" if tuned.classes else ""

@@ -70,7 +70,9 @@ class Job:
         if c.data.limit:
             splits = {k: s.subset(spread(len(s), c.data.limit)) for k, s in splits.items()}
         cache = c.data.cache == "ram"
-        return {k: Source(self.dataset.info, s, self.inputs, c.data.threads, cache) for k, s in splits.items()}
+        return {
+            k: Source(self.dataset.info, s, self.inputs, c.data.threads, cache, c.image_size) for k, s in splits.items()
+        }
 
     def plan(self, sources: dict[str, Source], rate: float) -> Plan:
         c, info = self.config, self.dataset.info
@@ -164,7 +166,7 @@ class Job:
         settings |= {"diverged": list(diverged)} if diverged else {}
         row = {
             "key": f"finetune-{Path(self.workdir).name}", "model": best.plan.name, "weights": self.encoder.weights_hash,
-            "suite": c.data.suite, "dataset": info.name, "task": info.task, "inputs": list(self.inputs),
+            "suite": c.data.suite, "dataset": info.name, "task": info.task, **info.printed, "inputs": list(self.inputs),
             "image_size": c.image_size, "protocol": self.protocol(), "fraction": c.data.fraction,
             "shots": c.data.shots, "seed": c.seed, "samples": {k: len(s) for k, s in sources.items()},
             "metrics": report.as_entry(result.metrics),

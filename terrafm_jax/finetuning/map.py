@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from terrafm_jax.evals import progress
+from terrafm_jax.evals.datasets.base import MOST_CLASSES
 from terrafm_jax.finetuning import legend
 from terrafm_jax.finetuning.tuned import Tuned
 from terrafm_jax.sensors import SENSORS
@@ -28,11 +30,13 @@ class WindowClassifier:
     """The tuned network in the shape that ``scenes.run.Job`` expects of an encoder: tokens that carry probabilities.
 
     A token of a segmentation network holds the probabilities of its patch x patch pixels, else those of its window.
+    ``window``: side in px that smaller windows, those of a scene smaller than one, are mirrored up to. Windows are
+    stretched to the network's size, and so would be such a scene: to another scale and other proportions.
     """
 
-    def __init__(self, tuned: Tuned, bands: Mapping[str, Sequence[str]]):
+    def __init__(self, tuned: Tuned, bands: Mapping[str, Sequence[str]], window: int):
         tuned.check_bands(bands)
-        self.tuned, self.bands = tuned, bands
+        self.tuned, self.bands, self.window = tuned, bands, window
         self.dense = tuned.spec.task == "segmentation"
         patch = tuned.spec.model.patch
         self.width = tuned.spec.outputs * (patch * patch if self.dense else 1)
@@ -48,14 +52,15 @@ class WindowClassifier:
             image = np.zeros((*given.values.shape[:3], len(SENSORS[key].bands)), np.float32)
             image[..., list(SENSORS[key].indices(self.bands[key]))] = given.values
             image[~given.valid] = np.nan
-            images[key] = image
+            batch, height, width = image.shape[:3]
+            beyond = [(0, max(0, self.window - side)) for side in (height, width)]
+            images[key] = np.pad(image, ((0, 0), *beyond, (0, 0)), "symmetric")
         scores = self.tuned(images)
         p = self.tuned.spec.model.patch
-        batch, height, width = next(iter(images.values())).shape[:3]
         h, w = height // p, width // p
         if self.dense:
             measured = np.any([windows[key].valid for key in self.tuned.spec.inputs], axis=0)
-            scores = np.where(measured[..., None], scores, np.nan)
+            scores = np.where(measured[..., None], scores[:, :height, :width], np.nan)
             tokens = scores.reshape(batch, h, p, w, p, -1).transpose(0, 1, 3, 2, 4, 5).reshape(batch, h, w, self.width)
         else:
             tokens = np.broadcast_to(scores[:, None, None], (batch, h, w, self.width))
@@ -89,6 +94,8 @@ def write_map(out: Path, tokens: np.ndarray, plan: Any, tuned: Tuned, tags: Mapp
             dst.update_tags(classes=legend.as_tag(tuned.classes), **tags)
         if not regression:
             legend.write_palette(files[0], tuned.classes)
+        elif tuned.unit:
+            files[0].units = (tuned.unit,)
         for row in range(len(tokens)):
             lines = _lines(np.asarray(tokens[row]), dense, patch, tuned.spec.outputs)
             height = min(step, grid.height - row * step)
@@ -163,6 +170,10 @@ def predict_scene(
     from terrafm_jax.scenes.inputs import Declared, resolve_all
     from terrafm_jax.scenes.read import SceneReader
 
+    if len(tuned.classes) > MOST_CLASSES:  # it would be told by another's name
+        raise ValueError(
+            f"{tuned.folder}: {len(tuned.classes)} classes; a map holds a byte a pixel, at most {MOST_CLASSES}"
+        )
     acquisitions = resolve_all(sensors, declared or Declared())
     grid = target_grid(acquisitions, gsd)
     patch = tuned.spec.model.patch
@@ -170,8 +181,11 @@ def predict_scene(
     overlap = window // 2 // patch * patch if overlap is None else overlap
     plan = Plan(grid, window, overlap, patch, batch=batch)
     reader = SceneReader(acquisitions, grid)
-    classify = WindowClassifier(tuned, reader.bands)
-    mark = run.signature(plan, reader, None, weights=tuned.weights_hash, sensors=list(sensors), declared=str(declared))
+    if text := tuned.other_sampling(grid.gsd):
+        reader.warn(text)
+    classify = WindowClassifier(tuned, reader.bands, window)
+    said = dataclasses.asdict(declared or Declared())
+    mark = run.signature(plan, reader, None, weights=tuned.weights_hash, sensors=list(sensors), declared=said)
     this = finish.digest(mark)
     if finish.done_already(out, this, overwrite):
         return f"done already: {out}"

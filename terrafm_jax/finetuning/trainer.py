@@ -309,7 +309,8 @@ class Run:
             "finetuned": {
                 **{k: v for k, v in dataclasses.asdict(spec).items() if k != "model"},
                 "classes": list(self.plan.classes), "scale": list(self.plan.scale), "bands": self._bands(),
-                "image_px": self.sources["train"].side(),
+                "image_px": self.sources["train"].image_px(), "gsd": self.sources["train"].gsd(),
+                "unit": self.sources["train"].info.unit,
             },
         }  # fmt: skip
         partial, final = self.folder / "best.partial", self.folder / "best"

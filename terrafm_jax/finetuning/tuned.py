@@ -19,7 +19,8 @@ from terrafm_jax.finetuning.network import TuneSpec
 from terrafm_jax.sensors import SENSORS
 from terrafm_jax.weights import WeightsError
 
-_RECORDED = ("bands", "classes", "scale", "image_px")  # of meta["finetuned"], not fields of TuneSpec
+_RECORDED = ("bands", "classes", "scale", "image_px", "gsd", "unit")  # of meta["finetuned"], not fields of TuneSpec
+_SAME_SCALE = 0.1  # pixels of degrees, or of a neighboring projection, differ by some percent
 
 
 class Tuned:
@@ -28,6 +29,7 @@ class Tuned:
     Attributes:
       spec: what was trained. classes: names, empty for regression. bands: per sensor, the bands it expects.
       image_px: side of the images it was tuned on before they were resized to ``spec.image_size``; 0: not recorded.
+      gsd: meters per pixel of those images, 0: not recorded. unit: of a regression target, or "".
       loaded: the encoder as the usual loader reads it (statistics, provenance).
     """
 
@@ -46,6 +48,8 @@ class Tuned:
         self.bands: dict[str, list[str]] = recorded["bands"]
         self.scale = tuple(recorded["scale"])
         self.image_px: int = recorded.get("image_px", 0)
+        self.gsd: float = recorded.get("gsd", 0.0)
+        self.unit: str = recorded.get("unit", "")
         self.head, self.state = head["head"], head.get("head_state", {})
         self._jit = jax.jit(self._forward, static_argnames="size")
 
@@ -84,6 +88,15 @@ class Tuned:
         """
         patch = self.spec.model.patch
         return max(patch, round((self.image_px or self.spec.image_size or 224) / patch) * patch)
+
+    def other_sampling(self, gsd: float) -> str:
+        """A warning where a scene of ``gsd`` meters per pixel shows the ground at another scale; "" where not."""
+        if not self.gsd or abs(gsd / self.gsd - 1) <= _SAME_SCALE:
+            return ""
+        return (
+            f"the map is made at {gsd:g} m a pixel, but the network was tuned on images of {self.gsd:g} m: it sees the "
+            f"ground at another scale; pass --gsd {self.gsd:g}"
+        )
 
     def mask(self, sensor: str) -> np.ndarray:
         """bool [C] of the bands that the network was tuned on."""

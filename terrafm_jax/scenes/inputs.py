@@ -117,18 +117,18 @@ def _scaling(layer: Layer) -> tuple[float, float]:
     with open_raster(layer.path) as source:
         if layer.index > source.count:
             raise SceneError(f"{layer.path}: has {source.count} bands, band {layer.index} was asked for")
-        return source.scales[layer.index - 1], source.offsets[layer.index - 1]
+        return units.stated_scaling(source, layer.index)
 
 
 def _makes_reflectance(found: Acquisition, stated: Sequence[tuple[float, float]]) -> bool:
     """Whether the files say themselves that scaling makes reflectance of their DN."""
-    scales = sorted({scale for scale, _ in stated})
-    if SENSORS[found.sensor].unit != "DN" or scales[0] >= 0.01:
-        return False
-    if scales[-1] >= 0.01:
-        raise SceneError(f"{found.paths[0]}: its bands state the scales {scales}; rewrite them with one scale")
-    _log.info("%s: states scale %g itself, so its values are reflectance", found.paths[0], scales[-1])
-    return True
+    try:
+        made = units.makes_reflectance(SENSORS[found.sensor], stated)
+    except units.UnitError as error:
+        raise SceneError(f"{found.paths[0]}: {error}") from None
+    if made:
+        _log.info("%s: states scale %g itself, so its values are reflectance", found.paths[0], stated[0][0])
+    return made
 
 
 # --- checks before the work ----------------------------------------------------------------------
@@ -144,8 +144,9 @@ def check(acquisition: Acquisition, said: checks.Declared) -> Acquisition:
       SceneError: a file is unreadable or empty, or its values surely are not what they are called.
     """
     key, path = acquisition.sensor, acquisition.paths[0]
-    samples = {layer.band: sample(layer, acquisition.nodata) for layer in acquisition.layers}
-    cirrus = sample(acquisition.cirrus, acquisition.nodata) if acquisition.cirrus else None
+    empty = () if key == "s1" else (0,)
+    samples = {layer.band: sample(layer, acquisition.nodata, empty) for layer in acquisition.layers}
+    cirrus = sample(acquisition.cirrus, acquisition.nodata, empty) if acquisition.cirrus else None
     findings = checks.offset(key, said.offset)
     findings = (
         findings if any(f.sure for f in findings) else findings + checks.values(key, samples, said, cirrus=cirrus)
@@ -160,8 +161,11 @@ def check(acquisition: Acquisition, said: checks.Declared) -> Acquisition:
     return dataclasses.replace(acquisition, doubts=tuple(f"{Path(path).name}: {f.text}" for f in findings))
 
 
-def sample(layer: Layer, nodata: float | None = None) -> np.ndarray:
-    """[n]: valid pixels of a coarse sample of one band (but down to the last row), scaled as the file says."""
+def sample(layer: Layer, nodata: float | None = None, empty: tuple[float, ...] = ()) -> np.ndarray:
+    """[n]: valid pixels of a coarse sample of one band (but down to the last row), scaled as the file says.
+
+    ``empty``: stored values left out where the file states an offset, after which they would no longer stand out.
+    """
     scale, shift = _scaling(layer)
     with open_raster(layer.path) as source:
         rows, columns = min(source.height, _SAMPLE), min(source.width, _SAMPLE)
@@ -175,7 +179,7 @@ def sample(layer: Layer, nodata: float | None = None) -> np.ndarray:
     if data.dtype.kind == "c":
         raise SceneError(f"{layer.path}: holds complex values (SLC); detect, calibrate and terrain-correct it first")
     bad = ~np.isfinite(data) | hidden
-    for value in (declared, nodata):
+    for value in (declared, nodata, *(empty if shift else ())):
         if value is not None:
             bad |= data == value
-    return data[~bad] if (scale, shift) == (1.0, 0.0) else data[~bad] * scale + shift
+    return data[~bad] if (scale, shift) == units.AS_STORED else data[~bad] * scale + shift

@@ -12,7 +12,7 @@ from rasterio.enums import Resampling
 from rasterio.warp import reproject
 
 from terrafm_jax.scenes.layers import Acquisition, Layer
-from terrafm_jax.units import DN_PER_REFLECTANCE, MAX_DN, MAX_POWER
+from terrafm_jax.units import AS_STORED, DN_PER_REFLECTANCE, MAX_DN, MAX_POWER, stated_scaling
 
 _LARGEST = {"s1": (MAX_POWER, "power"), "s2_l1c": (MAX_DN, "DN"), "s2_l2a": (MAX_DN, "DN")}
 
@@ -37,7 +37,7 @@ class Stored:
 
     @classmethod
     def of(cls, source: rasterio.DatasetReader, index: int) -> Stored:
-        return cls(source.nodatavals[index - 1], source.scales[index - 1], source.offsets[index - 1])
+        return cls(source.nodatavals[index - 1], *stated_scaling(source, index))
 
 
 def nothing(parts: Sequence[Part]) -> list[np.ndarray]:
@@ -97,7 +97,7 @@ def measured(
     if date.sensor != "s1":
         bad |= empty
     for band, file in zip(data, stored, strict=True):
-        if (file.scale, file.shift) != (1.0, 0.0):
+        if (file.scale, file.shift) != AS_STORED:
             band *= np.float32(file.scale)
             band += np.float32(file.shift)
     if date.sensor == "s1":

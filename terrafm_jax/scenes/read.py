@@ -79,7 +79,7 @@ class SceneReader:
         self._local, self._lock = threading.local(), threading.Lock()
         self._noted: list[str] = []
         for text in check_masks(grid, self._masks, self.dates, use_classes):
-            self._note(text)
+            self.warn(text)
 
     @property
     def warnings(self) -> list[str]:
@@ -88,7 +88,7 @@ class SceneReader:
             dict.fromkeys([*(t for dates in self.dates.values() for d in dates for t in d.doubts), *self._noted])
         )
 
-    def _note(self, text: str) -> None:
+    def warn(self, text: str) -> None:
         """Warns once, in whichever thread finds it first."""
         with self._lock:
             new = text not in self._noted
@@ -152,7 +152,7 @@ class SceneReader:
         for part, empty in zip(parts, nothing(parts), strict=True):
             rows = [self.bands[date.sensor].index(layer.band) for layer in part.layers]
             stored = [Stored.of(self._open(layer.path), layer.index) for layer in part.layers]
-            out[rows] = _on_grid(part, measured(part.data, date, stored, empty, self._note), grid)
+            out[rows] = _on_grid(part, measured(part.data, date, stored, empty, self.warn), grid)
         if self._classes and date.classes:
             scl = self._classes_on(date.classes, grid)
             out[:, np.isin(scl, SCL_INVALID)] = np.nan

@@ -233,10 +233,15 @@ def signals() -> Iterator[list[int]]:
 
 
 def signature(plan: Plan, reader: SceneReader, inside: np.ndarray | None, **more: Any) -> str:
-    """What must be equal for a job to continue an interrupted one: files, grid, windows, area, and ``more``."""
+    """What must be equal for a job to continue an interrupted one: files, grid, windows, area, and ``more``.
+
+    By the names of fields, not of classes: those may change without changing the job.
+    """
     files = {p: (Path(p).stat().st_size, Path(p).stat().st_mtime_ns) for p in reader.paths if Path(p).exists()}
     wanted = None if inside is None else zlib.crc32(inside.tobytes())
-    return json.dumps({"plan": str(plan), "files": files, "area": wanted, **more}, sort_keys=True, default=str)
+    return json.dumps(
+        {"plan": dataclasses.asdict(plan), "files": files, "area": wanted, **more}, sort_keys=True, default=str
+    )
 
 
 def area(grid: Grid) -> float:

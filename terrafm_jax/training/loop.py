@@ -109,9 +109,11 @@ def _train(
             progress.line(f"weights taken from {config.init_from}: {taken}")
     start = int(state.step)
     progress.resume(start)
+    # Of a run that was complete nobody waited for the next start: the time between is not lost (report.goodput).
+    idle = {"after": "complete"} if plan.writes and workdir_lib.is_done(workdir) else {}
     if start < plan.total and plan.writes:
         workdir_lib.mark_open(workdir)
-    writer.write(start, {"event": "start", "devices": jax.device_count(), "processes": jax.process_count()})
+    writer.write(start, {"event": "start", "devices": jax.device_count(), "processes": jax.process_count(), **idle})
 
     # --- input, evaluators, signals ---
     loader = make_loader(plan, start, skipped)

@@ -50,7 +50,7 @@ class Goodput:
       repeated: in steps that a restart did again.
       data, checkpoint, evaluation: waiting for them inside the loop; exports of the teacher count as checkpoints.
       startup: from a start to its first logged step, compiling included.
-      between: while no process was running.
+      between: while no process was running, unless the run was complete before (``after`` of the start event).
       starts: number of starts, not seconds.
     """
 
@@ -113,7 +113,7 @@ def goodput(rows: Sequence[Mapping[str, Any]]) -> Goodput:
         for name, seconds in _one_run(parts[i], kept).items():
             total[name] += seconds
         kept = min(kept, parts[i][0]["step"])
-        if i:
+        if i and parts[i][0].get("after") != "complete":
             total["between"] += max(0.0, parts[i][0]["time"] - parts[i - 1][-1]["time"])
     return Goodput(starts=len(parts), **total)
 

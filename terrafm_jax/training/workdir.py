@@ -184,6 +184,11 @@ def mark_done(workdir: str, step: int) -> None:
     (epath.Path(workdir) / "DONE").write_text(f"step {step}\n")
 
 
+def is_done(workdir: str) -> bool:
+    """Whether the run was complete when its last start ended."""
+    return (epath.Path(workdir) / "DONE").exists()
+
+
 def mark_open(workdir: str) -> None:
     """Takes the DONE marker away: a run that was complete goes on, its ``total_steps`` having been raised."""
     marker = epath.Path(workdir) / "DONE"

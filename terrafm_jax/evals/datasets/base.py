@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from terrafm_jax.evals.features import ImageBatch
+from terrafm_jax.evals.features import ImageBatch, resized
 from terrafm_jax.sensors import SENSORS, band_name, sensor
 from terrafm_jax.units import DN_PER_REFLECTANCE, UNITS, unit_word
 
 TASKS = ("classification", "multilabel", "segmentation", "regression", "change")
 SPLITS = ("train", "val", "test")
+MOST_CLASSES = 255  # of pixels: predicted masks and maps hold a byte for each, and 255 is no data there
 
 
 class DatasetError(ValueError):
@@ -150,6 +151,8 @@ class DatasetInfo:
       ignore: label that does not count in segmentation.
       note: printed with the results: band order used, what was cut, traps.
       share: of the published train split that this opening holds (1 % partitions of GEO-Bench).
+      unit: of a regression target, for people ("t/ha").
+      license: of the data, printed with the results.
     """
 
     name: str
@@ -159,12 +162,23 @@ class DatasetInfo:
     ignore: int = -1
     note: str = ""
     share: float = 1.0
+    unit: str = ""
+    license: str = ""
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise DatasetError(f"{self.name}: task {self.task!r}, expected one of {list(TASKS)}")
         if not self.inputs:
             raise DatasetError(f"{self.name}: declares no input")
+        if self.task == "segmentation" and len(self.classes) > MOST_CLASSES:
+            raise DatasetError(
+                f"{self.name}: {len(self.classes)} classes of pixels, at most {MOST_CLASSES}: a byte each"
+            )
+
+    @property
+    def printed(self) -> dict[str, str]:
+        """Fields of a row of results that only people read."""
+        return {k: v for k, v in (("unit", self.unit), ("license", self.license)) if v}
 
     def select(self, keys: Sequence[str]) -> dict[str, Input]:
         """The inputs of the given sensors. Raises DatasetError naming those the data set lacks."""
@@ -238,16 +252,29 @@ class Dataset:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def collate(info: DatasetInfo, samples: Sequence[Sample], keys: Sequence[str], after: bool = False) -> ImageBatch:
-    """Batch of equally sized samples for the encoder, through ``canonical``."""
+def collate(
+    info: DatasetInfo,
+    samples: Sequence[Sample],
+    keys: Sequence[str],
+    after: bool = False,
+    side: int = 0,
+    remedy: str = "",
+) -> ImageBatch:
+    """Batch of samples for the encoder, through ``canonical``.
+
+    Images of a sensor that differ in size are resized to ``side`` px, to which the network would resize them; 0: raises
+    DatasetError, which ends in ``remedy``.
+    """
     inputs = info.select(keys)
     images = {}
     for key, source in inputs.items():
         parts = [canonical(source, (s.after if after else s.images)[key], f"{info.name}/{s.id}/{key}") for s in samples]
         shapes = {p.shape: s.id for p, s in zip(parts, samples, strict=True)}
+        if len(shapes) > 1 and not side:
+            shown = ", ".join(f"{name} {h}x{w} px" for (h, w, _), name in shapes.items())
+            raise DatasetError(f"{info.name}: {key} images differ in size: {shown}{remedy and '; '}{remedy}")
         if len(shapes) > 1:
-            shown = ", ".join(f"{name} {shape}" for shape, name in shapes.items())
-            raise DatasetError(f"{info.name}: {key} images of one batch differ in size: {shown}")
+            parts = [resized(p, side) for p in parts]
         images[key] = np.stack(parts)
     offset = {k: np.array([s.offset.get(k, inputs[k].offset) for s in samples], np.float32) for k in keys}
     return ImageBatch(images, {k: i.mask for k, i in inputs.items()}, offset)

@@ -32,6 +32,12 @@ def doubts(dataset: Dataset) -> list[str]:
             images = [canonical(source, s.images[key]).reshape(-1, len(source.mask))[:, source.mask] for s in samples]
         except (ValueError, OSError):
             return found
+        empty = [s.id for s, image in zip(samples, images, strict=True) if not np.isfinite(image).all(1).any()]
+        if empty:
+            shown = f"{', '.join(empty[:5])}{' ...' * (len(empty) > 5)}"
+            found.append(
+                f"{dataset.info.name}, {key}: nothing was measured in {len(empty)} of {len(rows)} images: {shown}"
+            )
         pixels = np.concatenate(images or [np.zeros((0, 1), np.float32)])
         pixels = pixels[np.isfinite(pixels).all(1)]
         if not len(pixels):
@@ -64,7 +70,10 @@ def _odd(source: Input, samples: Sequence[Sample], images: Sequence[np.ndarray])
 
 
 def unseen(name: str, classes: Sequence[str], splits: Mapping[str, Split]) -> list[str]:
-    """A sentence on classes that other splits hold and train does not, where labels are known without the pixels."""
+    """Sentences on classes that other splits hold and train does not, and on a single one in train.
+
+    Where labels are known without the pixels.
+    """
     count = {}
     for split, samples in splits.items():
         labels = samples.labels
@@ -76,7 +85,10 @@ def unseen(name: str, classes: Sequence[str], splits: Mapping[str, Split]) -> li
     for i, label in enumerate(classes) if train is not None else ():
         elsewhere = [f"{n[i]} in {split}" for split, n in count.items() if n[i]]
         found += [f"{label} ({', '.join(elsewhere)})"] if elsewhere and not train[i] else []
-    return [f"{name}: train has no sample of {', '.join(found)}: nothing can learn them"] if found else []
+    texts = [f"{name}: train has no sample of {', '.join(found)}: nothing can learn them"] if found else []
+    if train is not None and np.ndim(labels) == 1 and np.count_nonzero(train) == 1:
+        texts.append(f"{name}: all samples of train are {classes[int(np.argmax(train))]}: scores say nothing")
+    return texts
 
 
 def _radar(pixels: np.ndarray, source: Input) -> str:

@@ -83,6 +83,20 @@ def check_mask(path: Path, mask: np.ndarray, image: np.ndarray, classes: Sequenc
     return labels.astype(np.int64)
 
 
+def tell_alike(what: Path, names: Sequence[str]) -> None:
+    """Warns of labels that became classes of their own though only their spelling differs: Forest, forest; 1, 1.0."""
+    groups: dict[Any, list[str]] = {}
+    for name in names:
+        try:
+            key: Any = float(name)
+        except ValueError:
+            key = name.casefold()
+        groups.setdefault(key, []).append(name)
+    alike = [" and ".join(those) for those in groups.values() if len(those) > 1]
+    if alike:
+        log.warning("%s: are %s one class? Spelled differently they are several", what, few(alike))
+
+
 def by_image(
     what: Path, rows: Iterable[tuple[str, Any]], match: Callable[[str], Path | None], images: Sequence[Path]
 ) -> dict[Path, Any]:
@@ -103,9 +117,10 @@ def by_image(
     lacking = [path.name for path in images if path not in found]
     for names, text in ((stray, "rows name no image"), (lacking, "images have no row and are left out")):
         if names:
-            log.warning("%s: %d %s: %s", what, len(names), text, _few(names))
+            log.warning("%s: %d %s: %s", what, len(names), text, few(names))
     return found
 
 
-def _few(names: Sequence[str]) -> str:
+def few(names: Sequence[str]) -> str:
+    """The first five names, and whether there are more."""
     return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")

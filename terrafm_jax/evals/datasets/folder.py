@@ -9,7 +9,8 @@ import difflib
 import functools
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ import numpy as np
 
 from terrafm_jax.evals.datasets import faults, files
 from terrafm_jax.evals.datasets.base import SPLITS, TASKS, Dataset, DatasetError, DatasetInfo, Input, Sample, Split
+from terrafm_jax.evals.datasets.shares import random_splits
 from terrafm_jax.sensors import SENSORS, band_name
 
 log = logging.getLogger(__name__)
 
-_FIELDS = {  # licence and unit (of a regression target) are for readers of the file alone
+_FIELDS = {
     "name": str, "root": str, "task": str, "classes": list, "inputs": dict, "masks": str, "mask_suffix": str,
-    "labels": (str, dict), "splits": (str, dict), "ignore": int, "licence": str, "note": str, "unit": str,
+    "labels": (str, dict), "splits": (str, dict), "ignore": int, "license": str, "licence": str, "note": str,
+    "unit": str,
 }  # fmt: skip
 _INPUT_FIELDS = {
     "bands": list, "unit": str, "offset": (int, float), "level": str, "folder": str, "suffix": str, "after": str,
@@ -66,7 +69,10 @@ def _faults(found: Any, fields: dict[str, Any], where: str) -> list[str]:
         if not isinstance(found[name], kinds) or isinstance(found[name], bool):
             expected = " or ".join(_WORDS[kind] for kind in kinds if kind is not int or float not in kinds)
             faults.append(f"{where}{name} = {found[name]!r}, expected {expected}")
-    if any(isinstance(name, bool) for name in found.get("classes") or () if isinstance(found["classes"], list)):
+    classes = found["classes"] if isinstance(found.get("classes"), list) else []
+    twice = [name for name, count in Counter(map(str, classes)).items() if count > 1]
+    faults += [f"classes name {', '.join(twice)} twice"] if twice else []
+    if any(isinstance(name, bool) for name in classes):
         faults.append("classes hold yes or no, which YAML takes for truth values: quote them")
     return faults
 
@@ -102,7 +108,9 @@ class _Reader:
         first = next(iter(self.declared))
         images = self._find(first)
         if not images:
-            raise DatasetError(f"{self.root / self.declared[first].get('folder', '')}: no .tif below it")
+            suffix = self.declared[first].get("suffix", "")
+            named = f" whose name ends in {suffix!r} (inputs.{first}.suffix)" if suffix else ""
+            raise DatasetError(f"{self._folder(first)}: no .tif below it{named}")
         self._check_bands(images[0])
         kept, targets, classes = self._targets(images)
         info = DatasetInfo(
@@ -112,10 +120,13 @@ class _Reader:
             inputs={i.sensor: i for i in self.inputs.values()},
             ignore=int(self.spec.get("ignore", -1)),
             note=self.spec.get("note", ""),
+            unit=self.spec.get("unit", ""),
+            license=self.spec.get("license", self.spec.get("licence", "")),
         )
 
         def read(i: int) -> Sample:
             path = kept[i]
+            files.refuse_other_places([*dict.fromkeys(file for file in self._files(path) if file.is_file())])
             loaded = {self.inputs[k].sensor: self._image(k, path) for k in self.inputs}
             after = None
             if self.task == "change":
@@ -171,7 +182,9 @@ class _Reader:
     def _image(self, key: str, path: Path, folder: Path | None = None) -> np.ndarray:
         folder = folder or self._folder(key)
         file = files.need(folder / (self._relative(path) + self.declared[key].get("suffix", "")), key)
-        image = files.read_image(file, self.inputs[key])
+        image = files.read_image(
+            file, self.inputs[key], look=lambda src: self._check_names(file, key, src.descriptions)
+        )
         self._check_count(file, key, image.shape[-1])
         return image
 
@@ -191,15 +204,19 @@ class _Reader:
 
     def _check_bands(self, path: Path) -> None:
         """A raster that names its bands must agree with the declaration; junk names count as none."""
-        for key, declared in self.inputs.items():
+        for key in self.inputs:
             suffix = self.declared[key].get("suffix", "")
             file = files.need(self._folder(key) / (self._relative(path) + suffix), f"the {key} image of {path.name}")
             found = files.tiff_header(file)
             self._check_count(file, key, found["count"])
-            names = [band_name(d, SENSORS[declared.sensor]) if d else None for d in found["descriptions"]]
-            wanted = [band_name(b, SENSORS[declared.sensor]) for b in declared.bands]
-            if all(names) and any(w and n != w for n, w in zip(names, wanted, strict=True)):
-                raise DatasetError(f"{file}: names its bands {names}, {self.file} declares {wanted}")
+            self._check_names(file, key, found["descriptions"])
+
+    def _check_names(self, file: Path, key: str, descriptions: Sequence[str | None]) -> None:
+        declared = self.inputs[key]
+        names = [band_name(d, SENSORS[declared.sensor]) if d else None for d in descriptions]
+        wanted = [band_name(b, SENSORS[declared.sensor]) for b in declared.bands]
+        if len(names) == len(wanted) and all(names) and any(w and n != w for n, w in zip(names, wanted, strict=True)):
+            raise DatasetError(f"{file}: names its bands {names}, {self.file} declares {wanted}")
 
     # --- labels ---
 
@@ -221,7 +238,13 @@ class _Reader:
 
     def _from_folders(self, images: list[Path], classes: list[str]) -> tuple[list[Path], list[int], list[str]]:
         names = [p.parent.name for p in images]
-        classes = classes or sorted(set(names))
+        stray = [p.name for p in images if p.parent == self._folder(next(iter(self.declared)))]
+        if stray and not classes:  # the name of the whole folder would become a class
+            raise DatasetError(f"{self.root}: {len(stray)} images lie in no class folder: {faults.few(stray)}")
+        others = sorted(set(names) - set(classes)) if classes else []
+        if others:
+            log.warning("%s: class folders left out, as they are none of classes: %s", self.file, faults.few(others))
+        classes = classes or self._found(names)
         kept = [(p, classes.index(n)) for p, n in zip(images, names, strict=True) if n in classes]
         if len(classes) < 2 or not kept:
             raise DatasetError(f"{self.root}: class folders {sorted(set(names))}, expected at least two of {classes}")
@@ -243,7 +266,13 @@ class _Reader:
         if self.task == "regression":
             return kept, [_value(p, rows[p]) for p in kept], []
         split = {p: v if isinstance(v, list) else _names(v) for p, v in rows.items()}
-        classes = classes or sorted({name for names in split.values() for name in names})
+        missing = [p.name for p in kept if not classes and any(str(name).lower() == "nan" for name in split[p])]
+        if missing:
+            raise DatasetError(
+                f"{self.file}: {len(missing)} images have the label 'nan', which is how missing ones are written: "
+                f"{missing[:5]}; leave their rows out, or say classes if it is one"
+            )
+        classes = classes or self._found(name for names in split.values() for name in names)
         strange = sorted({name for names in split.values() for name in names} - set(classes))
         if strange:
             raise DatasetError(f"{self.file}: labels {strange} are none of the classes {classes}")
@@ -257,6 +286,12 @@ class _Reader:
             text = f"{len(several)} images have several labels: {', '.join(several[:5])}; is the task multilabel?"
             raise DatasetError(f"{self.file}: {text}")
         return kept, [classes.index(split[p][0]) for p in kept], classes
+
+    def _found(self, names: Iterable[str]) -> list[str]:
+        """Classes by their names alone, sorted."""
+        classes = sorted(set(names))
+        faults.tell_alike(self.file, classes)
+        return classes
 
     def _tag(self, path: Path, tag: str) -> Any:
         text = files.tiff_header(path)["tags"].get(tag)
@@ -293,7 +328,7 @@ class _Reader:
         if not shares or abs(sum(shares.values()) - 1) > 1e-6 or min(shares.values()) < 0:
             expected = f"shares of {list(SPLITS)} that sum to 1, or a CSV file"
             raise DatasetError(f"{self.file}: splits {given}, expected {expected}")
-        return _random_splits(len(images), labels, shares, seed)
+        return random_splits(len(images), labels, shares, seed)
 
     def _unused_splits(self) -> None:
         """A table beside the images that looks like splits is easily taken for used."""
@@ -303,38 +338,6 @@ class _Reader:
                 "%s: %s is ignored and splits are drawn at random; to use it say splits: %s",
                 self.file, ", ".join(found), found[0],
             )  # fmt: skip
-
-
-def _random_splits(count: int, labels: np.ndarray | None, shares: dict[str, float], seed: int) -> dict[str, list[int]]:
-    groups = [np.arange(count)]
-    if labels is not None and labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer):
-        groups = [np.nonzero(labels == c)[0] for c in np.unique(labels)]
-    rng, out = np.random.default_rng(seed), {k: [] for k in shares}
-    wanted = np.array(list(shares.values()))
-    seen, drawn = 0, np.zeros(len(wanted), int)
-    for members in groups:
-        seen += len(members)
-        sizes = _sizes(len(members), wanted, seen * wanted - drawn)
-        drawn += sizes
-        for name, part in zip(shares, np.split(rng.permutation(members), np.cumsum(sizes)[:-1]), strict=True):
-            out[name] += part.tolist()
-    return {k: sorted(v) for k, v in out.items()}
-
-
-def _sizes(count: int, shares: np.ndarray, lacking: np.ndarray) -> np.ndarray:
-    """How many of ``count`` each split gets: its share rounded down, the rest to where most is ``lacking``.
-
-    Rounding each class for itself would add up: twelve images a class gave 70, 30 and 20 of 120 instead of 72, 24, 24.
-    The first split with a share, train as a rule, gets one of every class before the others do.
-    """
-    sizes = np.floor(count * shares + 1e-9).astype(int)
-    lacking = np.where(shares > 0, lacking - sizes, -np.inf)
-    for _ in range(count - sizes.sum()):
-        first = int(np.argmax(shares > 0))
-        chosen = first if not sizes[first] else int(np.argmax(lacking))
-        sizes[chosen] += 1
-        lacking[chosen] -= 1
-    return sizes
 
 
 def _value(path: Path, found: Any) -> float:
