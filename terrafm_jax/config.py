@@ -311,9 +311,11 @@ class Duration:
 
 
 def durations(config: ConfigDict, examples_per_epoch: int) -> dict[str, int]:
-    """Every duration of the config in steps, keyed by its dotted name."""
+    """Every duration of the config in steps, keyed by its dotted name. Raises ConfigError for a run of no steps."""
     clock = Duration(config.batch_size, examples_per_epoch)
     total = clock.steps(config.total_steps)
+    if not total:
+        raise ConfigError(f"config.total_steps: found {config.total_steps!r}, expected more than nothing")
     clock = dataclasses.replace(clock, total_steps=total)
     flat = flatten(config)
     return {key: total if key == "total_steps" else clock.steps(flat[key]) for key in _DURATIONS}

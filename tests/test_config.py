@@ -107,6 +107,14 @@ def test_durations(text: str, steps: int) -> None:
     assert Duration(batch_size=100, examples_per_epoch=1000, total_steps=1000).steps(text) == steps
 
 
+@pytest.mark.parametrize("nothing", ["0", "0 epochs"])
+def test_a_run_of_no_steps_is_refused_by_its_field(nothing: str) -> None:
+    config = base()
+    config.total_steps = nothing
+    with pytest.raises(ConfigError, match=f"config.total_steps: found '{nothing}', expected more than nothing"):
+        durations(config, 1000)
+
+
 def test_total_steps_cannot_be_a_percentage() -> None:
     config = base()
     config.total_steps = "50%"

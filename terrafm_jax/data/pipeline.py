@@ -98,9 +98,11 @@ class Loader:
             self.skipped[file] = self.skipped.get(file, 0) + 1
         total = sum(self.skipped.values())
         if report and total > self._max_skipped * max(self.attempted, self._floor):
+            number, file, position, reason = report[-1]
             raise TooManySkipped(
                 f"{total} of {self.attempted} records could not be read, more than "
-                f"data.max_skipped = {self._max_skipped:g} allows; the last one: {report[-1]}"
+                f"data.max_skipped = {self._max_skipped:g} allows; the last one is record {number} ({file}, position "
+                f"{position}): {reason}. Copy the files again, prepare the data set again, or raise data.max_skipped"
             )
 
     def coming(self, steps: int) -> list[dict[str, Any]]:
