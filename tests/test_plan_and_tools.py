@@ -14,7 +14,7 @@ import pytest
 from test_step import tiny
 from tiles_fake import fake_record, write_dataset
 
-from terrafm_jax.config import ConfigError, base
+from terrafm_jax.config import ConfigError, base, flatten
 from terrafm_jax.data import pipeline
 from terrafm_jax.data.sampling import SamplingSpec
 from terrafm_jax.data.tiles import INDEX_DTYPE
@@ -75,7 +75,8 @@ def a_plan(**changes: bool) -> Plan:
     for key, value in changes.items():
         config[key] = value
     spec, order = SimpleNamespace(stats=Statistics.published()), SimpleNamespace(num_records=40)
-    return Plan(config, "RUN", spec, {}, order, None, True)
+    steps = {"total_steps": 200, "optim.warmup": 10, "checkpoint.every": 3}
+    return Plan(config, "RUN", spec, steps, order, None, True, "digest")
 
 
 def test_a_run_goes_on_with_its_own_data_only() -> None:
@@ -87,7 +88,41 @@ def test_a_run_goes_on_with_its_own_data_only() -> None:
     other = json.loads(json.dumps(meta["statistics"]).replace("0", "1"))
     with pytest.raises(ConfigError, match="other records and other statistics"):
         a_plan().check_data({"records": 41, "statistics": other})
+    with pytest.raises(ConfigError, match="DATA has other records than the data set"):  # as many, say in another order
+        a_plan().check_data({**meta, "index": "another"})
+    with pytest.raises(ConfigError, match="DATA has other records than the data set"):
+        a_plan().check_data({**meta, "records": 41, "index": "another"})
     a_plan(allow_config_change=True).check_data({"records": 41})
+
+
+def test_a_run_that_goes_on_with_another_recipe_says_what_changed() -> None:
+    """The flag that allows it stays in the script; and schedules of another length jump."""
+    plan = a_plan()
+    config = json.loads(json.dumps(flatten(plan.config)))
+    assert plan.schedules() == {"total_steps": 200, "optim.warmup": 10}
+    assert plan.changes({"config": config, "schedules": plan.schedules()}) == []
+    assert plan.changes({}) == [], "a checkpoint of an older version"
+    before = {"config": config | {"batch_size": 512, "log.every": "7"}, "schedules": {"total_steps": 400}}
+    batch, total = plan.changes(before)
+    assert batch == "warning: changed since the checkpoint: config.batch_size: 512 there, 1024 here"
+    assert total.endswith("config.total_steps: 400 steps there, 200 here")
+
+
+def test_a_batch_larger_than_the_data_set_is_told_of(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path, [fake_record(i) for i in range(8)])
+    small, large = (
+        pipeline.make_order(folder, "train", SamplingSpec("uniform"), batch_size=size, seed=0) for size in (8, 9)
+    )
+    assert plans.repeated_in_a_batch(small) == ""
+    assert plans.repeated_in_a_batch(large).startswith("warning: an epoch has 8 records, a batch 9")
+
+
+@pytest.mark.parametrize(
+    ("step", "said"), [(None, "There is no checkpoint yet"), (7, "The last good checkpoint is RUN/checkpoints/7")]
+)
+def test_what_an_error_says_of_checkpoints(step: int | None, said: str) -> None:
+    checkpoints = SimpleNamespace(latest=lambda: step, folder=Path("RUN/checkpoints"))
+    assert tools.Tools.last_good(SimpleNamespace(checkpoints=checkpoints)) == said
 
 
 def test_finite_means_every_leaf() -> None:

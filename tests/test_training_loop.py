@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import logging
 import signal
 import struct
 import sys
@@ -20,6 +22,7 @@ from tiles_fake import fake_record, write_dataset
 
 from configs.demo import get_config
 from terrafm_jax.config import flatten, model_spec
+from terrafm_jax.data.pipeline import load_index
 from terrafm_jax.sensors import Statistics
 from terrafm_jax.training import flops, loop, tools
 from terrafm_jax.training.plan import make_plan
@@ -172,7 +175,11 @@ def test_a_person_who_stops_the_last_evaluation_finds_no_complete_run(tmp_path: 
     assert (tmp_path / "DONE").exists()
 
 
-def test_a_step_that_nothing_evaluated_is_evaluated_once_that_is_asked_for(data: Path, tmp_path: Path) -> None:
+def test_a_step_that_nothing_evaluated_is_evaluated_once_that_is_asked_for(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And the log tells the scores: a notebook or a terminal shows no metrics.jsonl."""
+    caplog.set_level(logging.INFO)
     config = tiny(data, stop_at_step=3, max_nonfinite=0)  # none may be: steps whose losses are finite go on
     loop.train(config, str(tmp_path))
     assert not meta(tmp_path, 3)["evaluated"]
@@ -183,6 +190,12 @@ def test_a_step_that_nothing_evaluated_is_evaluated_once_that_is_asked_for(data:
         assert evaluator.steps == steps
     assert meta(tmp_path, 3)["evaluated"]
     assert not (tmp_path / "DONE").exists()
+    assert "step 3: begun 1, watched 3" in [record.getMessage() for record in caplog.records]
+
+
+def test_scores_of_single_classes_are_left_to_the_table() -> None:
+    found = {"knn_protocol": "p", "knn_top1": 0.5, "knn_macro": 0.25, "knn_class/tree": 1.0, "labelled/a/top1": 0.1}
+    assert loop._headlines(found) == "knn_top1 0.5, knn_macro 0.25, labelled/a/top1 0.1"
 
 
 def test_checkpoints_to_keep_are_written_between_the_others(run: Run) -> None:
@@ -229,7 +242,14 @@ def test_a_checkpoint_says_what_it_is_of(run: Run) -> None:
         "step": 6,
         "evaluated": True,
         "example": 6 * BATCH,
-        "records": make_plan(run.config, str(run.workdir)).order.num_records,
+        "records": len(load_index(run.config.data.dir, "train")),
+        "index": hashlib.sha256(load_index(run.config.data.dir, "train").tobytes()).hexdigest(),
+        "schedules": {
+            "total_steps": STEPS,
+            "optim.warmup": 1,
+            "optim.freeze_last": 1,
+            "objective.teacher_temp_warmup": 2,
+        },
         "skipped": {"0": {DAMAGED: rows(run.workdir, "skipped")[6]["skipped"]}},
         "model": as_json(dataclasses.asdict(model_spec(run.config))),
         "config": as_json(flatten(run.config)) | {"stop_at_step": 6},

@@ -100,8 +100,8 @@ def _train(
         skipped = skipped_before(meta)
         evaluated = int(state.step) if meta.get("evaluated", True) else None
         progress.line(f"resumed step {int(state.step)} of {checkpoints.folder}; {report.goodput_line(workdir)}")
-        if unread := unread_weights(config.init_from, meta):
-            progress.line(unread)
+        for warning in [*plan.changes(meta), *filter(None, [unread_weights(config.init_from, meta)])]:
+            progress.line(warning)
     else:
         state = init_state(plan.spec, plan.mesh)
         if config.init_from:
@@ -197,11 +197,20 @@ def _evaluate(tools: Tools, evaluators: Sequence[Evaluator], step: int, state: T
     """Runs the evaluators and writes their results. False: told to stop midway; the interrupted one writes nothing."""
     try:
         for evaluate in evaluators:
-            tools.writer.write(step, dict(evaluate(step, state, tools.stop.poll)))
+            found = dict(evaluate(step, state, tools.stop.poll))
+            tools.writer.write(step, found)
+            if headlines := _headlines(found):
+                tools.progress.line(f"step {step}: {headlines}")
     except Interrupted:
         tools.progress.line(f"step {step}: told to stop while evaluating; the next start evaluates this step again")
         return False
     return True
+
+
+def _headlines(found: Mapping[str, Any]) -> str:
+    """The scores of an evaluator for the log, without those of single classes."""
+    scores = {name: value for name, value in found.items() if isinstance(value, float) and "_class/" not in name}
+    return ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
 
 
 def _finish(tools: Tools, step: int, saved: int | None, preempted: bool) -> Outcome:

@@ -59,11 +59,11 @@ class Tools:
             "step": step,
             "evaluated": evaluated,
             "example": -(-step // config.data.echo) * config.batch_size,
-            "records": self.plan.order.num_records,
             "skipped": {str(process): found for process, found in enumerate(objects_of_all(self.loader.skipped))},
             "model": dataclasses.asdict(self.plan.spec.model),
             "config": config_lib.flatten(config),
-            "statistics": json.loads(self.plan.spec.stats.to_json()),
+            "schedules": self.plan.schedules(),
+            **self.plan.data_facts(),
         }
         self.writer.flush()  # a resumed run repeats the rows of later steps only, so earlier ones must not get lost
         self.checkpoints.save(step, state, meta)
@@ -82,8 +82,9 @@ class Tools:
     def last_good(self) -> str:
         """A sentence that names the newest checkpoint."""
         step = self.checkpoints.latest()
-        where = f"{self.checkpoints.folder / str(step)}" if step is not None else "none yet"
-        return f"The last good checkpoint is {where}"
+        if step is None:
+            return "There is no checkpoint yet"
+        return f"The last good checkpoint is {self.checkpoints.folder / str(step)}"
 
     def export_teacher(self, state: TrainState, step: int) -> None:
         """Writes the teacher's weights alone, under ``WORKDIR/teacher/STEP``: what users load. Raises TrainingError."""
