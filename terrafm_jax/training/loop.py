@@ -25,7 +25,7 @@ from terrafm_jax.training.metrics import MetricWriter, Progress, timed
 from terrafm_jax.training.plan import Plan, describe, make_plan
 from terrafm_jax.training.preemption import Interrupted, StopRequest
 from terrafm_jax.training.sharding import local_rows, make_batch
-from terrafm_jax.training.state import TrainState, with_weights
+from terrafm_jax.training.state import TrainState, Weights, doubts_about, with_weights
 from terrafm_jax.training.step import abstract_state, init_state, views_of_step
 from terrafm_jax.training.tools import Evaluator, Tools, TrainingError, skipped_before, unread_weights
 from terrafm_jax.training.trace import Trace
@@ -49,7 +49,7 @@ def train(
     config: ConfigDict,
     workdir: str,
     evaluators: Callable[[Plan], Sequence[Evaluator]] | None = None,
-    read_weights: Callable[[str], Mapping[str, Any]] | None = None,
+    read_weights: Callable[[str], Weights] | None = None,
 ) -> Outcome:
     """Pretrains, or resumes what ``workdir`` holds.
 
@@ -57,7 +57,7 @@ def train(
       config: checked here.
       workdir: local or gs:// folder.
       evaluators: called once with the plan; the functions it returns run every ``config.knn.every``.
-      read_weights: opens ``config.init_from``: path -> {"backbone": ..., "head": ...} (head optional).
+      read_weights: opens ``config.init_from``.
 
     Raises:
       ConfigError: the config or the workdir does not fit.
@@ -80,7 +80,7 @@ def _train(
     config: ConfigDict,
     workdir: str,
     evaluators: Callable[[Plan], Sequence[Evaluator]] | None,
-    read_weights: Callable[[str], Mapping[str, Any]] | None,
+    read_weights: Callable[[str], Weights] | None,
     stop: StopRequest,
 ) -> Outcome:
     # --- plan: config, data order, statistics, mesh ---
@@ -105,8 +105,11 @@ def _train(
     else:
         state = init_state(plan.spec, plan.mesh)
         if config.init_from:
-            state, taken = with_weights(state, read_weights(config.init_from))
+            given = read_weights(config.init_from)
+            state, taken = with_weights(state, given.params)
             progress.line(f"weights taken from {config.init_from}: {taken}")
+            for doubt in doubts_about(given, plan.spec.model, plan.spec.stats):
+                progress.line(f"warning: {config.init_from}: {doubt}")
     start = int(state.step)
     progress.resume(start)
     if start < plan.total and plan.writes:
