@@ -325,7 +325,7 @@ def durations(config: ConfigDict, examples_per_epoch: int) -> dict[str, int]:
 
 
 def model_spec(config: ConfigDict) -> ModelSpec:
-    """The ModelSpec of a config. Raises ConfigError when neither a size nor all three widths are given."""
+    """The ModelSpec of a config. Raises ConfigError unless either a size or all of width, depth and heads are given."""
     from terrafm_jax.models.spec import ModelSpec
 
     m, how = config.model, config.compute
@@ -337,9 +337,15 @@ def model_spec(config: ConfigDict) -> ModelSpec:
         stems=how.stems, folded=how.folded,
     )  # fmt: skip
     if m.size:
+        ignored = [f"{field} = {m[field]}" for field in ("width", "depth", "heads") if m[field]]
+        if ignored:
+            raise ConfigError(
+                f"config.model: size {m.size!r} sets width, depth and heads, found {', '.join(ignored)} too; "
+                "for another network give all three and an empty --config.model.size="
+            )
         return ModelSpec.of_size(m.size, **fields)
     if not (m.width and m.depth and m.heads):
-        raise ConfigError("config.model: give size, or width, depth and heads")
+        raise ConfigError("config.model: give size, or all of width, depth and heads")
     return ModelSpec(width=m.width, depth=m.depth, heads=m.heads, **fields)
 
 

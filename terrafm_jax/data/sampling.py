@@ -324,7 +324,8 @@ class Order:
             f"{'land cover':<26}{'tiles':>10}{'share':>9}{'drawn':>9}  times an epoch",
         ]
         if self._sea_left_out:
-            lines.insert(1, f"tiles count {self._sea_left_out} of open sea that preparation has left out already")
+            rest = ", so all of the rest is drawn" if (self.spec.mode, self.spec.sea_keep) == ("paper", 1) else ""
+            lines.insert(1, f"tiles count {self._sea_left_out} of open sea that preparation has left out already{rest}")
         before, after = self.natural_histogram(), self.expected_histogram()
         for i in np.flatnonzero(self._natural):
             times = self._expected[i] / self._natural[i]
