@@ -21,7 +21,7 @@ from terrafm_jax.export.safetensors_file import write_safetensors
 from terrafm_jax.loader import Loaded, read
 from terrafm_jax.models import ModelSpec
 from terrafm_jax.sensors import Statistics
-from terrafm_jax.training.state import doubts_about
+from terrafm_jax.training.init_from import doubts_about
 from terrafm_jax.weights import WeightsError
 
 torch = pytest.importorskip("torch")

@@ -20,8 +20,8 @@ from terrafm_jax.data.sampling import SamplingSpec
 from terrafm_jax.data.tiles import INDEX_DTYPE
 from terrafm_jax.models import cudnn
 from terrafm_jax.sensors import Statistics
+from terrafm_jax.training import init_from, tools
 from terrafm_jax.training import plan as plans
-from terrafm_jax.training import tools
 from terrafm_jax.training.plan import Plan
 
 COUNTS = {"0": {"a": 1}, "1": {"a": 2, "b": 5}}
@@ -213,8 +213,8 @@ def test_a_sensor_that_no_tile_holds_is_told_of(tmp_path: Path) -> None:
 
 def test_weights_that_come_too_late_are_told_of() -> None:
     """The flag of a start that resumes: without a word the run would pass for one that began with them."""
-    assert tools.unread_weights("", {"config": {"init_from": "a"}}) == ""
-    assert tools.unread_weights("a", {"config": {"init_from": "a"}}) == ""
-    assert "init_from=b is not read: this run began with random ones" in tools.unread_weights(
+    assert init_from.unread_weights("", {"config": {"init_from": "a"}}) == ""
+    assert init_from.unread_weights("a", {"config": {"init_from": "a"}}) == ""
+    assert "init_from=b is not read: this run began with random ones" in init_from.unread_weights(
         "b", {"config": {"init_from": ""}}
     )

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from tiles_fake import fake_record, write_dataset
 
 from configs.demo import get_config
-from terrafm_jax.config import flatten, model_spec
+from terrafm_jax.config import ConfigError, flatten, model_spec
 from terrafm_jax.data.pipeline import load_index
 from terrafm_jax.sensors import Statistics
 from terrafm_jax.training import flops, loop, tools
@@ -255,6 +255,16 @@ def test_a_checkpoint_says_what_it_is_of(run: Run) -> None:
         "config": as_json(flatten(run.config)) | {"stop_at_step": 6},
         "statistics": json.loads(statistics().to_json()),
     }
+
+
+def test_a_start_with_other_data_leaves_the_run_as_it_was(data: Path, run: Run, tmp_path: Path) -> None:
+    other = write_dataset(tmp_path / "other", [fake_record(i) for i in range(1, STEPS * BATCH + 1)])
+    (other / "statistics.json").write_text(Statistics.published().to_json())
+    kept = ("statistics.json", "landcover.png", "config_resolved.json", "metrics.jsonl")
+    before = [(run.workdir / name).read_bytes() for name in kept]
+    with pytest.raises(ConfigError, match="other records and other statistics than the data set"):
+        loop.train(tiny(other), str(run.workdir))
+    assert [(run.workdir / name).read_bytes() for name in kept] == before
 
 
 def as_json(value: Any) -> Any:

@@ -232,8 +232,8 @@ def held_sensors(order: Order) -> list[str]:
 
 
 def describe(plan: Plan, progress: Progress) -> None:
-    """Logs the plan and writes ``config_resolved.json``, ``statistics.json``, ``parameters.txt``, ``landcover.png``."""
-    frequent = [n for n, f in zip(landcover.NAMES, plan.spec.frequent, strict=True) if f]
+    """Logs the plan."""
+    frequent = _frequent(plan)
     progress.line(f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(plan.mesh.shape)}")
     progress.line(f"{plan.total} steps of {plan.config.batch_size}, {plan.order.examples_per_epoch} records an epoch")
     for line in [*plan.order.describe().splitlines(), *held_sensors(plan.order)]:
@@ -241,11 +241,19 @@ def describe(plan: Plan, progress: Progress) -> None:
     progress.line(f"frequent land cover: {', '.join(frequent) or 'none, so there is one center'}")
     for warning in filter(None, [unfinished_schedules(plan.steps, plan.total), repeated_in_a_batch(plan.order)]):
         progress.line(warning)
-    if plan.writes:
-        folder = epath.Path(plan.workdir)
-        resolved = {"config": config_lib.flatten(plan.config), "steps": dict(plan.steps), "frequent": frequent}
-        (folder / "config_resolved.json").write_text(json.dumps(resolved, indent=2))
-        (folder / "statistics.json").write_text(plan.spec.stats.to_json())
-        (folder / "parameters.txt").write_text(parameter_table(plan.spec, plan.mesh))
-        drawn, there = plan.order.expected_histogram(), plan.order.natural_histogram()
-        pictures.save_classes(folder / "landcover.png", there, drawn)
+
+
+def record(plan: Plan) -> None:
+    """Writes ``config_resolved.json``, ``statistics.json``, ``parameters.txt`` and ``landcover.png`` of the workdir."""
+    folder = epath.Path(plan.workdir)
+    resolved = {"config": config_lib.flatten(plan.config), "steps": dict(plan.steps), "frequent": _frequent(plan)}
+    (folder / "config_resolved.json").write_text(json.dumps(resolved, indent=2))
+    (folder / "statistics.json").write_text(plan.spec.stats.to_json())
+    (folder / "parameters.txt").write_text(parameter_table(plan.spec, plan.mesh))
+    drawn, there = plan.order.expected_histogram(), plan.order.natural_histogram()
+    pictures.save_classes(folder / "landcover.png", there, drawn)
+
+
+def _frequent(plan: Plan) -> list[str]:
+    """The land-cover categories that feed the second center, by name."""
+    return [name for name, is_frequent in zip(landcover.NAMES, plan.spec.frequent, strict=True) if is_frequent]

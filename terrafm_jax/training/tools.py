@@ -133,12 +133,3 @@ def skipped_before(meta: Mapping[str, Any]) -> dict[str, int]:
         mine[file] = len(range((jax.process_index() - dealt) % count, number, count))
         dealt += number
     return {file: number for file, number in mine.items() if number}
-
-
-def unread_weights(init_from: str, meta: Mapping[str, Any]) -> str:
-    """A warning where a run is told to begin with other weights than it did: it goes on with its own; else ""."""
-    before = meta.get("config", {}).get("init_from", init_from)
-    if not init_from or before == init_from:
-        return ""
-    began = before or "random ones"
-    return f"warning: config.init_from={init_from} is not read: this run began with {began}; give another --workdir"
