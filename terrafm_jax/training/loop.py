@@ -98,9 +98,7 @@ def _train(
     start = int(state.step)
     progress.resume(start)
     if plan.writes:
-        record(
-            plan
-        )  # not before: a start with other data than the run's is refused, and must not overwrite what it says
+        record(plan)  # only now: a start that is refused, on other data, must leave the run's files as they were
         if start < plan.total:
             workdir_lib.mark_open(workdir)
     writer.write(start, {"event": "start", "devices": jax.device_count(), "processes": jax.process_count()})
