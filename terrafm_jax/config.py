@@ -94,7 +94,7 @@ def base() -> ConfigDict:
 
     c.objective = ConfigDict()
     c.objective.alpha = 0.8  # share of the overall center; 1 is plain DINO [paper]
-    c.objective.frequent = ()  # names of the high-frequency classes; empty: share above 1 / number of classes [ours]
+    c.objective.frequent = ()  # names of the high-frequency classes; empty: share above 1 / number that occur [ours]
     c.objective.center_momentum = 0.9  # [DINO]
     c.objective.student_temp = 0.1  # [DINO]
     c.objective.teacher_temp_start = 0.04  # [paper]
@@ -268,7 +268,8 @@ def check(config: ConfigDict) -> None:
 def refuse(faults: Sequence[str]) -> None:
     """Raises ConfigError that lists the faults, if there are any."""
     if faults:
-        raise ConfigError("\n  ".join([f"{len(faults)} faults in the config:", *sorted(faults)]))
+        count = f"{len(faults)} fault{'s' * (len(faults) != 1)}"
+        raise ConfigError("\n  ".join([f"{count} in the config:", *sorted(faults)]))
 
 
 # --- durations --------------------------------------------------------------------------------

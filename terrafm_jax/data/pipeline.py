@@ -26,7 +26,7 @@ from terrafm_jax.data.source import DataError, Split, find_root, open_split
 from terrafm_jax.sensors import SENSOR_KEYS, Statistics
 
 _ENDLESS = 1 << 40  # steps
-_MIN_ATTEMPTS = 10_000  # or one epoch: one bad record among the first few must not end a run
+_MIN_ATTEMPTS = 10_000  # or the whole split: one bad record among the first few must not end a run
 
 
 class Loader:
