@@ -116,7 +116,7 @@ def base() -> ConfigDict:
     c.compute = ConfigDict()
     c.compute.dtype = "bfloat16"  # matrix products; parameters, norms, softmax, loss and EMA stay fp32
     c.compute.scan = False  # lax.scan over blocks: compiles faster, needs more memory
-    c.compute.remat = "none"  # "block" recomputes blocks in the backward pass
+    c.compute.remat = "none"  # "block" recomputes blocks in the backward pass, "dots" all but their matrix products
     c.compute.attention = "auto"  # "xla", "head_major", "cudnn" or "pallas"
     c.compute.fusion_kernel = "auto"  # "xla", or "pallas": one pass over the values; "auto" takes it on TPU
     c.compute.view_kernel = "auto"  # "xla", or "pallas": nothing turned round in memory; "auto" takes it on TPU
