@@ -106,6 +106,8 @@ def test_a_run_that_goes_on_with_another_recipe_says_what_changed() -> None:
     batch, total = plan.changes(before)
     assert batch == "warning: changed since the checkpoint: config.batch_size: 512 there, 1024 here"
     assert total.endswith("config.total_steps: 400 steps there, 200 here")
+    (data,) = plan.changes({"config": config, "index": "another"})
+    assert data.endswith("config.data.dir: DATA has other records")
 
 
 def test_a_batch_larger_than_the_data_set_is_told_of(tmp_path: Path) -> None:

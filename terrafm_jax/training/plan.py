@@ -75,15 +75,19 @@ class Plan:
 
         ``meta`` is the checkpoint's metadata (``Tools.save``).
         """
-        different = [key for key, value in self.data_facts().items() if meta.get(key, value) != value]
+        different = self._other_data(meta)
         if different and not self.config.allow_config_change:
-            # As many records may be other ones, or the same in another order.
-            names = dict.fromkeys("other records" if key == "index" else f"other {key}" for key in different)
             raise config_lib.ConfigError(
-                f"config.data.dir: {self.config.data.dir} has {' and '.join(names)} than the data set "
+                f"config.data.dir: {self.config.data.dir} has {different} than the data set "
                 f"that {self.workdir} was trained on; give that one (it may have moved), another --workdir, or "
                 "--config.allow_config_change=True to continue with this one"
             )
+
+    def _other_data(self, meta: Mapping[str, Any]) -> str:
+        """ "other records and other statistics", as far as that is so; "" for the data of the checkpoint."""
+        different = [key for key, value in self.data_facts().items() if meta.get(key, value) != value]
+        # As many records may be other ones, or the same in another order.
+        return " and ".join(dict.fromkeys("other records" if key == "index" else f"other {key}" for key in different))
 
     def schedules(self) -> dict[str, int]:
         """Lengths of the schedules in steps, by the names of their config fields."""
@@ -98,6 +102,8 @@ class Plan:
         mine = json.loads(json.dumps(config_lib.flatten(self.config)))
         before, theirs = meta.get("schedules", {}), meta.get("config", mine)
         lines = workdir_lib.differences({key: theirs.get(key, value) for key, value in mine.items()}, mine)
+        if other := self._other_data(meta):
+            lines.append(f"config.data.dir: {self.config.data.dir} has {other}")
         lines += [
             f"config.{key}: {before[key]} steps there, {steps} here"
             for key, steps in self.schedules().items()
