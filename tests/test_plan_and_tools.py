@@ -14,6 +14,7 @@ import pytest
 from test_step import tiny
 from tiles_fake import fake_record, write_dataset
 
+from terrafm_jax import landcover
 from terrafm_jax.config import ConfigError, base, flatten
 from terrafm_jax.data import pipeline
 from terrafm_jax.data.sampling import SamplingSpec
@@ -196,6 +197,18 @@ def test_warmups_that_outlast_the_run_are_named() -> None:
     assert plans.unfinished_schedules(steps, 300).endswith("within config.optim.freeze_last (300 steps)")
     found = plans.unfinished_schedules(steps, 100)
     assert found.endswith("within config.optim.warmup (100 steps), config.optim.freeze_last (300 steps)")
+
+
+@pytest.mark.parametrize(
+    ("mode", "known", "told"), [("balanced", 0, True), ("balanced", 1, False), ("paper", 0, False)]
+)
+def test_classes_that_are_not_known_are_not_balanced_in_silence(
+    mode: str, known: int, told: bool, tmp_path: Path
+) -> None:
+    categories = [0] * known + [landcover.UNKNOWN] * (8 - known)
+    folder = write_dataset(tmp_path, [fake_record(i, category=c) for i, c in enumerate(categories)])
+    order = pipeline.make_order(folder, "train", SamplingSpec(mode), batch_size=2, seed=0)
+    assert ("no classes to balance" in plans.nothing_to_balance(order)) == told
 
 
 def test_a_sensor_that_no_tile_holds_is_told_of(tmp_path: Path) -> None:

@@ -221,6 +221,15 @@ def repeated_in_a_batch(order: Order) -> str:
     )
 
 
+def nothing_to_balance(order: Order) -> str:
+    """A line where classes shall be balanced and no tile's is known, as where maps were not given, else ""."""
+    if order.spec.mode != "balanced" or order.natural_histogram()[landcover.UNKNOWN] < 1:
+        return ""
+    return (
+        "warning: config.data.sampling=balanced, but no tile has a known land cover, so there are no classes to balance"
+    )
+
+
 def held_sensors(order: Order) -> list[str]:
     """How many tiles hold each sensor, and a warning about those that none holds.
 
@@ -245,7 +254,8 @@ def describe(plan: Plan, progress: Progress) -> None:
     for line in [*plan.order.describe().splitlines(), *held_sensors(plan.order)]:
         progress.line(line)
     progress.line(f"frequent land cover: {', '.join(frequent) or 'none, so there is one center'}")
-    for warning in filter(None, [unfinished_schedules(plan.steps, plan.total), repeated_in_a_batch(plan.order)]):
+    unfinished = unfinished_schedules(plan.steps, plan.total)
+    for warning in filter(None, [unfinished, repeated_in_a_batch(plan.order), nothing_to_balance(plan.order)]):
         progress.line(warning)
 
 
