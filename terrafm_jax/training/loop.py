@@ -7,7 +7,6 @@ batch n, then step. Everything random is a function of the step and the seed.
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,9 +30,6 @@ from terrafm_jax.training.state import TrainState
 from terrafm_jax.training.step import abstract_state, init_state, views_of_step
 from terrafm_jax.training.tools import Evaluator, Tools, TrainingError, skipped_before
 from terrafm_jax.training.trace import Trace
-
-log = logging.getLogger(__name__)
-
 
 _SOON = 1000  # canvases that occur within this many steps are compiled ahead, others when they first occur
 
@@ -160,6 +156,7 @@ def make_loader(plan: Plan, start: int, skipped: Mapping[str, int]) -> pipeline.
 def _loop(
     tools: Tools, state: TrainState, start: int, evaluators: Sequence[Evaluator], evaluated: int | None
 ) -> Outcome:
+    """The steps from ``start`` on. ``evaluated``: the step that an earlier start has evaluated, if it is this one."""
     plan, steps = tools.plan, tools.plan.steps
     step_fn = Compiled(plan, tools.progress)
     step_fn.ahead(tools.loader.coming(max(0, min(plan.stop - start, _SOON))))
