@@ -94,7 +94,7 @@ def base() -> ConfigDict:
 
     c.objective = ConfigDict()
     c.objective.alpha = 0.8  # share of the overall center; 1 is plain DINO [paper]
-    c.objective.frequent = ()  # names of the high-frequency classes; empty: share above 1 / number of classes [ours]
+    c.objective.frequent = ()  # names of the high-frequency classes; empty: share above 1 / number that occur [ours]
     c.objective.center_momentum = 0.9  # [DINO]
     c.objective.student_temp = 0.1  # [DINO]
     c.objective.teacher_temp_start = 0.04  # [paper]
@@ -116,7 +116,7 @@ def base() -> ConfigDict:
     c.compute = ConfigDict()
     c.compute.dtype = "bfloat16"  # matrix products; parameters, norms, softmax, loss and EMA stay fp32
     c.compute.scan = False  # lax.scan over blocks: compiles faster, needs more memory
-    c.compute.remat = "none"  # "block" recomputes blocks in the backward pass
+    c.compute.remat = "none"  # "block" recomputes blocks in the backward pass, "dots" all but their matrix products
     c.compute.attention = "auto"  # "xla", "head_major", "cudnn" or "pallas"
     c.compute.fusion_kernel = "auto"  # "xla", or "pallas": one pass over the values; "auto" takes it on TPU
     c.compute.view_kernel = "auto"  # "xla", or "pallas": nothing turned round in memory; "auto" takes it on TPU
@@ -268,7 +268,8 @@ def check(config: ConfigDict) -> None:
 def refuse(faults: Sequence[str]) -> None:
     """Raises ConfigError that lists the faults, if there are any."""
     if faults:
-        raise ConfigError("\n  ".join([f"{len(faults)} faults in the config:", *sorted(faults)]))
+        count = f"{len(faults)} fault{'s' * (len(faults) != 1)}"
+        raise ConfigError("\n  ".join([f"{count} in the config:", *sorted(faults)]))
 
 
 # --- durations --------------------------------------------------------------------------------
@@ -311,9 +312,11 @@ class Duration:
 
 
 def durations(config: ConfigDict, examples_per_epoch: int) -> dict[str, int]:
-    """Every duration of the config in steps, keyed by its dotted name."""
+    """Every duration of the config in steps, keyed by its dotted name. Raises ConfigError for a run of no steps."""
     clock = Duration(config.batch_size, examples_per_epoch)
     total = clock.steps(config.total_steps)
+    if not total:
+        raise ConfigError(f"config.total_steps: found {config.total_steps!r}, expected more than nothing")
     clock = dataclasses.replace(clock, total_steps=total)
     flat = flatten(config)
     return {key: total if key == "total_steps" else clock.steps(flat[key]) for key in _DURATIONS}
@@ -323,7 +326,7 @@ def durations(config: ConfigDict, examples_per_epoch: int) -> dict[str, int]:
 
 
 def model_spec(config: ConfigDict) -> ModelSpec:
-    """The ModelSpec of a config. Raises ConfigError when neither a size nor all three widths are given."""
+    """The ModelSpec of a config. Raises ConfigError unless either a size or all of width, depth and heads are given."""
     from terrafm_jax.models.spec import ModelSpec
 
     m, how = config.model, config.compute
@@ -335,9 +338,15 @@ def model_spec(config: ConfigDict) -> ModelSpec:
         stems=how.stems, folded=how.folded,
     )  # fmt: skip
     if m.size:
+        ignored = [f"{field} = {m[field]}" for field in ("width", "depth", "heads") if m[field]]
+        if ignored:
+            raise ConfigError(
+                f"config.model: size {m.size!r} sets width, depth and heads, found {', '.join(ignored)} too; "
+                "for another network give all three and an empty --config.model.size="
+            )
         return ModelSpec.of_size(m.size, **fields)
     if not (m.width and m.depth and m.heads):
-        raise ConfigError("config.model: give size, or width, depth and heads")
+        raise ConfigError("config.model: give size, or all of width, depth and heads")
     return ModelSpec(width=m.width, depth=m.depth, heads=m.heads, **fields)
 
 

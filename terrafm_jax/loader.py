@@ -49,11 +49,6 @@ class Loaded:
     source: str
 
 
-def read_params(path: Any) -> dict[str, Any]:
-    """Parameters alone: ``{"backbone": ..., "head": ...}``, ``head`` only if the file has it. Raises WeightsError."""
-    return read(path).params
-
-
 def read(path: Any, *, which: str = "teacher", heads: int = 0, fusion_heads: int = 0) -> Loaded:
     """Reads and checks weights of any kind.
 

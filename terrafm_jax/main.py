@@ -52,13 +52,13 @@ def main(_argv: list[str]) -> None:
     from terrafm_jax.data.reader import TooManySkipped
     from terrafm_jax.data.shards import FetchError
     from terrafm_jax.evals.during_training import during_training
-    from terrafm_jax.loader import read_params
+    from terrafm_jax.loader import read
     from terrafm_jax.training import loop
     from terrafm_jax.training.checkpoint import CheckpointError
     from terrafm_jax.training.tools import TrainingError
 
     try:
-        outcome = loop.train(_CONFIG.value, _WORKDIR.value, during_training, read_params)
+        outcome = loop.train(_CONFIG.value, _WORKDIR.value, during_training, read)
     except (ValueError, OSError, FetchError, TooManySkipped, CheckpointError, TrainingError) as e:
         # Faults of config, data, sensors and mesh are ValueErrors that say what to do; OSErrors name the file.
         if os.environ.get("TERRAFM_TRACEBACK"):

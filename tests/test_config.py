@@ -107,6 +107,25 @@ def test_durations(text: str, steps: int) -> None:
     assert Duration(batch_size=100, examples_per_epoch=1000, total_steps=1000).steps(text) == steps
 
 
+def test_a_size_is_not_changed_in_silence() -> None:
+    """vitb.py with --config.model.depth=6 trained twelve blocks."""
+    config = base()
+    config.model.depth, config.model.heads = 6, 8
+    with pytest.raises(ConfigError, match=r"size 'b' sets width, depth and heads, found depth = 6, heads = 8 too"):
+        config_lib.model_spec(config)
+    config.model.size, config.model.width = "", 768
+    spec = config_lib.model_spec(config)
+    assert (spec.width, spec.depth, spec.heads) == (768, 6, 8)
+
+
+@pytest.mark.parametrize("nothing", ["0", "0 epochs"])
+def test_a_run_of_no_steps_is_refused_by_its_field(nothing: str) -> None:
+    config = base()
+    config.total_steps = nothing
+    with pytest.raises(ConfigError, match=f"config.total_steps: found '{nothing}', expected more than nothing"):
+        durations(config, 1000)
+
+
 def test_total_steps_cannot_be_a_percentage() -> None:
     config = base()
     config.total_steps = "50%"

@@ -173,6 +173,17 @@ def test_known_land_cover_is_evaluated(splits):
     assert during_training(run) == []
 
 
+@pytest.mark.parametrize("protocol", ["knn", "logreg"])
+def test_a_protocol_that_is_not_knn_is_refused_before_training(splits, protocol):
+    """A start that resumes would train for epochs before it fails at the next evaluation."""
+    run = a_run("", gallery="train", split="holdout", protocol=protocol)
+    run.config.data.dir = str(splits[0])
+    with pytest.raises(
+        ProtocolError, match=rf"^config.knn.protocol: found '{protocol}', expected one of \['galileo-knn"
+    ):
+        during_training(run)
+
+
 def test_tiles_are_not_their_own_neighbors(splits):
     """With one split for both, random weights had 97 % right."""
     run = a_run("", gallery="holdout", split="holdout")

@@ -21,6 +21,7 @@ from terrafm_jax.export.safetensors_file import write_safetensors
 from terrafm_jax.loader import Loaded, read
 from terrafm_jax.models import ModelSpec
 from terrafm_jax.sensors import Statistics
+from terrafm_jax.training.init_from import doubts_about
 from terrafm_jax.weights import WeightsError
 
 torch = pytest.importorskip("torch")
@@ -154,12 +155,30 @@ def test_hub_folder_and_hub_address(tmp_path, monkeypatch):
     assert asked == {"name": "someone/terrafm", "revision": "v1", "patterns": ["*.json", "*.safetensors", "*.md"]}
 
 
-def test_read_params_serves_init_from(tmp_path):
-    from terrafm_jax.loader import read_params
+def test_weights_to_start_from_that_mean_something_else_here_are_told_of():
+    """Their shapes fit: without a word a run from the released weights would meet inputs that these never saw."""
+    theirs = sample()  # ten dB and ten DN off the published means
+    assert doubts_about(theirs, TINY, theirs.stats) == []
+    (told,) = doubts_about(theirs, TINY, Statistics.published())
+    assert told.startswith("normalized with other statistics (s1 by up to 1.7 deviations), ")
+    assert "its statistics.json" in told
+    released = dataclasses.replace(theirs, stats=Statistics.published())
+    (told,) = doubts_about(released, TINY, theirs.stats)
+    assert told.endswith("--config.data.statistics=published has those")
+    wide = dataclasses.replace(released.stats, std={k: tuple(2 * s for s in v) for k, v in released.stats.std.items()})
+    (told,) = doubts_about(released, TINY, wide)
+    assert "s1 by up to 2 deviations, s2_l1c by up to 2 deviations" in told
+    assert doubts_about(released, dataclasses.replace(TINY, sensors=("s2_l2a",)), theirs.stats) == []
 
-    loaded = sample()
-    weights.save_npz(tmp_path / "teacher" / "1", loaded.params, meta_of(loaded))
-    assert read_params(str(tmp_path)).keys() == {"backbone", "head"}
+
+def test_weights_to_start_from_are_not_cut_into_other_heads_unnoticed():
+    theirs = sample()
+    model = dataclasses.replace(TINY, heads=2, fusion_heads=8)
+    heads, fusion = doubts_about(theirs, model, theirs.stats)
+    assert heads == "heads 1 there, 2 here (config.model.heads): the same shapes, but another network"
+    assert fusion.startswith("fusion_heads 16 there, 8 here")
+    del theirs.params["backbone"]["patch_embed"]["fusion"]  # as in the released file, which tells nothing of them
+    assert len(doubts_about(theirs, model, theirs.stats)) == 1
 
 
 # --- bad files: one line, the file, the remedy --------------------------------------------------------------------

@@ -13,7 +13,6 @@ from etils import epath
 
 from terrafm_jax.config import base
 from terrafm_jax.models.spec import ModelSpec
-from terrafm_jax.sensors import Statistics
 from terrafm_jax.training import loop, metrics, report
 from terrafm_jax.training.metrics import MetricWriter
 from terrafm_jax.training.tools import Tools
@@ -124,8 +123,7 @@ def test_what_a_checkpoint_has_behind_it_is_readable_before_it_is_written(clock,
     found: list[list[int]] = []
     out = writer()
     plan = SimpleNamespace(
-        config=base(), order=SimpleNamespace(num_records=1),
-        spec=SimpleNamespace(model=ModelSpec(), stats=Statistics.published()),
+        config=base(), spec=SimpleNamespace(model=ModelSpec()), data_facts=dict, schedules=dict
     )  # fmt: skip
     checkpoints = SimpleNamespace(save=lambda *_: found.append(steps()))
     tools = Tools(plan, checkpoints, out, SimpleNamespace(skipped={}), None, None, None)

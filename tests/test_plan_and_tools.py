@@ -14,14 +14,15 @@ import pytest
 from test_step import tiny
 from tiles_fake import fake_record, write_dataset
 
-from terrafm_jax.config import ConfigError, base
+from terrafm_jax import landcover
+from terrafm_jax.config import ConfigError, base, flatten
 from terrafm_jax.data import pipeline
 from terrafm_jax.data.sampling import SamplingSpec
 from terrafm_jax.data.tiles import INDEX_DTYPE
 from terrafm_jax.models import cudnn
 from terrafm_jax.sensors import Statistics
+from terrafm_jax.training import init_from, tools
 from terrafm_jax.training import plan as plans
-from terrafm_jax.training import tools
 from terrafm_jax.training.plan import Plan
 
 COUNTS = {"0": {"a": 1}, "1": {"a": 2, "b": 5}}
@@ -75,7 +76,8 @@ def a_plan(**changes: bool) -> Plan:
     for key, value in changes.items():
         config[key] = value
     spec, order = SimpleNamespace(stats=Statistics.published()), SimpleNamespace(num_records=40)
-    return Plan(config, "RUN", spec, {}, order, None, True)
+    steps = {"total_steps": 200, "optim.warmup": 10, "checkpoint.every": 3}
+    return Plan(config, "RUN", spec, steps, order, None, True, "digest")
 
 
 def test_a_run_goes_on_with_its_own_data_only() -> None:
@@ -87,7 +89,43 @@ def test_a_run_goes_on_with_its_own_data_only() -> None:
     other = json.loads(json.dumps(meta["statistics"]).replace("0", "1"))
     with pytest.raises(ConfigError, match="other records and other statistics"):
         a_plan().check_data({"records": 41, "statistics": other})
+    with pytest.raises(ConfigError, match="DATA has other records than the data set"):  # as many, say in another order
+        a_plan().check_data({**meta, "index": "another"})
+    with pytest.raises(ConfigError, match="DATA has other records than the data set"):
+        a_plan().check_data({**meta, "records": 41, "index": "another"})
     a_plan(allow_config_change=True).check_data({"records": 41})
+
+
+def test_a_run_that_goes_on_with_another_recipe_says_what_changed() -> None:
+    """The flag that allows it stays in the script; and schedules of another length jump."""
+    plan = a_plan()
+    config = json.loads(json.dumps(flatten(plan.config)))
+    assert plan.schedules() == {"total_steps": 200, "optim.warmup": 10}
+    assert plan.changes({"config": config, "schedules": plan.schedules()}) == []
+    assert plan.changes({}) == [], "a checkpoint of an older version"
+    before = {"config": config | {"batch_size": 512, "log.every": "7"}, "schedules": {"total_steps": 400}}
+    batch, total = plan.changes(before)
+    assert batch == "warning: changed since the checkpoint: config.batch_size: 512 there, 1024 here"
+    assert total.endswith("config.total_steps: 400 steps there, 200 here")
+    (data,) = plan.changes({"config": config, "index": "another"})
+    assert data.endswith("config.data.dir: DATA has other records")
+
+
+def test_a_batch_larger_than_the_data_set_is_told_of(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path, [fake_record(i) for i in range(8)])
+    small, large = (
+        pipeline.make_order(folder, "train", SamplingSpec("uniform"), batch_size=size, seed=0) for size in (8, 9)
+    )
+    assert plans.repeated_in_a_batch(small) == ""
+    assert plans.repeated_in_a_batch(large).startswith("warning: an epoch has 8 records, a batch 9")
+
+
+@pytest.mark.parametrize(
+    ("step", "said"), [(None, "There is no checkpoint yet"), (7, "The last good checkpoint is RUN/checkpoints/7")]
+)
+def test_what_an_error_says_of_checkpoints(step: int | None, said: str) -> None:
+    checkpoints = SimpleNamespace(latest=lambda: step, folder=Path("RUN/checkpoints"))
+    assert tools.Tools.last_good(SimpleNamespace(checkpoints=checkpoints)) == said
 
 
 def test_finite_means_every_leaf() -> None:
@@ -161,6 +199,18 @@ def test_warmups_that_outlast_the_run_are_named() -> None:
     assert found.endswith("within config.optim.warmup (100 steps), config.optim.freeze_last (300 steps)")
 
 
+@pytest.mark.parametrize(
+    ("mode", "known", "told"), [("balanced", 0, True), ("balanced", 1, False), ("paper", 0, False)]
+)
+def test_classes_that_are_not_known_are_not_balanced_in_silence(
+    mode: str, known: int, told: bool, tmp_path: Path
+) -> None:
+    categories = [0] * known + [landcover.UNKNOWN] * (8 - known)
+    folder = write_dataset(tmp_path, [fake_record(i, category=c) for i, c in enumerate(categories)])
+    order = pipeline.make_order(folder, "train", SamplingSpec(mode), batch_size=2, seed=0)
+    assert ("no classes to balance" in plans.nothing_to_balance(order)) == told
+
+
 def test_a_sensor_that_no_tile_holds_is_told_of(tmp_path: Path) -> None:
     """Its stem stays random, and the model would give features of it all the same."""
     records = [fake_record(i, sensors=("s2_l2a",) if i % 4 else ("s2_l1c", "s2_l2a")) for i in range(8)]
@@ -178,8 +228,8 @@ def test_a_sensor_that_no_tile_holds_is_told_of(tmp_path: Path) -> None:
 
 def test_weights_that_come_too_late_are_told_of() -> None:
     """The flag of a start that resumes: without a word the run would pass for one that began with them."""
-    assert tools.unread_weights("", {"config": {"init_from": "a"}}) == ""
-    assert tools.unread_weights("a", {"config": {"init_from": "a"}}) == ""
-    assert "init_from=b is not read: this run began with random ones" in tools.unread_weights(
+    assert init_from.unread_weights("", {"config": {"init_from": "a"}}) == ""
+    assert init_from.unread_weights("a", {"config": {"init_from": "a"}}) == ""
+    assert "init_from=b is not read: this run began with random ones" in init_from.unread_weights(
         "b", {"config": {"init_from": ""}}
     )

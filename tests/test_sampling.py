@@ -190,6 +190,15 @@ def test_climate_zones_need_their_column() -> None:
     assert share == pytest.approx(0.5, abs=0.01)
 
 
+@pytest.mark.parametrize(("kind", "value"), [("i2", -1), ("i4", 1 << 16), ("f4", 2.0)])
+def test_climate_zones_are_small_integers(kind: str, value: float) -> None:
+    """A -1 for unknown set the bit of the open sea, so that such records were thinned, and named another canvas."""
+    index = fake_index(900, dtype=np.dtype([*INDEX_DTYPE.descr, ("climate", kind)]))
+    index["climate"][7] = value
+    with pytest.raises(SamplingError, match=r"column 'climate' of the index is .*, expected integers from 0 to 65535"):
+        Order(index, SamplingSpec("paper", balance_climate=True), 10, seed=0)
+
+
 def test_records_that_cannot_be_used_are_never_drawn() -> None:
     index = fake_index(300)
     index["present"][:100] = 1  # S1 only

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiles_fake import fake_record, write_dataset
 
 from terrafm_jax import landcover
+from terrafm_jax.data.pipeline import make_loader, make_order
+from terrafm_jax.data.sampling import SamplingSpec
 from terrafm_jax.models.spec import ModelSpec
 from terrafm_jax.sensors import Statistics
 from terrafm_jax.ssl.objective import ObjectiveSpec
@@ -307,7 +311,22 @@ def test_spec_refuses_parts_that_do_not_fit() -> None:
     assert len({tiny(), tiny()}) == 1
 
 
-def test_abstract_batch_matches_a_real_one() -> None:
+def test_a_batch_without_data_has_the_arrays_of_a_real_one(tmp_path: Path) -> None:
+    """With the columns of the configured sensors alone: what is compiled ahead of time is what training compiles."""
+    sensors = ("s1", "s2_l2a")
+    folder = write_dataset(tmp_path, [fake_record(i) for i in range(4)])
+    order = make_order(folder, "train", SamplingSpec("uniform"), batch_size=2, seed=0, sensors=sensors, canvases=1)
+    loader = make_loader(folder, "train", order, sensors=sensors, canvases=1, prefetch=0)
+    real, shapes = next(loader), batch_shapes(sensors, 2, METERS)
+    loader.close()
+    assert jax.tree.structure(real) == jax.tree.structure(shapes)
+    for (path, x), s in zip(jax.tree.leaves_with_path(real), jax.tree.leaves(shapes), strict=True):
+        sized = path[-1].key in ("dn", "valid")  # whose sides are the tile's
+        assert (x.dtype, x.ndim) == (s.dtype, s.ndim)
+        assert sized or x.shape == s.shape, path
+
+
+def test_abstract_batch_matches_a_random_one() -> None:
     shapes = batch_shapes(("s1", "s2_l2a"), 2, METERS)
     batch = random_batch(("s1", "s2_l2a"), 2, METERS)
     assert jax.tree.map(lambda s: (s.shape, s.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), batch)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import logging
 import signal
 import struct
 import sys
@@ -19,7 +21,8 @@ from ml_collections import ConfigDict
 from tiles_fake import fake_record, write_dataset
 
 from configs.demo import get_config
-from terrafm_jax.config import flatten, model_spec
+from terrafm_jax.config import ConfigError, flatten, model_spec
+from terrafm_jax.data.pipeline import load_index
 from terrafm_jax.sensors import Statistics
 from terrafm_jax.training import flops, loop, report, tools
 from terrafm_jax.training.plan import make_plan
@@ -174,7 +177,11 @@ def test_a_person_who_stops_the_last_evaluation_finds_no_complete_run(tmp_path: 
     assert (tmp_path / "DONE").exists()
 
 
-def test_a_step_that_nothing_evaluated_is_evaluated_once_that_is_asked_for(data: Path, tmp_path: Path) -> None:
+def test_a_step_that_nothing_evaluated_is_evaluated_once_that_is_asked_for(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And the log tells the scores: a notebook or a terminal shows no metrics.jsonl."""
+    caplog.set_level(logging.INFO)
     config = tiny(data, stop_at_step=3, max_nonfinite=0)  # none may be: steps whose losses are finite go on
     loop.train(config, str(tmp_path))
     assert not meta(tmp_path, 3)["evaluated"]
@@ -185,6 +192,12 @@ def test_a_step_that_nothing_evaluated_is_evaluated_once_that_is_asked_for(data:
         assert evaluator.steps == steps
     assert meta(tmp_path, 3)["evaluated"]
     assert not (tmp_path / "DONE").exists()
+    assert "step 3: begun 1, watched 3" in [record.getMessage() for record in caplog.records]
+
+
+def test_scores_of_single_classes_are_left_to_the_table() -> None:
+    found = {"knn_protocol": "p", "knn_top1": 0.5, "knn_macro": 0.25, "knn_class/tree": 1.0, "labelled/a/top1": 0.1}
+    assert loop._headlines(found) == "knn_top1 0.5, knn_macro 0.25, labelled/a/top1 0.1"
 
 
 def test_checkpoints_to_keep_are_written_between_the_others(run: Run) -> None:
@@ -231,12 +244,29 @@ def test_a_checkpoint_says_what_it_is_of(run: Run) -> None:
         "step": 6,
         "evaluated": True,
         "example": 6 * BATCH,
-        "records": make_plan(run.config, str(run.workdir)).order.num_records,
+        "records": len(load_index(run.config.data.dir, "train")),
+        "index": hashlib.sha256(load_index(run.config.data.dir, "train").tobytes()).hexdigest(),
+        "schedules": {
+            "total_steps": STEPS,
+            "optim.warmup": 1,
+            "optim.freeze_last": 1,
+            "objective.teacher_temp_warmup": 2,
+        },
         "skipped": {"0": {DAMAGED: rows(run.workdir, "skipped")[6]["skipped"]}},
         "model": as_json(dataclasses.asdict(model_spec(run.config))),
         "config": as_json(flatten(run.config)) | {"stop_at_step": 6},
         "statistics": json.loads(statistics().to_json()),
     }
+
+
+def test_a_start_with_other_data_leaves_the_run_as_it_was(data: Path, run: Run, tmp_path: Path) -> None:
+    other = write_dataset(tmp_path / "other", [fake_record(i) for i in range(1, STEPS * BATCH + 1)])
+    (other / "statistics.json").write_text(Statistics.published().to_json())
+    kept = ("statistics.json", "landcover.png", "config_resolved.json", "metrics.jsonl")
+    before = [(run.workdir / name).read_bytes() for name in kept]
+    with pytest.raises(ConfigError, match="other records and other statistics than the data set"):
+        loop.train(tiny(other), str(run.workdir))
+    assert [(run.workdir / name).read_bytes() for name in kept] == before
 
 
 def as_json(value: Any) -> Any:

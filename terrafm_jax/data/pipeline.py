@@ -26,7 +26,7 @@ from terrafm_jax.data.source import DataError, Split, find_root, open_split
 from terrafm_jax.sensors import SENSOR_KEYS, Statistics
 
 _ENDLESS = 1 << 40  # steps
-_MIN_ATTEMPTS = 10_000  # or one epoch: one bad record among the first few must not end a run
+_MIN_ATTEMPTS = 10_000  # or the whole split: one bad record among the first few must not end a run
 
 
 class Loader:
@@ -36,6 +36,7 @@ class Loader:
       order: the order of records (None when iterating once over a split).
       canvases: one per bucket.
       step: number of the batch that ``next`` returns.
+      size: rows of a batch that this process reads.
       attempted: records that this process has tried to read, damaged ones included.
       skipped: damaged records among them, by file; those of the run are the sum over its processes.
     """
@@ -98,9 +99,11 @@ class Loader:
             self.skipped[file] = self.skipped.get(file, 0) + 1
         total = sum(self.skipped.values())
         if report and total > self._max_skipped * max(self.attempted, self._floor):
+            number, file, position, reason = report[-1]
             raise TooManySkipped(
                 f"{total} of {self.attempted} records could not be read, more than "
-                f"data.max_skipped = {self._max_skipped:g} allows; the last one: {report[-1]}"
+                f"data.max_skipped = {self._max_skipped:g} allows; the last one is record {number} ({file}, position "
+                f"{position}): {reason}. Copy the files again, prepare the data set again, or raise data.max_skipped"
             )
 
     def coming(self, steps: int) -> list[dict[str, Any]]:
@@ -123,7 +126,13 @@ class Loader:
             self._iterator = None
 
 
-def _plan(split: Split, sensors: Sequence[str], limit: int) -> tuple[np.ndarray, list[canvas_lib.Canvas], np.ndarray]:
+def _canvases_of(
+    split: Split, sensors: Sequence[str], limit: int
+) -> tuple[np.ndarray, list[canvas_lib.Canvas], np.ndarray]:
+    """The index of a split, its canvases (at most ``limit``) and the canvas of every layout, int64 [layouts].
+
+    Raises DataError: sensors unknown, an index that does not fit ``layouts.json``.
+    """
     unknown = [key for key in sensors if key not in SENSOR_KEYS]
     if unknown or not sensors:
         raise DataError(f"data.sensors = {list(sensors)}: unknown {unknown}, expected some of {list(SENSOR_KEYS)}")
@@ -131,8 +140,8 @@ def _plan(split: Split, sensors: Sequence[str], limit: int) -> tuple[np.ndarray,
     counts = np.bincount(index["layout"], minlength=len(layouts))
     if len(counts) > len(layouts):
         raise DataError(f"{split.directory}: the index uses {len(counts)} layouts, layouts.json lists {len(layouts)}")
-    canvases, table = canvas_lib.plan_canvases(layouts, counts, sensors, max(1, limit))
-    return index, canvases, table
+    canvases, canvas_of_layout = canvas_lib.plan_canvases(layouts, counts, sensors, max(1, limit))
+    return index, canvases, canvas_of_layout
 
 
 def load_index(data_dir: Any, split: str) -> np.ndarray:
@@ -164,12 +173,12 @@ def make_order(
     all that is left instead of thinning it a second time.
     """
     opened = open_split(data_dir, split)
-    index, _, table = _plan(opened, sensors, canvases)
+    index, _, canvas_of_layout = _canvases_of(opened, sensors, canvases)
     left_out = opened.sea_left_out()
     if sampling.mode == "paper" and sampling.sea_keep < 1 and left_out:
         logging.info("%s: open sea was thinned in preparation, sea_keep = 1 here", opened.directory)
         sampling = dataclasses.replace(sampling, sea_keep=1.0)
-    return Order(index, sampling, batch_size, seed, sensors=sensors, buckets=table, sea_left_out=left_out)
+    return Order(index, sampling, batch_size, seed, sensors=sensors, buckets=canvas_of_layout, sea_left_out=left_out)
 
 
 def make_loader(
@@ -219,8 +228,8 @@ def make_loader(
     opened = open_split(data_dir, split)
     if echo < 1:
         raise DataError(f"data.echo = {echo}, expected at least 1")
-    index, shapes, table = _plan(opened, sensors, canvases)
-    if order.sensors != tuple(sensors) or not np.array_equal(order.table, table):
+    index, shapes, canvas_of_layout = _canvases_of(opened, sensors, canvases)
+    if order.sensors != tuple(sensors) or not np.array_equal(order.bucket_of_layout, canvas_of_layout):
         raise DataError(
             f"the order was made for sensors {list(order.sensors)} and other canvases than make_loader "
             f"is asked for ({list(sensors)}, canvases = {canvases}); pass make_order the same"
@@ -258,22 +267,17 @@ def iterate_split(
     batches of the same shapes, and together they cover each record exactly once.
     """
     opened = open_split(data_dir, split)
-    index, shapes, table = _plan(opened, sensors, canvases)
+    index, shapes, canvas_of_layout = _canvases_of(opened, sensors, canvases)
     wanted = np.arange(len(index)) if records is None else np.asarray(records, np.int64)
     found = index["present"][wanted] & sum(1 << SENSOR_KEYS.index(key) for key in sensors)
     wanted = wanted[found != 0]
-    bucket = table[index["layout"][wanted]]
+    bucket = canvas_of_layout[index["layout"][wanted]]
     step = batch_size * process_count
-    plan = []
+    batches = []
     for b in np.unique(bucket):
         members = wanted[bucket == b]
         for at in range(0, len(members), step):
             mine = members[at : at + step][process_index * batch_size : (process_index + 1) * batch_size]
-            plan.append((int(b), mine))
+            batches.append((int(b), mine))
     reader = Reader(opened, sensors, shapes)
-    return Loader(
-        SplitBatches(reader, plan, batch_size),
-        0,
-        len(plan),
-        max_skipped=max_skipped,
-    )
+    return Loader(SplitBatches(reader, batches, batch_size), 0, len(batches), max_skipped=max_skipped)

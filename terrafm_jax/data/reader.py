@@ -131,13 +131,16 @@ class TrainBatches:
 
 
 class SplitBatches:
-    """Number -> batch, for one pass over a split: bucket by bucket, each in the order of the records."""
+    """Number -> batch, for one pass over a split: bucket by bucket, each in the order of the records.
 
-    def __init__(self, reader: Reader, plan: list[tuple[int, np.ndarray]], size: int):
-        self.reader, self.plan, self.size = reader, plan, size
+    ``batches``: canvas bucket and record numbers of each; ``size``: rows of a batch, of which the last may stay empty.
+    """
+
+    def __init__(self, reader: Reader, batches: list[tuple[int, np.ndarray]], size: int):
+        self.reader, self.batches, self.size = reader, batches, size
 
     def __call__(self, number: int) -> dict[str, Any]:
-        bucket, numbers = self.plan[number]
+        bucket, numbers = self.batches[number]
         batch = self.reader.empty(bucket, self.size)
         failed = self.reader.fill(batch, range(len(numbers)), numbers)
         mask = np.arange(self.size) < len(numbers)

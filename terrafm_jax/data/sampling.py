@@ -23,6 +23,8 @@ from terrafm_jax.sensors import SENSOR_KEYS
 MODES = ("uniform", "paper", "balanced")
 _ROUNDS = 6
 _ROUNDS_A_BATCH = 64  # each takes some 0.1 ms, so only batches of many tiny epochs mix these
+# Where a stratum, an int64, holds what its records share; the zone is latitude band and climate zone together.
+_BUCKET, _SEA, _CLASS, _BAND = 40, 32, 24, 16
 _SHIFT = 20  # fractional bits of rates, which are fixed-point integers so that rounding never depends on the step
 
 
@@ -226,8 +228,8 @@ class Order:
         self.sensors = tuple(sensors)
         present = index["present"][keep]
         self.holding = {key: int(np.count_nonzero(present >> SENSOR_KEYS.index(key) & 1)) for key in sensors}
-        self.table = np.arange(256) if buckets is None else np.asarray(buckets, np.int64)
-        strata = _strata(index, spec, self.table)
+        self.bucket_of_layout = np.arange(256) if buckets is None else np.asarray(buckets, np.int64)
+        strata = _strata(index, spec, self.bucket_of_layout)
         self._group(strata, keep)
         self._mix(index)
 
@@ -244,7 +246,7 @@ class Order:
 
     def _mix(self, index: np.ndarray) -> None:
         """Rates of strata and buckets, and the streams that mix them."""
-        bucket = (self._strata >> np.int64(40)).astype(np.int64)
+        bucket = self._strata >> _BUCKET
         rates = _rates(self.spec, self._size, self._strata)
         self.rates = rates
         alive = rates > 0
@@ -324,7 +326,8 @@ class Order:
             f"{'land cover':<26}{'tiles':>10}{'share':>9}{'drawn':>9}  times an epoch",
         ]
         if self._sea_left_out:
-            lines.insert(1, f"tiles count {self._sea_left_out} of open sea that preparation has left out already")
+            rest = ", so all of the rest is drawn" if (self.spec.mode, self.spec.sea_keep) == ("paper", 1) else ""
+            lines.insert(1, f"tiles count {self._sea_left_out} of open sea that preparation has left out already{rest}")
         before, after = self.natural_histogram(), self.expected_histogram()
         for i in np.flatnonzero(self._natural):
             times = self._expected[i] / self._natural[i]
@@ -344,28 +347,34 @@ def eligible(index: np.ndarray, spec: SamplingSpec, sensors: Sequence[str]) -> n
 
 
 def _strata(index: np.ndarray, spec: SamplingSpec, buckets: np.ndarray) -> np.ndarray:
-    """int64 [N]: bucket << 40 | sea << 32 | class << 24 | latitude band << 16 | climate zone."""
+    """int64 [N]: the stratum of every record, of what ``spec`` tells apart (``_BUCKET``, ...); the rest is 0."""
     if len(index) and int(index["layout"].max()) >= len(buckets):
         raise SamplingError(f"index: layout {int(index['layout'].max())} occurs, but only {len(buckets)} are listed")
-    strata = buckets[index["layout"]].astype(np.int64) << 40
+    strata = buckets[index["layout"]].astype(np.int64) << _BUCKET
     if spec.mode == "paper":
-        strata |= index["sea"].astype(np.int64) << 32
+        strata |= index["sea"].astype(np.int64) << _SEA
     if spec.mode == "balanced":
-        strata |= index["landcover"].astype(np.int64) << 24
+        strata |= index["landcover"].astype(np.int64) << _CLASS
     if spec.balance_latitude:
-        strata |= np.floor((index["lat"].astype(np.float64) + 90) / spec.latitude_band).astype(np.int64) << 16
+        strata |= np.floor((index["lat"].astype(np.float64) + 90) / spec.latitude_band).astype(np.int64) << _BAND
     if spec.balance_climate:
         if "climate" not in (index.dtype.names or ()):
             raise SamplingError(
                 f"sampling.balance_climate: the index has no column 'climate', only {list(index.dtype.names or ())}"
             )
-        strata |= index["climate"].astype(np.int64)
+        climate = index["climate"]
+        if climate.dtype.kind not in "ui" or climate.min(initial=0) < 0 or climate.max(initial=0) >= 1 << _BAND:
+            raise SamplingError(  # a -1 for unknown would set every bit, sea and bucket among them
+                f"sampling.balance_climate: column 'climate' of the index is {climate.dtype} from {climate.min()} to "
+                f"{climate.max()}, expected integers from 0 to {(1 << _BAND) - 1}"
+            )
+        strata |= climate.astype(np.int64)
     return strata
 
 
 def _rates(spec: SamplingSpec, size: np.ndarray, strata: np.ndarray) -> np.ndarray:
     """Draws per epoch of every stratum; float64 [G]."""
-    sea, category, zone = (strata >> 32) & 1, (strata >> 24) & 0xFF, strata & 0xFFFFFF
+    sea, category, zone = (strata >> _SEA) & 1, (strata >> _CLASS) & 0xFF, strata & ((1 << _CLASS) - 1)
     rates = size * np.where(sea == 1, spec.sea_keep, 1.0)
     if spec.mode == "balanced":
         # "Unknown" is not a class: it keeps its natural share instead of being upsampled like a rare class.

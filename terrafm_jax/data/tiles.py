@@ -114,7 +114,7 @@ def unpack_valid(packed: np.ndarray, width: int) -> np.ndarray:
 #
 #   index      int32   [B]      position of the record in the split
 #   landcover  int32   [B]      majority category
-#   present    bool    [B, S]   sensors of the record, in the order of SENSOR_KEYS
+#   present    bool    [B, S]   which of the S configured sensors the record has, in the order of SENSOR_KEYS
 #   offset     float32 [B, S]   DN to subtract
 #   <sensor>/<group>, for every configured sensor (absent ones are zero canvases):
 #     dn        uint16 | int16 [B, H, W, bands]   zero-padded to the canvas of the batch's bucket

@@ -16,6 +16,7 @@ from terrafm_jax.devices import LocalDevices
 from terrafm_jax.evals import landcover_knn, protocols, store
 from terrafm_jax.evals.datasets import open_suite
 from terrafm_jax.evals.features import Encoder, FeatureError, ImageBatch, tile_encoder
+from terrafm_jax.evals.knn import PROTOCOLS
 from terrafm_jax.evals.landcover_knn import TileSets
 from terrafm_jax.landcover import NAMES
 from terrafm_jax.processes import to_host
@@ -30,8 +31,8 @@ log = logging.getLogger(__name__)
 def during_training(plan: Plan) -> list[Evaluator]:
     """The evaluators of a run: none when ``config.knn.every`` is 0, none of land cover where no tile's is known.
 
-    Raises DatasetError for bad labelled data, DataError where ``config.knn`` names splits that are not there, or one
-    split twice.
+    Raises DatasetError for bad labelled data, ProtocolError for a protocol that is not there, DataError where
+    ``config.knn`` names splits that are not there, or one split twice.
     """
     if not plan.steps["knn.every"]:
         return []
@@ -42,7 +43,7 @@ def during_training(plan: Plan) -> list[Evaluator]:
             "config.knn: no tile of %s has a known land cover and a sensor of the model; its kNN is left out", unknown
         )
     if not unknown:
-        land_cover.refuse_itself()
+        land_cover.check()
     labelled = [LabelledSets(plan)] if plan.config.knn.labelled else []
     return [*([] if unknown else [land_cover]), *labelled]
 
@@ -75,8 +76,14 @@ class LandCoverKnn:
             raise DataError(f"{'; '.join(faults)}; name another split, or train without kNN: --config.knn.every=0")
         return ", ".join(dict.fromkeys(empty))
 
-    def refuse_itself(self) -> None:
-        """Raises DataError where gallery and queries are one split: random weights know 97 % of such tiles."""
+    def check(self) -> None:
+        """Raises ProtocolError for a protocol that is not kNN, after hours of training otherwise; DataError where
+        gallery and queries are one split: random weights know 97 % of such tiles.
+        """
+        if self.protocol not in PROTOCOLS:
+            raise protocols.ProtocolError(
+                f"config.knn.protocol: found {self.protocol!r}, expected one of {sorted(PROTOCOLS)}"
+            )
         if self.sets.gallery[0] == self.sets.queries[0]:
             raise DataError(
                 f"config.knn.gallery and config.knn.split are both {self.sets.queries[0]!r}, so each tile would be its "

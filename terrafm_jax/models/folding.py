@@ -114,7 +114,7 @@ def embed(
         ((sensor, x),) = patches.items()
         core = _normalize(_value(spec, folded, sensor, x), spec)
     elif not spec.fusion:
-        values = [value for (value,) in _products(spec, folded, patches, present, places)]
+        values = [value for (value,) in _values_and_scores(spec, folded, patches, present, places)]
         core = _normalize(select(values, present), spec)
     else:
         core = _fuse(spec, folded, patches, present, places)
@@ -127,7 +127,7 @@ def _value(spec: ModelSpec, folded: Folded, sensor: str, x: Array) -> Array:
     return stem_product(x, kernel[..., : spec.stem_width], bias[: spec.stem_width], spec)
 
 
-def _products(
+def _values_and_scores(
     spec: ModelSpec, folded: Folded, patches: Mapping[str, Array], present: Array | None, places: Sequence[int] | None
 ) -> list[list[Array]]:
     """Per sensor its value [B, h, w, D] and, with fusion, its scores [B, h, w, Q * H]."""
@@ -160,7 +160,7 @@ def _fuse(
     spec: ModelSpec, folded: Folded, patches: Mapping[str, Array], present: Array | None, places: Sequence[int] | None
 ) -> Array:
     """Weighted mean over queries of their normalized vectors, [B, h, w, D]; the vectors are never materialized."""
-    values, scores = map(list, zip(*_products(spec, folded, patches, present, places), strict=True))
+    values, scores = map(list, zip(*_values_and_scores(spec, folded, patches, present, places), strict=True))
     if fusion_kernels.resolve(spec):  # the same on TPU, in one pass over the values
         return fusion_kernels.mix(values, scores, present, folded.pool, spec)
     scores = [score.reshape(*score.shape[:-1], spec.queries, spec.fusion_heads) for score in scores]

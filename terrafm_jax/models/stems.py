@@ -79,7 +79,7 @@ def stem_product(
         return linear(x, kernel, bias, spec, out_dtype)
     dtype = spec.compute_dtype
     kernel = kernel if kernel.ndim == 3 else ordered(kernel, spec)
-    y = _product(x.astype(dtype), kernel, dtype, dtype if out_dtype is None else jnp.dtype(out_dtype))
+    y = _column_product(x.astype(dtype), kernel, dtype, dtype if out_dtype is None else jnp.dtype(out_dtype))
     return y if bias is None else y + expand(bias.astype(y.dtype), y.ndim)
 
 
@@ -98,7 +98,7 @@ def stem_products(
         layers = zip(_cut(kernel, widths), _cut(bias, widths), out_dtypes, strict=True)
         return [stem_product(x, part, offset, spec, dtype) for part, offset, dtype in layers]
     kernel = kernel if kernel.ndim == 3 else ordered(kernel, spec)
-    return _products(x.astype(spec.compute_dtype), kernel, bias, tuple(widths), out_dtypes, spec)
+    return _column_products(x.astype(spec.compute_dtype), kernel, bias, tuple(widths), out_dtypes, spec)
 
 
 def _cut(x: Array, widths: Sequence[int]) -> list[Array]:
@@ -118,17 +118,17 @@ def ordered(kernel: Array, spec: ModelSpec) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _product(x: Array, kernel: Array, dtype: jnp.dtype, out_dtype: jnp.dtype) -> Array:
+def _column_product(x: Array, kernel: Array, dtype: jnp.dtype, out_dtype: jnp.dtype) -> Array:
     """[B, h, j, w, k] times [j, k, N] -> [B, h, w, N]."""
     exact = precision(dtype)
     return jnp.einsum("bhjwk,jkn->bhwn", x, kernel.astype(dtype), precision=exact, preferred_element_type=out_dtype)
 
 
-def _product_fwd(x: Array, kernel: Array, dtype: jnp.dtype, out_dtype: jnp.dtype) -> tuple:
-    return _product(x, kernel, dtype, out_dtype), (x, kernel)
+def _column_product_fwd(x: Array, kernel: Array, dtype: jnp.dtype, out_dtype: jnp.dtype) -> tuple:
+    return _column_product(x, kernel, dtype, out_dtype), (x, kernel)
 
 
-def _product_bwd(dtype: jnp.dtype, out_dtype: jnp.dtype, saved: tuple, g: Array) -> tuple[Array, Array]:
+def _column_product_bwd(dtype: jnp.dtype, out_dtype: jnp.dtype, saved: tuple, g: Array) -> tuple[Array, Array]:
     """As ``layers.linear``: the kernel's gradient is summed over devices in the kernel's dtype, not in ``dtype``."""
     x, kernel = saved
     exact, g = precision(dtype), g.astype(dtype)
@@ -136,29 +136,32 @@ def _product_bwd(dtype: jnp.dtype, out_dtype: jnp.dtype, saved: tuple, g: Array)
     return dx, jnp.einsum("bhjwk,bhwn->jkn", x, g, precision=exact, preferred_element_type=kernel.dtype)
 
 
-_product.defvjp(_product_fwd, _product_bwd)
+_column_product.defvjp(_column_product_fwd, _column_product_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _products(
+def _column_products(
     x: Array, kernel: Array, bias: Array, widths: tuple[int, ...], out_dtypes: tuple[jnp.dtype, ...], spec: ModelSpec
 ) -> list[Array]:
+    """:func:`stem_products` in the column layout: [B, h, j, w, k] and [j, k, N] -> parts of [B, h, w, N]."""
     found = []
     for part, offset, out_dtype in zip(_cut(kernel, widths), _cut(bias, widths), out_dtypes, strict=True):
-        y = _product(x, part, spec.compute_dtype, out_dtype)
+        y = _column_product(x, part, spec.compute_dtype, out_dtype)
         found.append(y + expand(offset.astype(y.dtype), y.ndim))
     return found
 
 
-def _products_fwd(x: Array, kernel: Array, bias: Array, widths: tuple, out_dtypes: tuple, spec: ModelSpec) -> tuple:
-    return _products(x, kernel, bias, widths, out_dtypes, spec), (x, kernel, bias)
+def _column_products_fwd(
+    x: Array, kernel: Array, bias: Array, widths: tuple, out_dtypes: tuple, spec: ModelSpec
+) -> tuple:
+    return _column_products(x, kernel, bias, widths, out_dtypes, spec), (x, kernel, bias)
 
 
-def _products_bwd(widths: tuple, out_dtypes: tuple, spec: ModelSpec, saved: tuple, gs: list[Array]) -> tuple:
+def _column_products_bwd(widths: tuple, out_dtypes: tuple, spec: ModelSpec, saved: tuple, gs: list[Array]) -> tuple:
     x, kernel, bias = saved
     g = jnp.concatenate([part.astype(spec.compute_dtype) for part in gs], axis=-1)
-    dx, dkernel = _product_bwd(spec.compute_dtype, out_dtypes[0], (x, kernel), g)
+    dx, dkernel = _column_product_bwd(spec.compute_dtype, out_dtypes[0], (x, kernel), g)
     return dx, dkernel, sum_rows(g, bias.dtype, spec)
 
 
-_products.defvjp(_products_fwd, _products_bwd)
+_column_products.defvjp(_column_products_fwd, _column_products_bwd)

@@ -10,7 +10,8 @@ import numpy as np
 from jax.sharding import Sharding
 
 from terrafm_jax import landcover
-from terrafm_jax.sensors import BASELINE_OFFSET, SENSOR_KEYS, SENSORS
+from terrafm_jax.data import canvas
+from terrafm_jax.sensors import BASELINE_OFFSET, SENSORS
 
 TILE_METERS = 5340  # a quarter of a Major-TOM cell: 534 px at 10 m
 
@@ -25,26 +26,15 @@ def batch_shapes(
 ) -> dict[str, Any]:
     """ShapeDtypeStructs of a batch of square tiles (see ``data/tiles.py``), all with the same sharding."""
 
-    def array(shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((batch_size, *shape), np.dtype(dtype), sharding=sharding)
-
-    batch: dict[str, Any] = {
-        "index": array((), "int32"),
-        "landcover": array((), "int32"),
-        "present": array((len(SENSOR_KEYS),), "bool"),
-        "offset": array((len(SENSOR_KEYS),), "float32"),
-    }
-    for key in sensors:
-        batch[key] = {}
-        for group, names in SENSORS[key].groups.items():
-            side = group_side(meters, group)
-            batch[key][group] = {
-                "dn": array((side, side, len(names)), SENSORS[key].dtype),
-                "valid": array((side, -(-side // 8)), "uint8"),
-                "geometry": array((4,), "float32"),
-                "extent": array((2,), "int32"),
-            }
-    return batch
+    sides = {name: group_side(meters, name.split("/")[1]) for name in canvas.group_names(sensors)}
+    square = canvas.Canvas({name: (side, side) for name, side in sides.items()})
+    arrays = canvas.batch_spec(square, sensors, batch_size)
+    return canvas.nested(
+        {
+            path: jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=sharding)
+            for path, (shape, dtype) in arrays.items()
+        }
+    )
 
 
 def random_batch(
@@ -56,19 +46,17 @@ def random_batch(
     """
     rng = np.random.default_rng(seed)
     shapes = batch_shapes(sensors, batch_size, meters)
-    present = np.zeros((batch_size, len(SENSOR_KEYS)), bool)
-    columns = [SENSOR_KEYS.index(key) for key in sensors]
-    present[:, columns] = True
-    if not complete and len(columns) > 1:
+    present = np.ones((batch_size, len(sensors)), bool)
+    if not complete and len(sensors) > 1:
         for row in np.flatnonzero(rng.random(batch_size) < 1 / 3):
-            present[row, rng.choice(columns)] = False
+            present[row, rng.choice(len(sensors))] = False
     batch: dict[str, Any] = {
         "index": np.arange(batch_size, dtype=np.int32),
         "landcover": rng.integers(0, landcover.NUM_CLASSES, batch_size).astype(np.int32),
         "present": present,
-        "offset": np.where(rng.random((batch_size, len(SENSOR_KEYS))) < 0.5, BASELINE_OFFSET, 0.0).astype(np.float32),
+        "offset": np.where(rng.random((batch_size, len(sensors))) < 0.5, BASELINE_OFFSET, 0.0).astype(np.float32),
     }
-    batch["offset"][:, SENSOR_KEYS.index("s1")] = 0.0
+    batch["offset"][:, [SENSORS[key].unit != "DN" for key in sensors]] = 0.0  # dB have none
     for key in sensors:
         batch[key] = {group: _random_group(rng, key, group, entry) for group, entry in shapes[key].items()}
     return batch

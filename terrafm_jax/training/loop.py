@@ -7,7 +7,6 @@ batch n, then step. Everything random is a function of the step and the seed.
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,18 +19,17 @@ from terrafm_jax.data import pipeline
 from terrafm_jax.training import pictures, report
 from terrafm_jax.training import workdir as workdir_lib
 from terrafm_jax.training.checkpoint import Checkpointer
-from terrafm_jax.training.meter import Compiled, Meter, due
+from terrafm_jax.training.compiled import Compiled
+from terrafm_jax.training.init_from import Weights, doubts_about, unread_weights, with_weights
+from terrafm_jax.training.meter import Meter, due
 from terrafm_jax.training.metrics import MetricWriter, Progress, timed
-from terrafm_jax.training.plan import Plan, describe, make_plan
+from terrafm_jax.training.plan import Plan, describe, make_plan, record
 from terrafm_jax.training.preemption import Interrupted, StopRequest
 from terrafm_jax.training.sharding import local_rows, make_batch
-from terrafm_jax.training.state import TrainState, with_weights
+from terrafm_jax.training.state import TrainState
 from terrafm_jax.training.step import abstract_state, init_state, views_of_step
-from terrafm_jax.training.tools import Evaluator, Tools, TrainingError, skipped_before, unread_weights
+from terrafm_jax.training.tools import Evaluator, Tools, TrainingError, skipped_before
 from terrafm_jax.training.trace import Trace
-
-log = logging.getLogger(__name__)
-
 
 _SOON = 1000  # canvases that occur within this many steps are compiled ahead, others when they first occur
 
@@ -49,7 +47,7 @@ def train(
     config: ConfigDict,
     workdir: str,
     evaluators: Callable[[Plan], Sequence[Evaluator]] | None = None,
-    read_weights: Callable[[str], Mapping[str, Any]] | None = None,
+    read_weights: Callable[[str], Weights] | None = None,
 ) -> Outcome:
     """Pretrains, or resumes what ``workdir`` holds.
 
@@ -57,7 +55,7 @@ def train(
       config: checked here.
       workdir: local or gs:// folder.
       evaluators: called once with the plan; the functions it returns run every ``config.knn.every``.
-      read_weights: opens ``config.init_from``: path -> {"backbone": ..., "head": ...} (head optional).
+      read_weights: opens ``config.init_from``.
 
     Raises:
       ConfigError: the config or the workdir does not fit.
@@ -80,7 +78,7 @@ def _train(
     config: ConfigDict,
     workdir: str,
     evaluators: Callable[[Plan], Sequence[Evaluator]] | None,
-    read_weights: Callable[[str], Mapping[str, Any]] | None,
+    read_weights: Callable[[str], Weights] | None,
     stop: StopRequest,
 ) -> Outcome:
     # --- plan: config, data order, statistics, mesh ---
@@ -90,29 +88,17 @@ def _train(
     progress = Progress(0, plan.total, enabled=plan.writes)
     describe(plan, progress)
 
-    # --- state: (1) the newest checkpoint of the workdir, (2) weights of init_from, (3) random ---
+    # --- state ---
     checkpoints = Checkpointer(workdir, config.checkpoint.keep_last, plan.steps["checkpoint.keep_every"])
-    skipped: dict[str, int] = {}
-    evaluated = None  # the step that was evaluated before the checkpoint was written
-    if checkpoints.latest() is not None:
-        state, meta = checkpoints.restore(abstract_state(plan.spec, plan.mesh))
-        plan.check_data(meta)
-        skipped = skipped_before(meta)
-        evaluated = int(state.step) if meta.get("evaluated", True) else None
-        progress.line(f"resumed step {int(state.step)} of {checkpoints.folder}; {report.goodput_line(workdir)}")
-        if unread := unread_weights(config.init_from, meta):
-            progress.line(unread)
-    else:
-        state = init_state(plan.spec, plan.mesh)
-        if config.init_from:
-            state, taken = with_weights(state, read_weights(config.init_from))
-            progress.line(f"weights taken from {config.init_from}: {taken}")
+    state, skipped, evaluated = _begin(plan, checkpoints, read_weights, progress)
     start = int(state.step)
     progress.resume(start)
     # Of a run that was complete nobody waited for the next start: the time between is not lost (report.goodput).
     idle = {"after": "complete"} if plan.writes and workdir_lib.is_done(workdir) else {}
-    if start < plan.total and plan.writes:
-        workdir_lib.mark_open(workdir)
+    if plan.writes:
+        record(plan)  # only now: a start that is refused, on other data, must leave the run's files as they were
+        if start < plan.total:
+            workdir_lib.mark_open(workdir)
     writer.write(start, {"event": "start", "devices": jax.device_count(), "processes": jax.process_count(), **idle})
 
     # --- input, evaluators, signals ---
@@ -131,6 +117,34 @@ def _train(
         tools.close(together)
 
 
+def _begin(
+    plan: Plan, checkpoints: Checkpointer, read_weights: Callable[[str], Weights] | None, progress: Progress
+) -> tuple[TrainState, dict[str, int], int | None]:
+    """The state to train from: of the newest checkpoint of the workdir, else of ``config.init_from``, else random.
+
+    Returns:
+      The state, the damaged records by file that this process has skipped before it, and its step if that has been
+      evaluated already, else None.
+    """
+    init_from = plan.config.init_from
+    if checkpoints.latest() is None:
+        state = init_state(plan.spec, plan.mesh)
+        if init_from:
+            given = read_weights(init_from)
+            state, taken = with_weights(state, given.params)
+            progress.line(f"weights taken from {init_from}: {taken}")
+            for doubt in doubts_about(given, plan.spec.model, plan.spec.stats):
+                progress.line(f"warning: {init_from}: {doubt}")
+        return state, {}, None
+    state, meta = checkpoints.restore(abstract_state(plan.spec, plan.mesh))
+    plan.check_data(meta)
+    step = int(state.step)
+    progress.line(f"resumed step {step} of {checkpoints.folder}; {report.goodput_line(plan.workdir)}")
+    for warning in [*plan.changes(meta), *filter(None, [unread_weights(init_from, meta)])]:
+        progress.line(warning)
+    return state, skipped_before(meta), step if meta.get("evaluated", True) else None
+
+
 def make_loader(plan: Plan, start: int, skipped: Mapping[str, int]) -> pipeline.Loader:
     """The Grain pipeline of this process, positioned at step ``start``."""
     d = plan.config.data
@@ -144,6 +158,7 @@ def make_loader(plan: Plan, start: int, skipped: Mapping[str, int]) -> pipeline.
 def _loop(
     tools: Tools, state: TrainState, start: int, evaluators: Sequence[Evaluator], evaluated: int | None
 ) -> Outcome:
+    """The steps from ``start`` on. ``evaluated``: the step that an earlier start has evaluated, if it is this one."""
     plan, steps = tools.plan, tools.plan.steps
     step_fn = Compiled(plan, tools.progress)
     step_fn.ahead(tools.loader.coming(max(0, min(plan.stop - start, _SOON))))
@@ -165,14 +180,8 @@ def _loop(
         stays = due(step, steps["checkpoint.keep_every"])
         if step != saved and step > 0 and due(step, steps["checkpoint.every"], stays or last or preempted):
             meter.flush(log=preempted)
-            if not meter.nonfinite:
-                with timed(meter.seconds, "checkpoint"):
-                    tools.save(state, step, evaluated=bool(finished))
+            if _save(tools, meter, state, step, evaluated=bool(finished), last=last):
                 saved = step
-            elif last:
-                raise TrainingError(f"step {step}: loss or gradient not finite at the end. {tools.last_good()}")
-            else:  # a state that yields such losses must not replace a good checkpoint
-                tools.progress.line(f"step {step}: not saved, as the loss or the gradient is not finite")
         if step > 0 and due(step, steps["checkpoint.teacher_every"], last) and not meter.nonfinite:
             with timed(meter.seconds, "checkpoint"):
                 tools.export_teacher(state, step)
@@ -195,15 +204,36 @@ def _loop(
     return _finish(tools, step, saved, preempted and (step < plan.stop or finished is False))
 
 
+def _save(tools: Tools, meter: Meter, state: TrainState, step: int, *, evaluated: bool, last: bool) -> bool:
+    """Starts to write a checkpoint. False: the newest losses are not finite, and it must not replace a good one."""
+    if meter.nonfinite and last:
+        raise TrainingError(f"step {step}: loss or gradient not finite at the end. {tools.last_good()}")
+    if meter.nonfinite:
+        tools.progress.line(f"step {step}: not saved, as the loss or the gradient is not finite")
+        return False
+    with timed(meter.seconds, "checkpoint"):
+        tools.save(state, step, evaluated=evaluated)
+    return True
+
+
 def _evaluate(tools: Tools, evaluators: Sequence[Evaluator], step: int, state: TrainState) -> bool:
     """Runs the evaluators and writes their results. False: told to stop midway; the interrupted one writes nothing."""
     try:
         for evaluate in evaluators:
-            tools.writer.write(step, dict(evaluate(step, state, tools.stop.poll)))
+            found = dict(evaluate(step, state, tools.stop.poll))
+            tools.writer.write(step, found)
+            if headlines := _headlines(found):
+                tools.progress.line(f"step {step}: {headlines}")
     except Interrupted:
         tools.progress.line(f"step {step}: told to stop while evaluating; the next start evaluates this step again")
         return False
     return True
+
+
+def _headlines(found: Mapping[str, Any]) -> str:
+    """The scores of an evaluator for the log, without those of single classes."""
+    scores = {name: value for name, value in found.items() if isinstance(value, float) and "_class/" not in name}
+    return ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
 
 
 def _finish(tools: Tools, step: int, saved: int | None, preempted: bool) -> Outcome:

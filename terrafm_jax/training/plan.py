@@ -22,6 +22,7 @@ from terrafm_jax.data.source import DataError
 from terrafm_jax.models import cudnn
 from terrafm_jax.sensors import Statistics
 from terrafm_jax.training import pictures
+from terrafm_jax.training import workdir as workdir_lib
 from terrafm_jax.training.metrics import Progress
 from terrafm_jax.training.sharding import check_batch, make_mesh
 from terrafm_jax.training.step import TrainSpec, parameter_table
@@ -39,6 +40,7 @@ class Plan:
       order: which records each step trains on.
       mesh: the devices.
       writes: whether this process writes the run's files; only the first of several does.
+      index: digest of the data set's index, from which the order is computed.
     """
 
     config: ConfigDict
@@ -48,6 +50,7 @@ class Plan:
     order: Order
     mesh: jax.sharding.Mesh
     writes: bool
+    index: str
 
     @property
     def total(self) -> int:
@@ -59,19 +62,58 @@ class Plan:
         """The step at which this start ends: the last one, or ``config.stop_at_step``."""
         return min(self.total, self.config.stop_at_step or self.total)
 
+    def data_facts(self) -> dict[str, Any]:
+        """What a checkpoint says of the data set, by which :meth:`check_data` knows it again."""
+        return {
+            "records": self.order.num_records,
+            "index": self.index,
+            "statistics": json.loads(self.spec.stats.to_json()),
+        }
+
     def check_data(self, meta: Mapping[str, Any]) -> None:
         """Raises ConfigError where a checkpoint comes from other records or statistics: resuming would not be exact.
 
         ``meta`` is the checkpoint's metadata (``Tools.save``).
         """
-        mine = {"records": self.order.num_records, "statistics": json.loads(self.spec.stats.to_json())}
-        different = [key for key, value in mine.items() if meta.get(key, value) != value]
+        different = self._other_data(meta)
         if different and not self.config.allow_config_change:
             raise config_lib.ConfigError(
-                f"config.data.dir: {self.config.data.dir} has other {' and other '.join(different)} than the data set "
+                f"config.data.dir: {self.config.data.dir} has {different} than the data set "
                 f"that {self.workdir} was trained on; give that one (it may have moved), another --workdir, or "
                 "--config.allow_config_change=True to continue with this one"
             )
+
+    def _other_data(self, meta: Mapping[str, Any]) -> str:
+        """ "other records and other statistics", as far as that is so; "" for the data of the checkpoint."""
+        different = [key for key, value in self.data_facts().items() if meta.get(key, value) != value]
+        # As many records may be other ones, or the same in another order.
+        return " and ".join(dict.fromkeys("other records" if key == "index" else f"other {key}" for key in different))
+
+    def schedules(self) -> dict[str, int]:
+        """Lengths of the schedules in steps, by the names of their config fields."""
+        return {key: self.steps[key] for key in _SCHEDULES if key in self.steps}
+
+    def changes(self, meta: Mapping[str, Any]) -> list[str]:
+        """How the run differs from here on from what led to a checkpoint (``config.allow_config_change``), in lines.
+
+        ``meta`` is the checkpoint's metadata (``Tools.save``). Schedules are functions of the step alone, so with
+        another length the run is elsewhere on them, also where their config fields, in epochs, are the same.
+        """
+        mine = json.loads(json.dumps(config_lib.flatten(self.config)))
+        before, theirs = meta.get("schedules", {}), meta.get("config", mine)
+        lines = workdir_lib.differences({key: theirs.get(key, value) for key, value in mine.items()}, mine)
+        if other := self._other_data(meta):
+            lines.append(f"config.data.dir: {self.config.data.dir} has {other}")
+        lines += [
+            f"config.{key}: {before[key]} steps there, {steps} here"
+            for key, steps in self.schedules().items()
+            if before.get(key, steps) != steps
+        ]
+        return [f"warning: changed since the checkpoint: {line}" for line in lines]
+
+
+# Durations that the compiled step depends on.
+_SCHEDULES = ("total_steps", "optim.warmup", "optim.freeze_last", "objective.teacher_temp_warmup")
 
 
 def make_plan(config: ConfigDict, workdir: str) -> Plan:
@@ -101,6 +143,7 @@ def make_plan(config: ConfigDict, workdir: str) -> Plan:
         order=order,
         mesh=mesh,
         writes=jax.process_index() == 0,
+        index=_digest(d.dir, d.split),
     )
 
 
@@ -168,6 +211,25 @@ def unfinished_schedules(steps: Mapping[str, int], total: int) -> str:
     return f"warning: the run ends after {total} steps, within {', '.join(long)}" if long else ""
 
 
+def repeated_in_a_batch(order: Order) -> str:
+    """A line where one batch takes more records than an epoch has, else "": the wrong folder, or too large a batch."""
+    if order.batch_size <= order.epoch_size:
+        return ""
+    return (
+        f"warning: an epoch has {order.examples_per_epoch} records, a batch {order.batch_size}: each batch holds tiles "
+        "more than once; lower config.batch_size (is config.data.dir the right folder?)"
+    )
+
+
+def nothing_to_balance(order: Order) -> str:
+    """A line where classes shall be balanced and no tile's is known, as where maps were not given, else ""."""
+    if order.spec.mode != "balanced" or order.natural_histogram()[landcover.UNKNOWN] < 1:
+        return ""
+    return (
+        "warning: config.data.sampling=balanced, but no tile has a known land cover, so there are no classes to balance"
+    )
+
+
 def held_sensors(order: Order) -> list[str]:
     """How many tiles hold each sensor, and a warning about those that none holds.
 
@@ -185,20 +247,29 @@ def held_sensors(order: Order) -> list[str]:
 
 
 def describe(plan: Plan, progress: Progress) -> None:
-    """Logs the plan and writes ``config_resolved.json``, ``statistics.json``, ``parameters.txt``, ``landcover.png``."""
-    frequent = [n for n, f in zip(landcover.NAMES, plan.spec.frequent, strict=True) if f]
+    """Logs the plan."""
+    frequent = _frequent(plan)
     progress.line(f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(plan.mesh.shape)}")
     progress.line(f"{plan.total} steps of {plan.config.batch_size}, {plan.order.examples_per_epoch} records an epoch")
     for line in [*plan.order.describe().splitlines(), *held_sensors(plan.order)]:
         progress.line(line)
     progress.line(f"frequent land cover: {', '.join(frequent) or 'none, so there is one center'}")
-    if unfinished := unfinished_schedules(plan.steps, plan.total):
-        progress.line(unfinished)
-    if plan.writes:
-        folder = epath.Path(plan.workdir)
-        resolved = {"config": config_lib.flatten(plan.config), "steps": dict(plan.steps), "frequent": frequent}
-        (folder / "config_resolved.json").write_text(json.dumps(resolved, indent=2))
-        (folder / "statistics.json").write_text(plan.spec.stats.to_json())
-        (folder / "parameters.txt").write_text(parameter_table(plan.spec, plan.mesh))
-        drawn, there = plan.order.expected_histogram(), plan.order.natural_histogram()
-        pictures.save_classes(folder / "landcover.png", there, drawn)
+    unfinished = unfinished_schedules(plan.steps, plan.total)
+    for warning in filter(None, [unfinished, repeated_in_a_batch(plan.order), nothing_to_balance(plan.order)]):
+        progress.line(warning)
+
+
+def record(plan: Plan) -> None:
+    """Writes ``config_resolved.json``, ``statistics.json``, ``parameters.txt`` and ``landcover.png`` of the workdir."""
+    folder = epath.Path(plan.workdir)
+    resolved = {"config": config_lib.flatten(plan.config), "steps": dict(plan.steps), "frequent": _frequent(plan)}
+    (folder / "config_resolved.json").write_text(json.dumps(resolved, indent=2))
+    (folder / "statistics.json").write_text(plan.spec.stats.to_json())
+    (folder / "parameters.txt").write_text(parameter_table(plan.spec, plan.mesh))
+    drawn, there = plan.order.expected_histogram(), plan.order.natural_histogram()
+    pictures.save_classes(folder / "landcover.png", there, drawn)
+
+
+def _frequent(plan: Plan) -> list[str]:
+    """The land-cover categories that feed the second center, by name."""
+    return [name for name, is_frequent in zip(landcover.NAMES, plan.spec.frequent, strict=True) if is_frequent]

@@ -59,11 +59,11 @@ class Tools:
             "step": step,
             "evaluated": evaluated,
             "example": -(-step // config.data.echo) * config.batch_size,
-            "records": self.plan.order.num_records,
             "skipped": {str(process): found for process, found in enumerate(objects_of_all(self.loader.skipped))},
             "model": dataclasses.asdict(self.plan.spec.model),
             "config": config_lib.flatten(config),
-            "statistics": json.loads(self.plan.spec.stats.to_json()),
+            "schedules": self.plan.schedules(),
+            **self.plan.data_facts(),
         }
         self.writer.flush()  # a resumed run repeats the rows of later steps only, so earlier ones must not get lost
         self.checkpoints.save(step, state, meta)
@@ -82,8 +82,9 @@ class Tools:
     def last_good(self) -> str:
         """A sentence that names the newest checkpoint."""
         step = self.checkpoints.latest()
-        where = f"{self.checkpoints.folder / str(step)}" if step is not None else "none yet"
-        return f"The last good checkpoint is {where}"
+        if step is None:
+            return "There is no checkpoint yet"
+        return f"The last good checkpoint is {self.checkpoints.folder / str(step)}"
 
     def export_teacher(self, state: TrainState, step: int) -> None:
         """Writes the teacher's weights alone, under ``WORKDIR/teacher/STEP``: what users load. Raises TrainingError."""
@@ -132,12 +133,3 @@ def skipped_before(meta: Mapping[str, Any]) -> dict[str, int]:
         mine[file] = len(range((jax.process_index() - dealt) % count, number, count))
         dealt += number
     return {file: number for file, number in mine.items() if number}
-
-
-def unread_weights(init_from: str, meta: Mapping[str, Any]) -> str:
-    """A warning where a run is told to begin with other weights than it did: it goes on with its own; else ""."""
-    before = meta.get("config", {}).get("init_from", init_from)
-    if not init_from or before == init_from:
-        return ""
-    began = before or "random ones"
-    return f"warning: config.init_from={init_from} is not read: this run began with {began}; give another --workdir"

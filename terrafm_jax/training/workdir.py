@@ -163,16 +163,21 @@ def _same_recipe(folder: epath.Path, record: epath.Path, mine: dict[str, Any], a
     defaults = json.loads(json.dumps(flatten(base())))
     if mine.keys() == defaults.keys():  # a pretraining config: fields that an older version lacked had today's defaults
         theirs = defaults | theirs
-    different = [
-        f"config.{k}: {theirs.get(k, 'absent')!r} there, {mine.get(k, 'absent')!r} here"
-        for k in sorted(theirs.keys() | mine.keys())
-        if not _is_free(k) and theirs.get(k, "absent") != mine.get(k, "absent")
-    ]
+    different = differences(theirs, mine)
     if different and not allowed and _begun(folder):
         raise ConfigError(
             f"workdir {folder} belongs to a run with another config:\n  " + "\n  ".join(different)
             + "\ngive another --workdir, or --config.allow_config_change=True to resume it with this one"
         )  # fmt: skip
+
+
+def differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
+    """Lines on what differs between two flat configs as JSON holds them, but for what may differ between starts."""
+    return [
+        f"config.{k}: {theirs.get(k, 'absent')!r} there, {mine.get(k, 'absent')!r} here"
+        for k in sorted(theirs.keys() | mine.keys())
+        if not _is_free(k) and theirs.get(k, "absent") != mine.get(k, "absent")
+    ]
 
 
 def _is_free(key: str) -> bool:
