@@ -296,12 +296,13 @@ def _make_lines(lines: pl.Ref, across: Array, planes: pl.Ref) -> None:
     rest = height % LANES
     together = 0 < rest < height and count * rest <= LANES
     whole = height - rest if together else height
-    for band in range(count):
-        lines[band, :, :whole] = _dot(across, planes[0, band, :whole]).astype(lines.dtype)
-    if together:
+    if together:  # before the rest: otherwise the compiler spills megabytes of registers
         ends = _dot(across, jnp.concatenate([planes[0, band, whole:] for band in range(count)])).astype(lines.dtype)
-        for band in range(count):
-            lines[band, :, whole:height] = ends[:, band * rest : (band + 1) * rest]
+    for band in range(count):
+        made = _dot(across, planes[0, band, :whole]).astype(lines.dtype)
+        if together:
+            made = jnp.concatenate([made, ends[:, band * rest : (band + 1) * rest]], axis=1)
+        lines[band, :, :height] = made
 
 
 def _dot(a: Array, b: Array, dims: tuple = _ROWS_BY_ROWS) -> Array:
