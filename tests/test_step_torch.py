@@ -36,7 +36,7 @@ def spec_for_torch(alpha: float, **model: object) -> TrainSpec:
     return dataclasses.replace(
         spec,
         model=dataclasses.replace(spec.model, drop_path=0.0, depth=2, **model),
-        optim=OptimSpec(batch_size=BATCH, total_steps=10, base_lr=3e-2, decay_start=0.4, decay_end=0.4, eps=1e-5),
+        optim=OptimSpec(batch_size=BATCH, total_steps=10, base_lr=3e-2, decay_start=0.4, decay_end=0.4, eps=1e-4),
         objective=dataclasses.replace(spec.objective, alpha=alpha, teacher_temp=0.04, teacher_temp_warmup_steps=0),
     )
 
