@@ -194,11 +194,11 @@ def _patches(planes: Sequence[Array], places: Sequence[Array], order: Sequence[i
     places = jnp.stack(places, axis=1)
     shapes, dtype = [x.shape[1:] for x in planes], planes[0].dtype
     views, side = places.shape[2], out // patch
-    lines, width = _patch_shape(out, patch, len(order))  # of one row of patches
+    rows, width = _row_shape(out, patch, len(order))
     each, mode = _at_once(shapes, views, out, patch, len(order), dtype)
 
     def call(places: Array, *planes: Array) -> Array:
-        result = jax.ShapeDtypeStruct((places.shape[0], views, side, lines, width), dtype)
+        result = jax.ShapeDtypeStruct((places.shape[0], views, side, rows, width), dtype)
         build = functools.partial(
             pl.pallas_call,
             functools.partial(_patches_kernel, order=order, patch=patch),
@@ -207,7 +207,7 @@ def _patches(planes: Sequence[Array], places: Sequence[Array], order: Sequence[i
                 pl.BlockSpec((1, *places.shape[1:]), lambda i, _: (i, 0, 0, 0), memory_space=pltpu.SMEM),
                 *(_record(x, mode) for x in planes),
             ],
-            out_specs=pl.BlockSpec((1, each, side, lines, width), lambda i, j: (i, j, 0, 0, 0)),
+            out_specs=pl.BlockSpec((1, each, side, rows, width), lambda i, j: (i, j, 0, 0, 0)),
             out_shape=result,
             scratch_shapes=[pltpu.VMEM(shape, dtype) for shape in _scratch(shapes, each, out, len(order))],
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
@@ -216,11 +216,11 @@ def _patches(planes: Sequence[Array], places: Sequence[Array], order: Sequence[i
         )
         return run(build, places, *planes)
 
-    return over_batch(call, [places, *planes]).reshape(-1, views, side, lines // side, side, width)
+    return over_batch(call, [places, *planes]).reshape(-1, views, side, rows // side, side, width)
 
 
-def _patch_shape(out: int, patch: int, bands: int) -> tuple[int, int]:
-    """A row of patches: [columns in the patch / m * patches, m * bands * rows in the patch]."""
+def _row_shape(out: int, patch: int, bands: int) -> tuple[int, int]:
+    """A row of patches as the kernel writes it: [p / m * w, m * C * p], the column layout of ``models.stems``."""
     columns, values = column_shape(bands * patch**2, patch)
     return columns * (out // patch), values
 
@@ -235,7 +235,7 @@ def _at_once(shapes: Sequence[Shape], views: int, out: int, patch: int, bands: i
     for copies, mode in ((2, None), (1, pl.Buffered(1))):
         for each in range(views, 0, -1):
             scratch = sum(_bytes(dtype, *shape) for shape in _scratch(shapes, each, out, bands))
-            results = 2 * each * _bytes(dtype, out // patch, *_patch_shape(out, patch, bands))
+            results = 2 * each * _bytes(dtype, out // patch, *_row_shape(out, patch, bands))
             if views % each == 0 and copies * planes + scratch + results + product <= MEMORY:
                 return each, mode
     return 0, None
@@ -278,11 +278,11 @@ def _patches_kernel(places: pl.Ref, *refs: pl.Ref, order: Sequence[int], patch: 
             for band, value in enumerate(values):
                 cut[done + band, rows] = (value * share + FILL).astype(cut.dtype)
         done += count - 1
-    for i, view in enumerate(views):
-        parts = [slice(start, start + columns) for start in range(view.start, view.stop, columns)]
+    for i, rows in enumerate(views):
+        neighbors = [slice(start, start + columns) for start in range(rows.start, rows.stop, columns)]
         for line in range(side):
-            rows = slice(line * patch, (line + 1) * patch)
-            pieces = [cut[band, part, rows] for part in parts for band in order]
+            inside = slice(line * patch, (line + 1) * patch)
+            pieces = [cut[band, neighbor, inside] for neighbor in neighbors for band in order]
             patches[0, i, line] = jnp.concatenate(pieces, axis=1)
 
 
@@ -294,13 +294,13 @@ def _make_lines(lines: pl.Ref, across: Array, planes: pl.Ref) -> None:
     """
     _, count, height, _ = planes.shape
     rest = height % LANES
-    together = 0 < rest < height and count * rest <= LANES
-    whole = height - rest if together else height
-    if together:  # before the rest: otherwise the compiler spills megabytes of registers
+    shared = 0 < rest < height and count * rest <= LANES  # one pass for the rest of all planes
+    whole = height - rest if shared else height
+    if shared:  # before the rest: otherwise the compiler spills megabytes of registers
         ends = _dot(across, jnp.concatenate([planes[0, band, whole:] for band in range(count)])).astype(lines.dtype)
     for band in range(count):
         made = _dot(across, planes[0, band, :whole]).astype(lines.dtype)
-        if together:
+        if shared:
             made = jnp.concatenate([made, ends[:, band * rest : (band + 1) * rest]], axis=1)
         lines[band, :, :height] = made
 
