@@ -107,6 +107,8 @@ def test_a_run_that_goes_on_with_another_recipe_says_what_changed() -> None:
     batch, total = plan.changes(before)
     assert batch == "warning: changed since the checkpoint: config.batch_size: 512 there, 1024 here"
     assert total.endswith("config.total_steps: 400 steps there, 200 here")
+    longer = {"config": config | {"total_steps": "other"}, "schedules": {"total_steps": 400}}
+    assert len(plan.changes(longer)) == 1, "told once"
     (data,) = plan.changes({"config": config, "index": "another"})
     assert data.endswith("config.data.dir: DATA has other records")
 

@@ -107,7 +107,7 @@ class Plan:
         lines += [
             f"config.{key}: {before[key]} steps there, {steps} here"
             for key, steps in self.schedules().items()
-            if before.get(key, steps) != steps
+            if before.get(key, steps) != steps and theirs.get(key, mine.get(key)) == mine.get(key)  # else said above
         ]
         return [f"warning: changed since the checkpoint: {line}" for line in lines]
 
